@@ -1,0 +1,46 @@
+# The Python that makes .venv; everything else runs inside it. UV=1 installs with uv, which is faster and not needed.
+PYTHON ?= python3
+UV ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP_INSTALL := $(if $(UV),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install --disable-pip-version-check)
+
+# Nothing here needs the Hub: what would reach for it fails at once instead.
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help install demo test test-all lint clean
+.DEFAULT_GOAL := help
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: $(STAMP)  ## Make .venv with the tested versions (again only when they change)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -c constraints.txt torch==2.13.0
+	$(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: install  ## The whole story on a model and data made on the spot, offline
+	$(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --num_cpu_threads_per_process 2 \
+		--mixed_precision no --dynamo_backend no \
+		recipes/in2core.py --config recipes/quickstart/in2core.yaml
+
+test: install  ## Fast tests
+	$(BIN)/python -m pytest
+
+test-all: install  ## Every test, the slow ones too
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: install  ## ruff (rules and format) and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:  ## Remove what was built, run and cached; .venv stays
+	rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find hf_in2core recipes tests -name __pycache__ -type d -prune -exec rm -rf {} +

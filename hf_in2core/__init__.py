@@ -1,0 +1,36 @@
+"""In2Core for the Hugging Face ecosystem: influence of training examples, and coresets chosen by it."""
+
+from typing import TYPE_CHECKING, Any
+
+
+__version__ = "0.1.0"
+
+__all__ = ["InfluenceConfig", "InfluenceScorer", "InfluenceTrainer", "push_influence_dataset", "select_coreset"]
+
+if TYPE_CHECKING:
+    from .config import InfluenceConfig
+    from .coreset import select_coreset
+    from .publish import push_influence_dataset
+    from .scorer import InfluenceScorer
+    from .trainer import InfluenceTrainer
+
+_MODULES = {
+    "InfluenceConfig": "config",
+    "InfluenceScorer": "scorer",
+    "InfluenceTrainer": "trainer",
+    "push_influence_dataset": "publish",
+    "select_coreset": "coreset",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # TRL takes seconds to import; who only selects or publishes does not wait for it.
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,139 @@
+"""[`InfluenceConfig`]: TRL's SFT configuration plus the influence fields."""
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from .columns import check_columns
+
+
+ESTIMATORS = ["datainf", "gradient_dot", "gradient_cosine"]
+LOSS_REDUCTIONS = ["mean", "sum"]
+
+
+@dataclass
+class InfluenceConfig(SFTConfig):
+    r"""
+    Configuration class for the [`InfluenceTrainer`].
+
+    All parameters of [`~trl.SFTConfig`] apply to the SFT of the reference model; these come on top:
+
+    Parameters:
+        > Parameters that control the influence
+
+        damping_scale (`float`, *optional*, defaults to `0.1`):
+            Damping of each block relative to its mean squared gradient norm per element (DataInf, section 4).
+        loss_reduction (`str`, *optional*, defaults to `"mean"`):
+            Per-example loss: `"mean"` over the row's labelled tokens (as In2Core), or their `"sum"`.
+        estimator (`str`, *optional*, defaults to `"datainf"`):
+            `"datainf"`, `"gradient_dot"` (DataInf with an identity inverse) or `"gradient_cosine"` (cosine between the
+            whole concatenated gradients of the row and of the mean validation loss, negated). Negative = proponent in
+            each of them.
+        influence_layers (`str` or `list[int]`, *optional*):
+            Decoder layers whose adapter tensors count: all by default, `"last:8"`, `"first:8"` or a list of indices.
+        columns (`list[str]`, *optional*):
+            How raw columns become TRL's: `["alpaca"]`, `["sharegpt"]` or `["prompt=instruction",
+            "completion=output"]`. Saved with the scorer.
+
+        > Parameters that control the passes
+
+        tokens_per_batch (`int`, *optional*, defaults to `8192`):
+            Tokens of a batch in the influence passes, padding included. Halved when memory runs out.
+        fit_examples (`int`, *optional*):
+            Number of training rows in the fit pass, a seeded sample; all by default.
+        chunk_size (`int`, *optional*, defaults to `1024`):
+            Rows per resumable chunk: an interruption loses one chunk at most.
+        gradient_store_gb (`float`, *optional*, defaults to `0`):
+            Disk budget in GB for keeping the gradients of the fit pass, so that the score pass reads them instead of
+            computing them again. 0 stores nothing.
+
+    > [!NOTE]
+    > A negative influence marks a proponent (training on the row lowers the validation loss), a positive one an
+    > opponent; no option changes the sign.
+
+    Raises:
+        ValueError: if a value is out of its range, naming the field and the allowed values.
+    """
+
+    damping_scale: float = field(
+        default=0.1, metadata={"help": "Damping of each block relative to its mean squared gradient norm per element."}
+    )
+    loss_reduction: str = field(
+        default="mean",
+        metadata={"help": "Per-example loss: mean or sum over its labelled tokens.", "choices": LOSS_REDUCTIONS},
+    )
+    estimator: str = field(
+        default="datainf", metadata={"help": "How influence is estimated.", "choices": ESTIMATORS}
+    )
+    influence_layers: list[str] | None = field(
+        default=None,
+        metadata={"help": "Decoder layers that count: `last:8`, `first:8` or indices. All by default."},
+    )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "`alpaca`, `sharegpt`, or pairs such as `prompt=instruction completion=output`."},
+    )
+    tokens_per_batch: int = field(
+        default=8192, metadata={"help": "Tokens of a batch in the influence passes, padding included."}
+    )
+    fit_examples: int | None = field(
+        default=None, metadata={"help": "Training rows in the fit pass, a seeded sample. All by default."}
+    )
+    chunk_size: int = field(default=1024, metadata={"help": "Rows per resumable chunk of the influence passes."})
+    gradient_store_gb: float = field(
+        default=0.0, metadata={"help": "Disk budget (GB) for keeping the gradients of the fit pass. 0 stores nothing."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in (("estimator", ESTIMATORS), ("loss_reduction", LOSS_REDUCTIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown. Choose one of {', '.join(allowed)}.")
+        if self.damping_scale <= 0:
+            raise ValueError(
+                f"`damping_scale={self.damping_scale}` would divide by zero. Give a positive value; DataInf uses 0.1."
+            )
+        for name in ("tokens_per_batch", "chunk_size", "fit_examples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}={value}` leaves no row to work on. Give at least 1.")
+        if self.gradient_store_gb < 0:
+            raise ValueError(f"`gradient_store_gb={self.gradient_store_gb}` is negative. Give 0 to store nothing.")
+        if self.hub_token is not None:
+            raise ValueError(
+                "`hub_token` would be written in plain text into `training_args.bin`. Set the environment variable "
+                "HF_TOKEN instead."
+            )
+        if isinstance(self.columns, str):
+            self.columns = self.columns.split()
+        check_columns(self.columns)
+        self.influence_layers = parse_influence_layers(self.influence_layers)  # type: ignore[assignment]
+
+
+def parse_influence_layers(value: str | list[str] | list[int] | None) -> str | list[int] | None:
+    """
+    Read `influence_layers` from Python or from the command line.
+
+    Returns:
+        `None`, `"last:k"` or `"first:k"`, or a list of layer indices.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    if value is None:
+        return None
+    items = [value] if isinstance(value, (str, int)) else list(value)
+    if len(items) == 1 and isinstance(items[0], str):
+        end, colon, count = items[0].partition(":")
+        if colon and end in ("last", "first") and count.isdigit() and int(count) > 0:
+            return items[0]
+    try:
+        layers = [int(item) for item in items]
+    except ValueError:
+        layers = []
+    if not layers or len(set(layers)) != len(layers):
+        raise ValueError(
+            f"`influence_layers={value!r}` names no layers. Use `last:8`, `first:8` or different layer indices such as "
+            "`0 5 11`."
+        )
+    return layers

@@ -1,0 +1,178 @@
+"""Rows from wherever a user has them: Hub ids, saved datasets, folders and files; and rows that sets share."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+
+# File suffix -> builder of `datasets.load_dataset`.
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+# Columns whose content decides what is trained on; `tools` and the like never make two rows different alone.
+CONTENT_COLUMNS = ("messages", "conversations", "prompt", "completion", "text", "input_ids", "labels")
+NAMED_SOURCE = re.compile(r"([A-Za-z]\w*)=(.+)", re.DOTALL)
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+# A colon that is not inside the brackets of a slice such as `train[:10%]`.
+COLON = re.compile(r":(?![^\[]*\])")
+
+
+def load_rows(source: str, what: str = "dataset") -> Dataset:
+    """
+    Load rows from the Hub or from disk.
+
+    Args:
+        source (`str`):
+            Hub id (`user/name`, `user/name:split`, `user/name:config:split`), a folder (of `save_to_disk`, or one that
+            `load_dataset` reads; `folder:split`), or a `.jsonl`, `.json`, `.parquet` or `.csv` file. A split may be
+            sliced: `user/name:train[:1000]`. Without a split: `train`, or the only one there is.
+        what (`str`, *optional*, defaults to `"dataset"`):
+            What the rows are for, named in errors.
+
+    Returns:
+        [`~datasets.Dataset`] with at least one row.
+
+    Raises:
+        FileNotFoundError: if a local path does not exist.
+        ValueError: if the source cannot be read, has no such split, or has no rows; the message says what was given.
+    """
+    path, split = _split_local(source)
+    try:
+        if path is not None:
+            dataset = _load_local(path, split)
+        else:
+            dataset = _load_from_hub(source, what)
+    except (FileNotFoundError, _SplitError) as error:
+        raise type(error)(f"The {what} `{source}` cannot be loaded: {error}") from error
+    except Exception as error:  # datasets raises many types, whose own text names neither the source nor a remedy
+        reason = error.__cause__ or error
+        raise ValueError(
+            f"The {what} `{source}` cannot be loaded ({type(reason).__name__}: {reason}). Give a Hub id with an "
+            "optional `:split`, a folder, or a .jsonl, .json, .parquet or .csv file."
+        ) from error
+    if len(dataset) == 0:
+        raise ValueError(f"The {what} `{source}` has no rows. Check the file or the split's name.")
+    return dataset
+
+
+class _SplitError(ValueError):
+    pass
+
+
+def _split_local(source: str) -> tuple[Path | None, str | None]:
+    """The local path and split that a source names; no path for a Hub id."""
+    whole = Path(source).expanduser()
+    if whole.exists():
+        return whole, None
+    parts = COLON.split(source)
+    path = Path(parts[0]).expanduser()
+    if len(parts) == 2 and path.is_dir():
+        return path, parts[1]
+    if path.suffix in FILE_FORMATS or source[:1] in "./~" or not HUB_ID.fullmatch(parts[0]):
+        raise FileNotFoundError(f"`{source}` is neither a file or folder, seen from {Path.cwd()}, nor a Hub id.")
+    return None, None
+
+
+def _load_local(path: Path, split: str | None) -> Dataset:
+    if path.is_file():
+        if path.suffix not in FILE_FORMATS:
+            raise ValueError(f"files end in {', '.join(FILE_FORMATS)}, this one in `{path.suffix}`")
+        return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        loaded = load_from_disk(str(path))
+    else:
+        loaded = load_dataset(str(path))
+    if isinstance(loaded, DatasetDict):
+        return _take_split(loaded, split)
+    if split is not None:
+        raise _SplitError(f"it is a single dataset without splits. Leave out `:{split}`.")
+    return loaded
+
+
+def _take_split(splits: DatasetDict, split: str | None) -> Dataset:
+    name = split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
+    if name not in splits:
+        raise _SplitError(f"it has the splits {', '.join(map(str, splits))}, not `{name}`. Add `:split` with one of them.")
+    return splits[name]
+
+
+def _load_from_hub(source: str, what: str) -> Dataset:
+    name, *rest = COLON.split(source)
+    if len(rest) > 2:
+        raise ValueError("a Hub id takes at most `:config:split`")
+    config = rest[0] if len(rest) == 2 else None
+    if rest:
+        return load_dataset(name, config, split=rest[-1])
+    return _take_split(load_dataset(name, config), None)
+
+
+def parse_named_sources(sources: list[str], what: str = "validation") -> dict[str, str]:
+    """
+    Read `--validation V` or `--validation name=V name2=V2`.
+
+    Args:
+        sources (`list[str]`):
+            A single source, or several with names.
+        what (`str`, *optional*, defaults to `"validation"`):
+            Flag, named in errors.
+
+    Returns:
+        `dict[str, str]`: source by name; the name of a single source without one is `""`.
+
+    Raises:
+        ValueError: if several sources lack names, or a name is given twice.
+    """
+    named: dict[str, str] = {}
+    for source in sources:
+        match = None if Path(source).expanduser().exists() else NAMED_SOURCE.fullmatch(source)
+        name, value = (match.group(1), match.group(2)) if match else ("", source)
+        if not name and len(sources) > 1:
+            raise ValueError(
+                f"`--{what}` has {len(sources)} sources, but `{source}` has no name. Name each of them: "
+                f"`--{what} math=data/math.jsonl code=data/code.jsonl`."
+            )
+        if name in named:
+            raise ValueError(f"`--{what}` has the name `{name}` twice. Give each source a name of its own.")
+        named[name] = value
+    return named
+
+
+def hash_rows(dataset: Dataset) -> list[str]:
+    """
+    Hash what each row trains on: its format columns, as [`columns.apply_columns`] returns them.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Rows in one of TRL's formats; other columns are not looked at.
+
+    Returns:
+        `list[str]`: 32 hexadecimal digits per row.
+    """
+    columns = [name for name in CONTENT_COLUMNS if name in dataset.column_names]
+    return [hash_value(row) for row in dataset.select_columns(columns).with_format(None)]
+
+
+def hash_value(value: Any) -> str:
+    """Hash of a value that JSON can hold, 32 hexadecimal digits; the order of keys does not matter."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
+
+
+def find_shared_rows(hashes: list[str], others: Iterable[str]) -> np.ndarray:
+    """
+    Find the rows that also occur in other sets.
+
+    Args:
+        hashes (`list[str]`):
+            From [`hash_rows`], the rows to look at.
+        others (`Iterable[str]`):
+            From [`hash_rows`], the rows of the other sets.
+
+    Returns:
+        `numpy.ndarray` of shape `[rows]`, bool.
+    """
+    known = set(others)
+    return np.fromiter((value in known for value in hashes), dtype=bool, count=len(hashes))

@@ -1,0 +1,88 @@
+"""Confidence intervals over seeds and of differences between arms; numpy and scipy only."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtrit
+
+
+def compute_confidence_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> dict[str, Any]:
+    r"""
+    Student-t confidence interval of the mean of independent values, such as one loss per seed.
+
+    Args:
+        values (`Sequence[float]` or `np.ndarray` of shape `[n]`):
+            Finite values, at least one.
+        level (`float`, *optional*, defaults to `0.95`):
+            Confidence level in (0, 1).
+
+    Returns:
+        `dict`: `mean`, `half_width`, `low`, `high` (floats), `n` (`int`) and `level`. With a single value
+        `half_width`, `low` and `high` are `None`: one value says nothing about its own spread.
+
+    Raises:
+        `ValueError`: no values, a value that is not finite, or a level outside (0, 1).
+    """
+    array = _check_values(values, level)
+    mean, n = float(array.mean()), len(array)
+    if n < 2:
+        return {"mean": mean, "half_width": None, "low": None, "high": None, "n": n, "level": level}
+    return _interval(mean, float(array.std(ddof=1)) / math.sqrt(n), n - 1, level) | {"n": n, "level": level}
+
+
+def compare_arms(first: Mapping[int, float], second: Mapping[int, float], level: float = 0.95) -> dict[str, Any]:
+    r"""
+    Difference `first - second` of the mean losses of two arms, with its t-interval.
+
+    Args:
+        first (`Mapping[int, float]`):
+            Loss by seed of one arm.
+        second (`Mapping[int, float]`):
+            Loss by seed of the other arm. With the same seeds the differences are taken seed by seed (paired t);
+            otherwise the arms are taken as independent samples of unequal variance (Welch).
+        level (`float`, *optional*, defaults to `0.95`):
+            Confidence level in (0, 1).
+
+    Returns:
+        `dict`: `mean` (the difference; below 0 = the first arm has the lower loss), `half_width`, `low`, `high`, `n`
+        (seeds of the smaller arm), `level` and `method` (`"paired t"` or `"Welch t"`). `half_width`, `low` and `high`
+        are `None` where no interval can be given: an arm has fewer than two seeds, or the loss is the same for all
+        seeds in both arms, so that the seeds say nothing about noise.
+
+    Raises:
+        `ValueError`: an arm without values, a loss that is not finite, or a level outside (0, 1).
+    """
+    a = _check_values(list(first.values()), level)
+    b = _check_values(list(second.values()), level)
+    paired = set(first) == set(second)
+    n = min(len(a), len(b))
+    difference = float(a.mean() - b.mean())
+    rest = {"n": n, "level": level, "method": "paired t" if paired else "Welch t"}
+    if n < 2 or (np.ptp(a) == 0 and np.ptp(b) == 0):
+        return {"mean": difference, "half_width": None, "low": None, "high": None} | rest
+    if paired:
+        differences = np.array([first[seed] - second[seed] for seed in first], dtype=np.float64)
+        return _interval(difference, float(differences.std(ddof=1)) / math.sqrt(n), n - 1, level) | rest
+    square_a, square_b = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
+    freedom = (square_a + square_b) ** 2 / (square_a**2 / (len(a) - 1) + square_b**2 / (len(b) - 1))
+    return _interval(difference, math.sqrt(square_a + square_b), float(freedom), level) | rest
+
+
+def _check_values(values: Sequence[float] | np.ndarray, level: float) -> np.ndarray:
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} is outside (0, 1). A 95 % interval is level=0.95.")
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or len(array) == 0:
+        raise ValueError(f"A confidence interval needs one value per seed, but got an array of shape {array.shape}.")
+    if not np.isfinite(array).all():
+        raise ValueError(
+            f"The values {array.tolist()} are not all finite: leave out the seeds that diverged, and say so."
+        )
+    return array
+
+
+def _interval(mean: float, standard_error: float, freedom: float, level: float) -> dict[str, Any]:
+    half_width = float(stdtrit(freedom, (1 + level) / 2)) * standard_error
+    return {"mean": mean, "half_width": half_width, "low": mean - half_width, "high": mean + half_width}

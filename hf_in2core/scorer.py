@@ -1,0 +1,472 @@
+"""[`InfluenceScorer`]: a fitted influence function as a callable for `Dataset.map`; saved, loaded, pushed."""
+
+import json
+import logging
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .batches import read_token_rows
+from .gradients import Blocks, GradientRecorder, find_blocks
+from .passes import Passes, score_token_rows
+from .preparation import Preparation, hash_template, hash_tokenizer, prepare_batch
+from .state import hash_base_weights, hash_json, hash_tensors, write_tensors
+
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+CONFIG_FILE, DIRECTIONS_FILE, ADAPTER_FOLDER, TOKENIZER_FOLDER = "config.json", "scorer.safetensors", "adapter", "tokenizer"
+AUTOCAST_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# `datasets` hashes and pickles the callables it maps. A scorer pickles as its identity and is found here again, so that
+# no weights are copied and every process gets the same hash.
+_live_scorers: "weakref.WeakSet[InfluenceScorer]" = weakref.WeakSet()
+
+
+@dataclass
+class ScorerConfig:
+    """
+    Everything but tensors that a scorer consists of; `config.json` in its folder.
+
+    Attributes:
+        estimator, loss_reduction, damping_scale, influence_layers:
+            As in [`InfluenceConfig`].
+        validation_sets (`dict[str, int]`):
+            Rows of each validation set, by name (`"validation"` for a single one), in the order of `u`'s first axis.
+        num_fit_examples (`int`):
+            Training rows that the fit pass saw; 0 for estimators without one.
+        damping (`dict[str, float]`):
+            Damping of each block.
+        inner_damping_error (`float`):
+            Bound on the relative error of `u` from the pilot's damping.
+        preparation (`dict`):
+            How raw rows become tokens, see [`preparation.Preparation`].
+        autocast (`str`):
+            `"no"`, `"bf16"` or `"fp16"`: mixed precision of the forward.
+        tokens_per_batch (`int`):
+            Token budget of a batch.
+        base_model, base_model_revision, base_model_dtype (`str`):
+            Identity of the base model; an empty id if it was built in memory.
+        base_model_hash, adapter_hash, tokenizer_hash, template_hash (`str`):
+            What loading verifies.
+        pool_hash (`str`):
+            Hash of the pool that `u` was fitted on.
+        libraries (`dict[str, str]`):
+            Versions it was made with.
+        format_version (`int`):
+            Version of this file's layout.
+    """
+
+    estimator: str
+    loss_reduction: str
+    damping_scale: float
+    influence_layers: str | list[int] | None
+    validation_sets: dict[str, int]
+    num_fit_examples: int
+    damping: dict[str, float]
+    inner_damping_error: float
+    preparation: dict[str, Any]
+    autocast: str
+    tokens_per_batch: int
+    base_model: str
+    base_model_revision: str | None
+    base_model_dtype: str
+    base_model_hash: str
+    adapter_hash: str
+    tokenizer_hash: str
+    template_hash: str
+    pool_hash: str
+    libraries: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+class InfluenceScorer:
+    """
+    A fitted influence function: a stateless function of a row, for `Dataset.map` and `IterableDataset.map`.
+
+    The influence of a row is `- sum_b u_b . g_b`: minus the dot product of the preconditioned validation gradient with
+    the gradient of the row's loss (DataInf, arXiv 2310.00902). **Negative = proponent** (training on the row lowers the
+    validation loss), positive = opponent.
+
+    Example:
+
+    ```python
+    scorer = InfluenceScorer.from_pretrained("user/alpaca-in2core-scorer")
+    scored = load_dataset("my/rows", split="train").map(scorer, batched=True)
+    ```
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            Reference model with its trained adapter.
+        preparation ([`Preparation`]):
+            How raw rows become tokens.
+        directions (`dict[str, torch.Tensor]`):
+            `u` (for DataInf) or `v`, float32 or float64 of shape `[Q, out, in]` per block, `Q` validation sets.
+        config ([`ScorerConfig`]):
+            Provenance and settings.
+    """
+
+    def __init__(
+        self, model: PeftModel, preparation: Preparation, directions: dict[str, Tensor], config: ScorerConfig
+    ) -> None:
+        self.model = model
+        self.preparation = preparation
+        self.directions = directions
+        self.config = config
+        identity = {name: value for name, value in vars(config).items() if name != "tokens_per_batch"}
+        self.fingerprint = hash_json([identity, hash_tensors(directions)])
+        _live_scorers.add(self)
+
+    def __repr__(self) -> str:
+        sets = ", ".join(f"{name} ({rows} rows)" for name, rows in self.config.validation_sets.items())
+        base = self.config.base_model or "a model in memory"
+        return (
+            f"InfluenceScorer({self.config.estimator}, reference {base}, validation {sets}, fitted on "
+            f"{self.config.num_fit_examples} rows; negative = proponent)"
+        )
+
+    @property
+    def blocks(self) -> Blocks:
+        """The blocks that count, bound to the model."""
+        with trainable_adapter(self.model, set(self.directions)):
+            found = find_blocks(self.model, self.model.active_adapter)
+        return {name: found[name] for name in self.directions}
+
+    def make_passes(self) -> Passes:
+        """A pass over data with this scorer's settings, in this process alone."""
+        return Passes(
+            model=self.model,
+            blocks=self.blocks,
+            loss_reduction=self.config.loss_reduction,
+            tokens_per_batch=self.config.tokens_per_batch,
+            autocast=AUTOCAST_DTYPES[self.config.autocast],
+            show_progress=False,
+        )
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        """
+        Score a batch of raw rows; pass the scorer itself to `dataset.map(scorer, batched=True)`.
+
+        Args:
+            batch (`dict[str, list]`):
+                Columns of raw rows, in the form the pool had.
+
+        Returns:
+            `dict[str, list]`: `influence` (float; NaN where a row carries no loss; negative = proponent),
+            `influence_<name>` for each of several named validation sets (`influence` is then their mean), and
+            `num_loss_tokens` (int).
+
+        Raises:
+            ValueError: if the rows' columns do not fit the scorer's preparation, already carry the columns to be
+                added, or the map is not batched.
+        """
+        if not all(isinstance(values, list) for values in batch.values()):
+            raise ValueError(
+                "The scorer got a single row. Score in batches: `dataset.map(scorer, batched=True)`, without a "
+                "`with_format` on the dataset."
+            )
+        clashes = [name for name in self.column_names if name in batch]
+        if clashes:
+            raise ValueError(
+                f"The rows already have the column(s) {', '.join(clashes)}. Remove or rename them first: "
+                f"`dataset.remove_columns({clashes})`."
+            )
+        num_rows = len(next(iter(batch.values())))
+        prepared = prepare_batch(batch, self.preparation)
+        influence = np.full((num_rows, len(self.config.validation_sets)), np.nan)
+        num_loss_tokens = np.zeros(num_rows, dtype=np.int64)
+        if len(prepared):
+            token_rows = read_token_rows(prepared)
+            passes = self.make_passes()
+            with GradientRecorder(self.model, passes.blocks, passes.autocast) as recorder:
+                influence[token_rows.row] = score_token_rows(
+                    passes, recorder, token_rows, self.directions, self.config.estimator == "gradient_cosine"
+                )
+            num_loss_tokens[token_rows.row] = token_rows.num_loss_tokens
+        return {name: column.tolist() for name, column in self.make_columns(influence, num_loss_tokens).items()}
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the columns that scoring adds."""
+        sets = list(self.config.validation_sets)
+        return ["influence", *([f"influence_{name}" for name in sets] if self.has_named_sets else []), "num_loss_tokens"]
+
+    @property
+    def has_named_sets(self) -> bool:
+        """Whether each validation set gets a column of its own."""
+        return list(self.config.validation_sets) != ["validation"]
+
+    def make_columns(self, influence: np.ndarray, num_loss_tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """
+        Name the columns of a scored dataset.
+
+        Args:
+            influence (`numpy.ndarray` of shape `[n, Q]`, float64):
+                Influence on each validation set; NaN where a row carries no loss.
+            num_loss_tokens (`numpy.ndarray` of shape `[n]`, int64):
+                Labelled tokens.
+
+        Returns:
+            `dict[str, numpy.ndarray]`
+        """
+        columns = {"influence": influence.mean(axis=1)}
+        if self.has_named_sets:
+            columns |= {f"influence_{name}": influence[:, q] for q, name in enumerate(self.config.validation_sets)}
+        return {**columns, "num_loss_tokens": num_loss_tokens}
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return _find_live_scorer, (self.fingerprint,)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """
+        Write the scorer's folder: adapter, directions, tokenizer with its template, and every setting.
+
+        Args:
+            folder (`str` or `os.PathLike`):
+                Where to write; made if it does not exist.
+        """
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        if not self.config.base_model:
+            logger.warning(
+                "The base model was built in memory and has no id, so the scorer is saved without one. Loading it "
+                "needs `InfluenceScorer.from_pretrained(folder, model=..., processing_class=...)`."
+            )
+        self.model.save_pretrained(path / ADAPTER_FOLDER, selected_adapters=[self.model.active_adapter])
+        self.preparation.processing_class.save_pretrained(path / TOKENIZER_FOLDER)
+        write_tensors(path / DIRECTIONS_FILE, self.directions, {"format": "pt", "fingerprint": self.fingerprint})
+        text = json.dumps(vars(self.config), indent=2, sort_keys=True, ensure_ascii=False)
+        temporary = path / f".{CONFIG_FILE}.tmp"
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(path / CONFIG_FILE)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        revision: str | None = None,
+        model: PreTrainedModel | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        token: str | None = None,
+    ) -> "InfluenceScorer":
+        """
+        Load a scorer from a folder or from the Hub, and check that everything is what it was fitted with.
+
+        Args:
+            name_or_path (`str` or `os.PathLike`):
+                Folder of [`save_pretrained`] or Hub model id.
+            revision (`str`, *optional*):
+                Branch, tag or commit on the Hub.
+            model ([`~transformers.PreTrainedModel`], *optional*):
+                Base model without adapter; loaded from its id by default. The adapter is put into it.
+            processing_class (`transformers.PreTrainedTokenizerBase`, *optional*):
+                Tokenizer; the saved one by default.
+            token (`str`, *optional*):
+                Hub token; the one of the environment by default.
+
+        Returns:
+            [`InfluenceScorer`]
+
+        Raises:
+            FileNotFoundError: if the folder is no scorer's.
+            ValueError: if the file is from a newer version or has unknown keys, or if the base model, adapter,
+                tokenizer, template or directions are not those it was fitted with (the message says which).
+        """
+        path = Path(name_or_path)
+        if not path.is_dir():
+            path = Path(snapshot_download(str(name_or_path), revision=revision, token=token))
+        config = read_scorer_config(path)
+        if model is None:
+            if not config.base_model:
+                raise ValueError(
+                    f"The scorer in {name_or_path} was fitted with a base model in memory. Pass it: "
+                    "`InfluenceScorer.from_pretrained(..., model=model, processing_class=tokenizer)`."
+                )
+            model = AutoModelForCausalLM.from_pretrained(
+                config.base_model, revision=config.base_model_revision, dtype=getattr(torch, config.base_model_dtype)
+            ).to(PartialState().device)
+        if isinstance(model, PeftModel):
+            raise ValueError(
+                "`model` already carries an adapter; the scorer brings its own. Pass the base model without one "
+                "(`peft_model.unload()`)."
+            )
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(path / TOKENIZER_FOLDER)
+        peft_model = PeftModel.from_pretrained(model, str(path / ADAPTER_FOLDER))
+        preparation = Preparation(processing_class=tokenizer, **config.preparation)
+        directions = read_directions(path / DIRECTIONS_FILE)
+        with trainable_adapter(peft_model, set(directions)):
+            blocks = find_blocks(peft_model, peft_model.active_adapter)
+        check_directions(directions, blocks)
+        found = {
+            "base model": (hash_base(peft_model), config.base_model_hash),
+            "adapter": (hash_adapter(peft_model), config.adapter_hash),
+            "tokenizer": (hash_tokenizer(tokenizer), config.tokenizer_hash),
+            "chat template": (hash_template(preparation), config.template_hash),
+        }
+        different = [name for name, (actual, expected) in found.items() if actual != expected]
+        if different:
+            raise ValueError(
+                f"The scorer in {name_or_path} was fitted with another {' and another '.join(different)} than the one "
+                f"loaded (base model {config.base_model or 'in memory'}, revision {config.base_model_revision}): its "
+                "scores would mean nothing. Load the same one, or fit a scorer for this one."
+            )
+        device = next(iter(blocks.values())).tensor.device
+        return cls(peft_model, preparation, {name: u.to(device) for name, u in directions.items()}, config)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, revision: str | None = None, token: str | None = None
+    ) -> str:
+        """
+        Push the scorer's folder to a Hub model repository in one commit.
+
+        Args:
+            repo_id (`str`):
+                `user/name`.
+            private (`bool`, *optional*):
+                Visibility of a new repository.
+            revision (`str`, *optional*):
+                Branch to push to.
+            token (`str`, *optional*):
+                Hub token; the one of the environment by default.
+
+        Returns:
+            `str`: the URL of the commit.
+        """
+        import tempfile
+
+        from .hub import upload_folder_in_one_commit
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload_folder_in_one_commit(
+                folder, repo_id, repo_type="model", private=private, revision=revision, token=token
+            )
+
+
+def _find_live_scorer(fingerprint: str) -> InfluenceScorer:
+    """Find the scorer that a pickle stands for, in the process that made it or one forked from it."""
+    for scorer in list(_live_scorers):
+        if scorer.fingerprint == fingerprint:
+            return scorer
+    raise RuntimeError(
+        f"The scorer {fingerprint} does not live in this process: a scorer is not sent to other processes. Map without "
+        "`num_proc`; for several processes use `accelerate launch`, each mapping its own shard."
+    )
+
+
+@contextmanager
+def trainable_adapter(model: nn.Module, names: set[str]) -> Iterator[None]:
+    """Make the named adapter tensors trainable, as [`find_blocks`] expects; put back as they were."""
+    adapter = getattr(model, "active_adapter", None)
+    changed = []
+    for name, parameter in model.named_parameters():
+        stripped = name if adapter is None else name.replace(f".{adapter}.", ".")
+        wanted = stripped in names
+        if parameter.requires_grad != wanted:
+            parameter.requires_grad_(wanted)
+            changed.append(parameter)
+    try:
+        yield
+    finally:
+        for parameter in changed:
+            parameter.requires_grad_(not parameter.requires_grad)
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """Tensors of the active adapter by name (without the adapter's own name)."""
+    adapter = model.active_adapter
+    return {
+        name.replace(f".{adapter}.", "."): tensor
+        for name, tensor in model.named_parameters()
+        if f".{adapter}." in name
+    }
+
+
+def hash_adapter(model: PeftModel) -> str:
+    """Hash of every tensor of the active adapter."""
+    return hash_tensors(adapter_tensors(model))
+
+
+def hash_base(model: PeftModel) -> str:
+    """Hash of the frozen weights under the adapter."""
+    return hash_base_weights(model, {id(tensor) for tensor in adapter_tensors(model).values()})
+
+
+def read_scorer_config(path: Path) -> ScorerConfig:
+    """
+    Read and check `config.json` of a scorer's folder.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is not a scorer's, has unknown or missing keys, or is of a newer version.
+    """
+    file = path / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} holds no scorer: {CONFIG_FILE} is missing. Give a folder of `save_pretrained`.")
+    values = json.loads(file.read_text(encoding="utf-8"))
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if not isinstance(version, int):
+        raise ValueError(f"{file} is not a scorer's: it has no `format_version`. Give a folder of `save_pretrained`.")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format version {version}, but this hf_in2core reads up to {FORMAT_VERSION}. Upgrade: "
+            "`pip install -U hf-in2core`."
+        )
+    fields = ScorerConfig.__dataclass_fields__
+    unknown, missing = sorted(set(values) - set(fields)), sorted(set(fields) - set(values))
+    if unknown or missing:
+        raise ValueError(
+            f"{file} has unknown keys {unknown} and lacks {missing}, so it is not a scorer of format version "
+            f"{version}. Save it again with `save_pretrained`."
+        )
+    return ScorerConfig(**values)
+
+
+def read_directions(path: Path) -> dict[str, Tensor]:
+    """
+    Read the directions of a scorer.
+
+    Raises:
+        ValueError: if a tensor is not float32 or float64, or not finite.
+    """
+    directions = load_file(path)
+    for name, tensor in directions.items():
+        if tensor.dtype not in (torch.float32, torch.float64) or not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{path}: `{name}` ({tensor.dtype}) is not a finite float32 or float64 tensor. The file is damaged or "
+                "not a scorer's; download it again."
+            )
+    return directions
+
+
+def check_directions(directions: dict[str, Tensor], blocks: Blocks) -> None:
+    """
+    Check that every direction has a block of its shape.
+
+    Raises:
+        ValueError: if a block is missing or a shape differs, naming both.
+    """
+    for name, tensor in directions.items():
+        if name not in blocks:
+            raise ValueError(f"The scorer has a direction for `{name}`, which the model does not have. Load its own model.")
+        block = blocks[name].tensor
+        shape = tuple(block.shape) if block.dim() == 2 else (block.numel(), 1)
+        if tuple(tensor.shape[1:]) != shape:
+            raise ValueError(
+                f"The scorer's direction for `{name}` has shape {tuple(tensor.shape[1:])}, the model's tensor "
+                f"{shape}. Load the adapter the scorer was fitted with."
+            )

@@ -1,0 +1,129 @@
+"""What a run has computed so far, on disk: written whole or not at all, and never mistaken for another run's."""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from datasets import Dataset
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .batches import read_token_rows
+
+
+logger = logging.getLogger(__name__)
+
+
+def hash_json(value: Any) -> str:
+    """Hash of a JSON-serialisable value, 32 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def hash_prepared(prepared: Dataset) -> str:
+    """Hash of the rows, tokens and labels of a prepared dataset, whatever files they come from."""
+    digest = xxhash.xxh3_128()
+    for start in range(0, len(prepared), 10_000):
+        rows = read_token_rows(prepared, start, min(start + 10_000, len(prepared)))
+        for array in (rows.row, rows.lengths, rows.input_ids, rows.labels):
+            digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+def hash_tensors(tensors: dict[str, Tensor]) -> str:
+    """Hash of named tensors, every byte of them."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def hash_base_weights(model: nn.Module, adapter_names: set[int]) -> str:
+    """
+    Hash of the frozen weights of a model: shapes of all tensors and up to 1,024 evenly spaced values of each.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model with its adapter.
+        adapter_names (`set[int]`):
+            `id` of every adapter tensor, left out.
+
+    Returns:
+        `str`: independent of the names that PEFT gives to wrapped modules.
+    """
+    digest = hashlib.sha256()
+    for tensor in model.parameters():
+        if id(tensor) in adapter_names:
+            continue
+        flat = tensor.detach().flatten()
+        step = max(len(flat) // 1024, 1)
+        sample = flat[::step][:1024].cpu()
+        sample = sample if sample.dtype == torch.uint8 else sample.double()
+        digest.update(str(tuple(tensor.shape)).encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file under a temporary name, then rename it: a reader sees all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata=metadata)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_tensors(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """
+    Read a file of [`write_tensors`] if it belongs to this run.
+
+    Args:
+        path (`pathlib.Path`):
+            The file.
+        fingerprint (`str`):
+            Fingerprint that its metadata must carry.
+
+    Returns:
+        `tuple[dict[str, torch.Tensor], dict[str, str]]` or `None`: tensors and metadata; `None`, with a warning that
+        names the file, where it is damaged or belongs to another run, and silently where it does not exist.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        logger.warning("%s is damaged (%s) and is not used; its part is computed again.", path, error)
+        return None
+    if metadata.get("fingerprint") != fingerprint:
+        logger.warning(
+            "%s belongs to another run (fingerprint %s, expected %s) and is not used; its part is computed again.",
+            path,
+            metadata.get("fingerprint"),
+            fingerprint,
+        )
+        return None
+    return tensors, metadata
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files that a killed run left in a folder."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)

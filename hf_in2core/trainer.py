@@ -1,0 +1,519 @@
+"""[`InfluenceTrainer`]: SFT of the reference model, then the influence of its training rows on validation sets."""
+
+import hashlib
+import json
+import logging
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset, Value
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTTrainer
+from trl.trainer.utils import get_config_model_id
+
+from . import __version__, batches, datainf, gradients, passes
+from .batches import read_token_rows
+from .columns import apply_columns
+from .config import InfluenceConfig
+from .gradients import Blocks, find_blocks, select_blocks
+from .passes import FitResult, Passes, run_fit_pass, run_score_pass, run_validation_pass
+from .preparation import (
+    ROW_COLUMN,
+    Preparation,
+    add_row_column,
+    hash_template,
+    hash_tokenizer,
+    keep_token_columns,
+    prepare_mapped,
+)
+from .scorer import AUTOCAST_DTYPES, InfluenceScorer, ScorerConfig, hash_adapter, hash_base
+from .state import hash_json, hash_prepared, read_tensors, remove_leftovers, write_tensors
+from .verification import verify_gradients
+
+
+logger = logging.getLogger(__name__)
+
+LIBRARIES = ["torch", "transformers", "trl", "peft", "datasets", "accelerate"]
+
+
+class InfluenceTrainer(SFTTrainer):
+    """
+    Trainer that fine-tunes a reference model and computes the influence of each of its training rows.
+
+    Influence is DataInf's (arXiv 2310.00902), used as In2Core (arXiv 2408.03560) does: how the validation loss would
+    move if a row weighed more. **Negative = proponent** (the row lowers the validation loss), positive = opponent.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from hf_in2core import InfluenceConfig, InfluenceTrainer, select_coreset
+    from peft import LoraConfig
+
+    dataset = load_dataset("trl-lib/Capybara", split="train[:1%]").train_test_split(test_size=0.1)
+    trainer = InfluenceTrainer(
+        model="Qwen/Qwen3-0.6B",
+        args=InfluenceConfig(output_dir="ref"),
+        train_dataset=dataset["train"],
+        eval_dataset=dataset["test"],
+        peft_config=LoraConfig(),
+    )
+    trainer.train()
+    scored = trainer.score_influence()
+    coreset = select_coreset(scored, fraction=0.5)
+    ```
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Reference model. A [`~peft.PeftModel`] whose adapter is trained already (load it with
+            `is_trainable=True`) needs no `.train()`.
+        args ([`InfluenceConfig`], *optional*):
+            Configuration; the default one if `None`.
+        train_dataset ([`~datasets.Dataset`]):
+            Pool, raw rows in any of TRL's formats, or as `args.columns` says.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`):
+            Validation set, or several by name.
+        processing_class (`transformers.PreTrainedTokenizerBase`, *optional*):
+            Tokenizer; the model's own by default.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter to train. Required unless `model` is a [`~peft.PeftModel`].
+        kwargs:
+            Any other argument of [`~trl.SFTTrainer`] that does not change the loss.
+
+    Raises:
+        ValueError: before any long work, if the data is empty or fits no format, if there is no trainable adapter, or if
+            a setting would make the influence another thing than that of the SFT loss (the message names it).
+    """
+
+    _tag_names = ["trl", "sft", "in2core"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: InfluenceConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = InfluenceConfig(f"{name.split('/')[-1]}-influence")
+        _check_settings(args, kwargs)
+        validation = _check_datasets(train_dataset, eval_dataset)
+        if kwargs.get("peft_config") is None and not isinstance(model, PeftModel):
+            raise ValueError(
+                "There is no adapter: influence is taken through one (full fine-tuning is not supported). Pass "
+                "`peft_config=LoraConfig(...)`, or a `PeftModel` whose adapter is trained."
+            )
+        if processing_class is None:
+            processing_class = _load_tokenizer(model, args)
+        if not isinstance(processing_class, PreTrainedTokenizerBase):
+            raise ValueError(
+                f"`processing_class` is a {type(processing_class).__name__}: vision-language models are not supported. "
+                "Pass a text model with its tokenizer."
+            )
+        self.pool: Dataset = train_dataset  # type: ignore[assignment]
+        template = processing_class.chat_template
+        if args.chat_template_path is not None:
+            template = template or "set by chat_template_path"
+        with _chat_template(processing_class, template):
+            preparation = Preparation.from_args(args, processing_class, self.pool)
+            mapped = {
+                name: add_row_column(apply_columns(dataset, preparation.columns, processing_class))
+                for name, dataset in {"": self.pool, **validation}.items()
+            }
+        self._validation_names = list(validation)
+        args.dataset_text_field = "text"
+        mapped_validation = {name: mapped[name] for name in validation}
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=mapped[""],
+            eval_dataset=mapped_validation if isinstance(eval_dataset, dict) else mapped_validation["validation"],
+            processing_class=processing_class,
+            **kwargs,
+        )
+        if self.aux_loss_enabled:
+            raise ValueError(
+                "The model adds a load-balancing loss to the SFT loss, which influence leaves out. Set "
+                "`router_aux_loss_coef=0.0`."
+            )
+        if not isinstance(self.model, PeftModel):
+            raise ValueError("The model has no PEFT adapter. Pass `peft_config=LoraConfig(...)`.")
+        # Fails here, before any training, if a tensor cannot be accounted for.
+        self._all_blocks = find_blocks(self.model, self.model.active_adapter)
+        self.preparation = Preparation.from_args(args, self.processing_class, mapped[""])
+        self.preparation.columns = preparation.columns
+        self._prepare_influence_data(mapped)
+        self._scorer: InfluenceScorer | None = None
+        self._hashes: dict[str, str] | None = None
+
+    def _prepare_influence_data(self, mapped: dict[str, Dataset]) -> None:
+        """Take the prepared rows over from SFT, or prepare them unpacked where SFT packs them."""
+        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"validation": self.eval_dataset}
+        self._prepared: dict[str, Dataset] = {}
+        for name, dataset in {"": self.train_dataset, **evaluation}.items():
+            if ROW_COLUMN not in dataset.column_names:
+                dataset = prepare_mapped(mapped[name], self.preparation)
+            self._prepared[name] = keep_token_columns(dataset)
+            what = f"validation set `{name}`" if name else "pool"
+            if len(self._prepared[name]) == 0:
+                raise ValueError(
+                    f"No row of the {what} ({len(mapped[name])} rows) carries a loss token after preparation with "
+                    f"`max_length={self.args.max_length}`: the prompts may fill it, or the loss masks hide every "
+                    "token. Raise `max_length` or check the completions."
+                )
+            lost = len(mapped[name]) - len(self._prepared[name])
+            if lost and self.is_world_process_zero():
+                logger.warning(
+                    "%d of %d rows of the %s carry no loss token (cut at `max_length=%s`, or empty); their influence "
+                    "is null.",
+                    lost,
+                    len(mapped[name]),
+                    what,
+                    self.args.max_length,
+                )
+            self._warn_of_cut_rows(self._prepared[name], what)
+
+    def _warn_of_cut_rows(self, prepared: Dataset, what: str) -> None:
+        lengths = [
+            read_token_rows(prepared, start, min(start + 10_000, len(prepared))).lengths
+            for start in range(0, len(prepared), 10_000)
+        ]
+        cut = int((np.concatenate(lengths) == self.args.max_length).sum())
+        if cut and self.is_world_process_zero():
+            logger.warning(
+                "%d rows of the %s have the full `max_length=%d` tokens and were cut unless they are exactly that "
+                "long; their influence is that of the part kept, as in training.",
+                cut,
+                what,
+                self.args.max_length,
+            )
+
+    def _selected_blocks(self) -> Blocks:
+        num_layers = self.model.config.get_text_config().num_hidden_layers
+        found = find_blocks(self.model, self.model.active_adapter)
+        return select_blocks(found, self.args.influence_layers, num_layers)
+
+    def _autocast(self) -> str:
+        mixed = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "no"
+        return mixed if self.model.dtype == torch.float32 else "no"
+
+    def _identify(self, blocks: Blocks) -> dict[str, Any]:
+        """Everything that shapes u and the scores; their fingerprint is its hash."""
+        if self._hashes is None:
+            self._hashes = {name: hash_prepared(prepared) for name, prepared in self._prepared.items()}
+        source = b"".join(Path(module.__file__).read_bytes() for module in (batches, datainf, gradients, passes))
+        args = self.args
+        return {
+            "version": __version__,
+            "source": hashlib.sha256(source).hexdigest(),
+            "libraries": {library: version(library) for library in LIBRARIES},
+            "data": self._hashes,
+            "adapter": hash_adapter(self.model),
+            "base_model": hash_base(self.model),
+            "blocks": list(blocks),
+            "autocast": self._autocast(),
+            "estimator": args.estimator,
+            "loss_reduction": args.loss_reduction,
+            "damping_scale": args.damping_scale,
+            "fit_examples": args.fit_examples,
+            "seed": args.seed,
+        }
+
+    def _make_passes(self, blocks: Blocks, fingerprint: str) -> Passes:
+        folder = Path(self.args.output_dir) / "influence" / fingerprint
+        return Passes(
+            model=self.accelerator.unwrap_model(self.model),
+            blocks=blocks,
+            loss_reduction=self.args.loss_reduction,
+            tokens_per_batch=self.args.tokens_per_batch,
+            chunk_size=self.args.chunk_size,
+            autocast=AUTOCAST_DTYPES[self._autocast()],
+            accelerator=self.accelerator,
+            folder=folder,
+            fingerprint=fingerprint,
+            show_progress=not self.args.disable_tqdm and datasets.utils.is_progress_bar_enabled(),
+        )
+
+    def fit_influence(self) -> InfluenceScorer:
+        """
+        Fit the influence function: the mean validation gradients, preconditioned by DataInf over the pool.
+
+        State is kept under `output_dir/influence/<fingerprint>/`. The same call on the same data, adapter and settings
+        goes on where it stopped, and returns at once what it had fitted.
+
+        Returns:
+            [`InfluenceScorer`]: scores any row; negative = proponent.
+
+        Raises:
+            ValueError: if a loss or gradient is not finite (the rows are named), or if the gradients recorded for the
+                adapter differ from automatic differentiation on a first check.
+        """
+        blocks = self._selected_blocks()
+        identity = self._identify(blocks)
+        fingerprint = hash_json(identity)
+        if self._scorer is not None and self._fingerprint == fingerprint:
+            return self._scorer
+        job = self._make_passes(blocks, fingerprint)
+        assert job.folder is not None
+        if self.is_world_process_zero():
+            job.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(job.folder)
+            (job.folder / "identity.json").write_text(json.dumps(identity, indent=2), encoding="utf-8")
+        self.accelerator.wait_for_everyone()
+        result = self._load_fit(job)
+        if result is None:
+            verify_gradients(job, self._prepared[""])
+            result = self._fit(job)
+        self._warn_of_zero_blocks(result, blocks)
+        self._scorer = self._make_scorer(result, job)
+        self._fingerprint = fingerprint
+        return self._scorer
+
+    def _load_fit(self, job: Passes) -> FitResult | None:
+        stored = read_tensors(job.folder / "fitted.safetensors", job.fingerprint)  # type: ignore[operator]
+        if not job.everywhere(stored is not None):
+            return None
+        tensors, metadata = stored  # type: ignore[misc]
+        return FitResult(
+            ihvp={name: tensors[name].to(block.tensor.device) for name, block in job.blocks.items()},
+            damping=json.loads(metadata["damping"]),
+            num_examples=int(metadata["num_examples"]),
+            inner_damping_error=float(metadata["inner_damping_error"]),
+        )
+
+    def _fit(self, job: Passes) -> FitResult:
+        means = [
+            run_validation_pass(job, self._prepared[name], f"validation-{index}", f"Influence: validation {name}")
+            for index, name in enumerate(self._validation_names)
+        ]
+        v = {key: torch.stack([mean[key] for mean in means]) for key in job.blocks}
+        if self.args.estimator == "datainf":
+            pool = self._prepared[""]
+            result = run_fit_pass(job, pool, v, self.args.damping_scale, self.args.fit_examples, self.args.seed)
+        else:
+            result = FitResult(ihvp=v, damping={}, num_examples=0, inner_damping_error=0.0)
+        dtype = gradients.accumulation_dtype(next(iter(job.blocks.values())).tensor)
+        result.ihvp = {key: value.to(dtype) for key, value in result.ihvp.items()}
+        # Every process holds the same sums; on one file system the last rename wins with the same bytes.
+        if self.accelerator.is_local_main_process:
+            metadata = {
+                "fingerprint": job.fingerprint,
+                "damping": json.dumps(result.damping),
+                "num_examples": str(result.num_examples),
+                "inner_damping_error": repr(result.inner_damping_error),
+            }
+            write_tensors(job.folder / "fitted.safetensors", result.ihvp, metadata)  # type: ignore[operator]
+        self.accelerator.wait_for_everyone()
+        return result
+
+    def _warn_of_zero_blocks(self, result: FitResult, blocks: Blocks) -> None:
+        zero = [name for name, damping in result.damping.items() if damping == 0.0]
+        if not zero or not self.is_world_process_zero():
+            return
+        if len(zero) == len(blocks):
+            raise ValueError(
+                "Every per-example gradient of the adapter is zero, so no row has any influence. Check that the adapter "
+                "is active and that the rows carry loss."
+            )
+        untrained = all(not bool(block.tensor.any()) for name, block in blocks.items() if "lora_B" in name)
+        logger.warning(
+            "%d of %d blocks have zero gradients and count for nothing, first `%s`. %s",
+            len(zero),
+            len(blocks),
+            zero[0],
+            "The adapter is untrained (every lora_B is zero, so influence through lora_A is zero): call `.train()` "
+            "first, or load a trained adapter."
+            if untrained
+            else "Their inputs or outputs are always zero.",
+        )
+
+    def _make_scorer(self, result: FitResult, job: Passes) -> InfluenceScorer:
+        config = self.model.config
+        identity = self._identify(job.blocks)
+        return InfluenceScorer(
+            model=job.model,  # type: ignore[arg-type]
+            preparation=self.preparation,
+            directions=result.ihvp,
+            config=ScorerConfig(
+                estimator=self.args.estimator,
+                loss_reduction=self.args.loss_reduction,
+                damping_scale=self.args.damping_scale,
+                influence_layers=self.args.influence_layers,  # type: ignore[arg-type]
+                validation_sets={name: len(self._prepared[name]) for name in self._validation_names},
+                num_fit_examples=result.num_examples,
+                damping=result.damping,
+                inner_damping_error=result.inner_damping_error,
+                preparation=self.preparation.to_dict(),
+                autocast=self._autocast(),
+                tokens_per_batch=self.args.tokens_per_batch,
+                base_model=config._name_or_path or "",
+                base_model_revision=getattr(config, "_commit_hash", None),
+                base_model_dtype=str(self.model.dtype).removeprefix("torch."),
+                base_model_hash=identity["base_model"],
+                adapter_hash=identity["adapter"],
+                tokenizer_hash=hash_tokenizer(self.preparation.processing_class),
+                template_hash=hash_template(self.preparation),
+                pool_hash=self._hashes[""],  # type: ignore[index]
+                libraries={"hf_in2core": __version__, **identity["libraries"]},
+            ),
+        )
+
+    def score_influence(self, overwrite: bool = False) -> Dataset:
+        """
+        Score every row of the pool; fits first if needed.
+
+        Args:
+            overwrite (`bool`, *optional*, defaults to `False`):
+                Whether to replace columns of the pool that have the names of those to be added.
+
+        Returns:
+            [`~datasets.Dataset`]: the pool's own rows in their order, with `influence` (float64, negative = proponent;
+            null where a row carries no loss), `influence_<name>` for each of several named validation sets
+            (`influence` is then their mean), `influence_rank` (int64, 0 = strongest proponent; null likewise) and
+            `num_loss_tokens` (int64). The same on every process.
+
+        Raises:
+            ValueError: if the pool already has such a column and `overwrite` is not set.
+        """
+        names = ["influence", "influence_rank", "num_loss_tokens"]
+        if self._validation_names != ["validation"]:
+            names += [f"influence_{name}" for name in self._validation_names]
+        pool = self.pool
+        clashes = [name for name in names if name in pool.column_names]
+        if clashes and not overwrite:
+            raise ValueError(
+                f"The pool already has the column(s) {', '.join(clashes)}. Pass `overwrite=True` to replace them, or "
+                "rename them."
+            )
+        pool = pool.remove_columns(clashes)
+        scorer = self.fit_influence()
+        blocks = self._selected_blocks()
+        prepared = self._prepared[""]
+        job = self._make_passes(blocks, self._fingerprint)
+        scores = run_score_pass(job, prepared, scorer.directions, self.args.estimator == "gradient_cosine")
+        rows = prepared.with_format("numpy")["row"][:]
+        influence = np.full((len(pool), scores.shape[1]), np.nan)
+        influence[rows] = scores
+        num_loss_tokens = np.zeros(len(pool), dtype=np.int64)
+        for start in range(0, len(prepared), 10_000):
+            token_rows = read_token_rows(prepared, start, min(start + 10_000, len(prepared)))
+            num_loss_tokens[token_rows.row] = token_rows.num_loss_tokens
+        columns = scorer.make_columns(influence, num_loss_tokens)
+        return add_influence_columns(pool, columns)
+
+
+def add_influence_columns(dataset: Dataset, columns: dict[str, np.ndarray]) -> Dataset:
+    """
+    Add scored columns and the global rank to a dataset.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Raw rows.
+        columns (`dict[str, numpy.ndarray]`):
+            `influence` and others, `[n]`; NaN becomes null.
+
+    Returns:
+        [`~datasets.Dataset`]
+    """
+    influence = columns["influence"]
+    carries_loss = ~np.isnan(influence)
+    order = np.argsort(influence[carries_loss], kind="stable")
+    ranks = np.empty(len(order), dtype=np.int64)
+    ranks[order] = np.arange(len(order))
+    rank_column: list[int | None] = [None] * len(influence)
+    for row, rank in zip(np.flatnonzero(carries_loss), ranks, strict=True):
+        rank_column[row] = int(rank)
+    for name, column in columns.items():
+        if column.dtype == np.int64:
+            dataset = dataset.add_column(name, column, feature=Value("int64"))
+            continue
+        values = [None if np.isnan(value) else float(value) for value in column]
+        dataset = dataset.add_column(name, values, feature=Value("float64"))
+        if name == "influence":
+            dataset = dataset.add_column("influence_rank", rank_column, feature=Value("int64"))
+    return dataset
+
+
+def _check_settings(args: InfluenceConfig, kwargs: dict[str, Any]) -> None:
+    """Refuse, by name, what would make influence another thing than that of the SFT loss."""
+    if not isinstance(args, InfluenceConfig):
+        raise TypeError(f"`args` is a {type(args).__name__}. Pass an `InfluenceConfig`, which extends `SFTConfig`.")
+    refused = {
+        "loss_type": args.loss_type != "nll" and f"`loss_type={args.loss_type!r}`: only the negative log-likelihood",
+        "label_smoothing_factor": args.label_smoothing_factor > 0 and "`label_smoothing_factor`",
+        "compute_loss_func": kwargs.get("compute_loss_func") is not None and "`compute_loss_func`",
+        "data_collator": kwargs.get("data_collator") is not None and "`data_collator`",
+        "formatting_func": kwargs.get("formatting_func") is not None
+        and "`formatting_func` (apply it with `Dataset.map` first)",
+        "skip_prepare_dataset": bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
+        and "`skip_prepare_dataset`",
+        "deepspeed": args.deepspeed and "DeepSpeed (train with it if you like, then score the adapter without it)",
+        "fsdp": args.fsdp and "FSDP (train with it if you like, then score the adapter without it)",
+        "use_liger_kernel": args.use_liger_kernel and "`use_liger_kernel`",
+    }
+    for reason in refused.values():
+        if reason:
+            raise ValueError(
+                f"Influence cannot be computed with {reason}: the per-example gradients would not be those of the loss "
+                "that SFT minimises. Leave it out of the `InfluenceTrainer`."
+            )
+
+
+def _check_datasets(
+    train_dataset: Dataset | None, eval_dataset: Dataset | dict[str, Dataset] | None
+) -> dict[str, Dataset]:
+    """Check pool and validation sets; returns the validation sets by name."""
+    if not isinstance(train_dataset, Dataset):
+        raise ValueError(
+            f"`train_dataset` is a {type(train_dataset).__name__}: the pool must be a `datasets.Dataset` that can be "
+            "read twice. Fit on a `Dataset` sample, then score the stream with `stream.map(scorer, batched=True)`."
+        )
+    if eval_dataset is None:
+        raise ValueError(
+            "`eval_dataset` is missing: influence is taken on a validation set. Pass rows like those the model should "
+            "become good at, and keep them out of the pool."
+        )
+    validation = dict(eval_dataset) if isinstance(eval_dataset, dict) else {"validation": eval_dataset}
+    if not validation:
+        raise ValueError("`eval_dataset` is an empty dict. Pass at least one validation set.")
+    for name, dataset in {"pool": train_dataset, **validation}.items():
+        if not isinstance(dataset, Dataset):
+            raise ValueError(f"The validation set `{name}` is a {type(dataset).__name__}; pass a `datasets.Dataset`.")
+        if len(dataset) == 0:
+            raise ValueError(f"`{name}` is empty: it has no rows. Check its source or the split's name.")
+        if {"image", "images"} & set(dataset.column_names):
+            raise ValueError(f"`{name}` has images: vision models are not supported. Pass text rows.")
+    reserved = {"rank", "per_query", ""} & set(validation)
+    if reserved:
+        raise ValueError(f"A validation set is named {sorted(reserved)}, which is reserved. Give it another name.")
+    return validation
+
+
+def _load_tokenizer(model: str | PreTrainedModel | PeftModel, args: InfluenceConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that TRL would load."""
+    model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+    revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+    return AutoProcessor.from_pretrained(model_id, revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+class _chat_template:  # noqa: N801
+    """A stand-in chat template while formats are checked, before TRL has set the one of `chat_template_path`."""
+
+    def __init__(self, processing_class: PreTrainedTokenizerBase, template: Any) -> None:
+        self.processing_class, self.template = processing_class, template
+
+    def __enter__(self) -> None:
+        self.original = self.processing_class.chat_template
+        self.processing_class.chat_template = self.template
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.processing_class.chat_template = self.original

@@ -1,0 +1,85 @@
+"""A check, before the first pass, that the recorded gradients are those of automatic differentiation."""
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn import functional as F
+
+from .batches import collate, read_token_rows
+from .gradients import GradientRecorder, compute_per_example_gradients, frozen_eval_mode
+from .passes import Passes
+
+
+# Relative error accepted between two ways of computing the same gradient, by precision of the forward.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+
+
+def verify_gradients(passes: Passes, prepared: Dataset) -> None:
+    """
+    Compare the recorded per-example gradients of two rows with plain automatic differentiation, one row at a time.
+
+    Two short rows of different length run as one padded batch through the masked head and the recorded linears, and
+    each alone through the model as it is, with full logits. Whatever would break the recording silently (a module
+    called in another way, rows mixed within a batch, a head that scales its logits after the fact) shows here.
+
+    Args:
+        passes ([`Passes`]):
+            The pass to verify.
+        prepared (`datasets.Dataset`):
+            Prepared rows.
+
+    Raises:
+        ValueError: naming the block with the largest difference.
+    """
+    rows = read_token_rows(prepared, 0, min(len(prepared), 256))
+    order = np.argsort(rows.lengths, kind="stable")
+    chosen = np.unique([order[0], order[min(len(order) - 1, len(order) // 4)]])
+    batch = collate(rows, chosen)
+    recorded: dict[str, Tensor] = {}
+    with GradientRecorder(passes.model, passes.blocks, passes.autocast) as recorder:
+        dtype = recorder.accumulation_dtype
+
+        def reduce(name: str, x: Tensor, grad_output: Tensor) -> None:
+            recorded[name] = compute_per_example_gradients(x, grad_output, dtype)
+
+        recorder.run(batch, passes.loss_reduction, reduce)
+        device = recorder.device
+    for index, row in enumerate(chosen):
+        alone = collate(rows, np.array([row])).to(device)
+        expected = _differentiate(passes, alone.input_ids, alone.targets, alone.positions)
+        total_norm = torch.stack([gradient.norm().double().cpu() for gradient in expected.values()]).norm()
+        for name, gradient in expected.items():
+            difference = (recorded[name][index] - gradient.view_as(recorded[name][index])).norm()
+            tolerance = TOLERANCES[passes.autocast or _model_dtype(passes)]
+            # A block with hardly any gradient is all rounding, and adds as little to the influence.
+            if not float(difference) <= tolerance * max(float(gradient.norm()), 0.01 * float(total_norm)):
+                raise ValueError(
+                    f"The per-example gradient recorded for `{name}` differs from automatic differentiation by "
+                    f"{float(difference / gradient.norm()):.1e} of its norm (row {rows.row[row]}; at most {tolerance} "
+                    "is accepted): this model or adapter uses the module in a way that cannot be recorded. Leave it "
+                    "out of `target_modules`."
+                )
+
+
+def _model_dtype(passes: Passes) -> torch.dtype:
+    return next(passes.model.parameters()).dtype if passes.model.dtype is None else passes.model.dtype  # type: ignore[return-value]
+
+
+def _differentiate(passes: Passes, input_ids: Tensor, targets: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    """Gradient of the loss of one unpadded row for every block, by the model's own forward with full logits."""
+    tensors = {name: block.tensor for name, block in passes.blocks.items()}
+    with frozen_eval_mode(passes.model), torch.enable_grad():
+        for tensor in tensors.values():
+            tensor.requires_grad_(True)
+        try:
+            with torch.autocast(input_ids.device.type, dtype=passes.autocast, enabled=passes.autocast is not None):
+                logits = passes.model(input_ids=input_ids, use_cache=False).logits
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            losses = F.cross_entropy(logits[0, positions.to(logits.device)], targets.to(logits.device), reduction="none")
+            loss = losses.mean() if passes.loss_reduction == "mean" else losses.sum()
+            found = torch.autograd.grad(loss, list(tensors.values()))
+        finally:
+            for tensor in tensors.values():
+                tensor.requires_grad_(False)
+    return dict(zip(tensors, found, strict=True))

@@ -1,0 +1,428 @@
+"""Make the quickstart's model and data, offline and from a seed.
+
+    python recipes/quickstart/generate.py --output_dir runs/quickstart/inputs
+
+`output_dir` then holds `pool.jsonl`, `pool_uniform.jsonl`, `validation.jsonl`, `test.jsonl`, `model/` (a small Llama
+with its tokenizer, pretrained here) and `manifest.json`. Running it again with the same settings returns at once.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+
+# Part of the settings hash: raise it with any change that makes other rows or another model from the same settings.
+GENERATOR_VERSION = 1
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+TASKS_OF_INTEREST = ("addition", "sorting", "dates")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is generated. Two generations with equal settings hold the same rows."""
+
+    seed: int = 0
+    pool_rows: int = 1600
+    uniform_rows: int = 800
+    validation_rows: int = 64
+    test_rows: int = 300
+    wrong_fraction: float = 0.1
+    vocab_size: int = 512
+    hidden_size: int = 96
+    num_layers: int = 4
+    pretrain_steps: int = 600
+    pretrain_batch_size: int = 32
+    pretrain_learning_rate: float = 3e-3
+    pretrain_noise_fraction: float = 0.25
+
+
+# --- the tasks: each function draws one task's content and its answer, TEMPLATES phrase the instruction ---
+
+WORDS = (
+    "apple bread chair cloud table river stone light house garden window paper music horse tiger rabbit monkey bird "
+    "fish lemon grape sugar salt water fire wind storm summer winter autumn spring forest island ocean desert valley "
+    "mountain bridge street market school doctor farmer sailor singer painter baker hammer needle ladder bottle basket "
+    "candle mirror pillow blanket jacket button ribbon silver copper iron glass cotton velvet orange purple yellow green "
+    "circle square corner middle letter number story dream voice smile finger shoulder planet rocket engine signal"
+).split()
+OPPOSITES = (
+    "hot cold, big small, up down, early late, open closed, fast slow, light dark, happy sad, full empty, hard soft, "
+    "high low, long short, new old, rich poor, strong weak, wet dry, young aged, loud quiet, near far, clean dirty, "
+    "thick thin, deep shallow, sweet bitter, brave afraid, smooth rough, first last, left right, inside outside, "
+    "always never, true false, win lose, buy sell, push pull, give take, start stop, laugh cry, rise fall, love hate"
+)
+MONTHS = "January February March April May June July August September October November December".split()
+ANTONYM = {a: b for pair in OPPOSITES.split(", ") for a, b in [pair.split(), pair.split()[::-1]]}
+
+
+def make_addition(rng: random.Random) -> tuple[str, str]:
+    content = " + ".join(str(rng.randint(1, 99)) for _ in range(rng.randint(2, 4)))
+    return content, f"{content} = {sum(int(number) for number in content.split(' + '))}"
+
+
+def make_subtraction(rng: random.Random) -> tuple[str, str]:
+    small, large = sorted(rng.randint(1, 199) for _ in range(2))
+    return f"{large} - {small}", f"{large} - {small} = {large - small}"
+
+
+def make_reversal(rng: random.Random) -> tuple[str, str]:
+    words = rng.sample(WORDS, rng.randint(1, 3))
+    return " ".join(words), " ".join(word[::-1] for word in words)
+
+
+def make_sorting(rng: random.Random) -> tuple[str, str]:
+    numbers = rng.sample(range(100), rng.randint(3, 8))
+    return " ".join(map(str, numbers)), " ".join(map(str, sorted(numbers)))
+
+
+def make_counting(rng: random.Random) -> tuple[str, str]:
+    words = rng.sample(WORDS, rng.randint(2, 9))
+    return ", ".join(words), str(len(words))
+
+
+def make_opposites(rng: random.Random) -> tuple[str, str]:
+    words = rng.sample(sorted(ANTONYM), rng.randint(1, 5))
+    return ", ".join(words), ", ".join(ANTONYM[word] for word in words)
+
+
+def make_copying(rng: random.Random) -> tuple[str, str]:
+    text = " ".join(rng.choices(WORDS, k=rng.randint(2, 7)))
+    return text, text
+
+
+def make_capitals(rng: random.Random) -> tuple[str, str]:
+    text = " ".join(rng.sample(WORDS, rng.randint(1, 4)))
+    return text, text.upper()
+
+
+def make_patterns(rng: random.Random) -> tuple[str, str]:
+    start, step, shown = rng.randint(1, 60), rng.choice([-3, -2, -1, *range(1, 16)]), rng.randint(3, 6)
+    series = [start + step * k for k in range(shown + 3)]
+    return " ".join(map(str, series[:shown])), " ".join(map(str, series[shown:]))
+
+
+def make_dates(rng: random.Random) -> tuple[str, str]:
+    dates = [(rng.randint(1950, 2049), rng.randint(1, 12), rng.randint(1, 28)) for _ in range(rng.randint(1, 3))]
+    numeric = ", ".join(f"{year}-{month:02d}-{day:02d}" for year, month, day in dates)
+    return numeric, "; ".join(f"{day} {MONTHS[month - 1]} {year}" for year, month, day in dates)
+
+
+TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
+    "addition": make_addition,
+    "subtraction": make_subtraction,
+    "reversal": make_reversal,
+    "sorting": make_sorting,
+    "counting": make_counting,
+    "opposites": make_opposites,
+    "copying": make_copying,
+    "capitals": make_capitals,
+    "patterns": make_patterns,
+    "dates": make_dates,
+}
+TEMPLATES = {
+    "addition": ("What is {}?", "Add these numbers: {}", "Work out {} and show the sum."),
+    "subtraction": ("What is {}?", "Take the second number from the first: {}", "Work out {} and show the result."),
+    "reversal": ("Write each word backwards: {}", "Spell this from right to left, word by word: {}", "Reverse: {}"),
+    "sorting": ("Sort from small to large: {}", "Put these numbers in rising order: {}", "Order the numbers {}"),
+    "counting": ("How many words are in this list: {}?", "Count the words: {}", "What is the number of items in {}?"),
+    "opposites": ("Give the opposite of each word: {}", "What are the opposites of {}?", "Antonyms of {}"),
+    "copying": ("Repeat this: {}", "Copy the text word for word: {}", "Say again: {}"),
+    "capitals": ("Write in capital letters: {}", "Change to upper case: {}", "Shout this: {}"),
+    "patterns": ("Continue with three more numbers: {}", "What comes next: {}", "The series {} goes on with"),
+    "dates": ("Write in words: {}", "Spell out the month: {}", "How would a letter give the date {}?"),
+}
+
+
+def make_noise(rng: random.Random) -> str:
+    """Text that answers nothing: words and numbers in any order, as a sentence."""
+    tokens = [rng.choice(WORDS) if rng.random() < 0.7 else str(rng.randint(0, 199)) for _ in range(rng.randint(4, 14))]
+    return " ".join(tokens).capitalize() + "."
+
+
+# --- rows ---
+
+
+def make_rows(
+    split: str,
+    tasks: Sequence[str],
+    num_rows: int,
+    settings: Settings,
+    taken: set[tuple[str, str]],
+    wrong_fraction: float = 0.0,
+    distinct: bool = True,
+) -> list[dict[str, Any]]:
+    """
+    Draw rows, the same number of each task (the first tasks have one more where it does not divide), shuffled.
+
+    Args:
+        split (`str`): Name of the split; with `settings.seed` it seeds the draw, and it prefixes the ids.
+        tasks (`Sequence[str]`): Keys of `TASKS`.
+        num_rows (`int`): How many rows.
+        settings (`Settings`): Only its seed is used.
+        taken (`set[tuple[str, str]]`): (task, content) pairs that must not occur, however they are phrased.
+        wrong_fraction (`float`, *optional*, defaults to `0.0`):
+            Share of each task's rows, rounded, whose answer belongs to another content of the same task.
+        distinct (`bool`, *optional*, defaults to `True`):
+            Add each drawn content to `taken`, so that none occurs twice.
+
+    Returns:
+        `list[dict]`: rows with `prompt`, `completion`, `id`, `task`, `is_wrong`.
+
+    Raises:
+        ValueError: if a task cannot give that many different rows.
+    """
+    rng = random.Random(f"{settings.seed}/{split}")
+    rows: list[dict[str, Any]] = []
+    for position, task in enumerate(tasks):
+        count = num_rows // len(tasks) + (position < num_rows % len(tasks))
+        drawn: list[tuple[str, str]] = []
+        for _ in range(20 * count):
+            content, answer = TASKS[task](rng)
+            if (task, content) not in taken:
+                drawn.append((content, answer))
+                if distinct:
+                    taken.add((task, content))
+            if len(drawn) == count:
+                break
+        if len(drawn) < count:
+            raise ValueError(
+                f"'{split}' needs {count} rows of the task '{task}', but only {len(drawn)} different ones turned up in "
+                f"{20 * count} draws. Ask for fewer rows."
+            )
+        wrong = set(rng.sample(range(count), round(wrong_fraction * count)))
+        for index, (content, answer) in enumerate(drawn):
+            completion = answer
+            while index in wrong and completion == answer:
+                completion = TASKS[task](rng)[1]
+            instruction = rng.choice(TEMPLATES[task]).format(content)
+            rows.append(
+                {
+                    "prompt": f"Instruction: {instruction}\nResponse:",
+                    "completion": f" {completion}",
+                    "id": "",
+                    "task": task,
+                    "is_wrong": index in wrong,
+                }
+            )
+    rng.shuffle(rows)
+    return [row | {"id": f"{split}-{index:04d}"} for index, row in enumerate(rows)]
+
+
+def make_splits(settings: Settings) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """
+    Make the rows of every split and the texts for pretraining.
+
+    No content (the numbers, words or dates that a row is about) occurs twice, within a split or across splits; the
+    texts for pretraining share none with the splits.
+    """
+    taken: set[tuple[str, str]] = set()
+    every, interest = list(TASKS), list(TASKS_OF_INTEREST)
+    splits = {
+        "test": make_rows("test", interest, settings.test_rows, settings, taken),
+        "validation": make_rows("validation", interest, settings.validation_rows, settings, taken),
+        "pool": make_rows("pool", every, settings.pool_rows, settings, taken, settings.wrong_fraction),
+        "pool_uniform": make_rows("pool_uniform", interest, settings.uniform_rows, settings, taken),
+        # Clean rows of every task, on which the manifest states what the pretrained model knows; not written.
+        "held_out": make_rows("held_out", every, 32 * len(every), settings, taken),
+    }
+    num_texts = settings.pretrain_steps * settings.pretrain_batch_size
+    num_noise = round(settings.pretrain_noise_fraction * num_texts)
+    rows = make_rows(
+        "pretraining", every, num_texts - num_noise, settings, taken, settings.wrong_fraction, distinct=False
+    )
+    rng = random.Random(f"{settings.seed}/texts")
+    texts = [row["prompt"] + row["completion"] for row in rows] + [make_noise(rng) for _ in range(num_noise)]
+    rng.shuffle(texts)
+    return splits, texts
+
+
+# --- the model ---
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
+    """Byte-level BPE with one token per digit; every text begins with `<s>`, and `</s>` and `<pad>` are distinct."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    bos_id = tokenizer.token_to_id(BOS)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bos_id)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS)
+
+
+def iterate_batches(encoded: Sequence[list[int]], batch_size: int) -> Iterator[list[list[int]]]:
+    """Batches of similar length in random order: sorted within groups of 32 batches, so that little is padded."""
+    rng = random.Random(len(encoded))
+    for start in range(0, len(encoded), 32 * batch_size):
+        group = sorted(encoded[start : start + 32 * batch_size], key=len)
+        batches = [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
+        rng.shuffle(batches)
+        yield from batches
+
+
+def pretrain_model(texts: Sequence[str], tokenizer: Any, settings: Settings) -> Any:
+    """One pass over the texts, loss on every token and on `</s>` after the last; returns a `LlamaForCausalLM`."""
+    import torch
+    from tqdm.auto import tqdm
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    encoded = [ids + [tokenizer.eos_token_id] for ids in tokenizer(list(texts)).input_ids]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=settings.hidden_size,
+                intermediate_size=settings.hidden_size * 8 // 3,
+                num_hidden_layers=settings.num_layers,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=512,
+                tie_word_embeddings=True,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.pretrain_learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.pretrain_learning_rate, total_steps=settings.pretrain_steps, pct_start=0.05
+    )
+    batches = iterate_batches(encoded, settings.pretrain_batch_size)
+    progress = tqdm(batches, desc="Pretraining the quickstart model", total=settings.pretrain_steps, unit="step")
+    for batch in progress:
+        inputs = tokenizer.pad({"input_ids": batch}, padding_side="right", return_tensors="pt")
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        loss = model(**inputs, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    return model.eval()
+
+
+def compute_answer_loss(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> float:
+    """Mean negative log-likelihood per token of the completions and `</s>`, in nats."""
+    import torch
+
+    total, count = 0.0, 0
+    for row in rows:
+        prompt = tokenizer(row["prompt"]).input_ids
+        ids = tokenizer(row["prompt"] + row["completion"]).input_ids + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1]
+        target = torch.tensor(ids[len(prompt) :])
+        total += torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
+        count += len(target)
+    return total / count
+
+
+# --- the folder ---
+
+
+def hash_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def is_complete(folder: Path, settings: Settings) -> bool:
+    """
+    Whether `folder` holds a generation of these settings; `False` if it does not exist or is empty.
+
+    Raises:
+        FileExistsError: if it holds anything else: other files, other settings, or a file that changed since.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    advice = "Remove it, or give another --output_dir."
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        found, files = manifest["settings"] | {"version": manifest["version"]}, manifest["files"]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise FileExistsError(f"{folder} holds something that this script did not make. {advice}") from None
+    wanted = asdict(settings) | {"version": GENERATOR_VERSION}
+    if found != wanted:
+        differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+        was = ", ".join(f"{key}={found.get(key)} (now {wanted.get(key)})" for key in differing)
+        raise FileExistsError(f"{folder} was generated with other settings: {was}. {advice}")
+    for name, digest in files.items():
+        if not (folder / name).is_file() or hash_file(folder / name) != digest:
+            raise FileExistsError(f"{folder / name} is missing or was changed after it was generated. {advice}")
+    return True
+
+
+def generate(folder: Path, settings: Settings) -> None:
+    """Write all files into `folder`, which must exist and be empty; `manifest.json` last."""
+    splits, texts = make_splits(settings)
+    tokenizer = train_tokenizer(texts, settings.vocab_size)
+    model = pretrain_model(texts, tokenizer, settings)
+    held_out = splits.pop("held_out")
+    for name, rows in splits.items():
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    loss = {
+        task: round(compute_answer_loss(model, tokenizer, [row for row in held_out if row["task"] == task]), 4)
+        for task in TASKS
+    }
+    manifest = {
+        "version": GENERATOR_VERSION,
+        "settings": asdict(settings),
+        "tasks_of_interest": TASKS_OF_INTEREST,
+        "held_out_loss_of_the_pretrained_model": loss,
+        "files": {
+            str(path.relative_to(folder)): hash_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
+        },
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder to make; it appears when complete.")
+    for field in fields(Settings):
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default, help="%(default)s")
+    options = vars(parser.parse_args(argv))
+    folder: Path = options.pop("output_dir")
+    settings = Settings(**options)
+    if is_complete(folder, settings):
+        print(f"{folder} already holds this generation.")
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        unfinished = Path(temporary) / folder.name
+        unfinished.mkdir()
+        generate(unfinished, settings)
+        try:
+            os.replace(unfinished, folder)  # over nothing or an empty folder
+        except OSError:
+            if not is_complete(folder, settings):  # else another process finished the same generation first
+                raise
+    print(f"Wrote {folder}.")
+
+
+if __name__ == "__main__":
+    main()

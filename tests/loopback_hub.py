@@ -1,0 +1,594 @@
+"""A small Hub on 127.0.0.1 that the real clients talk to over real HTTP, with fault injection.
+
+Two origins, as on the real Hub: one serves the API and the regular files, the other stores large files behind
+"signed" addresses and, as object stores do, refuses a request that carries an `Authorization` header. Everything is
+kept in memory; a commit is applied whole or not at all. Tests set `hub.faults`, read `hub.log` and look into
+`hub.repos`; clients run in subprocesses with `HF_ENDPOINT`, `HF_HOME` and `HF_TOKEN` set before import (`hub.env`).
+"""
+
+import base64
+import hashlib
+import itertools
+import json
+import os
+import re
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from math import ceil
+from pathlib import Path
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+import yaml
+
+LFS_SUFFIXES = (".parquet", ".safetensors", ".png", ".bin", ".arrow")
+FRONT_MATTER = re.compile(r"^(\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(\r\n|\n|$))")
+
+
+class HubError(Exception):
+    def __init__(self, status: int, message: str, code: str | None = None):
+        super().__init__(message)
+        self.status, self.message, self.code = status, message, code
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One file's content as the Hub sees it: `oid` is git's, of the content or of the LFS pointer."""
+
+    data: bytes
+    lfs: bool
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def pointer(self) -> bytes:
+        return (
+            f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n".encode()
+        )
+
+    @property
+    def oid(self) -> str:
+        content = self.pointer if self.lfs else self.data
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+    def listing(self, path: str) -> dict:
+        entry = {"type": "file", "oid": self.oid, "size": len(self.data), "path": path}
+        if self.lfs:
+            entry["lfs"] = {"oid": self.sha256, "size": len(self.data), "pointerSize": len(self.pointer)}
+        return entry
+
+
+@dataclass(frozen=True)
+class Commit:
+    oid: str
+    parent: str | None
+    title: str
+    message: str
+    author: str
+    tree: dict[str, Blob]
+
+
+@dataclass
+class Repo:
+    type: str
+    id: str
+    private: bool = False
+    gated: bool = False
+    commits: dict[str, Commit] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+    pulls: list[dict] = field(default_factory=list)
+    objects: dict[str, bytes] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def commit(self, ref: str, parent: str | None, title: str, message: str, author: str, tree: dict) -> Commit:
+        seed = f"{self.type}/{self.id}/{len(self.commits)}/{title}"
+        commit = Commit(hashlib.sha1(seed.encode()).hexdigest(), parent, title, message, author, dict(tree))
+        self.commits[commit.oid] = commit
+        self.refs[ref] = commit.oid
+        return commit
+
+    def resolve(self, revision: str) -> Commit:
+        for ref in (f"refs/heads/{revision}", revision, f"refs/tags/{revision}"):
+            if ref in self.refs:
+                return self.commits[self.refs[ref]]
+        if revision in self.commits:
+            return self.commits[revision]
+        raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+
+    def history(self, revision: str = "main") -> list[Commit]:
+        """Commits from newest to oldest."""
+        oid, commits = self.resolve(revision).oid, []
+        while oid:
+            commits.append(self.commits[oid])
+            oid = self.commits[oid].parent
+        return commits
+
+    def files(self, revision: str = "main") -> dict[str, bytes]:
+        return {path: blob.data for path, blob in self.resolve(revision).tree.items()}
+
+
+@dataclass
+class Fault:
+    """What to do to the requests that match. `number` counts the requests of one user (or signed address), from 0.
+
+    `action` is "status" (answer `status` with `headers`, without doing anything), "reset" (read half of the body, then
+    reset the connection), "lost" (do what was asked, then reset instead of answering), "slow" (wait `seconds`, go on)
+    or "call" (run `call(hub)` first, go on).
+    """
+
+    action: str
+    kind: str | None = None
+    number: int | None = None
+    owner: str | None = None
+    method: str | None = None
+    times: int = 1
+    status: int = 503
+    headers: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    call: Callable[["LoopbackHub"], None] | None = None
+    hits: int = 0
+
+    def matches(self, request: "Request") -> bool:
+        wanted = {key: getattr(self, key) for key in ("kind", "number", "owner", "method")}
+        return self.hits < self.times and all(
+            value is None or value == getattr(request, key) for key, value in wanted.items()
+        )
+
+
+@dataclass
+class Request:
+    origin: str
+    method: str
+    kind: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]
+    owner: str
+    number: int
+    body: bytes = b""
+    status: int | None = None
+
+
+@dataclass
+class Answer:
+    status: int = 200
+    body: bytes | dict | list = b""
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+REPO = r"/api/(?P<type>model|dataset)s/(?P<id>[^/]+/[^/]+?)"
+GIT = r"/(?P<prefix>datasets/)?(?P<id>[^/]+/[^/]+?)"
+ROUTES = [
+    (method, kind, re.compile(pattern))
+    for method, kind, pattern in [
+        ("GET", "whoami", r"/api/whoami-v2"),
+        ("POST", "create_repo", r"/api/repos/create"),
+        ("POST", "validate_yaml", r"/api/validate-yaml"),
+        ("POST", "complete", r"/api/complete"),
+        ("GET", "auth_check", REPO + r"/auth-check(?P<write>/write)?"),
+        ("GET", "tree", REPO + r"/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?"),
+        ("POST", "paths_info", REPO + r"/paths-info/(?P<revision>[^/]+)"),
+        ("GET", "refs", REPO + r"/refs"),
+        ("GET", "commits", REPO + r"/commits/(?P<revision>[^/]+)"),
+        ("GET", "discussions", REPO + r"/discussions"),
+        ("POST", "branch", REPO + r"/branch/(?P<revision>[^/]+)"),
+        ("POST", "preupload", REPO + r"/preupload/(?P<revision>[^/]+)"),
+        ("POST", "commit", REPO + r"/commit/(?P<revision>[^/]+)"),
+        ("GET", "info", REPO + r"(?:/revision/(?P<revision>[^/]+))?"),
+        ("POST", "lfs_batch", GIT + r"\.git/info/lfs/objects/batch"),
+        ("POST", "lfs_verify", GIT + r"\.git/info/lfs/verify"),
+        ("GET", "resolve", GIT + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
+        ("HEAD", "resolve", GIT + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
+        ("PUT", "upload", r"/store/(?P<type>model|dataset)/(?P<id>[^/]+/[^/]+)/(?P<oid>\w+)"),
+        ("GET", "download", r"/store/(?P<type>model|dataset)/(?P<id>[^/]+/[^/]+)/(?P<oid>\w+)"),
+    ]
+]
+
+
+class LoopbackHub:
+    """The server. `multipart_above` bytes an upload comes in parts of that size; a commit takes `commit_seconds`."""
+
+    def __init__(self, multipart_above: int = 1 << 20, commit_seconds: float = 0.0):
+        self.multipart_above, self.commit_seconds = multipart_above, commit_seconds
+        self.users: dict[str, dict] = {}
+        self.repos: dict[tuple[str, str], Repo] = {}
+        self.parts: dict[tuple[str, str], bytes] = {}
+        self.faults: list[Fault] = []
+        self.log: list[Request] = []
+        self.counts: dict[str, itertools.count] = {}
+        self.lock = threading.RLock()
+
+    def __enter__(self) -> "LoopbackHub":
+        self.servers = [self._serve("hub"), self._serve("store")]
+        self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for server in self.servers:
+            server.shutdown()
+            server.server_close()
+
+    def _serve(self, origin: str) -> ThreadingHTTPServer:
+        handler = type("Handler", (_Handler,), {"hub": self, "origin": origin})
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return server
+
+    def env(self, home: Path, token: str | None, **extra: str) -> dict[str, str]:
+        """Environment for a client process: this Hub, an own HF_HOME, nothing inherited about the real Hub."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        own = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        own |= {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        return kept | own | ({"HF_TOKEN": token} if token else {}) | extra
+
+    def add_user(self, token: str, name: str, role: str = "write", orgs: tuple[str, ...] = ()) -> None:
+        self.users[token] = {"name": name, "role": role, "orgs": orgs}
+
+    def add_repo(self, repo_type: str, repo_id: str, files: dict[str, bytes] | None = None, **fields: bool) -> Repo:
+        repo = Repo(repo_type, repo_id, **fields)
+        tree = {path: Blob(data, path.endswith(LFS_SUFFIXES)) for path, data in (files or {}).items()}
+        tree.setdefault(".gitattributes", Blob(b"*.parquet filter=lfs diff=lfs merge=lfs -text\n", False))
+        repo.commit("refs/heads/main", None, "initial commit", "", repo_id.split("/")[0], tree)
+        repo.objects = {blob.sha256: blob.data for blob in tree.values() if blob.lfs}
+        self.repos[(repo_type, repo_id)] = repo
+        return repo
+
+    def requests(self, owner: str | None = None, kind: str | None = None) -> list[Request]:
+        with self.lock:
+            return [r for r in self.log if (owner in (None, r.owner)) and (kind in (None, r.kind))]
+
+    # What each route does. `user` is None for an anonymous request; `p` holds the route's named parts.
+
+    def _repo(self, user: dict | None, p: dict, write: bool = False, content: bool = False) -> Repo:
+        repo_type = p.get("type") or ("dataset" if p.get("prefix") else "model")
+        repo = self.repos.get((repo_type, p["id"]))
+        owns = user is not None and p["id"].split("/")[0] in (user["name"], *user["orgs"])
+        if repo is None or (repo.private and not owns):
+            raise HubError(404 if user else 401, "Repository not found", "RepoNotFound")
+        if content and repo.gated and not owns:
+            raise HubError(403, f"Access to {repo_type} {p['id']} is restricted", "GatedRepo")
+        if write and not (owns and user["role"] == "write"):
+            raise HubError(403, "You don't have write access to this repository")
+        return repo
+
+    def whoami(self, user: dict | None, p: dict, r: Request) -> Answer:
+        if user is None:
+            raise HubError(401, "Invalid credentials in Authorization header")
+        orgs = [{"type": "org", "name": name} for name in user["orgs"]]
+        auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": user["role"]}}
+        return Answer(body={"type": "user", "name": user["name"], "orgs": orgs, "auth": auth})
+
+    def create_repo(self, user: dict | None, p: dict, r: Request) -> Answer:
+        body = json.loads(r.body)
+        if user is None:
+            raise HubError(401, "Invalid username or password.")
+        owner, repo_type = body.get("organization") or user["name"], body.get("type") or "model"
+        repo_id = f"{owner}/{body['name']}"
+        url = f"{self.endpoint}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
+        if owner not in (user["name"], *user["orgs"]) or user["role"] != "write":
+            raise HubError(403, f'You don\'t have the rights to create a {repo_type} under the namespace "{owner}"')
+        with self.lock:
+            if (repo_type, repo_id) in self.repos:
+                return Answer(409, {"error": "You already created this repo", "url": url})
+            self.add_repo(repo_type, repo_id, private=body.get("visibility") == "private")
+        return Answer(body={"url": url, "name": repo_id})
+
+    def validate_yaml(self, user: dict | None, p: dict, r: Request) -> Answer:
+        match = FRONT_MATTER.search(json.loads(r.body)["content"])
+        try:
+            data = yaml.safe_load(match.group(2)) if match else {}
+            errors = [] if isinstance(data, dict) else [{"message": "metadata is not a mapping"}]
+        except yaml.YAMLError as error:
+            data, errors = None, [{"message": str(error)}]
+        warnings = [] if data or errors else [{"message": "empty or missing yaml metadata in repo card"}]
+        return Answer(400 if errors else 200, {"errors": errors, "warnings": warnings})
+
+    def auth_check(self, user: dict | None, p: dict, r: Request) -> Answer:
+        self._repo(user, p, write=bool(p["write"]), content=True)
+        return Answer(body={})
+
+    def info(self, user: dict | None, p: dict, r: Request) -> Answer:
+        repo = self._repo(user, p)
+        commit = repo.resolve(p["revision"] or "main")
+        siblings = [{"rfilename": path} for path in commit.tree]
+        author = repo.id.split("/")[0]
+        body = {"id": repo.id, "author": author, "sha": commit.oid, "private": repo.private, "siblings": siblings}
+        return Answer(body=body | {"gated": "manual" if repo.gated else False, "disabled": False, "tags": []})
+
+    def tree(self, user: dict | None, p: dict, r: Request) -> Answer:
+        commit, base = self._repo(user, p, content=True).resolve(p["revision"]), unquote(p["path"] or "").strip("/")
+        inside = {path: blob for path, blob in commit.tree.items() if not base or path.startswith(base + "/")}
+        if base and not inside:
+            raise HubError(404, f"{base} does not exist on {p['revision']}", "EntryNotFound")
+        entries, depth = {}, len(base.split("/")) if base else 0
+        for path, blob in sorted(inside.items()):
+            parts = path.split("/")
+            for length in range(depth + 1, len(parts)):
+                folder = "/".join(parts[:length])
+                entries[folder] = {"type": "directory", "path": folder, "oid": "0" * 40, "size": 0}
+            entries[path] = blob.listing(path)
+        if r.query.get("recursive", "").lower() not in ("1", "true"):
+            entries = {path: entry for path, entry in entries.items() if path.count("/") == depth}
+        last = {"id": commit.oid, "title": commit.title, "date": "2026-01-01T00:00:00.000Z"}
+        start, listed = int(r.query.get("cursor", 0)), [entry | {"lastCommit": last} for entry in entries.values()]
+        more = f'<{self.endpoint}{r.path}?recursive={r.query.get("recursive", "")}&cursor={start + 1000}>; rel="next"'
+        headers = {"Link": more} if start + 1000 < len(listed) else {}
+        return Answer(body=listed[start : start + 1000], headers=headers)
+
+    def paths_info(self, user: dict | None, p: dict, r: Request) -> Answer:
+        tree = self._repo(user, p, content=True).resolve(p["revision"]).tree
+        is_form = "form" in r.headers.get("content-type", "")
+        paths = parse_qs(r.body.decode()).get("paths", []) if is_form else json.loads(r.body)["paths"]
+        found = [tree[path].listing(path) for path in paths if path in tree]
+        folders = [path for path in paths if any(name.startswith(path + "/") for name in tree)]
+        return Answer(body=found + [{"type": "directory", "path": path, "oid": "0" * 40} for path in folders])
+
+    def refs(self, user: dict | None, p: dict, r: Request) -> Answer:
+        repo, listed = self._repo(user, p), {"branches": [], "converts": [], "tags": [], "pullRequests": []}
+        groups = {"refs/heads/": "branches", "refs/tags/": "tags", "refs/pr/": "pullRequests"}
+        for ref, oid in repo.refs.items():
+            prefix = next(prefix for prefix in groups if ref.startswith(prefix))
+            listed[groups[prefix]].append({"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": oid})
+        return Answer(body=listed)
+
+    def commits(self, user: dict | None, p: dict, r: Request) -> Answer:
+        return Answer(
+            body=[
+                {"id": c.oid, "title": c.title, "message": c.message, "date": "2026-01-01T00:00:00.000Z"}
+                | {"authors": [{"user": c.author}]}
+                for c in self._repo(user, p, content=True).history(p["revision"])
+            ]
+        )
+
+    def discussions(self, user: dict | None, p: dict, r: Request) -> Answer:
+        wanted = r.query.get("status", "all"), r.query.get("author")
+        pulls = [d for d in self._repo(user, p).pulls if wanted[0] in ("all", d["status"])]
+        pulls = [d for d in pulls if wanted[1] in (None, d["author"]["name"])]
+        return Answer(body={"count": len(pulls), "start": 0, "discussions": pulls})
+
+    def branch(self, user: dict | None, p: dict, r: Request) -> Answer:
+        repo, ref = self._repo(user, p, write=True), f"refs/heads/{p['revision']}"
+        if ref in repo.refs:
+            raise HubError(409, "Reference already exists")
+        repo.refs[ref] = repo.resolve(json.loads(r.body or b"{}").get("startingPoint") or "main").oid
+        return Answer(body={})
+
+    def preupload(self, user: dict | None, p: dict, r: Request) -> Answer:
+        as_pr = r.query.get("create_pr") == "1"
+        repo, answers = self._repo(user, p, write=not as_pr), []
+        tree = repo.resolve(p["revision"]).tree
+        ignored = [line for line in tree.get(".gitignore", Blob(b"", False)).data.decode().split() if line]
+        for file in json.loads(r.body)["files"]:
+            path, known = file["path"], tree.get(file["path"])
+            mode = "lfs" if path.endswith(LFS_SUFFIXES) or file["size"] > 10 << 20 else "regular"
+            skip = any(path.endswith(line.removeprefix("*")) for line in ignored)
+            oid = {"oid": known.sha256 if known.lfs else known.oid} if known else {}
+            answers.append({"path": path, "uploadMode": mode, "shouldIgnore": skip} | oid)
+        return Answer(body={"files": answers})
+
+    def lfs_batch(self, user: dict | None, p: dict, r: Request) -> Answer:
+        repo, objects = self._repo(user, p, content=True), []
+        if user is None or user["role"] != "write":
+            raise HubError(403, "Your token does not allow uploads")
+        for wanted in json.loads(r.body)["objects"]:
+            oid, size = wanted["oid"], wanted["size"]
+            entry, signed = {"oid": oid, "size": size}, f"owner={r.owner}&signature=x"
+            href = f"{self.storage}/store/{repo.type}/{repo.id}/{oid}?{signed}"
+            if oid not in repo.objects:
+                upload = {"href": href, "header": {}}
+                if size > self.multipart_above:
+                    count = ceil(size / self.multipart_above)
+                    parts = {f"{n:05d}": f"{href}&part={n}" for n in range(1, count + 1)}
+                    target = quote(f"{repo.type}/{repo.id}", safe="")
+                    complete = f"{self.endpoint}/api/complete?repo={target}&oid={oid}&{signed}"
+                    upload = {"href": complete, "header": {"chunk_size": str(self.multipart_above)} | parts}
+                prefix = "datasets/" if repo.type == "dataset" else ""
+                verify = {"href": f"{self.endpoint}/{prefix}{repo.id}.git/info/lfs/verify", "header": {}}
+                entry["actions"] = {"upload": upload, "verify": verify}
+            objects.append(entry)
+        return Answer(body={"transfer": "basic", "objects": objects})
+
+    def _store(self, repo_type: str, repo_id: str, oid: str, data: bytes) -> Answer:
+        if hashlib.sha256(data).hexdigest() != oid:
+            raise HubError(400, "The content does not match the announced sha256")
+        repo = self.repos.get((repo_type, repo_id))
+        if repo is None:
+            raise HubError(404, "NoSuchBucket")
+        repo.objects[oid] = data
+        return Answer(headers={"ETag": f'"{oid[:32]}"'})
+
+    def upload(self, user: dict | None, p: dict, r: Request) -> Answer:
+        if "part" not in r.query:
+            return self._store(p["type"], p["id"], p["oid"], r.body)
+        self.parts[(p["oid"], r.query["part"])] = r.body
+        return Answer(headers={"ETag": f'"part-{r.query["part"]}"'})
+
+    def complete(self, user: dict | None, p: dict, r: Request) -> Answer:
+        body = json.loads(r.body)
+        repo_type, repo_id = r.query["repo"].split("/", 1)
+        data = b"".join(self.parts[(body["oid"], str(part["partNumber"]))] for part in body["parts"])
+        return self._store(repo_type, repo_id, body["oid"], data)
+
+    def lfs_verify(self, user: dict | None, p: dict, r: Request) -> Answer:
+        if json.loads(r.body)["oid"] not in self._repo(user, p).objects:
+            raise HubError(404, "Object does not exist")
+        return Answer(body={})
+
+    def commit(self, user: dict | None, p: dict, r: Request) -> Answer:
+        as_pr = r.query.get("create_pr") == "1"
+        repo = self._repo(user, p, write=not as_pr, content=True)
+        if user is None:
+            raise HubError(401, "Invalid username or password.")
+        if not repo.lock.acquire(blocking=False):
+            raise HubError(409, "Another commit is in progress. Please retry.")
+        try:
+            lines = [json.loads(line) for line in r.body.splitlines() if line]
+            header, head = lines[0]["value"], repo.resolve(p["revision"])
+            parent = header.get("parentCommit")
+            if parent and not as_pr and not head.oid.startswith(parent):
+                raise HubError(412, "A commit has happened since. Please refresh and try again.")
+            tree = dict(repo.commits[parent or head.oid].tree if as_pr else head.tree)
+            for line in lines[1:]:
+                value, path = line["value"], line["value"]["path"]
+                if line["key"] == "file":
+                    tree[path] = Blob(base64.b64decode(value["content"]), False)
+                elif line["key"] == "lfsFile":
+                    if value["oid"] not in repo.objects:
+                        raise HubError(400, f"LFS pointer of {path} points to a file that does not exist")
+                    tree[path] = Blob(repo.objects[value["oid"]], True)
+                elif line["key"] == "deletedFile" and path not in tree:
+                    raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
+                else:
+                    tree = {name: blob for name, blob in tree.items() if name != path and not name.startswith(path)}
+            time.sleep(self.commit_seconds)
+            heads = f"refs/heads/{p['revision']}"
+            ref = f"refs/pr/{len(repo.pulls) + 1}" if as_pr else heads if heads in repo.refs else p["revision"]
+            description = header.get("description", "")
+            commit = repo.commit(ref, parent or head.oid, header["summary"], description, user["name"], tree)
+            url, pull = f"{self.endpoint}/{repo.type}s/{repo.id}", None
+            if as_pr:
+                number = len(repo.pulls) + 1
+                pull = {"num": number, "title": commit.title, "author": {"name": user["name"]}, "status": "open"}
+                pull |= {"createdAt": "2026-01-01T00:00:00.000Z", "isPullRequest": True}
+                repo.pulls.append(pull | {"repo": {"name": repo.id, "type": repo.type}})
+                pull = f"{url}/discussions/{number}"
+            body = {"commitUrl": f"{url}/commit/{commit.oid}", "commitOid": commit.oid, "pullRequestUrl": pull}
+            return Answer(body=body | {"hookOutput": "", "success": True})
+        finally:
+            repo.lock.release()
+
+    def resolve(self, user: dict | None, p: dict, r: Request) -> Answer:
+        repo = self._repo(user, p, content=True)
+        commit = repo.resolve(p["revision"])
+        headers = {"X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}
+        blob = commit.tree.get(unquote(p["path"]))
+        if blob is None:
+            raise HubError(404, "Entry not found", "EntryNotFound")
+        if not blob.lfs:
+            return _ranged(blob.data, r, headers | {"ETag": f'"{blob.oid}"'})
+        href = f"{self.storage}/store/{repo.type}/{repo.id}/{blob.sha256}?owner={r.owner}&signature=x"
+        linked = {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.data)), "Location": href}
+        return Answer(302, b"", headers | linked | {"ETag": f'"{blob.oid}"'})
+
+    def download(self, user: dict | None, p: dict, r: Request) -> Answer:
+        repo = self.repos.get((p["type"], p["id"]))
+        if repo is None or p["oid"] not in repo.objects:
+            raise HubError(404, "NoSuchKey")
+        return _ranged(repo.objects[p["oid"]], r, {"ETag": f'"{p["oid"]}"', "Accept-Ranges": "bytes"})
+
+
+def _ranged(data: bytes, request: Request, headers: dict[str, str]) -> Answer:
+    match = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("range", ""))
+    if not match:
+        return Answer(200, data, headers)
+    start, stop = match.groups()
+    first = int(start) if start else max(len(data) - int(stop), 0)
+    last = min(int(stop), len(data) - 1) if start and stop else len(data) - 1
+    if first > last:
+        return Answer(416, b"", headers | {"Content-Range": f"bytes */{len(data)}"})
+    return Answer(206, data[first : last + 1], headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"})
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: LoopbackHub
+    origin: str
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def _read(self, limit: int | None = None) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
+            chunks = []
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                chunks.append(self.rfile.read(size))
+                self.rfile.readline()
+                if limit is not None:
+                    break
+            else:
+                self.rfile.readline()
+            return b"".join(chunks)
+        length = int(self.headers.get("Content-Length", 0))
+        return self.rfile.read(length if limit is None else min(limit, length))
+
+    def _reset(self) -> None:
+        # SO_LINGER with a timeout of 0 makes close() send RST instead of FIN: a reset, not an orderly end.
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.rfile.close()
+        self.connection.close()
+        self.close_connection = True
+
+    def _answer(self, request: Request, answer: Answer) -> None:
+        request.status = answer.status
+        is_json = isinstance(answer.body, dict | list)
+        body = json.dumps(answer.body).encode() if is_json else answer.body
+        self.send_response(answer.status)
+        for key, value in answer.headers.items():
+            self.send_header(key, value)
+        if is_json:
+            self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _handle(self) -> None:
+        hub, url = self.hub, urlsplit(self.path)
+        query = {key: values[-1] for key, values in parse_qs(url.query).items()}
+        headers = {key.lower(): value for key, value in self.headers.items()}
+        token = headers.get("authorization", "").removeprefix("Bearer ")
+        user = hub.users.get(token)
+        found = ((k, m) for method, k, rx in ROUTES if method == self.command and (m := rx.fullmatch(url.path)))
+        kind, match = next(found, ("unknown", None))
+        owner = query.get("owner") or (user["name"] if user else "anonymous")
+        with hub.lock:
+            number = next(hub.counts.setdefault(owner, itertools.count()))
+            request = Request(self.origin, self.command, kind, url.path, query, headers, owner, number)
+            hub.log.append(request)
+            fault = next((fault for fault in hub.faults if fault.matches(request)), None)
+            if fault is not None:
+                fault.hits += 1
+        if fault is not None and fault.action == "reset":
+            self._read(limit=int(headers.get("content-length", 0)) // 2)
+            return self._reset()
+        request.body = self._read()
+        if fault is not None and fault.action == "status":
+            # Gateways answer in HTML, the Hub itself in JSON: clients must survive both.
+            page = b"<html>bad gateway</html>" if fault.status in (502, 503) else {"error": "injected"}
+            return self._answer(request, Answer(fault.status, page, fault.headers))
+        if fault is not None and fault.action == "slow":
+            time.sleep(fault.seconds)
+        if fault is not None and fault.action == "call":
+            fault.call(hub)
+        try:
+            if self.origin == "store" and token:
+                raise HubError(400, "Only one auth mechanism allowed")
+            if token and user is None:
+                raise HubError(401, "Invalid credentials in Authorization header")
+            if match is None or (self.origin == "store") != (kind in ("upload", "download")):
+                raise HubError(404, f"no such route: {self.command} {url.path}")
+            parts = {k: unquote(v) if v and k == "revision" else v for k, v in match.groupdict().items()}
+            answer = getattr(hub, kind)(user, parts, request)
+        except HubError as error:
+            named = {"X-Error-Message": error.message} | ({"X-Error-Code": error.code} if error.code else {})
+            answer = Answer(error.status, {"error": error.message}, named)
+        if fault is not None and fault.action == "lost":
+            request.status = 0
+            return self._reset()
+        self._answer(request, answer)
+
+    def _safely(self) -> None:
+        try:
+            self._handle()
+        except (ConnectionError, ValueError):
+            # The client went away in the middle (it was killed, or reset its end): nothing is left to answer.
+            self.close_connection = True
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _safely
