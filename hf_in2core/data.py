@@ -42,10 +42,7 @@ def load_rows(source: str, what: str = "dataset") -> Dataset:
     """
     path, split = _split_local(source)
     try:
-        if path is not None:
-            dataset = _load_local(path, split)
-        else:
-            dataset = _load_from_hub(source, what)
+        dataset = _load_local(path, split) if path is not None else _load_from_hub(source)
     except (FileNotFoundError, _SplitError) as error:
         raise type(error)(f"The {what} `{source}` cannot be loaded: {error}") from error
     except Exception as error:  # datasets raises many types, whose own text names neither the source nor a remedy
@@ -82,10 +79,10 @@ def _load_local(path: Path, split: str | None) -> Dataset:
         if path.suffix not in FILE_FORMATS:
             raise ValueError(f"files end in {', '.join(FILE_FORMATS)}, this one in `{path.suffix}`")
         return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        loaded = load_from_disk(str(path))
-    else:
-        loaded = load_dataset(str(path))
+    if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
+        loaded = load_dataset(str(path), split=split)
+        return _take_split(loaded, None) if isinstance(loaded, DatasetDict) else loaded
+    loaded = load_from_disk(str(path))
     if isinstance(loaded, DatasetDict):
         return _take_split(loaded, split)
     if split is not None:
@@ -96,11 +93,13 @@ def _load_local(path: Path, split: str | None) -> Dataset:
 def _take_split(splits: DatasetDict, split: str | None) -> Dataset:
     name = split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
     if name not in splits:
-        raise _SplitError(f"it has the splits {', '.join(map(str, splits))}, not `{name}`. Add `:split` with one of them.")
+        raise _SplitError(
+            f"it has the splits {', '.join(map(str, splits))}, not `{name}`. Add `:split` with one of them."
+        )
     return splits[name]
 
 
-def _load_from_hub(source: str, what: str) -> Dataset:
+def _load_from_hub(source: str) -> Dataset:
     name, *rest = COLON.split(source)
     if len(rest) > 2:
         raise ValueError("a Hub id takes at most `:config:split`")

@@ -120,10 +120,11 @@ def judge(
         - `by_fraction` (`list[dict]`): `fraction`, `budget`, `losses` (interval of each arm's own loss), `intervals`
           and the three booleans, for every fraction and budget.
         - `cost` (`dict`): `selection_seconds` (reference + influence); at equal epochs and the headline's fraction
-          `full_seconds`, `coreset_seconds` and `saving_per_run`; `break_even_runs` (`int`, `"never"`, or `None` if
-          not measured), the number of target runs after which selecting has paid; `break_even_cost_fraction`, the
-          fraction of `selection_seconds` that one target run saves: where it is below 1, reference and influence
-          would have to cost that fraction of what they did to pay with one run.
+          `full_seconds`, `coreset_seconds`, `saving_per_run` and the outcomes `against_random` and `against_full`;
+          `break_even_runs` (`int` or `None` if not measured), the number of target runs after which selecting has
+          paid, `"never"` if nothing is saved or the coreset is worse than the full pool or as many random rows;
+          `break_even_cost_fraction`, the fraction of `selection_seconds` that one target run saves: where it is below
+          1, reference and influence would have to cost that fraction of what they did to pay with one run.
 
     Raises:
         `ValueError`: a fraction that was not run, an arm run twice with the same seed, an unknown budget, or a margin
@@ -249,18 +250,16 @@ def _compute_cost(
     full = _mean_seconds(runs.get(("full", None, "epochs"), {}))
     coreset = _mean_seconds(runs.get(("coreset", fraction, "epochs"), {}))
     saving = None if full is None or coreset is None else full - coreset
-    quality = next(
-        (
-            get_outcome(entry["intervals"]["coreset_minus_full"])
-            for entry in by_fraction
-            if entry["fraction"] == fraction and entry["budget"] == "epochs"
-        ),
-        "not run",
+    at_epochs = [entry for entry in by_fraction if entry["fraction"] == fraction and entry["budget"] == "epochs"]
+    against_random, against_full = (
+        get_outcome(at_epochs[0]["intervals"][f"coreset_minus_{arm}"]) if at_epochs else "not run"
+        for arm in ("random", "full")
     )
     runs_to_pay: int | str | None = None
     cost_fraction = None
     if cost is not None and saving is not None:
-        if saving <= 0 or quality == "worse":
+        # Random rows take as little time and need no selecting: a coreset that loses to them has saved nothing.
+        if saving <= 0 or "worse" in (against_random, against_full):
             runs_to_pay = "never"
         else:
             runs_to_pay = max(1, math.ceil(cost / saving))
@@ -272,7 +271,8 @@ def _compute_cost(
         "full_seconds": full,
         "coreset_seconds": coreset,
         "saving_per_run": saving,
-        "outcome_at_equal_epochs": quality,
+        "against_random": against_random,
+        "against_full": against_full,
         "break_even_runs": runs_to_pay,
         "break_even_cost_fraction": cost_fraction,
     }

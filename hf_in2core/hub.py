@@ -19,10 +19,11 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.utils import RepositoryNotFoundError, RevisionNotFoundError, validate_repo_id
 
 from hf_in2core.hub_checks import PushCheck, check_can_push
@@ -134,59 +135,44 @@ def publish_files(
     """
     validate_repo_id(repo_id)
     _refuse_secrets(files, token)
-    api = HfApi(token=token, library_name="hf_in2core")
     local = {path: LocalFile.read(source) for path, source in files.items()}
+    api = HfApi(token=token, library_name="hf_in2core")
     if "/" not in repo_id:
         repo_id = f"{call_with_retries(api.whoami)['name']}/{repo_id}"
-    _ensure_repository(api, repo_id, repo_type, private, revision, create_pr)
+    target = _Target(api, repo_id, repo_type, revision, create_pr, message)
+    _ensure_repository(target, private)
 
-    sent: dict[str, tuple[dict[str, LocalFile], list[str]]] = {}  # content id -> what that commit changes
-    first_parent, lonely_conflicts, last_parent = None, 0, None
+    sent: list[_Change] = []
+    parents: list[str] = []
     for attempt in range(ATTEMPTS):
         head = read_head(repo_id, repo_type=repo_type, revision=revision, token=token)
         if private and not head.private:
             raise ValueError(f"{repo_id} is public, but private=True was asked for. Make it private in its settings.")
-        landed = _find_landed_commit(api, repo_id, repo_type, revision, sent, first_parent, head)
-        if landed is not None:
-            return _verified(api, repo_id, repo_type, landed[0], None, *sent[landed[1]])
-        composed, deleted = compose(head) if compose is not None else ({}, [])
-        _refuse_secrets(composed, token)
-        wanted = local | {path: LocalFile.read(data) for path, data in composed.items()}
-        changed = {path: file for path, file in wanted.items() if not file.equals(head.files.get(path))}
-        deleted = [path for path in deleted if path in head.files and path not in wanted]
-        if not changed and not deleted:
+        if parents and head.oid != parents[0]:
+            landed = _find_landed_commit(target, sent, parents[0])
+            if landed is not None:
+                return landed
+        change = _compare(local, compose, head, token)
+        if not change.files and not change.deleted:
             logger.info("%s already holds all of it: nothing to commit.", repo_id)
-            return Publication(repo_id, head.oid, _commit_url(api, repo_id, repo_type, head.oid), None, ())
-        content_id = _compute_content_id(changed, deleted)
-        sent[content_id] = (changed, deleted)
+            return Publication(repo_id, head.oid, target.get_commit_url(head.oid), None, ())
+        sent.append(change)
         if create_pr:
-            pull = _find_pull_request(api, repo_id, repo_type, message, sent)
-            if pull is not None:
-                return _verified(api, repo_id, repo_type, pull[0], pull[1], *sent[pull[2]])
-        first_parent = first_parent or head.oid
-        operations = [file.to_operation(path) for path, file in changed.items()]
+            opened = _find_pull_request(target, sent)
+            if opened is not None:
+                return opened
+        parents.append(head.oid)
         try:
-            info = api.create_commit(
-                repo_id,
-                operations + [CommitOperationDelete(path, is_folder=False) for path in deleted],
-                commit_message=message,
-                commit_description=f"Content: {content_id}",
-                repo_type=repo_type,
-                revision=revision,
-                create_pr=create_pr,
-                parent_commit=head.oid,
-            )
+            info = _commit(target, change, head.oid)
         except Exception as error:
-            lonely_conflicts = lonely_conflicts + 1 if get_status(error) == 412 and last_parent == head.oid else 0
-            if lonely_conflicts >= _LONELY_CONFLICTS:
+            if get_status(error) == 412 and parents[-_LONELY_CONFLICTS:] == [head.oid] * _LONELY_CONFLICTS:
                 raise PermissionError(
                     f"The Hub keeps refusing the commit to {repo_id} (412) although nobody else commits there. The "
                     "token may be allowed to open pull requests only: pass create_pr=True or use a write token."
                 ) from error
-            last_parent = head.oid
             sleep_before_retry(error, attempt)
             continue
-        return _verified(api, repo_id, repo_type, info.oid, info.pr_url, changed, deleted)
+        return _verify(target, info.oid, info.pr_url, change)
     raise AssertionError("unreachable: the last attempt raises")
 
 
@@ -243,96 +229,121 @@ def upload_folder_in_one_commit(
     )
 
 
-def _ensure_repository(
-    api: HfApi, repo_id: str, repo_type: str, private: bool | None, revision: str | None, create_pr: bool
-) -> None:
+@dataclass(frozen=True)
+class _Target:
+    """Where a publication goes."""
+
+    api: HfApi
+    repo_id: str
+    repo_type: str
+    revision: str | None
+    create_pr: bool
+    message: str
+
+    def get_commit_url(self, oid: str) -> str:
+        prefix = "" if self.repo_type == "model" else f"{self.repo_type}s/"
+        return f"{self.api.endpoint}/{prefix}{self.repo_id}/commit/{oid}"
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What a commit is to change. `content_id` goes into its message, so that it is known when its answer is lost."""
+
+    files: dict[str, LocalFile]
+    deleted: list[str]
+
+    @property
+    def content_id(self) -> str:
+        listed = {path: file.sha256.hex() for path, file in self.files.items()} | dict.fromkeys(self.deleted)
+        return "sha256:" + hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+
+
+def _ensure_repository(target: _Target, private: bool | None) -> None:
+    api, repo_id, kind = target.api, target.repo_id, target.repo_type
+    is_branch = target.revision is not None and not target.revision.startswith("refs/")
     try:
-        call_with_retries(lambda: api.repo_info(repo_id, repo_type=repo_type, revision=revision))
+        call_with_retries(lambda: api.repo_info(repo_id, repo_type=kind, revision=target.revision))
         return
     except RevisionNotFoundError:
-        if create_pr or str(revision).startswith("refs/"):
+        if target.create_pr or not is_branch:
             raise
     except RepositoryNotFoundError:
-        call_with_retries(lambda: api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True))
-    if revision is not None and not revision.startswith("refs/"):
-        call_with_retries(lambda: api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True))
+        call_with_retries(lambda: api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True))
+    if is_branch:
+        branch = str(target.revision)
+        call_with_retries(lambda: api.create_branch(repo_id, branch=branch, repo_type=kind, exist_ok=True))
 
 
-def _find_landed_commit(
-    api: HfApi,
-    repo_id: str,
-    repo_type: str,
-    revision: str | None,
-    sent: Mapping[str, Any],
-    first_parent: str | None,
-    head: Head,
-) -> tuple[str, str] | None:
-    """The commit of an earlier attempt whose answer was lost, and its content id, if the history since holds one."""
-    if first_parent is None or head.oid == first_parent:
-        return None
-    history = call_with_retries(lambda: api.list_repo_commits(repo_id, repo_type=repo_type, revision=revision))
-    for commit in history:
-        if commit.commit_id == first_parent:
-            break
-        for content_id in sent:
-            if content_id in commit.message:
-                return commit.commit_id, content_id
-    return None
+def _compare(local: Mapping[str, LocalFile], compose: Compose | None, head: Head, token: str | None) -> _Change:
+    composed, deleted = compose(head) if compose is not None else ({}, [])
+    _refuse_secrets(composed, token)
+    wanted = {**local, **{path: LocalFile.read(data) for path, data in composed.items()}}
+    changed = {path: file for path, file in wanted.items() if not file.equals(head.files.get(path))}
+    return _Change(changed, [path for path in deleted if path in head.files and path not in wanted])
 
 
-def _find_pull_request(
-    api: HfApi,
-    repo_id: str,
-    repo_type: str,
-    title: str,
-    sent: Mapping[str, tuple[dict[str, LocalFile], list[str]]],
-) -> tuple[str, str, str] | None:
-    """Commit, address and content id of an open pull request that holds one of the contents already."""
-    kind: dict[str, Any] = {"repo_type": repo_type}
-    pulls = call_with_retries(lambda: list(api.get_repo_discussions(repo_id, discussion_type="pull_request", **kind)))
-    for pull in pulls:
-        if pull.status not in ("open", "draft") or pull.title != title:
-            continue
-        ref = f"refs/pr/{pull.num}"
-        commit = call_with_retries(lambda ref=ref: api.list_repo_commits(repo_id, revision=ref, **kind))[0]
-        for content_id, (changed, _) in sent.items():
-            # The message alone proves nothing: anybody may open a pull request that claims the same content.
-            if content_id in commit.message and not find_differences(
-                api, repo_id, repo_type, commit.commit_id, changed
-            ):
-                return commit.commit_id, pull.url, content_id
-    return None
-
-
-def _verified(
-    api: HfApi,
-    repo_id: str,
-    repo_type: str,
-    oid: str,
-    pr_url: str | None,
-    changed: Mapping[str, LocalFile],
-    deleted: Iterable[str],
-) -> Publication:
-    for attempt in range(3):
-        wrong = find_differences(api, repo_id, repo_type, oid, changed)
-        if not wrong:
-            url = pr_url or _commit_url(api, repo_id, repo_type, oid)
-            return Publication(repo_id, oid, url, pr_url, (*changed, *deleted))
-        time.sleep(attempt)
-    raise PublicationError(
-        f"Commit {oid} of {repo_id} does not hold what was sent: {', '.join(wrong[:5])} ({len(wrong)} of "
-        f"{len(changed)} files). A .gitignore in the repository may name them; otherwise publish again."
+def _commit(target: _Target, change: _Change, parent: str) -> CommitInfo:
+    additions = [file.to_operation(path) for path, file in change.files.items()]
+    deletions = [CommitOperationDelete(path, is_folder=False) for path in change.deleted]
+    kind: dict[str, Any] = {"repo_type": target.repo_type, "revision": target.revision, "create_pr": target.create_pr}
+    target.api.preupload_lfs_files(target.repo_id, additions, free_memory=False, **kind)
+    return target.api.create_commit(
+        target.repo_id,
+        [*additions, *deletions],
+        commit_message=target.message,
+        commit_description=f"Content: {change.content_id}",
+        parent_commit=parent,
+        **kind,
     )
 
 
-def _commit_url(api: HfApi, repo_id: str, repo_type: str, oid: str) -> str:
-    prefix = "" if repo_type == "model" else f"{repo_type}s/"
-    return f"{api.endpoint}/{prefix}{repo_id}/commit/{oid}"
+def _find_landed_commit(target: _Target, sent: Iterable[_Change], first_parent: str) -> Publication | None:
+    """The commit of an attempt whose answer was lost, if the history since `first_parent` holds one."""
+    list_commits = partial(target.api.list_repo_commits, repo_type=target.repo_type, revision=target.revision)
+    for commit in call_with_retries(lambda: list_commits(target.repo_id)):
+        if commit.commit_id == first_parent:
+            break
+        for change in sent:
+            if change.content_id in commit.message:
+                return _verify(target, commit.commit_id, None, change)
+    return None
 
 
-def _compute_content_id(changed: Mapping[str, LocalFile], deleted: Iterable[str]) -> str:
-    listed = {path: file.sha256.hex() for path, file in changed.items()} | dict.fromkeys(deleted)
-    return "sha256:" + hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+def _find_pull_request(target: _Target, sent: Iterable[_Change]) -> Publication | None:
+    """An open pull request that holds one of the contents already."""
+    kind: dict[str, Any] = {"repo_type": target.repo_type}
+    list_pulls = partial(target.api.get_repo_discussions, target.repo_id, discussion_type="pull_request", **kind)
+    for pull in call_with_retries(lambda: list(list_pulls())):
+        if pull.status not in ("open", "draft") or pull.title != target.message:
+            continue
+        read_commits = partial(target.api.list_repo_commits, target.repo_id, revision=f"refs/pr/{pull.num}", **kind)
+        commit = call_with_retries(read_commits)[0]
+        for change in sent:
+            # The message alone proves nothing: anybody may open a pull request that claims the same content.
+            is_same = change.content_id in commit.message
+            if is_same and not find_differences(
+                target.api, target.repo_id, target.repo_type, commit.commit_id, change.files
+            ):
+                return Publication(target.repo_id, commit.commit_id, pull.url, pull.url, _list_paths(change))
+    return None
+
+
+def _verify(target: _Target, oid: str, pr_url: str | None, change: _Change) -> Publication:
+    wrong: list[str] = []
+    for attempt in range(3):
+        wrong = find_differences(target.api, target.repo_id, target.repo_type, oid, change.files)
+        if not wrong:
+            url = pr_url or target.get_commit_url(oid)
+            return Publication(target.repo_id, oid, url, pr_url, _list_paths(change))
+        time.sleep(attempt)
+    raise PublicationError(
+        f"Commit {oid} of {target.repo_id} does not hold what was sent: {', '.join(wrong[:5])} ({len(wrong)} of "
+        f"{len(change.files)} files). A .gitignore in the repository may name them; otherwise publish again."
+    )
+
+
+def _list_paths(change: _Change) -> tuple[str, ...]:
+    return (*change.files, *change.deleted)
 
 
 def _refuse_secrets(files: Mapping[str, str | Path | bytes], token: str | None) -> None:

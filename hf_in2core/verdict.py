@@ -1,5 +1,6 @@
 """The verdict between the arms of a run in words; `hf_in2core.evaluation.judge` computes what it says."""
 
+import math
 from typing import Any
 
 
@@ -13,7 +14,7 @@ AGAINST_FULL = {
     "better": "beat the full pool",
     "no worse": "was no worse than the full pool",
     "worse": "was worse than the full pool",
-    "inconclusive": "is inconclusive against the full pool",
+    "inconclusive": "was not shown to match the full pool",
 }
 
 
@@ -35,27 +36,29 @@ def say_verdict(by_fraction: list[dict[str, Any]], cost: dict[str, Any], margin:
     if not by_fraction:
         return f"Nothing was compared: there is no coreset, random or opponents arm. {_say_cost(cost)}"
     head = by_fraction[0]
-    sentences = [
-        _say_random(head),
-        _say_full(head, margin),
-        _say_opponents(head),
-        _say_others(by_fraction[1:]),
-        _say_cost(cost),
-    ]
+    sentences = [_say_random(head), _say_full(head, margin), _say_others(by_fraction[1:]), _say_cost(cost)]
+    # A ranking that points the wrong way is read first.
+    sentences.insert(0 if _opponents_won(head) else 2, _say_opponents(head))
     return " ".join(sentence for sentence in sentences if sentence)
 
 
 def say_headline(head: dict[str, Any]) -> str:
     """Say in one line what one entry of `by_fraction` shows; the title of a plot."""
+    where = f" ({_where(head)})" if head["losses"] else ""
+    opponents = ", and had a higher loss than the opponents" if _opponents_won(head) else ""
+    return f"Coreset{where}: {_say_outcomes(head)}{opponents}"
+
+
+def _where(entry: dict[str, Any]) -> str:
+    return f"fraction {entry['fraction']:g}, {BUDGET_NAMES[entry['budget']]}"
+
+
+def _say_outcomes(entry: dict[str, Any]) -> str:
     said = [
-        AGAINST_RANDOM.get(get_outcome(head["intervals"]["coreset_minus_random"])),
-        AGAINST_FULL.get(get_outcome(head["intervals"]["coreset_minus_full"])),
+        AGAINST_RANDOM.get(get_outcome(entry["intervals"]["coreset_minus_random"])),
+        AGAINST_FULL.get(get_outcome(entry["intervals"]["coreset_minus_full"])),
     ]
-    if _opponents_won(head):
-        said.append("had a higher loss than the opponents")
-    told = ", ".join(part for part in said if part) or "no conclusion"
-    where = f" (fraction {head['fraction']:g}, {BUDGET_NAMES[head['budget']]})" if head["losses"] else ""
-    return f"Coreset{where}: {told}"
+    return " and ".join(part for part in said if part) or "no conclusion"
 
 
 def get_outcome(interval: dict[str, Any] | None) -> str:
@@ -69,9 +72,12 @@ def _numbers(head: dict[str, Any], first: str, second: str) -> str:
     losses = f"test loss {head['losses'][first]['mean']:.3f} against {head['losses'][second]['mean']:.3f}"
     if interval["low"] is None:
         return losses
+    # Two digits of the half-width, so that an end close to 0 does not read as 0.
+    half_width = interval["half_width"]
+    decimals = 3 if half_width < 1e-6 else max(3, 1 - math.floor(math.log10(half_width)))
     return (
-        f"{losses}, difference {interval['mean']:+.3f}, {interval['level'] * 100:g} % interval "
-        f"{interval['low']:+.3f} to {interval['high']:+.3f}, {interval['n']} seeds"
+        f"{losses}, difference {interval['mean']:+.{decimals}f}, {interval['level'] * 100:g} % interval "
+        f"{interval['low']:+.{decimals}f} to {interval['high']:+.{decimals}f}, {interval['n']} seeds"
     )
 
 
@@ -79,9 +85,10 @@ def _why_no_interval(head: dict[str, Any], first: str, second: str) -> str:
     diverged = [arm for arm in (first, second) if arm in head["diverged"]]
     if diverged:
         return f"the test loss of the {' and the '.join(diverged)} arm is not finite for at least one seed"
-    if head["intervals"][f"{first}_minus_{second}"]["n"] < 2:
-        return "with fewer than 2 seeds no confidence interval can be given"
-    return "every seed gave exactly the same loss, so the seeds say nothing about noise"
+    n = head["intervals"][f"{first}_minus_{second}"]["n"]
+    if n < 2:
+        return f"with {n} seed no confidence interval can be given, which takes at least 2 (better 3)"
+    return f"all {n} seeds gave exactly the same loss, so they say nothing about noise"
 
 
 def _say_random(head: dict[str, Any]) -> str:
@@ -92,8 +99,7 @@ def _say_random(head: dict[str, Any]) -> str:
     if outcome == "not run":
         return f"{where} there is no random arm, so it is not known whether the coreset is better than random rows."
     if outcome == "no interval":
-        reason = _why_no_interval(head, "coreset", "random")
-        return f"{where} nothing is concluded: {reason}; run at least 3 seeds that all converge."
+        return f"{where} nothing is concluded: {_why_no_interval(head, 'coreset', 'random')}."
     return f"{where} the coreset {AGAINST_RANDOM[outcome]} ({_numbers(head, 'coreset', 'random')})."
 
 
@@ -154,7 +160,7 @@ def _say_others(others: list[dict[str, Any]]) -> str:
             f"Of the {len(others)} other fractions and budgets, the coreset beat random rows beyond noise in {random} "
             f"and was better or no worse than the full pool in {full}."
         )
-    return f"Elsewhere: {'; '.join(say_headline(entry).removeprefix('Coreset ') for entry in others)}."
+    return f"Elsewhere, {'; '.join(f'at {_where(entry)}: {_say_outcomes(entry)}' for entry in others)}."
 
 
 def _say_cost(cost: dict[str, Any]) -> str:
@@ -165,28 +171,34 @@ def _say_cost(cost: dict[str, Any]) -> str:
     if cost["reference_seconds"]:
         parts = f"reference {_seconds(cost['reference_seconds'])}, {parts}"
     else:
-        parts += ", the reference model not counted"
+        parts += ", no training of a reference counted"
     spent = f"Selecting cost {_seconds(total)} ({parts})"
     if saving is None:
         return f"{spent}; what it saves was not measured, which takes the full and the coreset arm at equal epochs."
     took = f"{_seconds(cost['full_seconds'])} on the full pool, {_seconds(cost['coreset_seconds'])} on the coreset"
     if saving <= 0:
         return f"{spent} and saved nothing: a target run at equal epochs took {took}, so it never pays."
-    outcome = cost["outcome_at_equal_epochs"]
-    if outcome == "worse":
+    if cost["break_even_runs"] == "never":
+        than = "on the full pool" if cost["against_full"] == "worse" else "on as many random rows"
         return (
-            f"{spent}; a target run at equal epochs was {_seconds(saving)} shorter ({took}), but worse than on the "
-            "full pool, so it never pays."
+            f"{spent}; a target run at equal epochs was {_seconds(saving)} shorter ({took}), but worse than {than}, "
+            "so it never pays."
         )
-    proviso = ""
-    if outcome not in ("better", "no worse"):
-        proviso = ", if its loss at equal epochs is accepted, about which nothing is concluded against the full pool"
+    provisos = []
+    if cost["against_random"] != "better":
+        provisos.append("as many random rows, which the coreset was not shown to beat, save the same for nothing")
+    if cost["against_full"] not in ("better", "no worse"):
+        provisos.append("the coreset was not shown to match the full pool")
+    proviso = f" (in time alone: at equal epochs {', and '.join(provisos)})" if provisos else ""
     if total <= saving:
-        return f"{spent}, no more than one target run at equal epochs saves ({took}): it pays at once{proviso}."
+        return (
+            f"{spent}, no more than the {_seconds(saving)} that a target run at equal epochs saves ({took}): it pays "
+            f"with the first run{proviso}."
+        )
     return (
         f"{spent}, more than the {_seconds(saving)} that a target run at equal epochs saves ({took}): it pays after "
         f"{cost['break_even_runs']} target runs, or with one if reference and influence cost "
-        f"{cost['break_even_cost_fraction']:.2g} times that{proviso}."
+        f"{cost['break_even_cost_fraction']:.2g} of that{proviso}."
     )
 
 

@@ -48,7 +48,7 @@ def oracle_top(influence: list[float | None], candidates: list[int], count: int,
 
 
 def oracle_round_robin(sets: list[list[float]], candidates: list[int], count: int) -> list[int]:
-    left, taken = list(candidates), []
+    left, taken = list(candidates), list[int]()
     while len(taken) < count:
         scores = sets[len(taken) % len(sets)]
         best = min(left, key=lambda row: (scores[row], row))

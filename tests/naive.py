@@ -1,0 +1,55 @@
+"""Independent oracle: DataInf by batch-size-1 automatic differentiation, gradients in memory, plain loops."""
+
+import torch
+from datasets import Dataset
+from torch.nn import functional as F
+
+
+def compute_loss(model, row: dict, loss_reduction: str = "mean") -> torch.Tensor:
+    """Loss of one row in the model's own precision (`labels=` would go through float32)."""
+    labels = torch.tensor(row["labels"])[1:]
+    logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+    losses = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")[labels != -100]
+    return losses.mean() if loss_reduction == "mean" else losses.sum()
+
+
+def compute_gradients(model, rows: Dataset, loss_reduction: str = "mean") -> list[dict[str, torch.Tensor]]:
+    """Gradient of the loss of every row for every trainable tensor, one row and one backward at a time."""
+    model.eval()
+    gradients = []
+    for row in rows:
+        model.zero_grad()
+        compute_loss(model, row, loss_reduction).backward()
+        gradients.append(
+            {n: p.grad.clone().flatten() for n, p in model.named_parameters() if p.grad is not None and p.requires_grad}
+        )
+    model.zero_grad()
+    return gradients
+
+
+def compute_datainf(
+    train: list[dict[str, torch.Tensor]], validation: list[dict[str, torch.Tensor]], damping_scale: float = 0.1
+) -> torch.Tensor:
+    """
+    Influence of every training row by DataInf's closed form, block by block and example by example.
+
+    Follows the published loops: the inner fraction of `g_i` is formed with every `g_k` before summing.
+    """
+    n = len(train)
+    influence = torch.zeros(n, dtype=torch.float64)
+    for name in train[0]:
+        g = [gradients[name].double() for gradients in train]
+        v = sum(gradients[name].double() for gradients in validation) / len(validation)
+        damping = damping_scale * sum(float(x @ x) for x in g) / n / v.numel()
+        for k in range(n):
+            total = 0.0
+            for i in range(n):
+                total += float(v @ g[k]) - float(v @ g[i]) * float(g[i] @ g[k]) / (damping + float(g[i] @ g[i]))
+            influence[k] -= total / n / damping
+    return influence
+
+
+def compute_dense_ihvp(g: torch.Tensor, v: torch.Tensor, damping: float) -> torch.Tensor:
+    """`mean_i (damping I + g_i g_i^T)^-1 v` by dense linear algebra; `g` is `[n, d]`, `v` is `[d]`."""
+    identity = torch.eye(g.shape[1], dtype=g.dtype)
+    return torch.stack([torch.linalg.solve(damping * identity + torch.outer(x, x), v) for x in g]).mean(0)
