@@ -172,7 +172,7 @@ def merge_splits(
             entered too: once there is a configuration, `datasets` finds nothing else.
 
     Returns:
-        `dict[str, int]`: rows of every split of the configuration that the card now states.
+        `dict[str, int]`: rows of every split of the configuration whose rows are known.
 
     Raises:
         ValueError: other splits of the configuration have other columns, so that `datasets` could load none of them.
@@ -191,7 +191,7 @@ def merge_splits(
     stated = stated if isinstance(stated, list) else [stated]
     infos = {info.get("config_name", "default"): dict(info) for info in stated}
     info = infos.setdefault(config_name, {})
-    held = {split["name"]: split for split in info.get("splits") or []}
+    held = {split["name"]: split for split in info.get("splits") or [] if split["name"] in paths}
     _check_features(info.get("features"), features, [name for name in held if name not in splits], config_name)
     held |= {
         name: {"name": name, "num_bytes": facts.num_bytes, "num_examples": facts.num_examples}
@@ -199,11 +199,16 @@ def merge_splits(
     }
     patterns = [pattern for path in paths.values() for pattern in (path if isinstance(path, list) else [path])]
     info["features"] = DatasetInfo(features=features)._to_yaml_dict()["features"]
-    info["splits"] = list(held.values())
-    info["download_size"] = sum(
-        size for path, size in files.items() if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
-    )
-    info["dataset_size"] = sum(int(split.get("num_bytes") or 0) for split in held.values())
+    if set(held) == set(paths):
+        info["splits"] = list(held.values())
+        info["download_size"] = sum(
+            size for path, size in files.items() if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+        )
+        info["dataset_size"] = sum(int(split.get("num_bytes") or 0) for split in held.values())
+    else:
+        # `datasets` refuses a repository whose card counts the rows of some splits only.
+        for key in ("splits", "download_size", "dataset_size"):
+            info.pop(key, None)
     named = _name_entries(infos)
     if list(infos) == ["default"]:
         del named[0]["config_name"]

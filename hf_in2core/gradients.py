@@ -311,7 +311,8 @@ class GradientRecorder:
                     f"The loss of row(s) {bad.tolist()[:10]} is not finite, so their gradients cannot be used. Look at "
                     "these rows, or run the influence passes in float32 (`bf16=False`, `fp16=False`)."
                 )
-            weighted.sum().backward()
+            if weighted.requires_grad:  # else no block took part, which is reported below
+                weighted.sum().backward()
         wrong = [name for name in self.blocks if self._recorded.get(name, 0) != 1]
         if wrong:
             raise ValueError(

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import logging
+from copy import copy
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,7 @@ class InfluenceTrainer(SFTTrainer):
                 for name, dataset in {"": self.pool, **validation}.items()
             }
         self._validation_names = list(validation)
+        args = copy(args)  # the mapped rows carry their text in `text`; the caller's arguments stay as they are
         args.dataset_text_field = "text"
         mapped_validation = {name: mapped[name] for name in validation}
         super().__init__(
@@ -140,17 +143,22 @@ class InfluenceTrainer(SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if not isinstance(self.model, PeftModel):
+            raise ValueError("The model has no PEFT adapter. Pass `peft_config=LoraConfig(...)`.")
+        # Fails here, before any training, if a tensor cannot be accounted for.
+        find_blocks(self.model, self.model.active_adapter)
         if self.aux_loss_enabled:
             raise ValueError(
                 "The model adds a load-balancing loss to the SFT loss, which influence leaves out. Set "
                 "`router_aux_loss_coef=0.0`."
             )
-        if not isinstance(self.model, PeftModel):
-            raise ValueError("The model has no PEFT adapter. Pass `peft_config=LoraConfig(...)`.")
-        # Fails here, before any training, if a tensor cannot be accounted for.
-        self._all_blocks = find_blocks(self.model, self.model.active_adapter)
-        self.preparation = Preparation.from_args(args, self.processing_class, mapped[""])
-        self.preparation.columns = preparation.columns
+        # TRL's own decisions, made while its constructor prepared the data.
+        self.preparation = replace(
+            preparation,
+            processing_class=self.processing_class,
+            completion_only_loss=self.completion_only_loss,
+            chat_template=self.chat_template,
+        )
         self._prepare_influence_data(mapped)
         self._scorer: InfluenceScorer | None = None
         self._hashes: dict[str, str] | None = None

@@ -1,0 +1,369 @@
+"""Cards for the Hub: what an influence dataset and a model fine-tuned on a coreset say about themselves."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, Value
+from huggingface_hub import EvalResult, ModelCardData
+
+from hf_in2core.card_metadata import add_tags, join_card, parse_card, replace_section
+from hf_in2core.card_text import (
+    Markdown,
+    escape_markdown,
+    format_code,
+    format_mean,
+    format_number,
+    format_row,
+    render_template,
+)
+
+
+_ARM_ORDER = ("full", "coreset", "random", "opponents")
+_MEANINGS = {
+    "influence": "estimated influence on the validation loss; **negative = proponent**, positive = opponent; null "
+    "where the row carries no loss",
+    "influence_rank": "rank in the whole pool; 0 = the strongest proponent; null where the row carries no loss",
+    "num_loss_tokens": "labelled tokens of the row",
+    "influence_per_query": "influence on each validation row",
+}
+
+
+def summarise_influence(scored: Dataset, show: int = 3) -> dict[str, Any]:
+    """
+    What a card says about a scored pool in numbers.
+
+    Args:
+        scored (`datasets.Dataset`):
+            Pool with `influence`; rows whose influence is null or NaN carry no loss.
+        show (`int`, *optional*, defaults to `3`):
+            Strongest proponents and opponents to show, each.
+
+    Returns:
+        `dict`: values for the template; influence has the sign of the contract (negative = proponent).
+    """
+    influence = _read_column(scored, "influence")
+    rows = np.flatnonzero(~np.isnan(influence))
+    order = rows[np.argsort(influence[rows], kind="stable")]
+    quantiles = np.quantile(influence[rows], [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]) if len(rows) else []
+    correlation = "not known"
+    if "num_loss_tokens" in scored.column_names and len(rows) > 2:
+        lengths = _read_column(scored, "num_loss_tokens")[rows]
+        first, second = _rank(influence[rows]), _rank(lengths)
+        if np.ptp(first) > 0 and np.ptp(second) > 0:
+            correlation = f"{np.corrcoef(first, second)[0, 1]:.2f}"
+    proponents, opponents = order[influence[order] < 0][:show], order[influence[order] > 0][::-1][:show]
+    extremes = [("Proponent", place, int(row)) for place, row in enumerate(proponents, 1)]
+    extremes += [("Opponent", place, int(row)) for place, row in enumerate(opponents, 1)]
+    return {
+        "rows": Markdown(f"{len(influence):,}"),
+        "without_loss": Markdown(f"{len(influence) - len(rows):,}"),
+        "proponents": Markdown(f"{int((influence[rows] < 0).sum()):,}"),
+        "quantiles": [Markdown(f"{value:.3g}") for value in quantiles],
+        "length_correlation": Markdown(correlation),
+        "extremes": [
+            {
+                "title": Markdown(f"{kind} {place} of its kind, row {row:,}, influence {influence[row]:.4g}:"),
+                "json": format_row({k: v for k, v in scored[row].items() if not is_influence_column(k)}),
+            }
+            for kind, place, row in extremes
+        ],
+    }
+
+
+def is_influence_column(name: str) -> bool:
+    """Whether a column is one that scoring adds."""
+    return name in _MEANINGS or name.startswith("influence_")
+
+
+def _read_column(scored: Dataset, name: str) -> np.ndarray:
+    column = scored.with_format("numpy", columns=[name])[:][name]
+    return np.asarray(column, dtype=np.float64)
+
+
+def _rank(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def render_influence_section(
+    repo_id: str,
+    *,
+    features: Features,
+    splits: Mapping[str, int],
+    config_name: str = "default",
+    summary: Mapping[str, Any] | None = None,
+    scorer: Mapping[str, Any] | None = None,
+    scorer_folder: str | None = None,
+    results: Mapping[str, Any] | None = None,
+    stale_results: bool = False,
+    plots: Sequence[str] = (),
+    replay: str | None = None,
+) -> str:
+    """
+    The generated section of an influence dataset's card.
+
+    Args:
+        repo_id (`str`):
+            Repository of the dataset.
+        features (`datasets.Features`):
+            Columns of its splits.
+        splits (`Mapping[str, int]`):
+            Split → rows; `train` is the pool.
+        config_name (`str`, *optional*, defaults to `"default"`):
+            Configuration that the splits belong to.
+        summary (`Mapping`, *optional*):
+            Of [`summarise_influence`].
+        scorer (`Mapping`, *optional*):
+            The scorer's `config.json`.
+        scorer_folder (`str`, *optional*):
+            Folder of the repository that holds the scorer.
+        results (`Mapping`, *optional*):
+            `results.json` of the run: `arms`, `selection`, `verdict`.
+        stale_results (`bool`, *optional*, defaults to `False`):
+            Whether the repository's `results.json` belongs to other rows.
+        plots (`Sequence[str]`, *optional*):
+            Pictures, by their path in the repository.
+        replay (`str`, *optional*):
+            Path of the run's configuration in the repository.
+
+    Returns:
+        `str`: Markdown between its marks.
+    """
+    results, scorer = results or {}, scorer or {}
+    pool_rows = splits.get("train", 0)
+    arguments = json.dumps(repo_id) + (f", {json.dumps(config_name)}" if config_name != "default" else "")
+    verdict = results.get("verdict") or {}
+    return render_template(
+        "influence_dataset.md",
+        repo_id=Markdown(repo_id),
+        config_name=Markdown(config_name),
+        load_arguments=Markdown(arguments),
+        validation=_say_validation(scorer.get("validation_sets")),
+        splits=[
+            {
+                "name": format_code(name),
+                "rows": Markdown(f"{rows:,}"),
+                "share": Markdown(f"{100 * rows / pool_rows:.1f} %" if pool_rows else "–"),
+            }
+            for name, rows in splits.items()
+        ],
+        first_coreset=next((Markdown(name) for name in splits if name != "train"), None),
+        columns=[
+            {"name": format_code(name), "type": format_code(_name_type(feature)), "meaning": _explain(name)}
+            for name, feature in features.items()
+        ],
+        summary=summary,
+        verdict=verdict.get("text"),
+        comparisons=list_comparisons(verdict.get("intervals") or {}),
+        arms=list_arms(results.get("arms") or []),
+        stale_results=stale_results,
+        plots=[{"path": Markdown(path), "caption": Path(path).stem.replace("_", " ").capitalize()} for path in plots],
+        provenance=_list_provenance(scorer),
+        replay=Markdown(replay) if replay else None,
+        scorer_folder=Markdown(scorer_folder) if scorer_folder else None,
+        influence_columns=Markdown(json.dumps([name for name in features if is_influence_column(name)])),
+        cost=_list_cost(results),
+    )
+
+
+def _say_validation(sets: Any) -> Markdown:
+    if not isinstance(sets, Mapping) or not sets or list(sets) == ["validation"]:
+        return Markdown("the loss on a validation set")
+    named = ", ".join(f"{format_code(str(name))} ({escape_markdown(str(rows))} rows)" for name, rows in sets.items())
+    return Markdown(f"the loss on {'a validation set' if len(sets) == 1 else 'the mean of validation sets'}: {named}")
+
+
+def _explain(name: str) -> Markdown:
+    if name not in _MEANINGS and name.startswith("influence_"):
+        return Markdown(f"the same for the validation set {format_code(name.removeprefix('influence_'))} alone")
+    return Markdown(_MEANINGS.get(name, "as in the source"))
+
+
+def _name_type(feature: Any) -> str:
+    return feature.dtype if isinstance(feature, Value) else type(feature).__name__.lower()
+
+
+def list_comparisons(intervals: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Lines of the table of differences between arms, from `verdict["intervals"]` of `results.json`."""
+    return [
+        {
+            "name": name.replace("_", " "),
+            "mean": format_number(entry.get("mean"), "+.4f"),
+            "interval": Markdown(
+                f"[{format_number(entry['low'], '+.4f')}, {format_number(entry['high'], '+.4f')}]"
+                if entry.get("low") is not None and entry.get("high") is not None
+                else "none"
+            ),
+            "seeds": entry.get("n", "–"),
+            "outcome": entry.get("outcome", "–"),
+        }
+        for name, entry in intervals.items()
+        if isinstance(entry, Mapping)
+    ]
+
+
+def list_arms(arms: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of the table of arms, from `arms` of `results.json`: one per arm, fraction and budget, over its seeds."""
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for run in arms:
+        key = str(run.get("arm")), str(run.get("fraction")), str(run.get("budget"))
+        groups.setdefault(key, []).append(run)
+    order = {name: place for place, name in enumerate(_ARM_ORDER)}
+    keys = sorted(groups, key=lambda key: (key[2], key[1], order.get(key[0], len(order)), key[0]))
+    return [
+        {
+            "name": arm,
+            "fraction": fraction,
+            "budget": budget,
+            "seeds": len(groups[arm, fraction, budget]),
+            **{
+                name: format_mean([run.get(name) for run in groups[arm, fraction, budget]], form)
+                for name, form in [
+                    ("rows", ",.0f"),
+                    ("loss_tokens", ",.0f"),
+                    ("steps", ",.0f"),
+                    ("seconds", ",.1f"),
+                    ("test_loss", ".4f"),
+                    ("test_perplexity", ".3f"),
+                ]
+            },
+        }
+        for arm, fraction, budget in keys
+    ]
+
+
+def _list_provenance(scorer: Mapping[str, Any]) -> list[tuple[str, Markdown]]:
+    labels = {
+        "base_model": "Reference model",
+        "base_model_revision": "Its revision",
+        "base_model_dtype": "Its precision",
+        "adapter_hash": "Hash of the reference adapter",
+        "tokenizer_hash": "Hash of the tokenizer",
+        "template_hash": "Hash of the chat template",
+        "pool_hash": "Hash of the pool that it was fitted on",
+        "estimator": "Estimator",
+        "loss_reduction": "Loss of a row",
+        "damping_scale": "Damping scale",
+        "influence_layers": "Layers",
+        "num_fit_examples": "Rows in the fit pass",
+        "autocast": "Mixed precision",
+        "tokens_per_batch": "Tokens per batch",
+    }
+    said = {"base_model": "built in memory", "influence_layers": "all", "template_hash": "none"}
+    lines = []
+    for key, label in labels.items():
+        if key in scorer:
+            value = scorer[key] if scorer[key] not in (None, "", []) else said.get(key)
+            if value is not None:
+                text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+                lines.append((label, format_code(text)))
+    for key, label in (("validation_sets", "Validation sets (rows)"), ("libraries", "Library versions")):
+        values = scorer.get(key)
+        if isinstance(values, Mapping) and values:
+            text = ", ".join(f"{escape_markdown(str(k))} {escape_markdown(str(v))}" for k, v in values.items())
+            lines.append((label, Markdown(text)))
+    return lines or [("Scorer", Markdown("not published with these rows"))]
+
+
+def _list_cost(results: Mapping[str, Any]) -> list[tuple[str, Markdown]]:
+    selection, cost = results.get("selection") or {}, (results.get("verdict") or {}).get("cost") or {}
+    lines = [
+        ("Training the reference model", selection.get("reference_seconds")),
+        ("Computing influence", selection.get("seconds")),
+        ("Training on the full pool", cost.get("full_seconds")),
+        ("Training on the coreset", cost.get("coreset_seconds")),
+    ]
+    said = [
+        (label, Markdown(f"{format_number(v, ',.1f')} seconds")) for label, v in lines if isinstance(v, int | float)
+    ]
+    runs = cost.get("break_even_runs")
+    if runs is not None:
+        said.append(("Target runs after which selecting has paid", escape_markdown(str(runs))))
+    return said
+
+
+def render_target_model_card(
+    model_name: str,
+    *,
+    base_model: str,
+    dataset_id: str,
+    run: Mapping[str, Any],
+    results: Mapping[str, Any],
+    split: str | None = None,
+    dataset_revision: str | None = None,
+    test_name: str = "test set",
+    existing: str | None = None,
+) -> str:
+    """
+    The card of a model that was fine-tuned on a coreset (or on an arm that a coreset is compared with).
+
+    Args:
+        model_name (`str`):
+            Name of the model, the second part of its repository id.
+        base_model (`str`):
+            Hub id of the model that was fine-tuned.
+        dataset_id (`str`):
+            Hub id of the dataset that holds the coreset, or any name when it is not on the Hub.
+        run (`Mapping`):
+            This model's entry of `arms` in `results.json`.
+        results (`Mapping`):
+            `results.json`, for the comparison and the verdict.
+        split (`str`, *optional*):
+            Split of the dataset that it was trained on.
+        dataset_revision (`str`, *optional*):
+            Commit of the dataset.
+        test_name (`str`, *optional*, defaults to `"test set"`):
+            Name of the rows that judged.
+        existing (`str`, *optional*):
+            The card that is there; its own metadata and text are kept.
+
+    Returns:
+        `str`: the whole card, with evaluation results in the form that the Hub renders.
+    """
+    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", dataset_id, flags=re.ASCII) is not None
+    metrics = [("loss", "test_loss", "Test loss per labelled token"), ("perplexity", "test_perplexity", "Perplexity")]
+    evaluated = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset_id if is_on_hub else "other",
+            dataset_name=test_name,
+            dataset_revision=dataset_revision if is_on_hub else None,
+            metric_type=kind,
+            metric_name=label,
+            metric_value=run[key],
+        )
+        for kind, key, label in metrics
+        if isinstance(run.get(key), int | float) and math.isfinite(run[key])
+    ]
+    ours = ModelCardData(eval_results=evaluated or None, model_name=model_name).to_dict()
+    data, body = parse_card(existing) if existing is not None else ({}, f"\n# {escape_markdown(model_name)}\n")
+    data.setdefault("base_model", base_model)
+    if is_on_hub:
+        add_tags(data, "datasets", [dataset_id])
+    add_tags(data, "tags", ["in2core", "coreset", "sft", "trl"])
+    data |= {key: value for key, value in ours.items() if key == "model-index"}
+    section = render_template(
+        "target_model.md",
+        title=model_name,
+        base_model=base_model,
+        base_model_link=_link(base_model),
+        dataset_id=dataset_id,
+        dataset_link=Markdown(dataset_id) if is_on_hub else None,
+        dataset_revision=escape_markdown(dataset_revision) if dataset_revision else None,
+        split=escape_markdown(split) if split else None,
+        trained_on=Markdown(f"the split {format_code(split)}") if split else escape_markdown(str(run.get("arm"))),
+        arms=list_arms(other for other in results.get("arms") or [] if other.get("budget") == run.get("budget")),
+        this_arm=str(run.get("arm")),
+        seed=str(run.get("seed")),
+        verdict=(results.get("verdict") or {}).get("text"),
+    )
+    return join_card(data, replace_section(body, "model", section))
+
+
+def _link(repo_id: str) -> Markdown:
+    return Markdown(re.sub(r"[^\w./-]", "", repo_id, flags=re.ASCII))
