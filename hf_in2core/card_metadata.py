@@ -180,6 +180,7 @@ def merge_splits(
     configs = {config.get("config_name", "default"): dict(config) for config in data.get("configs") or []}
     if not configs:
         unnamed = dict.fromkeys(match["split"] for path in sorted(files) if (match := _SHARD.fullmatch(path)))
+        unnamed = {split: None for split in unnamed if config_name != "default" or split not in splits}
         if unnamed:
             configs["default"] = {"data_files": _write_data_files({split: f"data/{split}-*" for split in unnamed})}
     config = configs.setdefault(config_name, {})

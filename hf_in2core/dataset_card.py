@@ -57,8 +57,8 @@ def summarise_influence(scored: Dataset, show: int = 3) -> dict[str, Any]:
         if np.ptp(first) > 0 and np.ptp(second) > 0:
             correlation = f"{np.corrcoef(first, second)[0, 1]:.2f}"
     proponents, opponents = order[influence[order] < 0][:show], order[influence[order] > 0][::-1][:show]
-    extremes = [("Proponent", place, int(row)) for place, row in enumerate(proponents, 1)]
-    extremes += [("Opponent", place, int(row)) for place, row in enumerate(opponents, 1)]
+    extremes = [("Proponent", rank, int(row)) for rank, row in enumerate(proponents)]
+    extremes += [("Opponent", len(rows) - 1 - place, int(row)) for place, row in enumerate(opponents)]
     return {
         "rows": Markdown(f"{len(influence):,}"),
         "without_loss": Markdown(f"{len(influence) - len(rows):,}"),
@@ -67,10 +67,10 @@ def summarise_influence(scored: Dataset, show: int = 3) -> dict[str, Any]:
         "length_correlation": Markdown(correlation),
         "extremes": [
             {
-                "title": Markdown(f"{kind} {place} of its kind, row {row:,}, influence {influence[row]:.4g}:"),
+                "title": Markdown(f"{kind}, rank {rank:,}: row {row:,}, influence {influence[row]:.4g}"),
                 "json": format_row({k: v for k, v in scored[row].items() if not is_influence_column(k)}),
             }
-            for kind, place, row in extremes
+            for kind, rank, row in extremes
         ],
     }
 
@@ -259,6 +259,8 @@ def _list_provenance(scorer: Mapping[str, Any]) -> list[tuple[str, Markdown]]:
     for key, label in labels.items():
         if key in scorer:
             value = scorer[key] if scorer[key] not in (None, "", []) else said.get(key)
+            if key == "base_model" and str(value).startswith(("/", "~", ".")):
+                value = f"{Path(str(value)).name} (a local folder)"
             if value is not None:
                 text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
                 lines.append((label, format_code(text)))

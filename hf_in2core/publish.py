@@ -7,6 +7,7 @@ import math
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from hf_in2core.card_metadata import (
 )
 from hf_in2core.dataset_card import render_influence_section, summarise_influence
 from hf_in2core.hub import Head, Publication, is_main_process, list_folder, publish_files
-from hf_in2core.hub_checks import check_names, get_data_folder
+from hf_in2core.hub_checks import check_can_push, check_names, get_data_folder
 from hf_in2core.hub_state import LocalFile, call_with_retries
 
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CARD, _RESULTS, _REPLAY, _SCORER, _PLOTS = "README.md", "results.json", "config.yaml", "scorer", "plots"
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", flags=re.ASCII)
 _SIZES = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M")]
 _SIZES += [(10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B")]
 
@@ -123,6 +125,20 @@ def push_influence_dataset(
     sets = {"validation": validation} if isinstance(validation, Dataset) else dict(validation or {})
     validation_config = "validation" if config_name == "default" else f"{config_name}-validation"
     check_names(sets, validation_config)
+    check = check_can_push(
+        repo_id,
+        token=token,
+        revision=revision,
+        private=private,
+        create_pr=create_pr,
+        splits=splits,
+        config_name=config_name,
+        source_datasets=source_datasets,
+    )
+    for warning in check.warnings:
+        logger.warning(warning)
+    if check.overwrites:
+        logger.info("%s holds these splits already; what differs is replaced.", repo_id)
     max_bytes = convert_file_size_to_int(max_shard_size)
     prefix = "" if config_name == "default" else f"{config_name}/"
 
@@ -134,7 +150,7 @@ def push_influence_dataset(
         files |= _list_scorer(scorer, Path(folder), f"{prefix}{_SCORER}")
         files |= _list_report(report, prefix)
         sources = _read_sources(source_datasets, token)
-        composer = _Composer(repo_id, configs, files, prefix, summarise_influence(scored), sources, report is not None)
+        composer = _Composer(repo_id, configs, files, prefix, summarise_influence(scored), sources)
         return publish_files(
             repo_id,
             files,
@@ -194,10 +210,9 @@ class _Composer:
         prefix: str,
         summary: Mapping[str, Any],
         sources: Mapping[str, Mapping[str, Any]],
-        has_report: bool,
     ) -> None:
         self.repo_id, self.configs, self.files, self.prefix = repo_id, configs, files, prefix
-        self.summary, self.sources, self.has_report = summary, sources, has_report
+        self.summary, self.sources = summary, sources
         self.sizes = {
             path: len(source) if isinstance(source, bytes) else Path(source).stat().st_size
             for path, source in files.items()
@@ -226,7 +241,7 @@ class _Composer:
         data.setdefault("size_categories", [_name_size(rows["train"])])
 
         scorer = self._read_json(head, f"{_SCORER}/config.json") or {}
-        if scorer.get("base_model"):
+        if _HUB_ID.fullmatch(str(scorer.get("base_model") or "")):
             add_tags(data, "base_model", [scorer["base_model"]])
         results = self._read_json(head, _RESULTS)
         is_same_pool = all(
@@ -234,7 +249,7 @@ class _Composer:
             for path, file in self.shards.items()
             if path.startswith(f"{main.folder}/train-")
         )
-        stale = results is not None and not self.has_report and not is_same_pool
+        stale = results is not None and f"{self.prefix}{_RESULTS}" not in self.files and not is_same_pool
         section = render_influence_section(
             self.repo_id,
             features=main.features,
@@ -266,14 +281,14 @@ class _Composer:
 def _align_columns(name: str, dataset: Dataset, scored: Dataset) -> Dataset:
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"{name!r} is a {type(dataset).__name__}, which has to be a datasets.Dataset. A stream is published with its "
-            "own push_to_hub."
+            f"{name!r} has to be a datasets.Dataset, but is a {type(dataset).__name__}. A stream is published with "
+            "its own push_to_hub."
         )
     if len(dataset) == 0:
         raise ValueError(f"{name!r} has no rows, so there is nothing to publish under that name. Leave it out.")
     if "influence" not in scored.column_names:
         raise ValueError(
-            f"The pool has no column 'influence' (its columns: {', '.join(scored.column_names)}). Score it first, with "
+            f"The pool has no column 'influence' (it has {', '.join(scored.column_names)}). Score it first, with "
             "InfluenceTrainer.score_influence() or dataset.map(scorer, batched=True)."
         )
     if set(dataset.column_names) != set(scored.column_names):
@@ -322,10 +337,8 @@ def _read_sources(source_datasets: Sequence[str], token: str | None) -> dict[str
     """Metadata of the cards of the source datasets, by their Hub ids."""
     api, cards = HfApi(token=token, library_name="hf_in2core"), {}
     for source in source_datasets:
-        info = call_with_retries(lambda source=source: api.dataset_info(source))
+        info = call_with_retries(partial(api.dataset_info, source))
         cards[source] = info.card_data.to_dict() if info.card_data is not None else {}
-        if cards[source].get("license") is None:
-            logger.warning("%s states no licence: check that you may publish its rows.", source)
     return cards
 
 

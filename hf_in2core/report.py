@@ -32,6 +32,7 @@ LEVEL = 0.95
 COLOURS = {"full": "#000000", "coreset": "#0072B2", "random": "#E69F00", "opponents": "#CC79A7"}
 MARKERS = {"full": "s", "coreset": "o", "random": "^", "opponents": "D"}
 OTHER_COLOUR, OTHER_MARKER = "#009E73", "v"
+REST_COLOUR = "#999999"
 MAX_TEXT_CHARACTERS = 240
 
 
@@ -101,22 +102,30 @@ def plot_arms(results: Mapping[str, Any], path: str | PathLike[str]) -> None:
     rows = _summarize(results)
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
     groups = list(dict.fromkeys(_group(row) for row in rows))
-    figure = _make_figure(width=max(7.0, len(budgets) * (1.2 + 1.3 * len(groups))), height=4.8)
+    figure = _make_figure(width=min(14.0, max(7.0, len(budgets) * (1.0 + 1.1 * len(groups)))), height=4.8)
     panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
     for panel, budget in zip(panels, budgets, strict=True):
         _draw_panel(panel, [row for row in rows if row["budget"] == budget])
         panel.set_title(BUDGETS.get(budget, str(budget)), fontsize=10)
+        panel.set_xlabel("fraction of the pool's rows kept")
     panels[0].set_ylabel("test loss\n(nats per labelled token, lower is better)")
 
     handles: dict[str, Any] = {}
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False)
     note = f"bars: {LEVEL * 100:g} % Student-t interval over {_count_seeds(rows)}; small points: single seeds"
-    figure.supxlabel(note, fontsize=8, color="#444444")
+    figure.legend(
+        handles.values(),
+        handles,
+        title=note,
+        title_fontsize=8,
+        loc="outside lower center",
+        ncols=len(handles),
+        frameon=False,
+    )
     title = results.get("verdict", {}).get("headline") or "Test loss of the arms"
-    figure.suptitle("\n".join(textwrap.wrap(title, int(figure.get_figwidth() * 10))), fontsize=11)
+    figure.suptitle("\n".join(textwrap.wrap(title, int(figure.get_figwidth() * 11))), fontsize=11)
     figure.savefig(path, dpi=150)
 
 
@@ -154,7 +163,7 @@ def plot_influence(
     panel = figure.subplots()
     edges = np.histogram_bin_edges(values, bins=60, range=(low, high)).tolist()
     if cut is None:
-        panel.hist(values, bins=edges, color=COLOURS["random"])
+        panel.hist(values, bins=edges, color=REST_COLOUR)
     else:
         # Stacked, so that the bar through which the cut goes shows both parts.
         parts = [values[values <= cut], values[values > cut]]
@@ -162,7 +171,7 @@ def plot_influence(
             parts,
             bins=edges,
             stacked=True,
-            color=[COLOURS["coreset"], COLOURS["random"]],
+            color=[COLOURS["coreset"], REST_COLOUR],
             label=[f"coreset ({num_kept:,} rows)", f"not kept ({len(values) - len(parts[0]):,} rows)"],
         )
         panel.axvline(cut, color="#000000", linewidth=1.2, label=f"cut at {cut:.3g}")
@@ -177,7 +186,7 @@ def plot_influence(
     notes += [f"the cut keeps {num_kept:,}"] if cut is not None else []
     notes += [f"{num_rows - len(values):,} rows carry no loss"] if num_rows > len(values) else []
     notes += [f"{outside:,} rows lie beyond the axis"] if outside else []
-    figure.suptitle("\n".join(textwrap.wrap("; ".join(notes), 80)), fontsize=11)
+    figure.suptitle("\n".join(textwrap.wrap("; ".join(notes), 76)), fontsize=11)
     figure.savefig(path, dpi=150)
 
 
@@ -315,7 +324,7 @@ def _make_figure(width: float, height: float) -> "Figure":
 
 
 def _group(row: dict[str, Any]) -> str:
-    return "full pool" if row["arm"] == "full" else f"fraction {row['fraction']:g}"
+    return "full pool" if row["arm"] == "full" else f"{row['fraction']:g}"
 
 
 def _draw_panel(panel: "Axes", rows: list[dict[str, Any]]) -> None:

@@ -12,27 +12,20 @@ import itertools
 import json
 import os
 import re
-import socket
-import struct
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from math import ceil
 from pathlib import Path
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote
 
 import yaml
+from loopback_http import Answer, Fault, Handler, HubError, Request, ranged
+
 
 LFS_SUFFIXES = (".parquet", ".safetensors", ".png", ".bin", ".arrow")
 FRONT_MATTER = re.compile(r"^(\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(\r\n|\n|$))")
-
-
-class HubError(Exception):
-    def __init__(self, status: int, message: str, code: str | None = None):
-        super().__init__(message)
-        self.status, self.message, self.code = status, message, code
 
 
 @dataclass(frozen=True)
@@ -113,84 +106,6 @@ class Repo:
         return {path: blob.data for path, blob in self.resolve(revision).tree.items()}
 
 
-@dataclass
-class Fault:
-    """What to do to the requests that match. `number` counts the requests of one user (or signed address), from 0.
-
-    `action` is "status" (answer `status` with `headers`, without doing anything), "reset" (read half of the body, then
-    reset the connection), "lost" (do what was asked, then reset instead of answering), "slow" (wait `seconds`, go on)
-    or "call" (run `call(hub)` first, go on).
-    """
-
-    action: str
-    kind: str | None = None
-    number: int | None = None
-    owner: str | None = None
-    method: str | None = None
-    times: int = 1
-    status: int = 503
-    headers: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
-    call: Callable[["LoopbackHub"], None] | None = None
-    hits: int = 0
-
-    def matches(self, request: "Request") -> bool:
-        wanted = {key: getattr(self, key) for key in ("kind", "number", "owner", "method")}
-        return self.hits < self.times and all(
-            value is None or value == getattr(request, key) for key, value in wanted.items()
-        )
-
-
-@dataclass
-class Request:
-    origin: str
-    method: str
-    kind: str
-    path: str
-    query: dict[str, str]
-    headers: dict[str, str]
-    owner: str
-    number: int
-    body: bytes = b""
-    status: int | None = None
-
-
-@dataclass
-class Answer:
-    status: int = 200
-    body: bytes | dict | list = b""
-    headers: dict[str, str] = field(default_factory=dict)
-
-
-REPO = r"/api/(?P<type>model|dataset)s/(?P<id>[^/]+/[^/]+?)"
-GIT = r"/(?P<prefix>datasets/)?(?P<id>[^/]+/[^/]+?)"
-ROUTES = [
-    (method, kind, re.compile(pattern))
-    for method, kind, pattern in [
-        ("GET", "whoami", r"/api/whoami-v2"),
-        ("POST", "create_repo", r"/api/repos/create"),
-        ("POST", "validate_yaml", r"/api/validate-yaml"),
-        ("POST", "complete", r"/api/complete"),
-        ("GET", "auth_check", REPO + r"/auth-check(?P<write>/write)?"),
-        ("GET", "tree", REPO + r"/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?"),
-        ("POST", "paths_info", REPO + r"/paths-info/(?P<revision>[^/]+)"),
-        ("GET", "refs", REPO + r"/refs"),
-        ("GET", "commits", REPO + r"/commits/(?P<revision>[^/]+)"),
-        ("GET", "discussions", REPO + r"/discussions"),
-        ("POST", "branch", REPO + r"/branch/(?P<revision>[^/]+)"),
-        ("POST", "preupload", REPO + r"/preupload/(?P<revision>[^/]+)"),
-        ("POST", "commit", REPO + r"/commit/(?P<revision>[^/]+)"),
-        ("GET", "info", REPO + r"(?:/revision/(?P<revision>[^/]+))?"),
-        ("POST", "lfs_batch", GIT + r"\.git/info/lfs/objects/batch"),
-        ("POST", "lfs_verify", GIT + r"\.git/info/lfs/verify"),
-        ("GET", "resolve", GIT + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
-        ("HEAD", "resolve", GIT + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
-        ("PUT", "upload", r"/store/(?P<type>model|dataset)/(?P<id>[^/]+/[^/]+)/(?P<oid>\w+)"),
-        ("GET", "download", r"/store/(?P<type>model|dataset)/(?P<id>[^/]+/[^/]+)/(?P<oid>\w+)"),
-    ]
-]
-
-
 class LoopbackHub:
     """The server. `multipart_above` bytes an upload comes in parts of that size; a commit takes `commit_seconds`."""
 
@@ -215,7 +130,7 @@ class LoopbackHub:
             server.server_close()
 
     def _serve(self, origin: str) -> ThreadingHTTPServer:
-        handler = type("Handler", (_Handler,), {"hub": self, "origin": origin})
+        handler = type("Handler", (Handler,), {"hub": self, "origin": origin})
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -472,7 +387,7 @@ class LoopbackHub:
         if blob is None:
             raise HubError(404, "Entry not found", "EntryNotFound")
         if not blob.lfs:
-            return _ranged(blob.data, r, headers | {"ETag": f'"{blob.oid}"'})
+            return ranged(blob.data, r, headers | {"ETag": f'"{blob.oid}"'})
         href = f"{self.storage}/store/{repo.type}/{repo.id}/{blob.sha256}?owner={r.owner}&signature=x"
         linked = {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.data)), "Location": href}
         return Answer(302, b"", headers | linked | {"ETag": f'"{blob.oid}"'})
@@ -481,114 +396,4 @@ class LoopbackHub:
         repo = self.repos.get((p["type"], p["id"]))
         if repo is None or p["oid"] not in repo.objects:
             raise HubError(404, "NoSuchKey")
-        return _ranged(repo.objects[p["oid"]], r, {"ETag": f'"{p["oid"]}"', "Accept-Ranges": "bytes"})
-
-
-def _ranged(data: bytes, request: Request, headers: dict[str, str]) -> Answer:
-    match = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("range", ""))
-    if not match:
-        return Answer(200, data, headers)
-    start, stop = match.groups()
-    first = int(start) if start else max(len(data) - int(stop), 0)
-    last = min(int(stop), len(data) - 1) if start and stop else len(data) - 1
-    if first > last:
-        return Answer(416, b"", headers | {"Content-Range": f"bytes */{len(data)}"})
-    return Answer(206, data[first : last + 1], headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"})
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    hub: LoopbackHub
-    origin: str
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def _read(self, limit: int | None = None) -> bytes:
-        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
-            chunks = []
-            while size := int(self.rfile.readline().split(b";")[0], 16):
-                chunks.append(self.rfile.read(size))
-                self.rfile.readline()
-                if limit is not None:
-                    break
-            else:
-                self.rfile.readline()
-            return b"".join(chunks)
-        length = int(self.headers.get("Content-Length", 0))
-        return self.rfile.read(length if limit is None else min(limit, length))
-
-    def _reset(self) -> None:
-        # SO_LINGER with a timeout of 0 makes close() send RST instead of FIN: a reset, not an orderly end.
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.rfile.close()
-        self.connection.close()
-        self.close_connection = True
-
-    def _answer(self, request: Request, answer: Answer) -> None:
-        request.status = answer.status
-        is_json = isinstance(answer.body, dict | list)
-        body = json.dumps(answer.body).encode() if is_json else answer.body
-        self.send_response(answer.status)
-        for key, value in answer.headers.items():
-            self.send_header(key, value)
-        if is_json:
-            self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def _handle(self) -> None:
-        hub, url = self.hub, urlsplit(self.path)
-        query = {key: values[-1] for key, values in parse_qs(url.query).items()}
-        headers = {key.lower(): value for key, value in self.headers.items()}
-        token = headers.get("authorization", "").removeprefix("Bearer ")
-        user = hub.users.get(token)
-        found = ((k, m) for method, k, rx in ROUTES if method == self.command and (m := rx.fullmatch(url.path)))
-        kind, match = next(found, ("unknown", None))
-        owner = query.get("owner") or (user["name"] if user else "anonymous")
-        with hub.lock:
-            number = next(hub.counts.setdefault(owner, itertools.count()))
-            request = Request(self.origin, self.command, kind, url.path, query, headers, owner, number)
-            hub.log.append(request)
-            fault = next((fault for fault in hub.faults if fault.matches(request)), None)
-            if fault is not None:
-                fault.hits += 1
-        if fault is not None and fault.action == "reset":
-            self._read(limit=int(headers.get("content-length", 0)) // 2)
-            return self._reset()
-        request.body = self._read()
-        if fault is not None and fault.action == "status":
-            # Gateways answer in HTML, the Hub itself in JSON: clients must survive both.
-            page = b"<html>bad gateway</html>" if fault.status in (502, 503) else {"error": "injected"}
-            return self._answer(request, Answer(fault.status, page, fault.headers))
-        if fault is not None and fault.action == "slow":
-            time.sleep(fault.seconds)
-        if fault is not None and fault.action == "call":
-            fault.call(hub)
-        try:
-            if self.origin == "store" and token:
-                raise HubError(400, "Only one auth mechanism allowed")
-            if token and user is None:
-                raise HubError(401, "Invalid credentials in Authorization header")
-            if match is None or (self.origin == "store") != (kind in ("upload", "download")):
-                raise HubError(404, f"no such route: {self.command} {url.path}")
-            parts = {k: unquote(v) if v and k == "revision" else v for k, v in match.groupdict().items()}
-            answer = getattr(hub, kind)(user, parts, request)
-        except HubError as error:
-            named = {"X-Error-Message": error.message} | ({"X-Error-Code": error.code} if error.code else {})
-            answer = Answer(error.status, {"error": error.message}, named)
-        if fault is not None and fault.action == "lost":
-            request.status = 0
-            return self._reset()
-        self._answer(request, answer)
-
-    def _safely(self) -> None:
-        try:
-            self._handle()
-        except (ConnectionError, ValueError):
-            # The client went away in the middle (it was killed, or reset its end): nothing is left to answer.
-            self.close_connection = True
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _safely
+        return ranged(repo.objects[p["oid"]], r, {"ETag": f'"{p["oid"]}"', "Accept-Ranges": "bytes"})

@@ -1,0 +1,35 @@
+"""Launched by tests/test_processes.py and tests/test_resume.py: one run of fit and score on a fixed tiny model."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from conftest import add_trained_adapter, make_model, make_prompt_completion  # noqa: E402
+from test_trainer import make_trainer  # noqa: E402
+
+import torch  # noqa: E402
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    dtype = getattr(torch, options.pop("dtype", "float32"))
+    expected, out, num_rows = options.pop("world_size"), Path(options.pop("out")), options.pop("num_rows")
+    fail_rank = options.pop("fail_rank", None)
+    pool, validation = make_prompt_completion(num_rows, seed=0), make_prompt_completion(5, seed=1)
+    trainer = make_trainer(options.pop("output_dir"), pool, validation, dtype, model=add_trained_adapter(make_model()), **options)
+    actual = trainer.accelerator.num_processes
+    if actual != expected:
+        raise SystemExit(f"{actual} processes where {expected} were expected")
+    if fail_rank == trainer.accelerator.process_index:
+        raise RuntimeError("this rank fails on purpose")
+    scored = trainer.score_influence()
+    values = [None if value is None else value.hex() for value in scored["influence"]]
+    result = {"influence": values, "rank": scored["influence_rank"], "id": scored["id"], "pid": os.getpid()}
+    out.with_suffix(f".{trainer.accelerator.process_index}.json").write_text(json.dumps({k: list(v) if k != "pid" else v for k, v in result.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Two real processes give one process's result; a failing one takes the others down with its error."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_trainer import assert_same
+
+
+WORKER = Path(__file__).parent / "distributed" / "influence_worker.py"
+
+
+def launch(tmp_path: Path, name: str, world_size: int, num_rows: int, check: bool = True, **options):
+    arguments = {
+        "out": str(tmp_path / name),
+        "output_dir": str(tmp_path / f"{name}-run"),
+        "world_size": world_size,
+        "num_rows": num_rows,
+        **options,
+    }
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1", "--mixed_precision=no"]
+    launcher += ["--dynamo_backend=no", f"--num_processes={world_size}", "--main_process_port=0"]
+    # Without the variable `--multi_gpu` gives two independent copies, with `--cpu` one process, both silently.
+    launcher += ["--multi_gpu"] if world_size > 1 else ["--cpu"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, str(WORKER), json.dumps(arguments)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    if check:
+        assert done.returncode == 0, done.stderr[-4000:]
+        return [json.loads((tmp_path / f"{name}.{rank}.json").read_text()) for rank in range(world_size)]
+    return done
+
+
+def to_floats(values: list[str]) -> list[float]:
+    return [float.fromhex(value) for value in values]
+
+
+def test_two_processes_equal_one(tmp_path) -> None:
+    # 19 rows over two processes and chunks of 4: uneven shards, uneven chunks.
+    one = launch(tmp_path, "one", 1, 19, chunk_size=4)[0]
+    two = launch(tmp_path, "two", 2, 19, chunk_size=4)
+    assert two[0]["pid"] != two[1]["pid"]
+    assert two[0]["influence"] == two[1]["influence"]
+    assert two[0]["id"] == one["id"]
+    assert_same(to_floats(two[0]["influence"]), to_floats(one["influence"]), 1e-5)
+
+
+@pytest.mark.slow
+def test_more_processes_than_rows(tmp_path) -> None:
+    one = launch(tmp_path, "one", 1, 2)[0]
+    three = launch(tmp_path, "three", 3, 2)
+    assert_same(to_floats(three[2]["influence"]), to_floats(one["influence"]), 1e-5)
+
+
+@pytest.mark.slow
+def test_a_failing_rank_stops_the_others_with_its_error(tmp_path) -> None:
+    start = time.monotonic()
+    done = launch(tmp_path, "fails", 2, 19, check=False, fail_rank=1)
+    assert done.returncode != 0
+    assert "this rank fails on purpose" in done.stderr
+    assert time.monotonic() - start < 120  # imports take most of it; the survivors must not wait for a time-out

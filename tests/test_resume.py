@@ -1,0 +1,153 @@
+"""Kill -9 at any moment: the same call goes on, repeats no finished chunk, and ends with the same bits."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import add_trained_adapter, make_model, make_prompt_completion
+from safetensors.torch import load_file, save_file
+from test_trainer import make_trainer
+
+from hf_in2core import passes
+
+
+OPTIONS = {"chunk_size": 3, "tokens_per_batch": 40}
+
+
+def build(folder: Path, **options):
+    pool, validation = make_prompt_completion(40, seed=0), make_prompt_completion(5, seed=1)
+    model = add_trained_adapter(make_model())
+    return make_trainer(folder, pool, validation, torch.float32, model=model, **{**OPTIONS, **options})
+
+
+def run(folder: str) -> None:
+    build(Path(folder)).score_influence()
+
+
+def count_state_files(folder: Path) -> int:
+    return sum(path.stat().st_mtime_ns for path in folder.rglob("*.safetensors"))
+
+
+def kill_after_progress(folder: Path, generator: random.Random) -> None:
+    """Start a run and kill it a random moment after it has written its next state."""
+    before = count_state_files(folder)
+    process = multiprocessing.get_context("fork").Process(target=run, args=(str(folder),))
+    process.start()
+    deadline = time.monotonic() + 60
+    while process.is_alive() and time.monotonic() < deadline:
+        try:
+            if count_state_files(folder) != before:
+                break
+        except FileNotFoundError:
+            continue  # renamed while being looked at
+        time.sleep(0.002)
+    time.sleep(generator.uniform(0, 0.4))
+    if process.pid is not None and process.is_alive():
+        os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+@pytest.mark.parametrize(
+    ("seed", "kills"), [(0, 4), pytest.param(1, 25, marks=pytest.mark.slow), pytest.param(2, 25, marks=pytest.mark.slow)]
+)
+def test_killed_runs_end_with_the_same_bits(tmp_path, seed, kills) -> None:
+    expected = build(tmp_path / "whole").score_influence()
+    generator = random.Random(seed)
+    for _ in range(kills):
+        kill_after_progress(tmp_path / "killed", generator)
+    resumed = build(tmp_path / "killed").score_influence()
+    assert resumed["influence"] == expected["influence"]
+    assert resumed["influence_rank"] == expected["influence_rank"]
+
+
+def count_batches(monkeypatch) -> list[int]:
+    counted = []
+    run_batches = passes.run_batches
+
+    def counting(job, token_rows, step):
+        counted.append(len(token_rows))
+        return run_batches(job, token_rows, step)
+
+    monkeypatch.setattr(passes, "run_batches", counting)
+    return counted
+
+
+def test_finished_chunks_are_not_repeated(tmp_path, monkeypatch) -> None:
+    build(tmp_path).score_influence()
+    counted = count_batches(monkeypatch)
+    build(tmp_path).score_influence()
+    assert counted == []
+    removed = sorted(tmp_path.rglob("scores-*.safetensors"))[4]
+    removed.unlink()
+    build(tmp_path).score_influence()
+    assert counted == [3]  # the one chunk that was missing
+
+
+def test_interrupted_by_the_user_it_resumes(tmp_path, monkeypatch) -> None:
+    expected = build(tmp_path / "whole").score_influence()
+    write_tensors, writes = passes.write_tensors, []
+
+    def interrupting(path, tensors, metadata):
+        write_tensors(path, tensors, metadata)
+        writes.append(path)
+        if len(writes) == 9:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(passes, "write_tensors", interrupting)
+    trainer = build(tmp_path / "interrupted")
+    with pytest.raises(KeyboardInterrupt):
+        trainer.score_influence()
+    # The same object goes on too: the interrupted pass has put the model back.
+    assert trainer.score_influence()["influence"] == expected["influence"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "empty"])
+def test_damaged_state_is_named_and_not_used(tmp_path, caplog, damage) -> None:
+    expected = build(tmp_path).score_influence()["influence"]
+    for path in (*sorted(tmp_path.rglob("scores-*.safetensors"))[:2], next(tmp_path.rglob("fitted.safetensors"))):
+        if damage == "truncated":
+            path.write_bytes(path.read_bytes()[:-7])
+        elif damage == "empty":
+            path.write_bytes(b"")
+        else:
+            tensors = {name: tensor + 1 for name, tensor in load_file(path).items()}
+            save_file(tensors, path, metadata={"fingerprint": "another", "start": "0", "end": "3"})
+        caplog.clear()
+        assert build(tmp_path).score_influence()["influence"] == expected
+        assert path.name in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"damping_scale": 0.2},
+        {"loss_reduction": "sum"},
+        {"estimator": "gradient_dot"},
+        {"influence_layers": [0]},
+        {"max_length": 12},
+        {"fit_examples": 20},
+    ],
+)
+def test_changed_settings_never_reuse_scores(tmp_path, change) -> None:
+    build(tmp_path).score_influence()
+    fresh = build(tmp_path / "fresh", **change).score_influence()
+    reused = build(tmp_path, **change).score_influence()
+    assert reused["influence"] == fresh["influence"]
+
+
+def test_changed_adapter_or_rows_never_reuse_scores(tmp_path) -> None:
+    first = build(tmp_path)
+    before = first.score_influence()
+    with torch.no_grad():
+        for name, parameter in first.model.named_parameters():
+            if "lora_A" in name:
+                parameter.mul_(1.3)
+    assert first.score_influence()["influence"] != before["influence"]
+    pool = make_prompt_completion(40, seed=0).map(lambda row, i: {"completion": " cat"} if i == 7 else row, with_indices=True)
+    changed = make_trainer(tmp_path, pool, make_prompt_completion(5, seed=1), torch.float32, **OPTIONS).score_influence()
+    assert changed["influence"] != before["influence"]
