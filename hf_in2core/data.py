@@ -13,8 +13,6 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 # File suffix -> builder of `datasets.load_dataset`.
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-# Columns whose content decides what is trained on; `tools` and the like never make two rows different alone.
-CONTENT_COLUMNS = ("messages", "conversations", "prompt", "completion", "text", "input_ids", "labels")
 NAMED_SOURCE = re.compile(r"([A-Za-z]\w*)=(.+)", re.DOTALL)
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # A colon that is not inside the brackets of a slice such as `train[:10%]`.
@@ -140,24 +138,36 @@ def parse_named_sources(sources: list[str], what: str = "validation") -> dict[st
     return named
 
 
+def find_hub_id(source: str) -> str | None:
+    """Hub id of a source of [`load_rows`]; `None` for a local one."""
+    path, _ = _split_local(source)
+    return None if path is not None else COLON.split(source)[0]
+
+
 def hash_rows(dataset: Dataset) -> list[str]:
     """
-    Hash what each row trains on: its format columns, as [`columns.apply_columns`] returns them.
+    Hash the content of each row.
 
     Args:
         dataset ([`~datasets.Dataset`]):
-            Rows in one of TRL's formats; other columns are not looked at.
+            Rows; all columns count. For what is trained on alone, pass what [`columns.apply_columns`] returns.
 
     Returns:
-        `list[str]`: 32 hexadecimal digits per row.
+        `list[str]`: 32 hexadecimal digits per row. Columns that are null count like columns that are not there, since
+        one file may have a column that another lacks.
     """
-    columns = [name for name in CONTENT_COLUMNS if name in dataset.column_names]
-    return [hash_value(row) for row in dataset.select_columns(columns).with_format(None)]
+    return [hash_value(row) for row in dataset.with_format(None)]
 
 
 def hash_value(value: Any) -> str:
     """Hash of a value that JSON can hold, 32 hexadecimal digits; the order of keys does not matter."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True, default=str).encode())
+    return xxhash.xxh3_128_hexdigest(json.dumps(_drop_nulls(value), sort_keys=True, default=str).encode())
+
+
+def _drop_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
+    return [_drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def find_shared_rows(hashes: list[str], others: Iterable[str]) -> np.ndarray:

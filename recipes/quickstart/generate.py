@@ -22,6 +22,8 @@ from typing import Any
 GENERATOR_VERSION = 1
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 TASKS_OF_INTEREST = ("addition", "sorting", "dates")
+VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS = 512, 96, 4
+PRETRAIN_BATCH_SIZE, PRETRAIN_LEARNING_RATE, PRETRAIN_NOISE_FRACTION = 32, 3e-3, 0.25
 
 
 @dataclass(frozen=True)
@@ -34,37 +36,32 @@ class Settings:
     validation_rows: int = 64
     test_rows: int = 300
     wrong_fraction: float = 0.1
-    vocab_size: int = 512
-    hidden_size: int = 96
-    num_layers: int = 4
-    pretrain_steps: int = 600
-    pretrain_batch_size: int = 32
-    pretrain_learning_rate: float = 3e-3
-    pretrain_noise_fraction: float = 0.25
+    pretrain_steps: int = 400
 
 
-# --- the tasks: each function draws one task's content and its answer, TEMPLATES phrase the instruction ---
+# --- the tasks ---
 
-WORDS = (
-    "apple bread chair cloud table river stone light house garden window paper music horse tiger rabbit monkey bird "
-    "fish lemon grape sugar salt water fire wind storm summer winter autumn spring forest island ocean desert valley "
-    "mountain bridge street market school doctor farmer sailor singer painter baker hammer needle ladder bottle basket "
-    "candle mirror pillow blanket jacket button ribbon silver copper iron glass cotton velvet orange purple yellow green "
-    "circle square corner middle letter number story dream voice smile finger shoulder planet rocket engine signal"
-).split()
-OPPOSITES = (
-    "hot cold, big small, up down, early late, open closed, fast slow, light dark, happy sad, full empty, hard soft, "
-    "high low, long short, new old, rich poor, strong weak, wet dry, young aged, loud quiet, near far, clean dirty, "
-    "thick thin, deep shallow, sweet bitter, brave afraid, smooth rough, first last, left right, inside outside, "
-    "always never, true false, win lose, buy sell, push pull, give take, start stop, laugh cry, rise fall, love hate"
-)
+WORDS = """
+apple bread chair cloud table river stone light house garden window paper music horse tiger rabbit monkey bird fish
+lemon grape sugar salt water fire wind storm summer winter autumn spring forest island ocean desert valley mountain
+bridge street market school doctor farmer sailor singer painter baker hammer needle ladder bottle basket candle mirror
+pillow blanket jacket button ribbon silver copper iron glass cotton velvet orange purple yellow green circle square
+corner middle letter number story dream voice smile finger shoulder planet rocket engine signal
+""".split()
+OPPOSITES = """
+hot cold, big small, up down, early late, open closed, fast slow, light dark, happy sad, full empty, hard soft,
+high low, long short, new old, rich poor, strong weak, wet dry, young aged, loud quiet, near far, clean dirty,
+thick thin, deep shallow, sweet bitter, brave afraid, smooth rough, first last, left right, inside outside,
+always never, true false, win lose, buy sell, push pull, give take, start stop, laugh cry, rise fall, love hate
+"""
 MONTHS = "January February March April May June July August September October November December".split()
-ANTONYM = {a: b for pair in OPPOSITES.split(", ") for a, b in [pair.split(), pair.split()[::-1]]}
+ANTONYM = {a: b for pair in OPPOSITES.split(",") for a, b in [pair.split(), pair.split()[::-1]]}
 
 
 def make_addition(rng: random.Random) -> tuple[str, str]:
-    content = " + ".join(str(rng.randint(1, 99)) for _ in range(rng.randint(2, 4)))
-    return content, f"{content} = {sum(int(number) for number in content.split(' + '))}"
+    numbers = [rng.randint(1, 99) for _ in range(rng.randint(2, 4))]
+    content = " + ".join(map(str, numbers))
+    return content, f"{content} = {sum(numbers)}"
 
 
 def make_subtraction(rng: random.Random) -> tuple[str, str]:
@@ -93,7 +90,7 @@ def make_opposites(rng: random.Random) -> tuple[str, str]:
 
 
 def make_copying(rng: random.Random) -> tuple[str, str]:
-    text = " ".join(rng.choices(WORDS, k=rng.randint(2, 7)))
+    text = " ".join(rng.sample(WORDS, rng.randint(2, 7)))
     return text, text
 
 
@@ -104,39 +101,28 @@ def make_capitals(rng: random.Random) -> tuple[str, str]:
 
 def make_patterns(rng: random.Random) -> tuple[str, str]:
     start, step, shown = rng.randint(1, 60), rng.choice([-3, -2, -1, *range(1, 16)]), rng.randint(3, 6)
-    series = [start + step * k for k in range(shown + 3)]
-    return " ".join(map(str, series[:shown])), " ".join(map(str, series[shown:]))
+    series = [str(start + step * position) for position in range(shown + 3)]
+    return " ".join(series[:shown]), " ".join(series[shown:])
 
 
 def make_dates(rng: random.Random) -> tuple[str, str]:
     dates = [(rng.randint(1950, 2049), rng.randint(1, 12), rng.randint(1, 28)) for _ in range(rng.randint(1, 3))]
-    numeric = ", ".join(f"{year}-{month:02d}-{day:02d}" for year, month, day in dates)
-    return numeric, "; ".join(f"{day} {MONTHS[month - 1]} {year}" for year, month, day in dates)
+    content = ", ".join(f"{year}-{month:02d}-{day:02d}" for year, month, day in dates)
+    return content, "; ".join(f"{day} {MONTHS[month - 1]} {year}" for year, month, day in dates)
 
 
-TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
-    "addition": make_addition,
-    "subtraction": make_subtraction,
-    "reversal": make_reversal,
-    "sorting": make_sorting,
-    "counting": make_counting,
-    "opposites": make_opposites,
-    "copying": make_copying,
-    "capitals": make_capitals,
-    "patterns": make_patterns,
-    "dates": make_dates,
-}
-TEMPLATES = {
-    "addition": ("What is {}?", "Add these numbers: {}", "Work out {} and show the sum."),
-    "subtraction": ("What is {}?", "Take the second number from the first: {}", "Work out {} and show the result."),
-    "reversal": ("Write each word backwards: {}", "Spell this from right to left, word by word: {}", "Reverse: {}"),
-    "sorting": ("Sort from small to large: {}", "Put these numbers in rising order: {}", "Order the numbers {}"),
-    "counting": ("How many words are in this list: {}?", "Count the words: {}", "What is the number of items in {}?"),
-    "opposites": ("Give the opposite of each word: {}", "What are the opposites of {}?", "Antonyms of {}"),
-    "copying": ("Repeat this: {}", "Copy the text word for word: {}", "Say again: {}"),
-    "capitals": ("Write in capital letters: {}", "Change to upper case: {}", "Shout this: {}"),
-    "patterns": ("Continue with three more numbers: {}", "What comes next: {}", "The series {} goes on with"),
-    "dates": ("Write in words: {}", "Spell out the month: {}", "How would a letter give the date {}?"),
+# For each task: what draws a content and its right answer, and the phrasings of the instruction.
+TASKS: dict[str, tuple[Callable[[random.Random], tuple[str, str]], tuple[str, ...]]] = {
+    "addition": (make_addition, ("What is {}?", "Add these numbers: {}", "Work out {} and show the sum.")),
+    "subtraction": (make_subtraction, ("What is {}?", "Take away: {}", "Work out {} and show the difference.")),
+    "reversal": (make_reversal, ("Write each word backwards: {}", "Spell from right to left: {}", "Reverse {}")),
+    "sorting": (make_sorting, ("Sort from small to large: {}", "Put in rising order: {}", "Order the numbers {}")),
+    "counting": (make_counting, ("How many words are in this list: {}?", "Count the words: {}", "How many: {}?")),
+    "opposites": (make_opposites, ("Opposite of each word: {}", "What are the opposites of {}?", "Antonyms: {}")),
+    "copying": (make_copying, ("Repeat this: {}", "Copy the text word for word: {}", "Say again: {}")),
+    "capitals": (make_capitals, ("Write in capital letters: {}", "Change to upper case: {}", "Shout this: {}")),
+    "patterns": (make_patterns, ("Continue with three more: {}", "What comes next: {}", "The series {} goes on with")),
+    "dates": (make_dates, ("Write in words: {}", "Spell out the month: {}", "How would a letter give {}?")),
 }
 
 
@@ -181,10 +167,11 @@ def make_rows(
     rng = random.Random(f"{settings.seed}/{split}")
     rows: list[dict[str, Any]] = []
     for position, task in enumerate(tasks):
+        draw, phrasings = TASKS[task]
         count = num_rows // len(tasks) + (position < num_rows % len(tasks))
         drawn: list[tuple[str, str]] = []
         for _ in range(20 * count):
-            content, answer = TASKS[task](rng)
+            content, answer = draw(rng)
             if (task, content) not in taken:
                 drawn.append((content, answer))
                 if distinct:
@@ -193,24 +180,17 @@ def make_rows(
                 break
         if len(drawn) < count:
             raise ValueError(
-                f"'{split}' needs {count} rows of the task '{task}', but only {len(drawn)} different ones turned up in "
-                f"{20 * count} draws. Ask for fewer rows."
+                f"'{split}' needs {count} rows of the task '{task}', but only {len(drawn)} different ones turned up "
+                f"in {20 * count} draws. Ask for fewer rows."
             )
         wrong = set(rng.sample(range(count), round(wrong_fraction * count)))
         for index, (content, answer) in enumerate(drawn):
             completion = answer
             while index in wrong and completion == answer:
-                completion = TASKS[task](rng)[1]
-            instruction = rng.choice(TEMPLATES[task]).format(content)
-            rows.append(
-                {
-                    "prompt": f"Instruction: {instruction}\nResponse:",
-                    "completion": f" {completion}",
-                    "id": "",
-                    "task": task,
-                    "is_wrong": index in wrong,
-                }
-            )
+                completion = draw(rng)[1]
+            instruction = rng.choice(phrasings).format(content)
+            texts = {"prompt": f"Instruction: {instruction}\nResponse:", "completion": f" {completion}"}
+            rows.append(texts | {"task": task, "is_wrong": index in wrong})
     rng.shuffle(rows)
     return [row | {"id": f"{split}-{index:04d}"} for index, row in enumerate(rows)]
 
@@ -223,21 +203,19 @@ def make_splits(settings: Settings) -> tuple[dict[str, list[dict[str, Any]]], li
     texts for pretraining share none with the splits.
     """
     taken: set[tuple[str, str]] = set()
-    every, interest = list(TASKS), list(TASKS_OF_INTEREST)
+    every, interest, wrong_fraction = list(TASKS), list(TASKS_OF_INTEREST), settings.wrong_fraction
     splits = {
         "test": make_rows("test", interest, settings.test_rows, settings, taken),
         "validation": make_rows("validation", interest, settings.validation_rows, settings, taken),
-        "pool": make_rows("pool", every, settings.pool_rows, settings, taken, settings.wrong_fraction),
+        "pool": make_rows("pool", every, settings.pool_rows, settings, taken, wrong_fraction),
         "pool_uniform": make_rows("pool_uniform", interest, settings.uniform_rows, settings, taken),
         # Clean rows of every task, on which the manifest states what the pretrained model knows; not written.
         "held_out": make_rows("held_out", every, 32 * len(every), settings, taken),
     }
-    num_texts = settings.pretrain_steps * settings.pretrain_batch_size
-    num_noise = round(settings.pretrain_noise_fraction * num_texts)
-    rows = make_rows(
-        "pretraining", every, num_texts - num_noise, settings, taken, settings.wrong_fraction, distinct=False
-    )
-    rng = random.Random(f"{settings.seed}/texts")
+    num_texts = settings.pretrain_steps * PRETRAIN_BATCH_SIZE
+    num_noise = round(PRETRAIN_NOISE_FRACTION * num_texts)
+    rows = make_rows("texts", every, num_texts - num_noise, settings, taken, wrong_fraction, distinct=False)
+    rng = random.Random(f"{settings.seed}/noise")
     texts = [row["prompt"] + row["completion"] for row in rows] + [make_noise(rng) for _ in range(num_noise)]
     rng.shuffle(texts)
     return splits, texts
@@ -246,7 +224,7 @@ def make_splits(settings: Settings) -> tuple[dict[str, list[dict[str, Any]]], li
 # --- the model ---
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
+def train_tokenizer(texts: Sequence[str]) -> Any:
     """Byte-level BPE with one token per digit; every text begins with `<s>`, and `</s>` and `<pad>` are distinct."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -257,15 +235,14 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Any:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=VOCAB_SIZE,
         special_tokens=[PAD, BOS, EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    bos_id = tokenizer.token_to_id(BOS)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bos_id)]
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS)
 
@@ -284,7 +261,7 @@ def pretrain_model(texts: Sequence[str], tokenizer: Any, settings: Settings) -> 
     """One pass over the texts, loss on every token and on `</s>` after the last; returns a `LlamaForCausalLM`."""
     import torch
     from tqdm.auto import tqdm
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
     encoded = [ids + [tokenizer.eos_token_id] for ids in tokenizer(list(texts)).input_ids]
     with torch.random.fork_rng(devices=[]):
@@ -292,9 +269,9 @@ def pretrain_model(texts: Sequence[str], tokenizer: Any, settings: Settings) -> 
         model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=len(tokenizer),
-                hidden_size=settings.hidden_size,
-                intermediate_size=settings.hidden_size * 8 // 3,
-                num_hidden_layers=settings.num_layers,
+                hidden_size=HIDDEN_SIZE,
+                intermediate_size=HIDDEN_SIZE * 8 // 3,
+                num_hidden_layers=NUM_LAYERS,
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 max_position_embeddings=512,
@@ -305,11 +282,9 @@ def pretrain_model(texts: Sequence[str], tokenizer: Any, settings: Settings) -> 
             )
         )
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.pretrain_learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.pretrain_learning_rate, total_steps=settings.pretrain_steps, pct_start=0.05
-    )
-    batches = iterate_batches(encoded, settings.pretrain_batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAIN_LEARNING_RATE, weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 20, settings.pretrain_steps)
+    batches = iterate_batches(encoded, PRETRAIN_BATCH_SIZE)
     progress = tqdm(batches, desc="Pretraining the quickstart model", total=settings.pretrain_steps, unit="step")
     for batch in progress:
         inputs = tokenizer.pad({"input_ids": batch}, padding_side="right", return_tensors="pt")
@@ -324,20 +299,18 @@ def pretrain_model(texts: Sequence[str], tokenizer: Any, settings: Settings) -> 
     return model.eval()
 
 
-def compute_answer_loss(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> float:
-    """Mean negative log-likelihood per token of the completions and `</s>`, in nats."""
+def compute_answer_losses(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Mean negative log-likelihood in nats per token of the completions and `</s>`, by task."""
     import torch
 
-    total, count = 0.0, 0
+    losses: dict[str, list[float]] = {task: [] for task in TASKS}
     for row in rows:
         prompt = tokenizer(row["prompt"]).input_ids
-        ids = tokenizer(row["prompt"] + row["completion"]).input_ids + [tokenizer.eos_token_id]
+        ids = torch.tensor(tokenizer(row["prompt"] + row["completion"]).input_ids + [tokenizer.eos_token_id])
         with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1]
-        target = torch.tensor(ids[len(prompt) :])
-        total += torch.nn.functional.cross_entropy(logits, target, reduction="sum").item()
-        count += len(target)
-    return total / count
+            logits = model(ids[None]).logits[0, len(prompt) - 1 : -1]
+        losses[row["task"]] += torch.nn.functional.cross_entropy(logits, ids[len(prompt) :], reduction="none").tolist()
+    return {task: round(sum(values) / len(values), 4) for task, values in losses.items()}
 
 
 # --- the folder ---
@@ -364,9 +337,7 @@ def is_complete(folder: Path, settings: Settings) -> bool:
         raise FileExistsError(f"{folder} holds something that this script did not make. {advice}") from None
     wanted = asdict(settings) | {"version": GENERATOR_VERSION}
     if found != wanted:
-        differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-        was = ", ".join(f"{key}={found.get(key)} (now {wanted.get(key)})" for key in differing)
-        raise FileExistsError(f"{folder} was generated with other settings: {was}. {advice}")
+        raise FileExistsError(f"{folder} was generated with {found}, but {wanted} is asked for. {advice}")
     for name, digest in files.items():
         if not (folder / name).is_file() or hash_file(folder / name) != digest:
             raise FileExistsError(f"{folder / name} is missing or was changed after it was generated. {advice}")
@@ -376,7 +347,7 @@ def is_complete(folder: Path, settings: Settings) -> bool:
 def generate(folder: Path, settings: Settings) -> None:
     """Write all files into `folder`, which must exist and be empty; `manifest.json` last."""
     splits, texts = make_splits(settings)
-    tokenizer = train_tokenizer(texts, settings.vocab_size)
+    tokenizer = train_tokenizer(texts)
     model = pretrain_model(texts, tokenizer, settings)
     held_out = splits.pop("held_out")
     for name, rows in splits.items():
@@ -384,18 +355,13 @@ def generate(folder: Path, settings: Settings) -> None:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    loss = {
-        task: round(compute_answer_loss(model, tokenizer, [row for row in held_out if row["task"] == task]), 4)
-        for task in TASKS
-    }
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {
         "version": GENERATOR_VERSION,
         "settings": asdict(settings),
         "tasks_of_interest": TASKS_OF_INTEREST,
-        "held_out_loss_of_the_pretrained_model": loss,
-        "files": {
-            str(path.relative_to(folder)): hash_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
-        },
+        "held_out_loss_of_the_pretrained_model": compute_answer_losses(model, tokenizer, held_out),
+        "files": {str(path.relative_to(folder)): hash_file(path) for path in files},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 

@@ -1,0 +1,204 @@
+"""Settings of each recipe of its own, as dataclasses. Imports nothing heavy, so that `--help` answers at once."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+# Python puts the folder of a script first on its path, where recipes/evaluate.py would be taken for the `evaluate`
+# library. Whoever imports this module from that folder finds it last instead.
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    sys.path.append(sys.path.pop(0))
+
+ARMS = ("full", "coreset", "random", "opponents")
+BUDGETS = ("steps", "epochs")
+
+
+@dataclass
+class DataArguments:
+    """What every recipe that reads raw rows has."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Model: folder or Hub id."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder of the run; the same command resumes."})
+    columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "How raw columns become TRL's: `alpaca`, `sharegpt`, or pairs such as `prompt=instruction "
+            "completion=output`. Not needed for `messages`, `prompt`/`completion` or `text`."
+        },
+    )
+
+
+@dataclass
+class In2CoreArguments(DataArguments):
+    """The whole pipeline. `model_name_or_path` is the reference model."""
+
+    target_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Model to fine-tune on the coreset. The reference model by default."}
+    )
+    pool: str | None = field(
+        default=None,
+        metadata={"help": "Rows to select from: Hub id[:split], folder, .jsonl, .json, .parquet or .csv."},
+    )
+    validation: list[str] | None = field(
+        default=None, metadata={"help": "Rows that select: one such source, or several with names (`math=… code=…`)."}
+    )
+    test: str | None = field(default=None, metadata={"help": "Rows that judge, none of them used to select."})
+    fractions: list[float] = field(
+        default_factory=lambda: [0.25], metadata={"help": "Fractions of the pool to keep, in (0, 1]; the first leads."}
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the targets (adapter, order, random rows)."}
+    )
+    arms: list[str] = field(
+        default_factory=lambda: list(ARMS), metadata={"help": "Arms to compare.", "choices": list(ARMS)}
+    )
+    budgets: list[str] = field(
+        default_factory=lambda: ["steps"],
+        metadata={
+            "help": "`steps`: each arm takes as many steps as the largest one (or --max_steps). `epochs`: each takes "
+            "--num_train_epochs over its own rows.",
+            "choices": list(BUDGETS),
+        },
+    )
+    hub_id: str | None = field(
+        default=None, metadata={"help": "Dataset repository to publish to at the end (user/name)."}
+    )
+    reference_adapter: str | None = field(
+        default=None, metadata={"help": "Adapter of the reference model that is trained already: folder or Hub id."}
+    )
+    reference_fraction: float = field(
+        default=1.0, metadata={"help": "Train the reference on a seeded part of the pool, in (0, 1]."}
+    )
+    drop_overlap: bool = field(
+        default=False,
+        metadata={
+            "help": "Drop pool rows that are in the validation or test set, and validation rows in the test set."
+        },
+    )
+    task_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column that names a row's task: how influence ranks the tasks of the validation set (AUC)."
+        },
+    )
+    wrong_column: str | None = field(
+        default=None, metadata={"help": "Column that is true for wrong answers: how influence ranks them (AUC)."}
+    )
+    setup_script: str | None = field(
+        default=None, metadata={"help": "Python script with its arguments, run first (the quickstart makes its data)."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Go on in a folder of another configuration; what no longer fits is computed again."},
+    )
+
+    def __post_init__(self) -> None:
+        require(self, "model_name_or_path", "output_dir", "pool", "validation", "test")
+        for fraction in [*self.fractions, self.reference_fraction]:
+            check_fraction(fraction)
+        for name in ("fractions", "seeds", "arms", "budgets"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"--{name} has a value twice: {values}. Give each once.")
+
+
+@dataclass
+class TrainReferenceArguments(DataArguments):
+    """Train the reference adapter. `model_name_or_path` is the reference model."""
+
+    pool: str | None = field(default=None, metadata={"help": "Training rows: Hub id[:split], folder or file."})
+    reference_fraction: float = field(default=1.0, metadata={"help": "Train on a seeded part of them, in (0, 1]."})
+
+    def __post_init__(self) -> None:
+        require(self, "model_name_or_path", "output_dir", "pool")
+        check_fraction(self.reference_fraction)
+
+
+@dataclass
+class ScoreInfluenceArguments(DataArguments):
+    """Score a pool with a trained reference adapter, or with a scorer that was fitted before."""
+
+    pool: str | None = field(default=None, metadata={"help": "Rows to score: Hub id[:split], folder or file."})
+    reference_adapter: str | None = field(default=None, metadata={"help": "Trained adapter: folder or Hub id."})
+    validation: list[str] | None = field(
+        default=None, metadata={"help": "Rows that select: one source, or several with names (`math=… code=…`)."}
+    )
+    scorer: str | None = field(
+        default=None, metadata={"help": "Fitted scorer (folder or Hub id), instead of an adapter and validation rows."}
+    )
+
+    def __post_init__(self) -> None:
+        require(self, "output_dir", "pool")
+        if self.scorer is None:
+            require(self, "model_name_or_path", "reference_adapter", "validation")
+        elif self.reference_adapter or self.validation:
+            raise ValueError("--scorer brings its adapter and its validation gradients. Leave out the other two.")
+
+
+@dataclass
+class SelectCoresetArguments:
+    """Keep the rows of a scored pool that are worth training on."""
+
+    scored: str | None = field(default=None, metadata={"help": "Scored pool: folder, Hub id[:split] or file."})
+    output: str | None = field(
+        default=None, metadata={"help": "Where to write: a folder (of `save_to_disk`), or a .jsonl or .parquet file."}
+    )
+    fraction: float | None = field(default=None, metadata={"help": "Fraction of the rows that carry loss, in (0, 1]."})
+    size: int | None = field(default=None, metadata={"help": "Number of rows, instead of a fraction."})
+    strategy: str = field(default="top", metadata={"help": "`top`, `bottom`, `random` or `round_robin`."})
+    proponents_only: bool = field(default=False, metadata={"help": "Drop rows with influence >= 0 first."})
+    group_column: str | None = field(default=None, metadata={"help": "Select within each value of this column."})
+    group_quota: str = field(default="proportional", metadata={"help": "`proportional` or `equal`."})
+    order: str = field(default="influence", metadata={"help": "Order of the rows: `influence` or `original`."})
+    seed: int = field(default=0, metadata={"help": "Seed of `random`."})
+
+    def __post_init__(self) -> None:
+        require(self, "scored", "output")
+
+
+@dataclass
+class SftCoresetArguments(DataArguments):
+    """Fine-tune a target model. `model_name_or_path` is the target."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Rows to train on: Hub id[:split], folder (such as RUN/scored) or file."}
+    )
+    split: str | None = field(default=None, metadata={"help": "Split of the dataset, such as `coreset_25`."})
+    fraction: float | None = field(
+        default=None, metadata={"help": "Keep this fraction of a scored dataset, strongest proponents first."}
+    )
+
+    def __post_init__(self) -> None:
+        require(self, "model_name_or_path", "output_dir", "dataset_name")
+        if self.fraction is not None:
+            check_fraction(self.fraction)
+
+
+@dataclass
+class EvaluateArguments(DataArguments):
+    """Loss, perplexity and accuracy per labelled token. `output_dir` gets `evaluation.json`, where given."""
+
+    test: str | None = field(default=None, metadata={"help": "Rows that judge: Hub id[:split], folder or file."})
+    adapters: list[str] = field(
+        default_factory=list, metadata={"help": "Adapters (folders or Hub ids); the base model is always evaluated."}
+    )
+
+    def __post_init__(self) -> None:
+        require(self, "model_name_or_path", "test")
+
+
+def require(arguments: Any, *names: str) -> None:
+    """Raise if a setting that has no default was not given."""
+    missing = [name for name in names if not getattr(arguments, name)]
+    if missing:
+        raise ValueError(
+            f"missing: {', '.join(f'--{name}' for name in missing)} (a flag, or a key of --config X.yaml)"
+        )
+
+
+def check_fraction(fraction: float) -> None:
+    """Raise if a fraction is not one."""
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction {fraction} is outside (0, 1]: half of the rows is 0.5")

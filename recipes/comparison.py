@@ -1,0 +1,238 @@
+"""The comparison of arms: which runs there are, what they found, and `results.json`."""
+
+import os
+import platform
+import shlex
+import sys
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from arguments import In2CoreArguments
+from datasets import Dataset
+from run_folder import write_json
+from transformers import PreTrainedTokenizerBase
+
+from hf_in2core import select_coreset
+from hf_in2core.columns import apply_columns
+from hf_in2core.evaluation import compute_auc, judge
+from hf_in2core.report import plot_arms, plot_influence, print_results
+
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+STRATEGIES = {"full": "top", "coreset": "top", "random": "random", "opponents": "bottom"}
+NUM_EXAMPLES = 10
+LONGEST_TEXT = 2000
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training run of a comparison."""
+
+    arm: str
+    fraction: float
+    seed: int
+    budget: str
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return f"{self.budget}-{self.arm}-{self.fraction:g}-{self.seed}"
+
+    def select(self, scored: Dataset) -> Dataset:
+        """The rows it trains on, in the pool's order; the full arm has all rows that carry loss."""
+        strategy = STRATEGIES[self.arm]
+        return select_coreset(scored, fraction=self.fraction, strategy=strategy, order="original", seed=self.seed)
+
+
+def plan_arms(args: In2CoreArguments) -> list[Arm]:
+    """All runs of a comparison; those that answer the first question come first."""
+    return [
+        Arm(arm, 1.0 if arm == "full" else fraction, seed, budget)
+        for budget in args.budgets
+        for position, fraction in enumerate(args.fractions)
+        for seed in args.seeds
+        for arm in args.arms
+        if arm != "full" or position == 0
+    ]
+
+
+def find_equal_run(arm: Arm, args: In2CoreArguments, max_steps: int) -> Arm:
+    """The run that is the same: the full arm takes its epochs under either budget, unless `max_steps` is set."""
+    if arm.arm == "full" and "steps" in args.budgets and max_steps <= 0:
+        return replace(arm, budget="steps")
+    return arm
+
+
+def identify_rows(rows: Dataset) -> list[int]:
+    """What tells a selection of scored rows from another."""
+    return rows.with_format(None)["influence_rank"][:]
+
+
+def build_results(
+    settings_values: dict[str, Any],
+    arms: list[dict[str, Any]],
+    num_planned: int,
+    base: dict[str, Any],
+    selection: dict[str, Any],
+    findings: dict[str, Any],
+    fractions: list[float],
+) -> dict[str, Any]:
+    """The content of `results.json`."""
+    complete = len(arms) == num_planned
+    verdict = {"text": f"The comparison is not finished: {len(arms)} of {num_planned} arms are trained."}
+    return {
+        "arms": arms,
+        "selection": selection,
+        "verdict": judge(arms, selection, fractions=fractions) if complete else verdict,
+        "complete": complete,
+        "base": base,
+        **findings,
+        "machine": describe_machine(),
+        "command": shlex.join(sys.argv),
+        "config": settings_values,
+    }
+
+
+def write_results(run: Path, results: dict[str, Any], scored: Dataset) -> None:
+    """Write `results.json`, and when the comparison is complete print it and draw it; on the main process."""
+    if not PartialState().is_main_process:
+        return
+    write_json(run / "results.json", results)
+    if not results["complete"]:
+        return
+    print_results(results)
+    if find_spec("matplotlib") is None:
+        print("No pictures: matplotlib is not installed (`pip install hf-in2core[report]`).")
+        return
+    plot_arms(results, run / "arms.png")
+    headline = next((fraction for fraction in results["config"]["fractions"] if fraction < 1), None)
+    kept = None if headline is None else select_coreset(scored, fraction=headline)["influence"]
+    plot_influence(read_influence(scored), run / "influence.png", cut=None if kept is None else max(kept))
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the seconds were measured on."""
+    return {
+        "cpu": read_cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "processes": PartialState().num_processes,
+        "python": platform.python_version(),
+        **{library: version(library) for library in LIBRARIES},
+    }
+
+
+def read_cpu_name() -> str:
+    """Name of the processor, as Linux tells it; else the architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def find_examples(
+    scored: Dataset, columns: list[str] | None, tokenizer: PreTrainedTokenizerBase, extra: list[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """
+    The strongest proponents and opponents with their text.
+
+    Args:
+        scored ([`~datasets.Dataset`]): The scored pool.
+        columns (`list[str]`, *optional*): Column mapping.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): For mapping and for rows that are tokens.
+        extra (`list[str]`): Columns to show beside the text.
+
+    Returns:
+        `dict`: `proponents`, the strongest first, and `opponents`, the strongest first.
+    """
+    influence = read_influence(scored)
+    order = np.argsort(influence, kind="stable")[: int((~np.isnan(influence)).sum())]
+    found = {"proponents": order[:NUM_EXAMPLES], "opponents": order[::-1][:NUM_EXAMPLES]}
+    shown = ["influence", "influence_rank", "num_loss_tokens", *extra]
+    examples: dict[str, list[dict[str, Any]]] = {}
+    for name, positions in found.items():
+        rows = scored.select(positions)
+        texts = apply_columns(rows, columns, tokenizer)
+        examples[name] = [
+            {"row": int(position), **{key: row[key] for key in shown}, "text": render_text(text, tokenizer)}
+            for position, row, text in zip(positions, rows, texts, strict=True)
+        ]
+    return examples
+
+
+def render_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """A row in one of TRL's formats as plain text, cut when it is very long."""
+    if "input_ids" in row:
+        text = tokenizer.decode(row["input_ids"])
+    else:
+        parts = [row[name] for name in ("prompt", "completion", "messages", "conversations", "text") if name in row]
+        text = "".join(part if isinstance(part, str) else render_turns(part) for part in parts)
+    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"
+
+
+def render_turns(turns: list[dict[str, Any]]) -> str:
+    """Turns of a conversation, one per paragraph."""
+    return "".join(
+        f"{turn.get('role', turn.get('from'))}: {turn.get('content', turn.get('value'))}\n" for turn in turns
+    )
+
+
+def compute_aucs(
+    scored: Dataset,
+    row_losses: np.ndarray,
+    validation: dict[str, Dataset],
+    task_column: str | None,
+    wrong_column: str | None,
+) -> dict[str, Any]:
+    """
+    How influence ranks the tasks of interest and the wrong answers, beside how the row's own loss does.
+
+    Args:
+        scored ([`~datasets.Dataset`]): The scored pool.
+        row_losses (`np.ndarray` of shape `[rows]`):
+            Mean loss of each pool row under the reference model; NaN where it carries none.
+        validation (`dict[str, Dataset]`): Validation sets; the tasks in them are those of interest.
+        task_column (`str`, *optional*): Column that names a row's task.
+        wrong_column (`str`, *optional*): Column that is true for wrong answers.
+
+    Returns:
+        `dict`: `auc`, by kind of row and score (0.5 = chance; influence as a sign of tasks of interest is taken
+        negative, and of wrong answers positive; the loss likewise low and high), and `auc_rows`, how many there are.
+    """
+    influence = read_influence(scored)
+    everything = np.ones(len(scored), dtype=bool)
+    interest = everything
+    if task_column is not None:
+        tasks = {str(task) for rows in validation.values() for task in rows[task_column]}
+        interest = np.array([str(task) in tasks for task in scored[task_column]])
+    auc: dict[str, dict[str, float | None]] = {}
+    counts: dict[str, int] = {}
+
+    def add(kind: str, labels: np.ndarray, sign: int, among: np.ndarray) -> None:
+        counts[kind] = int(labels[among].sum())
+        auc[kind] = {
+            name: compute_auc(sign * scores[among], labels[among])
+            for name, scores in (("influence", influence), ("loss", row_losses))
+        }
+
+    if task_column is not None:
+        add("tasks of interest", interest, -1, everything)
+    if wrong_column is not None:
+        wrong = np.array([bool(value) for value in scored[wrong_column]])
+        add("wrong answers", wrong, 1, everything)
+        if task_column is not None:
+            add("wrong answers in tasks of interest", wrong, 1, interest)
+    return {"auc": auc, "auc_rows": counts}
+
+
+def read_influence(scored: Dataset) -> np.ndarray:
+    """Influence as float64, NaN where a row carries no loss."""
+    values = scored.with_format(None)["influence"][:]
+    return np.array([np.nan if value is None else value for value in values])

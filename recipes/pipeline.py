@@ -1,0 +1,234 @@
+"""The steps of in2core.py: each returns at once what an earlier run of the same settings has finished."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from comparison import Arm, find_equal_run, identify_rows, plan_arms
+from datasets import Dataset
+from inputs import take_fraction
+from job import Job, find_sources, name_coresets
+from run_folder import agree, quiet_loading, read_json, say, write_json, written_folder
+from stages import (
+    compute_influence,
+    compute_losses,
+    count_steps,
+    evaluate_model,
+    load_model,
+    make_reference_trainer,
+    make_trainer,
+    release,
+    save_adapter,
+    train,
+)
+from trl import SFTConfig
+
+from hf_in2core import InfluenceConfig, push_influence_dataset, select_coreset
+from hf_in2core.data import hash_value
+from hf_in2core.preparation import Preparation, prepare_rows
+
+
+def train_reference(job: Job) -> tuple[str, dict[str, Any]]:
+    """
+    Train the reference adapter, or take the given one.
+
+    Returns:
+        `tuple`: where the adapter is, and `{rows, loss_tokens, steps, seconds, identity}` of its training.
+    """
+    args = job.args
+    if args.reference_adapter is not None:
+        say(f"Reference: the adapter {args.reference_adapter}.")
+        identity = hash_value([job.identities["reference adapter"], job.identities["reference model"]])
+        return args.reference_adapter, {"rows": 0, "loss_tokens": 0, "steps": 0, "seconds": 0.0, "identity": identity}
+    folder = job.folder / "reference"
+    hashes = [job.identities[name] for name in ("reference model", "pool")]
+    identity = job.identify(True, SFTConfig, hashes, args.reference_fraction)
+    result = agree(lambda: read_result(folder / "training.json", identity))
+    if result is None:
+        checkpoints = job.folder / "checkpoints" / "reference"
+        influence_args = job.settings.make(InfluenceConfig, reference=True, output_dir=str(checkpoints))
+        rows = take_fraction(job.inputs.pool, args.reference_fraction, influence_args.seed)
+        trainer = make_reference_trainer(
+            job.reference_model, influence_args, rows, job.validation, job.reference_tokenizer
+        )
+        with written_folder(folder) as temporary:
+            result = train(trainer, "Reference") | {"identity": identity}
+            save_adapter(trainer, temporary)
+            if PartialState().is_main_process:
+                write_json(temporary / "training.json", result)
+        release(trainer)
+        remove_checkpoints(checkpoints)
+    say(f"Reference: {result['rows']:,} rows, {result['steps']:,} steps, {result['seconds']:.0f} s.")
+    return str(folder), result
+
+
+def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, Any]:
+    """
+    Score the pool and keep `scored/` and `scorer/`.
+
+    Returns:
+        `dict`: the `selection` of `results.json`.
+    """
+    sets = {name: job.identities[f"validation {name}".strip()] for name in job.inputs.validation}
+    identity = job.identify(True, InfluenceConfig, reference["identity"], sets, job.identities["pool"])
+    path = job.folder / "selection.json"
+    result = agree(lambda: read_result(path, identity))
+    if result is None:
+        resumed = agree(lambda: any((job.folder / "influence").glob("*/*.safetensors")))
+        influence_args = job.settings.make(InfluenceConfig, reference=True)
+        scorer, scored, seconds = compute_influence(
+            job.reference_model, influence_args, adapter, job.inputs.pool, job.validation, job.reference_tokenizer
+        )
+        with written_folder(job.folder / "scored") as temporary:
+            if PartialState().is_main_process:
+                scored.save_to_disk(str(temporary))
+        with written_folder(job.folder / "scorer") as temporary:
+            if PartialState().is_main_process:
+                scorer.save_pretrained(temporary)
+        result = {
+            "seconds": seconds,
+            "reference_seconds": reference["seconds"],
+            "rows": len(scored),
+            "validation_rows": {name or "validation": len(rows) for name, rows in job.inputs.validation.items()},
+            "reference_rows": reference["rows"],
+            "reference_steps": reference["steps"],
+            "estimator": influence_args.estimator,
+            # The seconds are then those of the last part alone.
+            "resumed": resumed,
+            "identity": identity,
+        }
+        if PartialState().is_main_process:
+            write_json(path, result)
+        PartialState().wait_for_everyone()
+    say(
+        f"Influence: {result['rows']:,} rows on {sum(result['validation_rows'].values()):,} validation rows, "
+        f"{result['seconds']:.0f} s."
+    )
+    return result
+
+
+def compute_reference_losses(job: Job, adapter: str) -> np.ndarray:
+    """Mean loss of each pool row under the reference model, float64 `[rows]`; NaN where a row carries none."""
+    training_args = job.settings.make(InfluenceConfig, reference=True)
+    preparation = Preparation.from_args(training_args, job.reference_tokenizer, job.inputs.pool)
+    prepared = prepare_rows(job.inputs.pool, preparation)
+    model = load_model(job.reference_model, training_args, adapter)
+    nll, tokens, _ = compute_losses(model, prepared, training_args, training_args.tokens_per_batch)
+    losses = np.full(len(job.inputs.pool), np.nan)
+    losses[prepared.with_format("numpy")["row"][:]] = nll / tokens
+    return losses
+
+
+def evaluate_base(job: Job, scored: Dataset) -> dict[str, Any]:
+    """
+    Evaluate the target model before any training, and count the steps of the largest arm.
+
+    Returns:
+        `dict`: `steps`, and the loss, perplexity and accuracy on the test set.
+    """
+    largest = max(plan_arms(job.args), key=lambda arm: arm.fraction)
+    rows = largest.select(scored)
+    folder = job.folder / "arms" / "base"
+    hashes = [job.identities[name] for name in ("target model", "test")]
+    identity = job.identify(False, SFTConfig, hashes, identify_rows(rows))
+    result = agree(lambda: read_result(folder / "result.json", identity))
+    if result is None:
+        checkpoints = job.folder / "checkpoints" / "base"
+        training_args = job.settings.make(InfluenceConfig, output_dir=str(checkpoints))
+        with quiet_loading():
+            trainer = make_trainer(job.target_model, training_args, rows, job.target_tokenizer)
+        steps = training_args.max_steps if training_args.max_steps > 0 else count_steps(trainer)
+        # A fresh LoRA adapter changes nothing: this is the base model.
+        evaluation = evaluate_model(trainer.model, job.prepared_test, training_args, training_args.tokens_per_batch)
+        result = {"steps": steps, **evaluation, "identity": identity}
+        with written_folder(folder) as temporary:
+            if PartialState().is_main_process:
+                write_json(temporary / "result.json", result)
+        release(trainer)
+        remove_checkpoints(checkpoints)
+    say(f"Target before training: test loss {show(result['test_loss'])}.")
+    return result
+
+
+def train_arm(job: Job, arm: Arm, scored: Dataset, steps: int) -> dict[str, Any]:
+    """
+    Train a target on an arm's rows and evaluate it on the test set; keep the adapter and the result.
+
+    Args:
+        job ([`Job`]): The run.
+        arm ([`Arm`]): Which rows, seed and budget.
+        scored ([`~datasets.Dataset`]): The scored pool.
+        steps (`int`): Optimiser steps under the budget `steps`.
+
+    Returns:
+        `dict`: an entry of `arms` in `results.json`.
+    """
+    max_steps = job.settings.values["max_steps"]
+    run = find_equal_run(arm, job.args, max_steps)
+    rows = run.select(scored)
+    folder = job.folder / "arms" / run.name
+    budget = {"max_steps": steps if run.budget == "steps" else -1}
+    hashes = [job.identities[name] for name in ("target model", "test")]
+    identity = job.identify(False, SFTConfig, hashes, identify_rows(rows), run.seed, budget)
+    result = agree(lambda: read_result(folder / "result.json", identity))
+    if result is None:
+        checkpoints = job.folder / "checkpoints" / run.name
+        training_args = job.settings.make(InfluenceConfig, output_dir=str(checkpoints), seed=run.seed, **budget)
+        with quiet_loading():
+            trainer = make_trainer(job.target_model, training_args, rows, job.target_tokenizer)
+        with written_folder(folder) as temporary:
+            trained = train(trainer, f"{run.arm}, fraction {run.fraction:g}, seed {run.seed}, equal {run.budget}")
+            evaluation = evaluate_model(
+                trainer.model, job.prepared_test, training_args, training_args.tokens_per_batch
+            )
+            result = {"arm": run.arm, "fraction": run.fraction, "seed": run.seed, **trained, **evaluation}
+            result["identity"] = identity
+            save_adapter(trainer, temporary)
+            if PartialState().is_main_process:
+                write_json(temporary / "result.json", result)
+        release(trainer)
+        remove_checkpoints(checkpoints)
+    del result["identity"]
+    return result | {"budget": arm.budget}
+
+
+def publish(job: Job, scored: Dataset) -> None:
+    """Push the annotated pool, the coresets, the scorer and the results in one commit, from the main process."""
+    args = job.args
+    assert args.hub_id is not None and args.pool is not None
+    if PartialState().is_main_process:
+        say(f"Publishing to {args.hub_id}.")
+        coresets = {
+            name: select_coreset(scored, fraction=fraction)
+            for name, fraction in zip(name_coresets(args), args.fractions, strict=True)
+        }
+        push_influence_dataset(
+            args.hub_id,
+            scored,
+            coresets=coresets,
+            scorer=job.folder / "scorer",
+            report=job.folder,
+            source_datasets=find_sources(args),
+            private=job.settings.values["hub_private_repo"],
+        )
+    PartialState().wait_for_everyone()
+
+
+def read_result(path: Path, identity: str) -> dict[str, Any] | None:
+    """What an earlier run of the same settings on the same data has finished."""
+    result = read_json(path)
+    return result if isinstance(result, dict) and result.get("identity") == identity else None
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a training that is finished."""
+    if PartialState().is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+    PartialState().wait_for_everyone()
+
+
+def show(loss: float | None) -> str:
+    """A loss in words."""
+    return "not finite (the training diverged)" if loss is None else f"{loss:.3f}"

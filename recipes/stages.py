@@ -1,0 +1,258 @@
+"""What the recipes do, one function per stage; in2core.py and the stage recipes call the same ones."""
+
+import gc
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl.trainer.utils import create_model_from_path
+
+from hf_in2core import InfluenceConfig, InfluenceScorer, InfluenceTrainer
+from hf_in2core.columns import apply_columns
+from hf_in2core.evaluation import TokenAccuracy, TokenPerplexity
+from hf_in2core.gradients import compute_row_losses
+from hf_in2core.preparation import Preparation
+
+
+def make_model_kwargs(model_args: ModelConfig, training_args: InfluenceConfig) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained`, for a trainer (`model_init_kwargs`) or for our own loading."""
+    kwargs: dict[str, Any] = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    given: dict[str, Any] = training_args.model_init_kwargs or {}  # type: ignore[assignment]
+    return kwargs | given
+
+
+def load_model(model_args: ModelConfig, training_args: InfluenceConfig, adapter: str | None = None) -> PreTrainedModel:
+    """Load a model as SFTTrainer does, with a trained adapter or without one."""
+    kwargs = make_model_kwargs(model_args, training_args) | {"trust_remote_code": training_args.trust_remote_code}
+    if PartialState().num_processes > 1:
+        kwargs["device_map"] = None
+    quantization = get_quantization_config(model_args)
+    if quantization is not None:
+        kwargs["quantization_config"] = quantization
+    model = create_model_from_path(model_args.model_name_or_path, **kwargs)
+    if quantization is None and not hasattr(model, "hf_device_map"):
+        model = model.to(PartialState().device)
+    return model if adapter is None else PeftModel.from_pretrained(model, adapter, is_trainable=True)
+
+
+class StepProgress(TrainerCallback):
+    """One bar per training with a name, gone when it ends; silent for the first minute outside a terminal."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.bar: tqdm | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar."""
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.label,
+            unit="step",
+            leave=False,
+            disable=args.disable_tqdm or not state.is_world_process_zero,
+            mininterval=0.2 if terminal else 60,
+            delay=0 if terminal else 60,
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the bar."""
+        assert self.bar is not None
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        assert self.bar is not None
+        self.bar.close()
+
+
+def make_trainer(
+    model_args: ModelConfig,
+    training_args: InfluenceConfig,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+) -> SFTTrainer:
+    """A TRL SFTTrainer for a fresh adapter, seeded by `training_args.seed`, on raw rows."""
+    training_args.model_init_kwargs = make_model_kwargs(model_args, training_args)
+    columns = Preparation.from_args(training_args, tokenizer, rows).columns
+    training_args.dataset_text_field = "text"
+    return SFTTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=apply_columns(rows, columns, tokenizer),
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def make_reference_trainer(
+    model_args: ModelConfig,
+    influence_args: InfluenceConfig,
+    rows: Dataset,
+    validation: Dataset | dict[str, Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+) -> InfluenceTrainer:
+    """The same for the reference model; its construction checks everything that influence will need later."""
+    influence_args.model_init_kwargs = make_model_kwargs(model_args, influence_args)
+    return InfluenceTrainer(
+        model=model_args.model_name_or_path,
+        args=influence_args,
+        train_dataset=rows,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def train(trainer: SFTTrainer, label: str) -> dict[str, Any]:
+    """
+    Train, from the last checkpoint where `save_strategy` keeps some.
+
+    Returns:
+        `dict`: `rows` and `loss_tokens` trained on, `steps`, `seconds` (of this process's training, without loading).
+    """
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(StepProgress(label))
+    checkpoint = None
+    if trainer.args.save_strategy != "no" and Path(trainer.args.output_dir).is_dir():
+        checkpoint = get_last_checkpoint(trainer.args.output_dir)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return {
+        **count_loss_tokens(trainer.train_dataset),
+        "steps": trainer.state.global_step,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def count_steps(trainer: SFTTrainer) -> int:
+    """Optimiser steps that `num_train_epochs` over the trainer's rows take, however many processes there are."""
+    args = trainer.args
+    per_epoch = max(-(-len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps), 1)
+    return int(np.ceil(args.num_train_epochs * per_epoch))
+
+
+def count_loss_tokens(prepared: Dataset) -> dict[str, int]:
+    """Rows of a prepared dataset and the labelled tokens that carry loss (a row's first token is never predicted)."""
+    tokens = sum(int((np.asarray(labels[1:]) != -100).sum()) for labels in prepared.with_format(None)["labels"])
+    return {"rows": len(prepared), "loss_tokens": tokens}
+
+
+def save_adapter(trainer: SFTTrainer, folder: Path) -> None:
+    """Write the adapter and the tokenizer; for all processes, since a sharded model is gathered."""
+    trainer.save_model(str(folder))
+    if PartialState().is_main_process:
+        # A pickle of the arguments, which nothing here reads and nobody should publish.
+        (folder / "training_args.bin").unlink(missing_ok=True)
+
+
+def release(trainer: SFTTrainer) -> None:
+    """Free a trainer's memory; the caller drops its own name for it."""
+    trainer.accelerator.free_memory()
+    trainer.model = trainer.model_wrapped = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def compute_influence(
+    model_args: ModelConfig,
+    influence_args: InfluenceConfig,
+    adapter: str,
+    pool: Dataset,
+    validation: Dataset | dict[str, Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[InfluenceScorer, Dataset, float]:
+    """
+    Influence of the pool on the validation sets through a trained adapter; resumes under `output_dir/influence/`.
+
+    Returns:
+        `tuple`: the scorer, the pool with the columns that it adds, and the seconds of this call.
+    """
+    started = time.perf_counter()
+    trainer = InfluenceTrainer(
+        model=load_model(model_args, influence_args, adapter),
+        args=influence_args,
+        train_dataset=pool,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+    )
+    scorer = trainer.fit_influence()
+    return scorer, trainer.score_influence(), time.perf_counter() - started
+
+
+def compute_losses(
+    model: PreTrainedModel, prepared: Dataset, training_args: InfluenceConfig, tokens_per_batch: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Losses of prepared rows, shared out among the processes.
+
+    Returns:
+        `tuple`: summed negative log-likelihood (float64), labelled tokens and correct ones (int64), each `[rows]`, on
+        every process.
+    """
+    state = PartialState()
+    shard = prepared.shard(state.num_processes, state.process_index, contiguous=True)
+    autocast = None
+    if model.dtype == torch.float32 and (training_args.bf16 or training_args.fp16):
+        autocast = torch.bfloat16 if training_args.bf16 else torch.float16
+    rows = list(zip(*compute_row_losses(model, shard, tokens_per_batch, autocast), strict=True)) if len(shard) else []
+    if state.num_processes > 1:
+        rows = gather_object(rows)
+    nll, tokens, correct = zip(*rows, strict=True)
+    return np.array(nll), np.array(tokens), np.array(correct)
+
+
+def evaluate_model(
+    model: PreTrainedModel, prepared: Dataset, training_args: InfluenceConfig, tokens_per_batch: int
+) -> dict[str, float | None]:
+    """
+    Loss, perplexity and accuracy per labelled token of prepared rows.
+
+    Returns:
+        `dict`: `test_loss` (nats), `test_perplexity`, `test_accuracy`, `test_tokens`; `None` where not finite.
+    """
+    nll, tokens, correct = compute_losses(model, prepared, training_args, tokens_per_batch)
+    loss = TokenPerplexity().compute(nll_sum=nll.tolist(), num_loss_tokens=tokens.tolist())
+    accuracy = TokenAccuracy().compute(num_correct=correct.tolist(), num_loss_tokens=tokens.tolist())
+    assert loss is not None and accuracy is not None
+    values = {
+        "test_loss": loss["loss"],
+        "test_perplexity": loss["perplexity"],
+        "test_accuracy": accuracy["accuracy"],
+        "test_tokens": int(tokens.sum()),
+    }
+    return {name: value if np.isfinite(value) else None for name, value in values.items()}
