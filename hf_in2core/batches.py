@@ -45,7 +45,7 @@ class TokenRows:
 
     @property
     def num_loss_tokens(self) -> np.ndarray:
-        """Number of tokens of each row that carry loss, int64 `[n]`; a label at position 0 has nothing to predict it."""
+        """Tokens of each row that carry loss, int64 `[n]`; a label at position 0 has nothing to predict it."""
         labelled = self.labels != -100
         labelled[self.offsets[:-1][self.lengths > 0]] = False
         return np.add.reduceat(np.append(labelled, False).astype(np.int64), self.offsets[:-1]) * (self.lengths > 0)

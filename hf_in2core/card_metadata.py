@@ -16,6 +16,7 @@ from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.utils import yaml_dump
 
 
 _INHERITED = ("language", "license", "license_name", "license_link", "license_details", "task_categories")
@@ -76,7 +77,8 @@ def join_card(data: Mapping[str, Any], body: str) -> str:
     Raises:
         ValueError: the metadata does not survive being written and read again.
     """
-    header = DatasetCardData(**copy.deepcopy(dict(data))).to_yaml(original_order=list(data))
+    # As DatasetCardData.to_yaml does, but for its strip(), which would take a last value's spaces away.
+    header = yaml_dump(dict(data), sort_keys=False, line_break="\n").rstrip("\n")
     text = f"---\n{header}\n---\n{body}"
     if parse_card(text) != (dict(data), body):
         raise ValueError("The metadata of the card would read differently once written: a value is no plain YAML.")

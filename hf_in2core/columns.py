@@ -102,8 +102,8 @@ def _require(names: list[str], needed: list[str], what: str) -> None:
     missing = [name for name in needed if name not in names]
     if missing:
         raise ValueError(
-            f"{what} needs the column(s) {', '.join(missing)}, but the dataset has: {', '.join(names)}. Name the right "
-            "columns with `columns`, for example `--columns prompt=question completion=answer`."
+            f"{what} needs the column(s) {', '.join(missing)}, but the dataset has: {', '.join(names)}. Name the "
+            "right columns with `columns`, for example `--columns prompt=question completion=answer`."
         )
 
 

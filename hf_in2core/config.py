@@ -1,6 +1,7 @@
 """[`InfluenceConfig`]: TRL's SFT configuration plus the influence fields."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import SFTConfig
 
@@ -62,9 +63,7 @@ class InfluenceConfig(SFTConfig):
         default="mean",
         metadata={"help": "Per-example loss: mean or sum over its labelled tokens.", "choices": LOSS_REDUCTIONS},
     )
-    estimator: str = field(
-        default="datainf", metadata={"help": "How influence is estimated.", "choices": ESTIMATORS}
-    )
+    estimator: str = field(default="datainf", metadata={"help": "How influence is estimated.", "choices": ESTIMATORS})
     influence_layers: list[str] | None = field(
         default=None,
         metadata={"help": "Decoder layers that count: `last:8`, `first:8` or indices. All by default."},
@@ -104,8 +103,6 @@ class InfluenceConfig(SFTConfig):
                 "`hub_token` would be written in plain text into `training_args.bin`. Set the environment variable "
                 "HF_TOKEN instead."
             )
-        if isinstance(self.columns, str):
-            self.columns = self.columns.split()
         check_columns(self.columns)
         self.influence_layers = parse_influence_layers(self.influence_layers)  # type: ignore[assignment]
 
@@ -122,7 +119,7 @@ def parse_influence_layers(value: str | list[str] | list[int] | None) -> str | l
     """
     if value is None:
         return None
-    items = [value] if isinstance(value, (str, int)) else list(value)
+    items: list[Any] = [value] if isinstance(value, (str, int)) else list(value)
     if len(items) == 1 and isinstance(items[0], str):
         end, colon, count = items[0].partition(":")
         if colon and end in ("last", "first") and count.isdigit() and int(count) > 0:
@@ -133,7 +130,7 @@ def parse_influence_layers(value: str | list[str] | list[int] | None) -> str | l
         layers = []
     if not layers or len(set(layers)) != len(layers):
         raise ValueError(
-            f"`influence_layers={value!r}` names no layers. Use `last:8`, `first:8` or different layer indices such as "
-            "`0 5 11`."
+            f"`influence_layers={value!r}` names no layers. Use `last:8`, `first:8` or different layer indices "
+            "such as `0 5 11`."
         )
     return layers

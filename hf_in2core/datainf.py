@@ -69,8 +69,8 @@ def compute_ihvp(validation_gradient: Tensor, weighted_sum: Tensor, num_examples
             Damping of the block.
 
     Returns:
-        `torch.Tensor` of shape `[Q, *block]`: `u`; zeros where the damping is zero, that is where no fitted example has
-        a gradient (through the `A` matrices of an adapter whose `B` is zero, for instance).
+        `torch.Tensor` of shape `[Q, *block]`: `u`; zeros where the damping is zero, that is where no fitted example
+        has a gradient (through the `A` matrices of an adapter whose `B` is zero, for instance).
     """
     if damping == 0.0:
         return torch.zeros_like(validation_gradient)

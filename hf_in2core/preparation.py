@@ -70,8 +70,8 @@ class Preparation:
                 Raw training rows; the first one decides `completion_only_loss`, as in TRL.
 
         Raises:
-            ValueError: if the dataset is empty, its columns fit no format, conversational rows meet a tokenizer without
-                a chat template, or a loss mask is asked for that the rows cannot have.
+            ValueError: if the dataset is empty, its columns fit no format, conversational rows meet a tokenizer
+                without a chat template, or a loss mask is asked for that the rows cannot have.
         """
         columns = getattr(args, "columns", None)
         if args.dataset_text_field != "text":
@@ -102,9 +102,7 @@ class Preparation:
         return cls(
             processing_class=processing_class,
             columns=columns,
-            completion_only_loss=prompt_completion
-            if args.completion_only_loss is None
-            else args.completion_only_loss,
+            completion_only_loss=prompt_completion if args.completion_only_loss is None else args.completion_only_loss,
             assistant_only_loss=args.assistant_only_loss,
             chat_template=chat_template,
             max_length=args.max_length,
@@ -156,7 +154,7 @@ def prepare_mapped(dataset: Any, preparation: Preparation) -> Any:
     Returns:
         The same kind of dataset with `input_ids` and `labels`; rows left without a label by truncation are missing.
     """
-    args = SimpleNamespace(
+    args: Any = SimpleNamespace(
         dataset_num_proc=None,
         dataset_text_field="text",
         assistant_only_loss=preparation.assistant_only_loss,
@@ -165,7 +163,7 @@ def prepare_mapped(dataset: Any, preparation: Preparation) -> Any:
         shuffle_dataset=False,
         seed=0,
     )
-    trainer = SimpleNamespace(
+    trainer: Any = SimpleNamespace(
         _tokenizer=preparation.processing_class,
         chat_template=preparation.chat_template,
         completion_only_loss=preparation.completion_only_loss,
@@ -197,7 +195,7 @@ def prepare_rows(dataset: Dataset, preparation: Preparation) -> Dataset:
 
 
 def keep_token_columns(prepared: Dataset) -> Dataset:
-    """Keep `row`, `input_ids`, `labels` of a dataset that TRL prepared, sorted by row, without rows that carry no loss."""
+    """Keep `row`, `input_ids` and `labels` of a prepared dataset, sorted by row, without rows that carry no loss."""
     prepared = prepared.select_columns([ROW_COLUMN, "input_ids", "labels"]).rename_column(ROW_COLUMN, "row")
     rows = prepared.with_format("numpy")["row"][:]
     if not np.all(np.diff(rows) > 0):

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 from datasets.utils.py_utils import convert_file_size_to_int
 from huggingface_hub import HfApi
+from huggingface_hub.utils import HfHubHTTPError
 
 from hf_in2core.card_metadata import (
     SplitFacts,
@@ -28,7 +29,7 @@ from hf_in2core.card_metadata import (
 from hf_in2core.dataset_card import render_influence_section, summarise_influence
 from hf_in2core.hub import Head, Publication, is_main_process, list_folder, publish_files
 from hf_in2core.hub_checks import check_can_push, check_names, get_data_folder
-from hf_in2core.hub_state import LocalFile, call_with_retries
+from hf_in2core.hub_state import LocalFile, call_with_retries, get_status
 
 
 if TYPE_CHECKING:
@@ -337,7 +338,13 @@ def _read_sources(source_datasets: Sequence[str], token: str | None) -> dict[str
     """Metadata of the cards of the source datasets, by their Hub ids."""
     api, cards = HfApi(token=token, library_name="hf_in2core"), {}
     for source in source_datasets:
-        info = call_with_retries(partial(api.dataset_info, source))
+        try:
+            info = call_with_retries(partial(api.dataset_info, source))
+        except HfHubHTTPError as error:
+            if get_status(error) not in (401, 403, 404):
+                raise
+            cards[source] = {}
+            continue
         cards[source] = info.card_data.to_dict() if info.card_data is not None else {}
     return cards
 

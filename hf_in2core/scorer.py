@@ -4,9 +4,6 @@ import json
 import logging
 import os
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,83 +12,35 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from peft import PeftModel
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .batches import read_token_rows
-from .gradients import Blocks, GradientRecorder, find_blocks
-from .passes import Passes, score_token_rows
+from .blocks import Blocks, find_blocks, trainable_adapter
+from .gradients import GradientRecorder
+from .passes import Passes
 from .preparation import Preparation, hash_template, hash_tokenizer, prepare_batch
-from .state import hash_base_weights, hash_json, hash_tensors, write_tensors
+from .scorer_files import (
+    ADAPTER_FOLDER,
+    CONFIG_FILE,
+    DIRECTIONS_FILE,
+    TOKENIZER_FOLDER,
+    ScorerConfig,
+    check_directions,
+    read_directions,
+    read_scorer_config,
+)
+from .scoring import score_token_rows
+from .state import hash_adapter, hash_base, hash_json, hash_tensors, write_tensors
 
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-CONFIG_FILE, DIRECTIONS_FILE, ADAPTER_FOLDER, TOKENIZER_FOLDER = "config.json", "scorer.safetensors", "adapter", "tokenizer"
 AUTOCAST_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# `datasets` hashes and pickles the callables it maps. A scorer pickles as its identity and is found here again, so that
-# no weights are copied and every process gets the same hash.
+# `datasets` hashes and pickles the callables it maps. A scorer pickles as its identity and is found here again, so
+# that no weights are copied and every process gets the same hash.
 _live_scorers: "weakref.WeakSet[InfluenceScorer]" = weakref.WeakSet()
-
-
-@dataclass
-class ScorerConfig:
-    """
-    Everything but tensors that a scorer consists of; `config.json` in its folder.
-
-    Attributes:
-        estimator, loss_reduction, damping_scale, influence_layers:
-            As in [`InfluenceConfig`].
-        validation_sets (`dict[str, int]`):
-            Rows of each validation set, by name (`"validation"` for a single one), in the order of `u`'s first axis.
-        num_fit_examples (`int`):
-            Training rows that the fit pass saw; 0 for estimators without one.
-        damping (`dict[str, float]`):
-            Damping of each block.
-        inner_damping_error (`float`):
-            Bound on the relative error of `u` from the pilot's damping.
-        preparation (`dict`):
-            How raw rows become tokens, see [`preparation.Preparation`].
-        autocast (`str`):
-            `"no"`, `"bf16"` or `"fp16"`: mixed precision of the forward.
-        tokens_per_batch (`int`):
-            Token budget of a batch.
-        base_model, base_model_revision, base_model_dtype (`str`):
-            Identity of the base model; an empty id if it was built in memory.
-        base_model_hash, adapter_hash, tokenizer_hash, template_hash (`str`):
-            What loading verifies.
-        pool_hash (`str`):
-            Hash of the pool that `u` was fitted on.
-        libraries (`dict[str, str]`):
-            Versions it was made with.
-        format_version (`int`):
-            Version of this file's layout.
-    """
-
-    estimator: str
-    loss_reduction: str
-    damping_scale: float
-    influence_layers: str | list[int] | None
-    validation_sets: dict[str, int]
-    num_fit_examples: int
-    damping: dict[str, float]
-    inner_damping_error: float
-    preparation: dict[str, Any]
-    autocast: str
-    tokens_per_batch: int
-    base_model: str
-    base_model_revision: str | None
-    base_model_dtype: str
-    base_model_hash: str
-    adapter_hash: str
-    tokenizer_hash: str
-    template_hash: str
-    pool_hash: str
-    libraries: dict[str, str] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
 
 
 class InfluenceScorer:
@@ -99,8 +48,8 @@ class InfluenceScorer:
     A fitted influence function: a stateless function of a row, for `Dataset.map` and `IterableDataset.map`.
 
     The influence of a row is `- sum_b u_b . g_b`: minus the dot product of the preconditioned validation gradient with
-    the gradient of the row's loss (DataInf, arXiv 2310.00902). **Negative = proponent** (training on the row lowers the
-    validation loss), positive = opponent.
+    the gradient of the row's loss (DataInf, arXiv 2310.00902). **Negative = proponent** (training on the row lowers
+    the validation loss), positive = opponent.
 
     Example:
 
@@ -203,7 +152,11 @@ class InfluenceScorer:
     def column_names(self) -> list[str]:
         """Names of the columns that scoring adds."""
         sets = list(self.config.validation_sets)
-        return ["influence", *([f"influence_{name}" for name in sets] if self.has_named_sets else []), "num_loss_tokens"]
+        return [
+            "influence",
+            *([f"influence_{name}" for name in sets] if self.has_named_sets else []),
+            "num_loss_tokens",
+        ]
 
     @property
     def has_named_sets(self) -> bool:
@@ -246,7 +199,7 @@ class InfluenceScorer:
                 "The base model was built in memory and has no id, so the scorer is saved without one. Loading it "
                 "needs `InfluenceScorer.from_pretrained(folder, model=..., processing_class=...)`."
             )
-        self.model.save_pretrained(path / ADAPTER_FOLDER, selected_adapters=[self.model.active_adapter])
+        self.model.save_pretrained(str(path / ADAPTER_FOLDER), selected_adapters=[self.model.active_adapter])
         self.preparation.processing_class.save_pretrained(path / TOKENIZER_FOLDER)
         write_tensors(path / DIRECTIONS_FILE, self.directions, {"format": "pt", "fingerprint": self.fingerprint})
         text = json.dumps(vars(self.config), indent=2, sort_keys=True, ensure_ascii=False)
@@ -363,110 +316,6 @@ def _find_live_scorer(fingerprint: str) -> InfluenceScorer:
         if scorer.fingerprint == fingerprint:
             return scorer
     raise RuntimeError(
-        f"The scorer {fingerprint} does not live in this process: a scorer is not sent to other processes. Map without "
-        "`num_proc`; for several processes use `accelerate launch`, each mapping its own shard."
+        f"The scorer {fingerprint} does not live in this process: a scorer is not sent to other processes. Map "
+        "without `num_proc`; for several processes use `accelerate launch`, each mapping its own shard."
     )
-
-
-@contextmanager
-def trainable_adapter(model: nn.Module, names: set[str]) -> Iterator[None]:
-    """Make the named adapter tensors trainable, as [`find_blocks`] expects; put back as they were."""
-    adapter = getattr(model, "active_adapter", None)
-    changed = []
-    for name, parameter in model.named_parameters():
-        stripped = name if adapter is None else name.replace(f".{adapter}.", ".")
-        wanted = stripped in names
-        if parameter.requires_grad != wanted:
-            parameter.requires_grad_(wanted)
-            changed.append(parameter)
-    try:
-        yield
-    finally:
-        for parameter in changed:
-            parameter.requires_grad_(not parameter.requires_grad)
-
-
-def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
-    """Tensors of the active adapter by name (without the adapter's own name)."""
-    adapter = model.active_adapter
-    return {
-        name.replace(f".{adapter}.", "."): tensor
-        for name, tensor in model.named_parameters()
-        if f".{adapter}." in name
-    }
-
-
-def hash_adapter(model: PeftModel) -> str:
-    """Hash of every tensor of the active adapter."""
-    return hash_tensors(adapter_tensors(model))
-
-
-def hash_base(model: PeftModel) -> str:
-    """Hash of the frozen weights under the adapter."""
-    return hash_base_weights(model, {id(tensor) for tensor in adapter_tensors(model).values()})
-
-
-def read_scorer_config(path: Path) -> ScorerConfig:
-    """
-    Read and check `config.json` of a scorer's folder.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is not a scorer's, has unknown or missing keys, or is of a newer version.
-    """
-    file = path / CONFIG_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} holds no scorer: {CONFIG_FILE} is missing. Give a folder of `save_pretrained`.")
-    values = json.loads(file.read_text(encoding="utf-8"))
-    version = values.get("format_version") if isinstance(values, dict) else None
-    if not isinstance(version, int):
-        raise ValueError(f"{file} is not a scorer's: it has no `format_version`. Give a folder of `save_pretrained`.")
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"{file} has format version {version}, but this hf_in2core reads up to {FORMAT_VERSION}. Upgrade: "
-            "`pip install -U hf-in2core`."
-        )
-    fields = ScorerConfig.__dataclass_fields__
-    unknown, missing = sorted(set(values) - set(fields)), sorted(set(fields) - set(values))
-    if unknown or missing:
-        raise ValueError(
-            f"{file} has unknown keys {unknown} and lacks {missing}, so it is not a scorer of format version "
-            f"{version}. Save it again with `save_pretrained`."
-        )
-    return ScorerConfig(**values)
-
-
-def read_directions(path: Path) -> dict[str, Tensor]:
-    """
-    Read the directions of a scorer.
-
-    Raises:
-        ValueError: if a tensor is not float32 or float64, or not finite.
-    """
-    directions = load_file(path)
-    for name, tensor in directions.items():
-        if tensor.dtype not in (torch.float32, torch.float64) or not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"{path}: `{name}` ({tensor.dtype}) is not a finite float32 or float64 tensor. The file is damaged or "
-                "not a scorer's; download it again."
-            )
-    return directions
-
-
-def check_directions(directions: dict[str, Tensor], blocks: Blocks) -> None:
-    """
-    Check that every direction has a block of its shape.
-
-    Raises:
-        ValueError: if a block is missing or a shape differs, naming both.
-    """
-    for name, tensor in directions.items():
-        if name not in blocks:
-            raise ValueError(f"The scorer has a direction for `{name}`, which the model does not have. Load its own model.")
-        block = blocks[name].tensor
-        shape = tuple(block.shape) if block.dim() == 2 else (block.numel(), 1)
-        if tuple(tensor.shape[1:]) != shape:
-            raise ValueError(
-                f"The scorer's direction for `{name}` has shape {tuple(tensor.shape[1:])}, the model's tensor "
-                f"{shape}. Load the adapter the scorer was fitted with."
-            )

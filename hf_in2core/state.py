@@ -12,11 +12,13 @@ import numpy as np
 import torch
 import xxhash
 from datasets import Dataset
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .batches import read_token_rows
+from .blocks import adapter_tensors
 
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ def hash_prepared(prepared: Dataset) -> str:
     for start in range(0, len(prepared), 10_000):
         rows = read_token_rows(prepared, start, min(start + 10_000, len(prepared)))
         for array in (rows.row, rows.lengths, rows.input_ids, rows.labels):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
@@ -73,6 +75,16 @@ def hash_base_weights(model: nn.Module, adapter_names: set[int]) -> str:
     return digest.hexdigest()
 
 
+def hash_adapter(model: PeftModel) -> str:
+    """Hash of every tensor of the active adapter."""
+    return hash_tensors(adapter_tensors(model))
+
+
+def hash_base(model: PeftModel) -> str:
+    """Hash of the frozen weights under the adapter."""
+    return hash_base_weights(model, {id(tensor) for tensor in adapter_tensors(model).values()})
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file under a temporary name, then rename it: a reader sees all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +120,7 @@ def read_tensors(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict: it cannot be iterated)
     except (SafetensorError, OSError, ValueError) as error:
         logger.warning("%s is damaged (%s) and is not used; its part is computed again.", path, error)
         return None

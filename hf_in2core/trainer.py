@@ -12,19 +12,21 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from datasets import Dataset, Value
+from datasets import Dataset
 from peft import PeftModel
-from torch import Tensor
-from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from . import __version__, batches, datainf, gradients, passes
+from . import __version__, batches, blocks, datainf, fit, gradients, losses, passes, scoring
+from .annotate import add_influence_columns
 from .batches import read_token_rows
+from .blocks import Blocks, find_blocks, select_blocks
 from .columns import apply_columns
 from .config import InfluenceConfig
-from .gradients import Blocks, find_blocks, select_blocks
-from .passes import FitResult, Passes, run_fit_pass, run_score_pass, run_validation_pass
+from .fit import FitResult, run_fit_pass, run_validation_pass
+from .gradients import accumulation_dtype
+from .passes import Passes
 from .preparation import (
     ROW_COLUMN,
     Preparation,
@@ -34,13 +36,18 @@ from .preparation import (
     keep_token_columns,
     prepare_mapped,
 )
-from .scorer import AUTOCAST_DTYPES, InfluenceScorer, ScorerConfig, hash_adapter, hash_base
-from .state import hash_json, hash_prepared, read_tensors, remove_leftovers, write_tensors
+from .scorer import AUTOCAST_DTYPES, InfluenceScorer
+from .scorer_files import ScorerConfig
+from .scoring import run_score_pass
+from .state import hash_adapter, hash_base, hash_json, hash_prepared, read_tensors, remove_leftovers, write_tensors
+from .trainer_checks import check_datasets, check_settings, load_tokenizer, stand_in_template
 from .verification import verify_gradients
 
 
 logger = logging.getLogger(__name__)
 
+# A change in any of these may change a score, so their source is part of a run's fingerprint.
+ENGINE = (batches, blocks, datainf, fit, gradients, losses, passes, scoring)
 LIBRARIES = ["torch", "transformers", "trl", "peft", "datasets", "accelerate"]
 
 
@@ -89,11 +96,15 @@ class InfluenceTrainer(SFTTrainer):
             Any other argument of [`~trl.SFTTrainer`] that does not change the loss.
 
     Raises:
-        ValueError: before any long work, if the data is empty or fits no format, if there is no trainable adapter, or if
-            a setting would make the influence another thing than that of the SFT loss (the message names it).
+        ValueError: before any long work, if the data is empty or fits no format, if there is no trainable adapter, or
+            if a setting would make the influence another thing than that of the SFT loss (the message names it).
     """
 
     _tag_names = ["trl", "sft", "in2core"]
+
+    args: InfluenceConfig
+    model: PeftModel  # type: ignore[assignment]
+    _fingerprint: str = ""
 
     def __init__(
         self,
@@ -107,25 +118,22 @@ class InfluenceTrainer(SFTTrainer):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = InfluenceConfig(f"{name.split('/')[-1]}-influence")
-        _check_settings(args, kwargs)
-        validation = _check_datasets(train_dataset, eval_dataset)
+        check_settings(args, kwargs)
+        validation = check_datasets(train_dataset, eval_dataset)
         if kwargs.get("peft_config") is None and not isinstance(model, PeftModel):
             raise ValueError(
                 "There is no adapter: influence is taken through one (full fine-tuning is not supported). Pass "
                 "`peft_config=LoraConfig(...)`, or a `PeftModel` whose adapter is trained."
             )
         if processing_class is None:
-            processing_class = _load_tokenizer(model, args)
+            processing_class = load_tokenizer(model, args)
         if not isinstance(processing_class, PreTrainedTokenizerBase):
             raise ValueError(
-                f"`processing_class` is a {type(processing_class).__name__}: vision-language models are not supported. "
-                "Pass a text model with its tokenizer."
+                f"`processing_class` is a {type(processing_class).__name__}: vision-language models are not "
+                "supported. Pass a text model with its tokenizer."
             )
         self.pool: Dataset = train_dataset  # type: ignore[assignment]
-        template = processing_class.chat_template
-        if args.chat_template_path is not None:
-            template = template or "set by chat_template_path"
-        with _chat_template(processing_class, template):
+        with stand_in_template(processing_class, args.chat_template_path):
             preparation = Preparation.from_args(args, processing_class, self.pool)
             mapped = {
                 name: add_row_column(apply_columns(dataset, preparation.columns, processing_class))
@@ -155,7 +163,7 @@ class InfluenceTrainer(SFTTrainer):
         # TRL's own decisions, made while its constructor prepared the data.
         self.preparation = replace(
             preparation,
-            processing_class=self.processing_class,
+            processing_class=self.processing_class,  # type: ignore[arg-type]
             completion_only_loss=self.completion_only_loss,
             chat_template=self.chat_template,
         )
@@ -208,7 +216,7 @@ class InfluenceTrainer(SFTTrainer):
     def _selected_blocks(self) -> Blocks:
         num_layers = self.model.config.get_text_config().num_hidden_layers
         found = find_blocks(self.model, self.model.active_adapter)
-        return select_blocks(found, self.args.influence_layers, num_layers)
+        return select_blocks(found, self.args.influence_layers, num_layers)  # type: ignore[arg-type]
 
     def _autocast(self) -> str:
         mixed = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "no"
@@ -218,7 +226,7 @@ class InfluenceTrainer(SFTTrainer):
         """Everything that shapes u and the scores; their fingerprint is its hash."""
         if self._hashes is None:
             self._hashes = {name: hash_prepared(prepared) for name, prepared in self._prepared.items()}
-        source = b"".join(Path(module.__file__).read_bytes() for module in (batches, datainf, gradients, passes))
+        source = b"".join(Path(str(module.__file__)).read_bytes() for module in ENGINE)
         args = self.args
         return {
             "version": __version__,
@@ -237,7 +245,7 @@ class InfluenceTrainer(SFTTrainer):
         }
 
     def _make_passes(self, blocks: Blocks, fingerprint: str) -> Passes:
-        folder = Path(self.args.output_dir) / "influence" / fingerprint
+        folder = Path(str(self.args.output_dir)) / "influence" / fingerprint
         return Passes(
             model=self.accelerator.unwrap_model(self.model),
             blocks=blocks,
@@ -309,7 +317,7 @@ class InfluenceTrainer(SFTTrainer):
             result = run_fit_pass(job, pool, v, self.args.damping_scale, self.args.fit_examples, self.args.seed)
         else:
             result = FitResult(ihvp=v, damping={}, num_examples=0, inner_damping_error=0.0)
-        dtype = gradients.accumulation_dtype(next(iter(job.blocks.values())).tensor)
+        dtype = accumulation_dtype(next(iter(job.blocks.values())).tensor)
         result.ihvp = {key: value.to(dtype) for key, value in result.ihvp.items()}
         # Every process holds the same sums; on one file system the last rename wins with the same bytes.
         if self.accelerator.is_local_main_process:
@@ -329,8 +337,8 @@ class InfluenceTrainer(SFTTrainer):
             return
         if len(zero) == len(blocks):
             raise ValueError(
-                "Every per-example gradient of the adapter is zero, so no row has any influence. Check that the adapter "
-                "is active and that the rows carry loss."
+                "Every per-example gradient of the adapter is zero, so no row has any influence. Check that the "
+                "adapter is active and that the rows carry loss."
             )
         untrained = all(not bool(block.tensor.any()) for name, block in blocks.items() if "lora_B" in name)
         logger.warning(
@@ -417,111 +425,3 @@ class InfluenceTrainer(SFTTrainer):
             num_loss_tokens[token_rows.row] = token_rows.num_loss_tokens
         columns = scorer.make_columns(influence, num_loss_tokens)
         return add_influence_columns(pool, columns)
-
-
-def add_influence_columns(dataset: Dataset, columns: dict[str, np.ndarray]) -> Dataset:
-    """
-    Add scored columns and the global rank to a dataset.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Raw rows.
-        columns (`dict[str, numpy.ndarray]`):
-            `influence` and others, `[n]`; NaN becomes null.
-
-    Returns:
-        [`~datasets.Dataset`]
-    """
-    influence = columns["influence"]
-    carries_loss = ~np.isnan(influence)
-    order = np.argsort(influence[carries_loss], kind="stable")
-    ranks = np.empty(len(order), dtype=np.int64)
-    ranks[order] = np.arange(len(order))
-    rank_column: list[int | None] = [None] * len(influence)
-    for row, rank in zip(np.flatnonzero(carries_loss), ranks, strict=True):
-        rank_column[row] = int(rank)
-    for name, column in columns.items():
-        if column.dtype == np.int64:
-            dataset = dataset.add_column(name, column, feature=Value("int64"))
-            continue
-        values = [None if np.isnan(value) else float(value) for value in column]
-        dataset = dataset.add_column(name, values, feature=Value("float64"))
-        if name == "influence":
-            dataset = dataset.add_column("influence_rank", rank_column, feature=Value("int64"))
-    return dataset
-
-
-def _check_settings(args: InfluenceConfig, kwargs: dict[str, Any]) -> None:
-    """Refuse, by name, what would make influence another thing than that of the SFT loss."""
-    if not isinstance(args, InfluenceConfig):
-        raise TypeError(f"`args` is a {type(args).__name__}. Pass an `InfluenceConfig`, which extends `SFTConfig`.")
-    refused = {
-        "loss_type": args.loss_type != "nll" and f"`loss_type={args.loss_type!r}`: only the negative log-likelihood",
-        "label_smoothing_factor": args.label_smoothing_factor > 0 and "`label_smoothing_factor`",
-        "compute_loss_func": kwargs.get("compute_loss_func") is not None and "`compute_loss_func`",
-        "data_collator": kwargs.get("data_collator") is not None and "`data_collator`",
-        "formatting_func": kwargs.get("formatting_func") is not None
-        and "`formatting_func` (apply it with `Dataset.map` first)",
-        "skip_prepare_dataset": bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
-        and "`skip_prepare_dataset`",
-        "deepspeed": args.deepspeed and "DeepSpeed (train with it if you like, then score the adapter without it)",
-        "fsdp": args.fsdp and "FSDP (train with it if you like, then score the adapter without it)",
-        "use_liger_kernel": args.use_liger_kernel and "`use_liger_kernel`",
-    }
-    for reason in refused.values():
-        if reason:
-            raise ValueError(
-                f"Influence cannot be computed with {reason}: the per-example gradients would not be those of the loss "
-                "that SFT minimises. Leave it out of the `InfluenceTrainer`."
-            )
-
-
-def _check_datasets(
-    train_dataset: Dataset | None, eval_dataset: Dataset | dict[str, Dataset] | None
-) -> dict[str, Dataset]:
-    """Check pool and validation sets; returns the validation sets by name."""
-    if not isinstance(train_dataset, Dataset):
-        raise ValueError(
-            f"`train_dataset` is a {type(train_dataset).__name__}: the pool must be a `datasets.Dataset` that can be "
-            "read twice. Fit on a `Dataset` sample, then score the stream with `stream.map(scorer, batched=True)`."
-        )
-    if eval_dataset is None:
-        raise ValueError(
-            "`eval_dataset` is missing: influence is taken on a validation set. Pass rows like those the model should "
-            "become good at, and keep them out of the pool."
-        )
-    validation = dict(eval_dataset) if isinstance(eval_dataset, dict) else {"validation": eval_dataset}
-    if not validation:
-        raise ValueError("`eval_dataset` is an empty dict. Pass at least one validation set.")
-    for name, dataset in {"pool": train_dataset, **validation}.items():
-        if not isinstance(dataset, Dataset):
-            raise ValueError(f"The validation set `{name}` is a {type(dataset).__name__}; pass a `datasets.Dataset`.")
-        if len(dataset) == 0:
-            raise ValueError(f"`{name}` is empty: it has no rows. Check its source or the split's name.")
-        if {"image", "images"} & set(dataset.column_names):
-            raise ValueError(f"`{name}` has images: vision models are not supported. Pass text rows.")
-    reserved = {"rank", "per_query", ""} & set(validation)
-    if reserved:
-        raise ValueError(f"A validation set is named {sorted(reserved)}, which is reserved. Give it another name.")
-    return validation
-
-
-def _load_tokenizer(model: str | PreTrainedModel | PeftModel, args: InfluenceConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that TRL would load."""
-    model_id = model if isinstance(model, str) else get_config_model_id(model.config)
-    revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
-    return AutoProcessor.from_pretrained(model_id, revision=revision, trust_remote_code=args.trust_remote_code)
-
-
-class _chat_template:  # noqa: N801
-    """A stand-in chat template while formats are checked, before TRL has set the one of `chat_template_path`."""
-
-    def __init__(self, processing_class: PreTrainedTokenizerBase, template: Any) -> None:
-        self.processing_class, self.template = processing_class, template
-
-    def __enter__(self) -> None:
-        self.original = self.processing_class.chat_template
-        self.processing_class.chat_template = self.template
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.processing_class.chat_template = self.original

@@ -76,7 +76,9 @@ def _differentiate(passes: Passes, input_ids: Tensor, targets: Tensor, positions
             with torch.autocast(input_ids.device.type, dtype=passes.autocast, enabled=passes.autocast is not None):
                 logits = passes.model(input_ids=input_ids, use_cache=False).logits
             logits = logits if logits.dtype == torch.float64 else logits.float()
-            losses = F.cross_entropy(logits[0, positions.to(logits.device)], targets.to(logits.device), reduction="none")
+            losses = F.cross_entropy(
+                logits[0, positions.to(logits.device)], targets.to(logits.device), reduction="none"
+            )
             loss = losses.mean() if passes.loss_reduction == "mean" else losses.sum()
             found = torch.autograd.grad(loss, list(tensors.values()))
         finally:

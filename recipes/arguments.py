@@ -100,6 +100,8 @@ class In2CoreArguments(DataArguments):
             check_fraction(fraction)
         for name in ("fractions", "seeds", "arms", "budgets"):
             values = getattr(self, name)
+            if not values:
+                raise ValueError(f"--{name} is empty. Give at least one value.")
             if len(set(values)) != len(values):
                 raise ValueError(f"--{name} has a value twice: {values}. Give each once.")
 

@@ -44,10 +44,13 @@ class Arm:
         """Name of its folder."""
         return f"{self.budget}-{self.arm}-{self.fraction:g}-{self.seed}"
 
-    def select(self, scored: Dataset) -> Dataset:
-        """The rows it trains on, in the pool's order; the full arm has all rows that carry loss."""
+    def select(self, scored: Dataset) -> list[int]:
+        """Positions of the rows it trains on, in the pool's order; the full arm has all rows that carry loss."""
+        numbered = scored.select_columns("influence").add_column("row", np.arange(len(scored)))
         strategy = STRATEGIES[self.arm]
-        return select_coreset(scored, fraction=self.fraction, strategy=strategy, order="original", seed=self.seed)
+        return select_coreset(
+            numbered, fraction=self.fraction, strategy=strategy, order="original", seed=self.seed
+        ).with_format(None)["row"][:]
 
 
 def plan_arms(args: In2CoreArguments) -> list[Arm]:
@@ -67,11 +70,6 @@ def find_equal_run(arm: Arm, args: In2CoreArguments, max_steps: int) -> Arm:
     if arm.arm == "full" and "steps" in args.budgets and max_steps <= 0:
         return replace(arm, budget="steps")
     return arm
-
-
-def identify_rows(rows: Dataset) -> list[int]:
-    """What tells a selection of scored rows from another."""
-    return rows.with_format(None)["influence_rank"][:]
 
 
 def build_results(
@@ -138,13 +136,14 @@ def read_cpu_name() -> str:
 
 
 def find_examples(
-    scored: Dataset, columns: list[str] | None, tokenizer: PreTrainedTokenizerBase, extra: list[str]
+    scored: Dataset, pool: Dataset, columns: list[str] | None, tokenizer: PreTrainedTokenizerBase, extra: list[str]
 ) -> dict[str, list[dict[str, Any]]]:
     """
     The strongest proponents and opponents with their text.
 
     Args:
         scored ([`~datasets.Dataset`]): The scored pool.
+        pool ([`~datasets.Dataset`]): The pool as it was loaded, whose rows are the same.
         columns (`list[str]`, *optional*): Column mapping.
         tokenizer (`transformers.PreTrainedTokenizerBase`): For mapping and for rows that are tokens.
         extra (`list[str]`): Columns to show beside the text.
@@ -159,7 +158,7 @@ def find_examples(
     examples: dict[str, list[dict[str, Any]]] = {}
     for name, positions in found.items():
         rows = scored.select(positions)
-        texts = apply_columns(rows, columns, tokenizer)
+        texts = apply_columns(pool.select(positions), columns, tokenizer)
         examples[name] = [
             {"row": int(position), **{key: row[key] for key in shown}, "text": render_text(text, tokenizer)}
             for position, row, text in zip(positions, rows, texts, strict=True)

@@ -6,6 +6,7 @@ The run folder gets config.yaml, reference/ (adapter), scorer/, scored/ (the ann
 two pictures. The same command into the same folder resumes. Negative influence = proponent.
 """
 
+import gc
 from typing import Any
 
 from arguments import In2CoreArguments
@@ -34,6 +35,8 @@ def main(settings: Settings) -> None:
     )
     from run_folder import run_setup_script, say
 
+    # What is imported stays; to look through it anew takes half a second for every arm.
+    gc.freeze()
     args: In2CoreArguments = settings.arguments
     if args.setup_script is not None:
         run_setup_script(args.setup_script)
@@ -44,7 +47,9 @@ def main(settings: Settings) -> None:
     selection = score_pool(job, adapter, reference)
     scored = load_from_disk(str(job.folder / "scored"))
     named = [name for name in ("id", args.task_column, args.wrong_column) if name in scored.column_names]
-    findings: dict[str, Any] = {"examples": find_examples(scored, args.columns, job.reference_tokenizer, named)}
+    findings: dict[str, Any] = {
+        "examples": find_examples(scored, job.inputs.pool, args.columns, job.reference_tokenizer, named)
+    }
     if args.task_column is not None or args.wrong_column is not None:
         losses = compute_reference_losses(job, adapter)
         findings |= compute_aucs(scored, losses, job.inputs.validation, args.task_column, args.wrong_column)

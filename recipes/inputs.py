@@ -14,9 +14,9 @@ from run_folder import warn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, get_peft_config
 
+from hf_in2core.blocks import find_blocks
 from hf_in2core.columns import apply_columns, get_column_names
 from hf_in2core.data import find_shared_rows, hash_rows, hash_value, load_rows
-from hf_in2core.gradients import find_blocks
 from hf_in2core.preparation import Preparation, prepare_rows
 
 

@@ -22,7 +22,7 @@ from inputs import (
     load_tokenizer,
 )
 from recipe_parser import Settings
-from run_folder import agree, read_json, warn, write_json
+from run_folder import agree, quiet_loading, read_json, warn, write_json
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
@@ -108,17 +108,19 @@ def check(settings: Settings) -> Job:
     reference_tokenizer = load_tokenizer(reference_model, reference_args)
     target_tokenizer = load_tokenizer(target_model, target_args)
     assert args.pool is not None and args.test is not None
-    inputs = load_inputs(
-        args.pool, validation_sources, args.test, args.columns, reference_tokenizer, args.drop_overlap
-    )
+    with quiet_loading():
+        inputs = load_inputs(
+            args.pool, validation_sources, args.test, args.columns, reference_tokenizer, args.drop_overlap
+        )
     check_pool_columns(inputs.pool, list(inputs.validation), [args.task_column, args.wrong_column])
     smallest = min(args.fractions)
     if round(smallest * len(inputs.pool)) == 0:
         raise ValueError(f"fraction {smallest} of a pool of {len(inputs.pool)} rows is no row. Give a larger one.")
-    for name, rows in inputs.validation.items():
-        check_trainable(rows, f"validation set {name}".strip(), reference_args, reference_tokenizer)
     Preparation.from_args(target_args, target_tokenizer, inputs.pool)
-    prepared_test = check_trainable(inputs.test, "test set", target_args, target_tokenizer)
+    with quiet_loading():
+        for name, rows in inputs.validation.items():
+            check_trainable(rows, f"validation set {name}".strip(), reference_args, reference_tokenizer)
+        prepared_test = check_trainable(inputs.test, "test set", target_args, target_tokenizer)
 
     check_model(reference_model, reference_args, for_influence=True)
     parameters = check_model(target_model, target_args, for_influence=False)

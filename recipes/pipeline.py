@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from comparison import Arm, find_equal_run, identify_rows, plan_arms
+from comparison import Arm, find_equal_run, plan_arms
 from datasets import Dataset
 from inputs import take_fraction
 from job import Job, find_sources, name_coresets
@@ -20,7 +20,6 @@ from stages import (
     make_reference_trainer,
     make_trainer,
     release,
-    save_adapter,
     train,
 )
 from trl import SFTConfig
@@ -50,13 +49,14 @@ def train_reference(job: Job) -> tuple[str, dict[str, Any]]:
         checkpoints = job.folder / "checkpoints" / "reference"
         influence_args = job.settings.make(InfluenceConfig, reference=True, output_dir=str(checkpoints))
         rows = take_fraction(job.inputs.pool, args.reference_fraction, influence_args.seed)
-        trainer = make_reference_trainer(
-            job.reference_model, influence_args, rows, job.validation, job.reference_tokenizer
-        )
+        with quiet_loading():
+            trainer = make_reference_trainer(
+                job.reference_model, influence_args, rows, job.validation, job.reference_tokenizer
+            )
         with written_folder(folder) as temporary:
             result = train(trainer, "Reference") | {"identity": identity}
-            save_adapter(trainer, temporary)
             if PartialState().is_main_process:
+                trainer.model.save_pretrained(temporary)
                 write_json(temporary / "training.json", result)
         release(trainer)
         remove_checkpoints(checkpoints)
@@ -113,8 +113,9 @@ def compute_reference_losses(job: Job, adapter: str) -> np.ndarray:
     """Mean loss of each pool row under the reference model, float64 `[rows]`; NaN where a row carries none."""
     training_args = job.settings.make(InfluenceConfig, reference=True)
     preparation = Preparation.from_args(training_args, job.reference_tokenizer, job.inputs.pool)
-    prepared = prepare_rows(job.inputs.pool, preparation)
-    model = load_model(job.reference_model, training_args, adapter)
+    with quiet_loading():
+        prepared = prepare_rows(job.inputs.pool, preparation)
+        model = load_model(job.reference_model, training_args, adapter)
     nll, tokens, _ = compute_losses(model, prepared, training_args, training_args.tokens_per_batch)
     losses = np.full(len(job.inputs.pool), np.nan)
     losses[prepared.with_format("numpy")["row"][:]] = nll / tokens
@@ -129,15 +130,16 @@ def evaluate_base(job: Job, scored: Dataset) -> dict[str, Any]:
         `dict`: `steps`, and the loss, perplexity and accuracy on the test set.
     """
     largest = max(plan_arms(job.args), key=lambda arm: arm.fraction)
-    rows = largest.select(scored)
+    positions = largest.select(scored)
     folder = job.folder / "arms" / "base"
     hashes = [job.identities[name] for name in ("target model", "test")]
-    identity = job.identify(False, SFTConfig, hashes, identify_rows(rows))
+    identity = job.identify(False, SFTConfig, hashes, job.identities["pool"], positions)
     result = agree(lambda: read_result(folder / "result.json", identity))
     if result is None:
         checkpoints = job.folder / "checkpoints" / "base"
         training_args = job.settings.make(InfluenceConfig, output_dir=str(checkpoints))
-        with quiet_loading():
+        with quiet_loading(repeated=True):
+            rows = job.inputs.pool.select(positions)
             trainer = make_trainer(job.target_model, training_args, rows, job.target_tokenizer)
         steps = training_args.max_steps if training_args.max_steps > 0 else count_steps(trainer)
         # A fresh LoRA adapter changes nothing: this is the base model.
@@ -167,16 +169,17 @@ def train_arm(job: Job, arm: Arm, scored: Dataset, steps: int) -> dict[str, Any]
     """
     max_steps = job.settings.values["max_steps"]
     run = find_equal_run(arm, job.args, max_steps)
-    rows = run.select(scored)
+    positions = run.select(scored)
     folder = job.folder / "arms" / run.name
     budget = {"max_steps": steps if run.budget == "steps" else -1}
     hashes = [job.identities[name] for name in ("target model", "test")]
-    identity = job.identify(False, SFTConfig, hashes, identify_rows(rows), run.seed, budget)
+    identity = job.identify(False, SFTConfig, hashes, job.identities["pool"], positions, run.seed, budget)
     result = agree(lambda: read_result(folder / "result.json", identity))
     if result is None:
         checkpoints = job.folder / "checkpoints" / run.name
         training_args = job.settings.make(InfluenceConfig, output_dir=str(checkpoints), seed=run.seed, **budget)
-        with quiet_loading():
+        with quiet_loading(repeated=True):
+            rows = job.inputs.pool.select(positions)
             trainer = make_trainer(job.target_model, training_args, rows, job.target_tokenizer)
         with written_folder(folder) as temporary:
             trained = train(trainer, f"{run.arm}, fraction {run.fraction:g}, seed {run.seed}, equal {run.budget}")
@@ -185,8 +188,8 @@ def train_arm(job: Job, arm: Arm, scored: Dataset, steps: int) -> dict[str, Any]
             )
             result = {"arm": run.arm, "fraction": run.fraction, "seed": run.seed, **trained, **evaluation}
             result["identity"] = identity
-            save_adapter(trainer, temporary)
             if PartialState().is_main_process:
+                trainer.model.save_pretrained(temporary)
                 write_json(temporary / "result.json", result)
         release(trainer)
         remove_checkpoints(checkpoints)
@@ -226,6 +229,8 @@ def remove_checkpoints(folder: Path) -> None:
     """Remove the checkpoints of a training that is finished."""
     if PartialState().is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
+        if folder.parent.is_dir() and not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
     PartialState().wait_for_everyone()
 
 

@@ -5,11 +5,13 @@
 One commit; publishing the same run again changes nothing. Negative influence = proponent.
 """
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import arguments  # noqa: F401  (puts the scripts' own folder last on the path)
+import yaml
 from recipe_parser import RecipeParser, Settings
 
 
@@ -100,8 +102,6 @@ def main(settings: Settings) -> None:
 
 def read_fractions(run: Path) -> list[float]:
     """Fractions of the coreset arms in the run's results, largest last."""
-    import json
-
     if not (run / "results.json").is_file():
         return []
     arms = json.loads((run / "results.json").read_text(encoding="utf-8")).get("arms") or []
@@ -110,14 +110,13 @@ def read_fractions(run: Path) -> list[float]:
 
 def read_sources(run: Path) -> list[str]:
     """The Hub id that the run's pool came from, if its configuration names one."""
-    import yaml
-
     if not (run / "config.yaml").is_file():
         return []
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
     pool = str(config.get("pool") or "").partition(":")[0]
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", pool, flags=re.ASCII) and not Path(pool).suffix
-    return [pool] if is_hub_id and not Path(pool).exists() else []
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", pool, flags=re.ASCII)
+    is_file = Path(pool).suffix in (".jsonl", ".json", ".parquet", ".csv") or Path(pool).exists()
+    return [pool] if is_hub_id and not is_file else []
 
 
 def has_report(run: Path) -> bool:

@@ -144,7 +144,7 @@ class RecipeParser:
             given = self._read_yaml(Path(config)) | given
         values = self._defaults | given
         if self.training:
-            self._resolve_precision(values)
+            _resolve_defaults(values, given)
         own = {item.name: values[item.name] for item in fields(self.arguments_type)}
         try:
             return Settings(self.arguments_type(**own), values)
@@ -188,7 +188,8 @@ class RecipeParser:
         parser = TrlParser(config_types, allow_abbrev=False, add_help=False)
         parser.add_argument("--config")
         own = {item.name for item in fields(self.arguments_type)}
-        self._defaults = {action.dest: action.default for action in parser._actions}
+        # A flag that is on by default has a second action, `--no_…`, whose default is not the setting's.
+        self._defaults = {action.dest: action.default for action in reversed(parser._actions)}
         for action in parser._actions:
             if action.dest.startswith("reference_") and action.dest not in own:
                 del self._defaults[action.dest]
@@ -227,7 +228,8 @@ class RecipeParser:
                 pairs = [f"{key}={item}" for key, item in value.items()] if isinstance(value, dict) else value
                 items = pairs if isinstance(pairs, list) else [pairs]
                 if not items:
-                    self.error(f"{path}: `{name}` is an empty list")
+                    values[name] = []
+                    continue
                 argv += [f"--{name}", *map(str, items)]
             else:
                 argv.append(f"--{name}={json.dumps(value) if isinstance(value, (dict, list)) else value}")
@@ -248,10 +250,21 @@ class RecipeParser:
         hint = f"Did you mean `{close[0]}`?" if close else "See --help."
         self.error(f"unknown {what} `{token}`. {hint}")
 
-    def _resolve_precision(self, values: dict[str, Any]) -> None:
-        """SFTConfig trains in bf16 by default, which a CPU emulates slowly: on only where an accelerator has it."""
-        if values["bf16"] is None:
-            values["bf16"] = not values["fp16"] and not values["use_cpu"] and _accelerator_has_bf16()
+
+def _resolve_defaults(values: dict[str, Any], given: dict[str, Any]) -> None:
+    """Settle what depends on the machine or on another setting."""
+    import torch
+
+    if "dataloader_pin_memory" not in given:
+        values["dataloader_pin_memory"] = torch.accelerator.is_available()
+    # SFTConfig trains in bf16 by default, which a CPU emulates slowly: on only where an accelerator has it.
+    if values["bf16"] is None:
+        values["bf16"] = not values["fp16"] and not values["use_cpu"] and _accelerator_has_bf16()
+    # Transformers warns of the old name, which SFTConfig still sets by default.
+    for prefix in ("", "reference_"):
+        old, new = f"{prefix}gradient_checkpointing", f"{prefix}activation_checkpointing"
+        if old in values and values.get(new) is None:
+            values[new] = values[old]
 
 
 def _without(config_types: list[type], refused: Iterable[str]) -> list[type]:

@@ -86,8 +86,11 @@ def run_setup_script(command: str) -> None:
 
 
 @contextmanager
-def quiet_loading() -> Iterator[None]:
-    """No bars for loading and tokenising, which every arm does anew."""
+def quiet_loading(repeated: bool = False) -> Iterator[None]:
+    """No bars for loading and tokenising outside a terminal, and none at all where every arm does it anew."""
+    if sys.stderr.isatty() and not repeated:
+        yield
+        return
     shown, loading = datasets.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()

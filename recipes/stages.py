@@ -1,6 +1,5 @@
 """What the recipes do, one function per stage; in2core.py and the stage recipes call the same ones."""
 
-import gc
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
+from recipe_parser import Settings
+from run_folder import quiet_loading, write_json
 from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
@@ -27,9 +28,10 @@ from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_confi
 from trl.trainer.utils import create_model_from_path
 
 from hf_in2core import InfluenceConfig, InfluenceScorer, InfluenceTrainer
+from hf_in2core.annotate import add_influence_columns
 from hf_in2core.columns import apply_columns
 from hf_in2core.evaluation import TokenAccuracy, TokenPerplexity
-from hf_in2core.gradients import compute_row_losses
+from hf_in2core.losses import compute_row_losses
 from hf_in2core.preparation import Preparation
 
 
@@ -171,21 +173,24 @@ def count_loss_tokens(prepared: Dataset) -> dict[str, int]:
     return {"rows": len(prepared), "loss_tokens": tokens}
 
 
-def save_adapter(trainer: SFTTrainer, folder: Path) -> None:
-    """Write the adapter and the tokenizer; for all processes, since a sharded model is gathered."""
+def train_and_save(trainer: SFTTrainer, settings: Settings, label: str) -> dict[str, Any]:
+    """Train, and write adapter, tokenizer, `config.yaml` and `training.json` into `output_dir`; returns as [`train`]."""
+    result = train(trainer, label)
+    folder = Path(trainer.args.output_dir)
+    # All processes take part: a sharded model is gathered.
     trainer.save_model(str(folder))
     if PartialState().is_main_process:
         # A pickle of the arguments, which nothing here reads and nobody should publish.
         (folder / "training_args.bin").unlink(missing_ok=True)
+        settings.save(folder / "config.yaml")
+        write_json(folder / "training.json", result)
+    return result
 
 
 def release(trainer: SFTTrainer) -> None:
     """Free a trainer's memory; the caller drops its own name for it."""
-    trainer.accelerator.free_memory()
     trainer.model = trainer.model_wrapped = None
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    trainer.accelerator.free_memory()
 
 
 def compute_influence(
@@ -203,15 +208,36 @@ def compute_influence(
         `tuple`: the scorer, the pool with the columns that it adds, and the seconds of this call.
     """
     started = time.perf_counter()
-    trainer = InfluenceTrainer(
-        model=load_model(model_args, influence_args, adapter),
-        args=influence_args,
-        train_dataset=pool,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-    )
+    with quiet_loading():
+        trainer = InfluenceTrainer(
+            model=load_model(model_args, influence_args, adapter),
+            args=influence_args,
+            train_dataset=pool,
+            eval_dataset=validation,
+            processing_class=tokenizer,
+        )
     scorer = trainer.fit_influence()
     return scorer, trainer.score_influence(), time.perf_counter() - started
+
+
+def score_with(scorer: InfluenceScorer, pool: Dataset) -> Dataset:
+    """
+    Score a pool with a fitted scorer, shared out among the processes.
+
+    Returns:
+        [`~datasets.Dataset`]: the pool's rows with their influence, rank and number of loss tokens, on every process.
+    """
+    state = PartialState()
+    shard = pool.shard(state.num_processes, state.process_index, contiguous=True)
+    scored = shard.map(scorer, batched=True, remove_columns=shard.column_names) if len(shard) else None
+    columns = {name: [] if scored is None else scored.with_format(None)[name][:] for name in scorer.column_names}
+    if state.num_processes > 1:
+        columns = {name: gather_object(values) for name, values in columns.items()}
+    arrays = {
+        name: np.array(values, dtype=np.int64 if name == "num_loss_tokens" else np.float64)
+        for name, values in columns.items()
+    }
+    return add_influence_columns(pool, arrays)
 
 
 def compute_losses(

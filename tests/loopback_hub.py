@@ -213,9 +213,11 @@ class LoopbackHub:
         repo = self._repo(user, p)
         commit = repo.resolve(p["revision"] or "main")
         siblings = [{"rfilename": path} for path in commit.tree]
-        author = repo.id.split("/")[0]
-        body = {"id": repo.id, "author": author, "sha": commit.oid, "private": repo.private, "siblings": siblings}
-        return Answer(body=body | {"gated": "manual" if repo.gated else False, "disabled": False, "tags": []})
+        body = {"id": repo.id, "sha": commit.oid, "private": repo.private, "siblings": siblings}
+        match = FRONT_MATTER.search(repo.files(commit.oid).get("README.md", b"").decode())
+        card = yaml.load(match.group(2), Loader=yaml.BaseLoader) if match else None
+        body |= {"gated": "manual" if repo.gated else False, "disabled": False, "tags": [], "cardData": card}
+        return Answer(body=body)
 
     def tree(self, user: dict | None, p: dict, r: Request) -> Answer:
         commit, base = self._repo(user, p, content=True).resolve(p["revision"]), unquote(p["path"] or "").strip("/")

@@ -21,7 +21,11 @@ def compute_gradients(model, rows: Dataset, loss_reduction: str = "mean") -> lis
         model.zero_grad()
         compute_loss(model, row, loss_reduction).backward()
         gradients.append(
-            {n: p.grad.clone().flatten() for n, p in model.named_parameters() if p.grad is not None and p.requires_grad}
+            {
+                n: p.grad.clone().flatten()
+                for n, p in model.named_parameters()
+                if p.grad is not None and p.requires_grad
+            }
         )
     model.zero_grad()
     return gradients

@@ -183,7 +183,7 @@ def svg_text() -> Any:
 
 
 @pytest.mark.parametrize("losses", [{}, {"coreset": 3.6, "opponents": 3.1}])
-def test_lower_loss_is_drawn_lower(tmp_path: Path, losses: dict[str, float]) -> None:
+def test_lower_loss_is_drawn_lower(tmp_path: Path, losses: dict[str, Any]) -> None:
     pytest.importorskip("matplotlib", reason="pictures need the report extra")
     plot_arms(make_results(**losses), tmp_path / "arms.png")
     height = {}

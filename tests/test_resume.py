@@ -13,7 +13,7 @@ from conftest import add_trained_adapter, make_model, make_prompt_completion
 from safetensors.torch import load_file, save_file
 from test_trainer import make_trainer
 
-from hf_in2core import passes
+from hf_in2core import fit, passes, scoring
 
 
 OPTIONS = {"chunk_size": 3, "tokens_per_batch": 40}
@@ -53,7 +53,8 @@ def kill_after_progress(folder: Path, generator: random.Random) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seed", "kills"), [(0, 8), pytest.param(1, 25, marks=pytest.mark.slow), pytest.param(2, 25, marks=pytest.mark.slow)]
+    ("seed", "kills"),
+    [(0, 8), pytest.param(1, 25, marks=pytest.mark.slow), pytest.param(2, 25, marks=pytest.mark.slow)],
 )
 def test_killed_runs_end_with_the_same_bits(tmp_path, seed, kills) -> None:
     expected = build(tmp_path / "whole").score_influence()
@@ -73,7 +74,8 @@ def count_batches(monkeypatch) -> list[int]:
         counted.append(len(token_rows))
         return run_batches(job, token_rows, step)
 
-    monkeypatch.setattr(passes, "run_batches", counting)
+    for module in (passes, fit, scoring):
+        monkeypatch.setattr(module, "run_batches", counting)
     return counted
 
 
@@ -98,7 +100,8 @@ def test_interrupted_by_the_user_it_resumes(tmp_path, monkeypatch) -> None:
         if len(writes) == 9:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(passes, "write_tensors", interrupting)
+    for module in (passes, scoring):
+        monkeypatch.setattr(module, "write_tensors", interrupting)
     trainer = build(tmp_path / "interrupted")
     with pytest.raises(KeyboardInterrupt):
         trainer.score_influence()
@@ -148,6 +151,10 @@ def test_changed_adapter_or_rows_never_reuse_scores(tmp_path) -> None:
             if "lora_A" in name:
                 parameter.mul_(1.3)
     assert first.score_influence()["influence"] != before["influence"]
-    pool = make_prompt_completion(40, seed=0).map(lambda row, i: {"completion": " cat"} if i == 7 else row, with_indices=True)
-    changed = make_trainer(tmp_path, pool, make_prompt_completion(5, seed=1), torch.float32, **OPTIONS).score_influence()
+    pool = make_prompt_completion(40, seed=0).map(
+        lambda row, i: {"completion": " cat"} if i == 7 else row, with_indices=True
+    )
+    changed = make_trainer(
+        tmp_path, pool, make_prompt_completion(5, seed=1), torch.float32, **OPTIONS
+    ).score_influence()
     assert changed["influence"] != before["influence"]

@@ -43,8 +43,14 @@ def test_supported_adapters_equal_the_loop(tmp_path, validation, variant) -> Non
 def make_moe() -> MixtralForCausalLM:
     return MixtralForCausalLM(
         MixtralConfig(
-            vocab_size=340, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
-            num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
+            vocab_size=340,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=2,
+            num_experts_per_tok=1,
         )
     )
 
@@ -52,11 +58,22 @@ def make_moe() -> MixtralForCausalLM:
 REFUSED_ADAPTERS = {
     "dora": (lambda: LoraConfig(target_modules=["q_proj"], use_dora=True), "DoRA"),
     "embedding": (lambda: LoraConfig(target_modules=["embed_tokens"]), "lora_embedding_A"),
-    "trainable_tokens": (lambda: LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3]), "trainable_tokens"),
+    "trainable_tokens": (
+        lambda: LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3]),
+        "trainable_tokens",
+    ),
     "modules_to_save_norm": (lambda: LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]), "norm"),
     "modules_to_save_head": (lambda: LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "lm_head"),
-    "target_parameters": (lambda: LoraConfig(target_modules=[], target_parameters=["mlp.experts.down_proj"]), "target_parameters"),
-    "ia3": (lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"), "ia3_l"),
+    "target_parameters": (
+        lambda: LoraConfig(target_modules=[], target_parameters=["mlp.experts.down_proj"]),
+        "target_parameters",
+    ),
+    "ia3": (
+        lambda: IA3Config(
+            target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+        ),
+        "ia3_l",
+    ),
     "prompt_tuning": (lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "prompt_encoder"),
 }
 
@@ -137,7 +154,9 @@ def test_a_router_without_its_auxiliary_loss_is_supported_and_with_it_refused(tm
         scored["influence"], compute_datainf(train, compute_gradients(trainer.model, prepare(validation))), 1e-4
     )
     with pytest.raises(ValueError, match="router_aux_loss_coef=0.0"):
-        make_trainer(tmp_path / "b", rows, validation, model=add_trained_adapter(make_moe(), target_modules=["q_proj"]))
+        make_trainer(
+            tmp_path / "b", rows, validation, model=add_trained_adapter(make_moe(), target_modules=["q_proj"])
+        )
 
 
 def test_padding_free_scores_the_same(tmp_path, pool, validation) -> None:
@@ -169,7 +188,8 @@ def test_formats_and_loss_masks_follow_sft(tmp_path) -> None:
         prepared = trainer._prepared[""][0]
         assert (prepared["input_ids"], prepared["labels"]) == (sft["input_ids"], sft["labels"])
         expected = compute_datainf(
-            compute_gradients(trainer.model, trainer.train_dataset), compute_gradients(trainer.model, trainer.train_dataset)
+            compute_gradients(trainer.model, trainer.train_dataset),
+            compute_gradients(trainer.model, trainer.train_dataset),
         )
         assert_same(scored["influence"], expected, 1e-8)
         mapped = rows.map(trainer.fit_influence(), batched=True)

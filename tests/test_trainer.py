@@ -12,7 +12,8 @@ from naive import compute_datainf, compute_gradients, compute_loss
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.batches import collate, read_token_rows
-from hf_in2core.gradients import GradientRecorder, compute_gradient_sum, find_blocks
+from hf_in2core.blocks import find_blocks
+from hf_in2core.gradients import GradientRecorder, compute_gradient_sum
 from hf_in2core.preparation import Preparation, prepare_rows
 
 
@@ -64,14 +65,20 @@ def test_exact_damping_gives_the_loop_to_float64(tmp_path, pool, validation) -> 
     trainer = make_trainer(tmp_path, rows, validation, tokens_per_batch=64)
     scored = trainer.score_influence()
     assert trainer.fit_influence().config.inner_damping_error < 1e-12
-    train, held_out = compute_gradients(trainer.model, prepare(rows)), compute_gradients(trainer.model, prepare(validation))
+    train, held_out = (
+        compute_gradients(trainer.model, prepare(rows)),
+        compute_gradients(trainer.model, prepare(validation)),
+    )
     assert_same(scored["influence"], compute_datainf(train, held_out), 1e-9)
 
 
 def test_gradient_dot_is_datainf_with_an_identity_inverse(tmp_path, pool, validation) -> None:
     trainer = make_trainer(tmp_path, pool, validation, estimator="gradient_dot")
     scored = trainer.score_influence()
-    train, held_out = compute_gradients(trainer.model, prepare(pool)), compute_gradients(trainer.model, prepare(validation))
+    train, held_out = (
+        compute_gradients(trainer.model, prepare(pool)),
+        compute_gradients(trainer.model, prepare(validation)),
+    )
     expected = [
         -sum(float(sum(g[name] for g in held_out) / len(held_out) @ gradients[name]) for name in gradients)
         for gradients in train
@@ -92,7 +99,8 @@ def test_gradient_cosine_is_taken_over_whole_gradients(tmp_path, pool, validatio
 
 
 @pytest.mark.parametrize(
-    "change", [{"tokens_per_batch": 1}, {"tokens_per_batch": 10_000}, {"chunk_size": 5}, {"gradient_checkpointing": False}]
+    "change",
+    [{"tokens_per_batch": 1}, {"tokens_per_batch": 10_000}, {"chunk_size": 5}, {"gradient_checkpointing": False}],
 )
 def test_batching_chunking_and_checkpointing_change_nothing(tmp_path, pool, validation, change) -> None:
     model = add_trained_adapter(make_model())
@@ -109,7 +117,9 @@ def test_row_order_and_padding_side_change_nothing(tmp_path, pool, validation) -
     # The pilot rows are chosen by position, so use a pool that is all pilot.
     rows, order = pool.select(range(16)), order[order < 16]
     reference = make_trainer(tmp_path / "a", rows, validation, model=copy.deepcopy(model)).score_influence()
-    shuffled = make_trainer(tmp_path / "b", rows.select(order), validation.select(range(6, -1, -1)), model=model, tokenizer=tokenizer)
+    shuffled = make_trainer(
+        tmp_path / "b", rows.select(order), validation.select(range(6, -1, -1)), model=model, tokenizer=tokenizer
+    )
     scored = shuffled.score_influence()
     assert scored["id"] == rows.select(order)["id"]
     assert_same(scored["influence"], np.array(reference["influence"])[order], 1e-9)
@@ -118,7 +128,9 @@ def test_row_order_and_padding_side_change_nothing(tmp_path, pool, validation) -
 def test_several_validation_sets_are_scored_together(tmp_path, pool, validation) -> None:
     model = add_trained_adapter(make_model())
     other = make_prompt_completion(5, seed=9)
-    both = make_trainer(tmp_path / "both", pool, {"a": validation, "b": other}, model=copy.deepcopy(model)).score_influence()
+    both = make_trainer(
+        tmp_path / "both", pool, {"a": validation, "b": other}, model=copy.deepcopy(model)
+    ).score_influence()
     alone = [
         make_trainer(tmp_path / name, pool, rows, model=copy.deepcopy(model)).score_influence()["influence"]
         for name, rows in (("a", validation), ("b", other))
@@ -204,7 +216,10 @@ def test_token_sum_gradients_over_tokens_are_the_training_gradient(tmp_path, poo
 def test_layers_reduce_to_the_blocks_of_those_layers(tmp_path, pool, validation) -> None:
     trainer = make_trainer(tmp_path, pool, validation, influence_layers="last:1", estimator="gradient_dot")
     scored = trainer.score_influence()
-    train, held_out = compute_gradients(trainer.model, prepare(pool)), compute_gradients(trainer.model, prepare(validation))
+    train, held_out = (
+        compute_gradients(trainer.model, prepare(pool)),
+        compute_gradients(trainer.model, prepare(validation)),
+    )
     names = [name for name in train[0] if ".layers.2." in name]
     assert names
     expected = [
@@ -217,7 +232,9 @@ def test_layers_reduce_to_the_blocks_of_those_layers(tmp_path, pool, validation)
 def test_rows_without_loss_come_back_with_null_influence(tmp_path, validation) -> None:
     rows = make_prompt_completion(9, seed=3)
     long_prompt = "the cat sat on a mat " * 20
-    rows = rows.map(lambda row, index: {"prompt": long_prompt if index in (2, 5) else row["prompt"]}, with_indices=True)
+    rows = rows.map(
+        lambda row, index: {"prompt": long_prompt if index in (2, 5) else row["prompt"]}, with_indices=True
+    )
     scored = make_trainer(tmp_path, rows, validation, max_length=40).score_influence()
     assert [index for index, value in enumerate(scored["influence"]) if value is None] == [2, 5]
     assert [index for index, value in enumerate(scored["influence_rank"]) if value is None] == [2, 5]
@@ -229,7 +246,9 @@ def test_rows_without_loss_come_back_with_null_influence(tmp_path, validation) -
 def test_packing_scores_rows_unpacked(tmp_path, pool, validation) -> None:
     model = add_trained_adapter(make_model())
     plain = make_trainer(tmp_path / "a", pool, validation, model=copy.deepcopy(model)).score_influence()
-    packed = make_trainer(tmp_path / "b", pool, validation, model=model, packing=True, packing_strategy="wrapped", max_length=128)
+    packed = make_trainer(
+        tmp_path / "b", pool, validation, model=model, packing=True, packing_strategy="wrapped", max_length=128
+    )
     assert len(packed.train_dataset) < len(pool)
     assert_same(packed.score_influence()["influence"], plain["influence"], 1e-9)
 
@@ -246,7 +265,9 @@ def test_training_and_influence_leave_each_other_alone(tmp_path, pool, validatio
     """Influence passes put back training mode, gradients and forwards: training goes on as if they had not run."""
     losses = []
     for with_influence in (False, True):
-        trainer = make_trainer(tmp_path / str(with_influence), pool, validation, torch.float32, max_steps=4, logging_steps=1)
+        trainer = make_trainer(
+            tmp_path / str(with_influence), pool, validation, torch.float32, max_steps=4, logging_steps=1
+        )
         if with_influence:
             trainer.fit_influence()
         trainer.train()

@@ -7,10 +7,9 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch  # noqa: E402
 from conftest import add_trained_adapter, make_model, make_prompt_completion  # noqa: E402
 from test_trainer import make_trainer  # noqa: E402
-
-import torch  # noqa: E402
 
 
 def main() -> None:
@@ -19,7 +18,9 @@ def main() -> None:
     expected, out, num_rows = options.pop("world_size"), Path(options.pop("out")), options.pop("num_rows")
     fail_rank = options.pop("fail_rank", None)
     pool, validation = make_prompt_completion(num_rows, seed=0), make_prompt_completion(5, seed=1)
-    trainer = make_trainer(options.pop("output_dir"), pool, validation, dtype, model=add_trained_adapter(make_model()), **options)
+    trainer = make_trainer(
+        options.pop("output_dir"), pool, validation, dtype, model=add_trained_adapter(make_model()), **options
+    )
     actual = trainer.accelerator.num_processes
     if actual != expected:
         raise SystemExit(f"{actual} processes where {expected} were expected")
@@ -28,7 +29,9 @@ def main() -> None:
     scored = trainer.score_influence()
     values = [None if value is None else value.hex() for value in scored["influence"]]
     result = {"influence": values, "rank": scored["influence_rank"], "id": scored["id"], "pid": os.getpid()}
-    out.with_suffix(f".{trainer.accelerator.process_index}.json").write_text(json.dumps({k: list(v) if k != "pid" else v for k, v in result.items()}))
+    out.with_suffix(f".{trainer.accelerator.process_index}.json").write_text(
+        json.dumps({k: list(v) if k != "pid" else v for k, v in result.items()})
+    )
 
 
 if __name__ == "__main__":

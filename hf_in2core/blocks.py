@@ -1,0 +1,172 @@
+"""Blocks: the trainable tensors of an adapter whose per-example gradients can be taken; everything else is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+
+class Block(NamedTuple):
+    """A trainable tensor: the `parameter` (`"weight"` or `"bias"`) of `module`, in decoder layer `layer`."""
+
+    module: nn.Linear
+    parameter: str
+    layer: int | None
+
+    @property
+    def tensor(self) -> nn.Parameter:
+        """The trainable tensor."""
+        return getattr(self.module, self.parameter)
+
+
+Blocks = dict[str, Block]
+
+
+def find_blocks(model: nn.Module, adapter_name: str | None = None) -> Blocks:
+    """
+    List every trainable tensor of the model, refusing those whose per-example gradients cannot be taken.
+
+    Args:
+        model (`torch.nn.Module`):
+            Model whose trainable tensors have `requires_grad=True`.
+        adapter_name (`str`, *optional*):
+            Name of the PEFT adapter, left out of the block names so that they do not depend on it.
+
+    Returns:
+        `dict[str, Block]`: blocks by name, in the model's order.
+
+    Raises:
+        ValueError: if nothing is trainable, or if a trainable tensor is not the weight or bias of an `nn.Linear` that
+            sees each row on its own (the tensors are listed by name).
+    """
+    owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    refused: dict[str, str] = {}
+    blocks: Blocks = {}
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head_modules = set(head.modules()) if head is not None else set()
+    unsupported_parents = _find_unsupported_parents(model)
+    for module_name, module in model.named_modules():
+        for parameter, tensor in module.named_parameters(recurse=False):
+            if not tensor.requires_grad:
+                continue
+            name = f"{module_name}.{parameter}"
+            owners.setdefault(id(tensor), []).append((name, module, parameter))
+            reason = next((why for parent, why in unsupported_parents.items() if name.startswith(f"{parent}.")), None)
+            if reason is None and module in head_modules:
+                reason = "part of the output head"
+            if reason is None and type(module) is not nn.Linear:
+                reason = f"a tensor of {type(module).__name__}, not the weight or bias of an nn.Linear"
+            if reason is None:
+                blocks[_strip_adapter(name, adapter_name)] = Block(module, parameter, _layer_index(name))
+            else:
+                refused[name] = reason
+    for names in owners.values():
+        if len(names) > 1:
+            refused.update({name: f"shared with {names[0][0]}" for name, _, _ in names[1:]})
+    if refused:
+        shown = "\n".join(f"  - {name}: {reason}" for name, reason in list(refused.items())[:10])
+        more = f"\n  … and {len(refused) - 10} more" if len(refused) > 10 else ""
+        raise ValueError(
+            f"{len(refused)} trainable tensors have no per-example gradient here, and leaving them out would make the "
+            f"influence wrong:\n{shown}{more}\nUse plain LoRA (or rsLoRA) on linear layers: no DoRA, no LoRA on "
+            "embeddings, `lm_head` or `target_parameters`, no `trainable_token_indices`, `modules_to_save` only for "
+            "linear layers, and no full fine-tuning."
+        )
+    if not blocks:
+        raise ValueError(
+            "No tensor of the model is trainable, so there is no gradient to take the influence of. Pass "
+            "`peft_config=LoraConfig(...)`, or load the trained adapter with "
+            "`PeftModel.from_pretrained(model, adapter, is_trainable=True)`."
+        )
+    return blocks
+
+
+def _find_unsupported_parents(model: nn.Module) -> dict[str, str]:
+    """PEFT layers that use their linears in another way than calling them on the layer's input."""
+    parents = {}
+    for name, module in model.named_modules():
+        if type(module).__name__ == "ParamWrapper":
+            parents[name] = "LoRA on `target_parameters` (MoE experts), which never calls its matrices as modules"
+        for adapter, variant in (getattr(module, "lora_variant", None) or {}).items():
+            if getattr(module, "use_dora", {}).get(adapter):
+                parents[name] = "DoRA, whose magnitude has no per-example gradient here"
+            else:
+                parents[name] = f"the LoRA variant {type(variant).__name__}"
+    return parents
+
+
+def _strip_adapter(name: str, adapter_name: str | None) -> str:
+    return name if adapter_name is None else name.replace(f".{adapter_name}.", ".")
+
+
+def _layer_index(name: str) -> int | None:
+    match = re.search(r"\.(?:layers|h|blocks|layer)\.(\d+)\.", name)
+    return int(match.group(1)) if match else None
+
+
+def select_blocks(blocks: Blocks, influence_layers: str | list[int] | None, num_layers: int) -> Blocks:
+    """
+    Keep the blocks of some decoder layers (In2Core's layer reduction).
+
+    Args:
+        blocks (`dict[str, Block]`):
+            Blocks from [`find_blocks`].
+        influence_layers (`str` or `list[int]` or `None`):
+            `None` for all, `"last:8"` or `"first:8"`, or a list of layer indices (negative ones count from the end).
+        num_layers (`int`):
+            Number of decoder layers of the model.
+
+    Returns:
+        `dict[str, Block]`: the selected blocks, in the same order.
+
+    Raises:
+        ValueError: if a layer does not exist or carries no block.
+    """
+    if influence_layers is None:
+        return blocks
+    if isinstance(influence_layers, str):
+        end, _, count = influence_layers.partition(":")
+        chosen = list(range(num_layers))
+        chosen = chosen[-int(count) :] if end == "last" else chosen[: int(count)]
+    else:
+        chosen = [layer + num_layers if layer < 0 else layer for layer in influence_layers]
+    missing = sorted(set(chosen) - {block.layer for block in blocks.values() if block.layer is not None})
+    if missing:
+        raise ValueError(
+            f"`influence_layers={influence_layers!r}` names layers {missing}, which carry no trainable tensor; the "
+            f"model has layers 0 to {num_layers - 1}. Choose layers that the adapter covers."
+        )
+    return {name: block for name, block in blocks.items() if block.layer in set(chosen)}
+
+
+@contextmanager
+def trainable_adapter(model: nn.Module, names: set[str]) -> Iterator[None]:
+    """Make the named adapter tensors trainable, as [`find_blocks`] expects; put back as they were."""
+    adapter = getattr(model, "active_adapter", None)
+    changed = []
+    for name, parameter in model.named_parameters():
+        stripped = name if adapter is None else name.replace(f".{adapter}.", ".")
+        wanted = stripped in names
+        if parameter.requires_grad != wanted:
+            parameter.requires_grad_(wanted)
+            changed.append(parameter)
+    try:
+        yield
+    finally:
+        for parameter in changed:
+            parameter.requires_grad_(not parameter.requires_grad)
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """Tensors of the active adapter by name (without the adapter's own name)."""
+    adapter = model.active_adapter
+    return {
+        name.replace(f".{adapter}.", "."): tensor
+        for name, tensor in model.named_parameters()
+        if f".{adapter}." in name
+    }
