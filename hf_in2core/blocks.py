@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 class Block(NamedTuple):
@@ -47,7 +48,7 @@ def find_blocks(model: nn.Module, adapter_name: str | None = None) -> Blocks:
     owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
     refused: dict[str, str] = {}
     blocks: Blocks = {}
-    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings() if isinstance(model, (PreTrainedModel, PeftModel)) else None
     head_modules = set(head.modules()) if head is not None else set()
     unsupported_parents = _find_unsupported_parents(model)
     for module_name, module in model.named_modules():

@@ -44,6 +44,9 @@ class InfluenceConfig(SFTConfig):
             Number of training rows in the fit pass, a seeded sample; all by default.
         chunk_size (`int`, *optional*, defaults to `1024`):
             Rows per resumable chunk: an interruption loses one chunk at most.
+        query_memory_gb (`float`, *optional*, defaults to `4`):
+            Memory in GB for the gradients of queries when every validation row is one (`fit_influence(
+            per_example=True)`); queries that do not fit together take passes of their own.
         gradient_store_gb (`float`, *optional*, defaults to `0`):
             Disk budget in GB for keeping the gradients of the fit pass, so that the score pass reads them instead of
             computing them again. 0 stores nothing.
@@ -79,6 +82,9 @@ class InfluenceConfig(SFTConfig):
         default=None, metadata={"help": "Training rows in the fit pass, a seeded sample. All by default."}
     )
     chunk_size: int = field(default=1024, metadata={"help": "Rows per resumable chunk of the influence passes."})
+    query_memory_gb: float = field(
+        default=4.0, metadata={"help": "Memory (GB) for queries' gradients when every validation row is a query."}
+    )
     gradient_store_gb: float = field(
         default=0.0, metadata={"help": "Disk budget (GB) for keeping the gradients of the fit pass. 0 stores nothing."}
     )
@@ -96,6 +102,8 @@ class InfluenceConfig(SFTConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}={value}` leaves no row to work on. Give at least 1.")
+        if self.query_memory_gb <= 0:
+            raise ValueError(f"`query_memory_gb={self.query_memory_gb}` holds no query. Give a positive value.")
         if self.gradient_store_gb < 0:
             raise ValueError(f"`gradient_store_gb={self.gradient_store_gb}` is negative. Give 0 to store nothing.")
         if self.hub_token is not None:

@@ -263,8 +263,8 @@ def _read_groups(scored: Dataset, group_column: str, rows: np.ndarray) -> list[n
             f"group_column={group_column!r} holds {feature}, and nested values do not name a group. Use a column of "
             "strings, integers or booleans."
         )
-    # "encode" gives null an index of its own, instead of dropping its rows from every group.
-    encoded = _read_column(scored, group_column).dictionary_encode(null_encoding="encode").unify_dictionaries()
+    # "encode" gives null a code of its own. All chunks of the result share one dictionary.
+    encoded = _read_column(scored, group_column).dictionary_encode(null_encoding="encode")
     codes = np.concatenate([chunk.indices.to_numpy(zero_copy_only=False) for chunk in encoded.chunks])[rows]
     _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
     by_group = np.split(rows[np.argsort(inverse, kind="stable")], np.cumsum(np.bincount(inverse))[:-1])

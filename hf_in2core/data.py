@@ -38,17 +38,19 @@ def load_rows(source: str, what: str = "dataset") -> Dataset:
         FileNotFoundError: if a local path does not exist.
         ValueError: if the source cannot be read, has no such split, or has no rows; the message says what was given.
     """
-    path, split = _split_local(source)
     try:
+        path, split = _split_local(source)
         dataset = _load_local(path, split) if path is not None else _load_from_hub(source)
     except (FileNotFoundError, _SplitError) as error:
         raise type(error)(f"The {what} `{source}` cannot be loaded: {error}") from error
     except Exception as error:  # datasets raises many types, whose own text names neither the source nor a remedy
         reason = error.__cause__ or error
-        raise ValueError(
-            f"The {what} `{source}` cannot be loaded ({type(reason).__name__}: {reason}). Give a Hub id with an "
-            "optional `:split`, a folder, or a .jsonl, .json, .parquet or .csv file."
-        ) from error
+        if "corresponds to no data" not in str(reason):  # a split without rows
+            raise ValueError(
+                f"The {what} `{source}` cannot be loaded ({type(reason).__name__}: {reason}). Give a Hub id with an "
+                "optional `:split`, a folder, or a .jsonl, .json, .parquet or .csv file."
+            ) from error
+        dataset = Dataset.from_dict({})
     if len(dataset) == 0:
         raise ValueError(f"The {what} `{source}` has no rows. Check the file or the split's name.")
     return dataset
@@ -68,7 +70,7 @@ def _split_local(source: str) -> tuple[Path | None, str | None]:
     if len(parts) == 2 and path.is_dir():
         return path, parts[1]
     if path.suffix in FILE_FORMATS or source[:1] in "./~" or not HUB_ID.fullmatch(parts[0]):
-        raise FileNotFoundError(f"`{source}` is neither a file or folder, seen from {Path.cwd()}, nor a Hub id.")
+        raise FileNotFoundError(f"there is no such file or folder, seen from {Path.cwd()}, and it is no Hub id.")
     return None, None
 
 
@@ -76,6 +78,8 @@ def _load_local(path: Path, split: str | None) -> Dataset:
     if path.is_file():
         if path.suffix not in FILE_FORMATS:
             raise ValueError(f"files end in {', '.join(FILE_FORMATS)}, this one in `{path.suffix}`")
+        if path.stat().st_size == 0:
+            return Dataset.from_dict({})
         return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
     if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
         loaded = load_dataset(str(path), split=split)
@@ -139,8 +143,11 @@ def parse_named_sources(sources: list[str], what: str = "validation") -> dict[st
 
 
 def find_hub_id(source: str) -> str | None:
-    """Hub id of a source of [`load_rows`]; `None` for a local one."""
-    path, _ = _split_local(source)
+    """Hub id of a source of [`load_rows`]; `None` for anything else."""
+    try:
+        path, _ = _split_local(source)
+    except FileNotFoundError:
+        return None
     return None if path is not None else COLON.split(source)[0]
 
 

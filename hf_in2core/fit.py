@@ -1,5 +1,6 @@
 """The validation and fit passes: mean validation gradients, preconditioned by DataInf over the pool."""
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,13 +11,23 @@ from datasets import Dataset
 from torch import Tensor
 
 from .batches import TokenBatch, read_token_rows
+from .config import InfluenceConfig
 from .datainf import compute_damping, compute_ihvp, compute_inner_damping_error
-from .gradients import GradientRecorder, compute_fit_terms, compute_gradient_sum, compute_square_norms
+from .gradients import (
+    GradientRecorder,
+    accumulation_dtype,
+    compute_fit_terms,
+    compute_gradient_sum,
+    compute_per_example_gradients,
+    compute_square_norms,
+)
 from .passes import Passes, accumulate, check_finite, make_zeros, run_batches
+from .state import read_tensors, write_tensors
 
 
 logger = logging.getLogger(__name__)
 
+FITTED_FILE = "fitted.safetensors"
 PILOT_ROWS = 16
 # Largest accepted bound on the relative error of u from taking the inner damping from the pilot rows.
 MAX_INNER_DAMPING_ERROR = 1e-3
@@ -62,10 +73,11 @@ def run_per_example_validation_pass(passes: Passes, prepared: Dataset) -> dict[s
 
         def step(batch: TokenBatch) -> None:
             def reduce(key: str, x: Tensor, grad_output: Tensor) -> None:
-                gradients = torch.bmm(grad_output.to(queries[key].dtype).transpose(1, 2), x.to(queries[key].dtype))
+                gradients = compute_per_example_gradients(x, grad_output, recorder.accumulation_dtype)
                 queries[key][torch.from_numpy(batch.indices)] = gradients
 
             recorder.run(batch, passes.loss_reduction, reduce)
+            check_finite((query[torch.from_numpy(batch.indices)].flatten(1) for query in queries.values()), batch)
 
         run_batches(passes, token_rows, step)
     return queries
@@ -100,6 +112,7 @@ def run_fit_pass(
     damping_scale: float,
     fit_examples: int | None,
     seed: int,
+    name: str = "fit",
 ) -> FitResult:
     """
     DataInf's preconditioned validation gradients, in one pass over the pool and without stored gradients.
@@ -117,6 +130,8 @@ def run_fit_pass(
             Size of the seeded sample to fit on; all rows by default.
         seed (`int`):
             Seed of the pilot rows and of the sample.
+        name (`str`, *optional*, defaults to `"fit"`):
+            Name of its state file.
 
     Returns:
         [`FitResult`]
@@ -127,13 +142,15 @@ def run_fit_pass(
     if fit_examples is not None and fit_examples < len(prepared):
         positions = np.sort(generator.choice(len(prepared), fit_examples, replace=False))
     inner = _compute_pilot_damping(passes, prepared.select(pilot), damping_scale)
-    result = _fit(passes, "fit", prepared, positions, validation_gradients, inner, damping_scale)
+    result = _fit(passes, name, prepared, positions, validation_gradients, inner, damping_scale)
     if result.inner_damping_error > MAX_INNER_DAMPING_ERROR:
         logger.warning(
             "The pilot's damping may be off by up to %.1e of the result: fitting again with the exact damping.",
             result.inner_damping_error,
         )
-        result = _fit(passes, "fit-exact", prepared, positions, validation_gradients, result.damping, damping_scale)
+        result = _fit(
+            passes, f"{name}-exact", prepared, positions, validation_gradients, result.damping, damping_scale
+        )
     return result
 
 
@@ -199,3 +216,92 @@ def _fit(
         squared_norm += ihvp[key].flatten(1).square().sum(1).cpu()
     relative = torch.where(squared_norm > 0, (squared_error / squared_norm).sqrt(), torch.zeros_like(squared_norm))
     return FitResult(ihvp, damping, num_examples, float(relative.max()))
+
+
+def fit_directions(
+    passes: Passes,
+    pool: Dataset,
+    validation: dict[str, Dataset],
+    config: InfluenceConfig,
+    queries_per_block: int | None = None,
+) -> FitResult:
+    """
+    The directions that rows are scored with: `u` for DataInf, `v` for the estimators without curvature.
+
+    Args:
+        passes ([`Passes`]):
+            The pass.
+        pool (`datasets.Dataset`):
+            Prepared pool.
+        validation (`dict[str, datasets.Dataset]`):
+            Prepared validation sets.
+        config ([`InfluenceConfig`]):
+            `estimator`, `damping_scale`, `fit_examples` and `seed`.
+        queries_per_block (`int`, *optional*):
+            If given, every validation row is a query of its own, so many of them in memory at a time; by default each
+            validation set is one through its mean gradient.
+
+    Returns:
+        [`FitResult`] with directions in float32 (float64 for a float64 model); on the CPU where rows are queries.
+    """
+    results = []
+    if queries_per_block is None:
+        means = [
+            run_validation_pass(passes, rows, f"validation-{index}", f"Influence: validation set {name}")
+            for index, (name, rows) in enumerate(validation.items())
+        ]
+        v = {key: torch.stack([mean[key] for mean in means]) for key in passes.blocks}
+        results.append(_precondition(passes, pool, v, config, "fit"))
+    else:
+        for index, rows in enumerate(validation.values()):
+            for start in range(0, len(rows), queries_per_block):
+                queries = rows.select(range(start, min(start + queries_per_block, len(rows))))
+                v = run_per_example_validation_pass(passes, queries)
+                result = _precondition(passes, pool, v, config, f"fit-{index}-{start}")
+                result.ihvp = {key: value.cpu() for key, value in result.ihvp.items()}
+                results.append(result)
+    return FitResult(
+        ihvp={key: torch.cat([result.ihvp[key] for result in results]) for key in passes.blocks},
+        damping=results[0].damping,
+        num_examples=results[0].num_examples,
+        inner_damping_error=max(result.inner_damping_error for result in results),
+    )
+
+
+def _precondition(
+    passes: Passes, pool: Dataset, validation_gradients: dict[str, Tensor], config: InfluenceConfig, name: str
+) -> FitResult:
+    if config.estimator == "datainf":
+        result = run_fit_pass(
+            passes, pool, validation_gradients, config.damping_scale, config.fit_examples, config.seed, name
+        )
+    else:
+        result = FitResult(ihvp=validation_gradients, damping={}, num_examples=0, inner_damping_error=0.0)
+    dtype = accumulation_dtype(next(iter(passes.blocks.values())).tensor)
+    result.ihvp = {key: value.to(dtype) for key, value in result.ihvp.items()}
+    return result
+
+
+def write_fit(passes: Passes, result: FitResult) -> None:
+    """Keep a finished fit in the pass's folder."""
+    metadata = {
+        "fingerprint": passes.fingerprint,
+        "damping": json.dumps(result.damping),
+        "num_examples": str(result.num_examples),
+        "inner_damping_error": repr(result.inner_damping_error),
+    }
+    write_tensors(passes.folder / FITTED_FILE, result.ihvp, metadata)  # type: ignore[operator]
+
+
+def read_fit(passes: Passes) -> FitResult | None:
+    """The finished fit in the pass's folder, if every process finds one."""
+    stored = read_tensors(passes.folder / FITTED_FILE, passes.fingerprint)  # type: ignore[operator]
+    if not passes.everywhere(stored is not None):
+        return None
+    tensors, metadata = stored  # type: ignore[misc]
+    return FitResult(
+        ihvp={name: tensors[name] for name in passes.blocks},
+        damping=json.loads(metadata["damping"]),
+        num_examples=int(metadata["num_examples"]),
+        inner_damping_error=float(metadata["inner_damping_error"]),
+    )

@@ -17,11 +17,18 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_url
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import HfHubHTTPError, httpx, parse_ratelimit_headers
+from huggingface_hub.utils import (
+    HfHubHTTPError,
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+    httpx,
+    parse_ratelimit_headers,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -158,14 +165,22 @@ def read_head(repo_id: str, *, repo_type: str, revision: str | None = None, toke
     def read(path: str) -> bytes | None:
         if path not in files:
             return None
-        arguments: dict[str, Any] = {"repo_type": repo_type, "revision": oid, "token": token}
-        local = call_with_retries(lambda: hf_hub_download(repo_id, path, **arguments))
-        data = Path(local).read_bytes()
+        # Not through the cache: a failing first request would be answered from there without a word.
+        url = hf_hub_url(repo_id, path, repo_type=repo_type, revision=oid)
+        data = call_with_retries(lambda: _get(url, token))
         if not LocalFile.read(data).equals(files[path]):
-            raise PublicationError(f"{path} of {repo_id} does not have the hash that the Hub lists. Clear the cache.")
+            raise PublicationError(
+                f"The Hub gives {path} of {repo_id} with another hash than it lists. Try again later."
+            )
         return data
 
     return Head(oid, bool(info.private), files, read)
+
+
+def _get(url: str, token: str | None) -> bytes:
+    response = get_session().get(url, headers=build_hf_headers(token=token, library_name="hf_in2core"))
+    hf_raise_for_status(response)
+    return response.content
 
 
 def find_differences(

@@ -6,10 +6,12 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from torch import Tensor, nn
@@ -81,12 +83,20 @@ class Passes:
         """Sum named tensors over all processes; every process gets the result."""
         return tensors if self.world_size == 1 else self.accelerator.reduce(tensors, "sum")  # type: ignore[union-attr]
 
+    @property
+    def device(self) -> torch.device:
+        """Device of this process."""
+        return torch.device("cpu") if self.accelerator is None else self.accelerator.device
+
+    def gather_objects(self, items: list[Any]) -> list[Any]:
+        """Gather lists of picklable objects from all processes into one list, in the order of the ranks."""
+        return items if self.world_size == 1 else gather_object(items)
+
     def everywhere(self, flag: bool) -> bool:
         """Whether `flag` is true on every process."""
         if self.world_size == 1:
             return flag
-        device = self.accelerator.device  # type: ignore[union-attr]
-        flags = self.sum_over_processes({"flag": torch.tensor(int(flag), device=device)})
+        flags = self.sum_over_processes({"flag": torch.tensor(int(flag), device=self.device)})
         return int(flags["flag"]) == self.world_size
 
     def progress(self, total: int, description: str, initial: int = 0) -> tqdm:

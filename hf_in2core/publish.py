@@ -125,7 +125,8 @@ def push_influence_dataset(
     splits = {name: _align_columns(name, dataset, scored) for name, dataset in splits.items()}
     sets = {"validation": validation} if isinstance(validation, Dataset) else dict(validation or {})
     validation_config = "validation" if config_name == "default" else f"{config_name}-validation"
-    check_names(sets, validation_config)
+    if sets:
+        check_names(sets, validation_config)
     check = check_can_push(
         repo_id,
         token=token,

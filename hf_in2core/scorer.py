@@ -30,7 +30,7 @@ from .scorer_files import (
     read_directions,
     read_scorer_config,
 )
-from .scoring import score_token_rows
+from .scoring import average_over_sets, count_queries, score_token_rows
 from .state import hash_adapter, hash_base, hash_json, hash_tensors, write_tensors
 
 
@@ -136,7 +136,7 @@ class InfluenceScorer:
             )
         num_rows = len(next(iter(batch.values())))
         prepared = prepare_batch(batch, self.preparation)
-        influence = np.full((num_rows, len(self.config.validation_sets)), np.nan)
+        influence = np.full((num_rows, count_queries(self.directions)), np.nan)
         num_loss_tokens = np.zeros(num_rows, dtype=np.int64)
         if len(prepared):
             token_rows = read_token_rows(prepared)
@@ -146,17 +146,20 @@ class InfluenceScorer:
                     passes, recorder, token_rows, self.directions, self.config.estimator == "gradient_cosine"
                 )
             num_loss_tokens[token_rows.row] = token_rows.num_loss_tokens
-        return {name: column.tolist() for name, column in self.make_columns(influence, num_loss_tokens).items()}
+        if not self.config.per_example:
+            columns = self.make_columns(influence, num_loss_tokens)
+        else:
+            sets = average_over_sets(influence, list(self.config.validation_sets.values()))
+            columns = {**self.make_columns(sets, num_loss_tokens), "influence_per_query": influence}
+        return {name: column.tolist() for name, column in columns.items()}
 
     @property
     def column_names(self) -> list[str]:
         """Names of the columns that scoring adds."""
-        sets = list(self.config.validation_sets)
-        return [
-            "influence",
-            *([f"influence_{name}" for name in sets] if self.has_named_sets else []),
-            "num_loss_tokens",
-        ]
+        sets = self.config.validation_sets
+        per_set = [f"influence_{name}" for name in sets] if self.has_named_sets else []
+        per_query = ["influence_per_query"] if self.config.per_example else []
+        return ["influence", *per_set, "num_loss_tokens", *per_query]
 
     @property
     def has_named_sets(self) -> bool:
@@ -305,9 +308,10 @@ class InfluenceScorer:
 
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return upload_folder_in_one_commit(
+            publication = upload_folder_in_one_commit(
                 folder, repo_id, repo_type="model", private=private, revision=revision, token=token
             )
+            return publication.url
 
 
 def _find_live_scorer(fingerprint: str) -> InfluenceScorer:

@@ -29,6 +29,8 @@ class ScorerConfig:
             As in [`InfluenceConfig`].
         validation_sets (`dict[str, int]`):
             Rows of each validation set, by name (`"validation"` for a single one), in the order of `u`'s first axis.
+        per_example (`bool`):
+            Whether that axis has an entry for every validation row instead of every set.
         num_fit_examples (`int`):
             Training rows that the fit pass saw; 0 for estimators without one.
         damping (`dict[str, float]`):
@@ -58,6 +60,7 @@ class ScorerConfig:
     damping_scale: float
     influence_layers: str | list[int] | None
     validation_sets: dict[str, int]
+    per_example: bool
     num_fit_examples: int
     damping: dict[str, float]
     inner_damping_error: float

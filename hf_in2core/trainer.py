@@ -19,13 +19,12 @@ from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 from . import __version__, batches, blocks, datainf, fit, gradients, losses, passes, scoring
-from .annotate import add_influence_columns
+from .annotate import add_influence_columns, add_query_column, make_top_rows, spread
 from .batches import read_token_rows
 from .blocks import Blocks, find_blocks, select_blocks
 from .columns import apply_columns
 from .config import InfluenceConfig
-from .fit import FitResult, run_fit_pass, run_validation_pass
-from .gradients import accumulation_dtype
+from .fit import FitResult, fit_directions, read_fit, write_fit
 from .passes import Passes
 from .preparation import (
     ROW_COLUMN,
@@ -39,7 +38,7 @@ from .preparation import (
 from .scorer import AUTOCAST_DTYPES, InfluenceScorer
 from .scorer_files import ScorerConfig
 from .scoring import run_score_pass
-from .state import hash_adapter, hash_base, hash_json, hash_prepared, read_tensors, remove_leftovers, write_tensors
+from .state import hash_adapter, hash_base, hash_json, hash_prepared, remove_leftovers
 from .trainer_checks import check_datasets, check_settings, load_tokenizer, stand_in_template
 from .verification import verify_gradients
 
@@ -105,6 +104,7 @@ class InfluenceTrainer(SFTTrainer):
     args: InfluenceConfig
     model: PeftModel  # type: ignore[assignment]
     _fingerprint: str = ""
+    top_rows: Dataset | None = None
 
     def __init__(
         self,
@@ -222,7 +222,7 @@ class InfluenceTrainer(SFTTrainer):
         mixed = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "no"
         return mixed if self.model.dtype == torch.float32 else "no"
 
-    def _identify(self, blocks: Blocks) -> dict[str, Any]:
+    def _identify(self, blocks: Blocks, per_example: bool) -> dict[str, Any]:
         """Everything that shapes u and the scores; their fingerprint is its hash."""
         if self._hashes is None:
             self._hashes = {name: hash_prepared(prepared) for name, prepared in self._prepared.items()}
@@ -242,6 +242,7 @@ class InfluenceTrainer(SFTTrainer):
             "damping_scale": args.damping_scale,
             "fit_examples": args.fit_examples,
             "seed": args.seed,
+            "per_example": per_example,
         }
 
     def _make_passes(self, blocks: Blocks, fingerprint: str) -> Passes:
@@ -259,12 +260,17 @@ class InfluenceTrainer(SFTTrainer):
             show_progress=not self.args.disable_tqdm and datasets.utils.is_progress_bar_enabled(),
         )
 
-    def fit_influence(self) -> InfluenceScorer:
+    def fit_influence(self, per_example: bool = False) -> InfluenceScorer:
         """
         Fit the influence function: the mean validation gradients, preconditioned by DataInf over the pool.
 
         State is kept under `output_dir/influence/<fingerprint>/`. The same call on the same data, adapter and settings
         goes on where it stopped, and returns at once what it had fitted.
+
+        Args:
+            per_example (`bool`, *optional*, defaults to `False`):
+                Whether every validation row is a query of its own. Scoring then adds `influence_per_query`, or finds
+                the strongest rows of every query (`score_influence(top_k=...)`).
 
         Returns:
             [`InfluenceScorer`]: scores any row; negative = proponent.
@@ -274,7 +280,7 @@ class InfluenceTrainer(SFTTrainer):
                 adapter differ from automatic differentiation on a first check.
         """
         blocks = self._selected_blocks()
-        identity = self._identify(blocks)
+        identity = self._identify(blocks, per_example)
         fingerprint = hash_json(identity)
         if self._scorer is not None and self._fingerprint == fingerprint:
             return self._scorer
@@ -285,51 +291,30 @@ class InfluenceTrainer(SFTTrainer):
             remove_leftovers(job.folder)
             (job.folder / "identity.json").write_text(json.dumps(identity, indent=2), encoding="utf-8")
         self.accelerator.wait_for_everyone()
-        result = self._load_fit(job)
+        result = read_fit(job)
         if result is None:
             verify_gradients(job, self._prepared[""])
-            result = self._fit(job)
+            validation = {name: self._prepared[name] for name in self._validation_names}
+            result = fit_directions(
+                job,
+                self._prepared[""],
+                validation,
+                self.args,
+                queries_per_block=self._count_queries_per_block(blocks) if per_example else None,
+            )
+            # Every process holds the same sums; on one file system the last rename wins with the same bytes.
+            if self.accelerator.is_local_main_process:
+                write_fit(job, result)
+            self.accelerator.wait_for_everyone()
         self._warn_of_zero_blocks(result, blocks)
-        self._scorer = self._make_scorer(result, job)
+        self._scorer = self._make_scorer(result, job, identity)
         self._fingerprint = fingerprint
         return self._scorer
 
-    def _load_fit(self, job: Passes) -> FitResult | None:
-        stored = read_tensors(job.folder / "fitted.safetensors", job.fingerprint)  # type: ignore[operator]
-        if not job.everywhere(stored is not None):
-            return None
-        tensors, metadata = stored  # type: ignore[misc]
-        return FitResult(
-            ihvp={name: tensors[name].to(block.tensor.device) for name, block in job.blocks.items()},
-            damping=json.loads(metadata["damping"]),
-            num_examples=int(metadata["num_examples"]),
-            inner_damping_error=float(metadata["inner_damping_error"]),
-        )
-
-    def _fit(self, job: Passes) -> FitResult:
-        means = [
-            run_validation_pass(job, self._prepared[name], f"validation-{index}", f"Influence: validation {name}")
-            for index, name in enumerate(self._validation_names)
-        ]
-        v = {key: torch.stack([mean[key] for mean in means]) for key in job.blocks}
-        if self.args.estimator == "datainf":
-            pool = self._prepared[""]
-            result = run_fit_pass(job, pool, v, self.args.damping_scale, self.args.fit_examples, self.args.seed)
-        else:
-            result = FitResult(ihvp=v, damping={}, num_examples=0, inner_damping_error=0.0)
-        dtype = accumulation_dtype(next(iter(job.blocks.values())).tensor)
-        result.ihvp = {key: value.to(dtype) for key, value in result.ihvp.items()}
-        # Every process holds the same sums; on one file system the last rename wins with the same bytes.
-        if self.accelerator.is_local_main_process:
-            metadata = {
-                "fingerprint": job.fingerprint,
-                "damping": json.dumps(result.damping),
-                "num_examples": str(result.num_examples),
-                "inner_damping_error": repr(result.inner_damping_error),
-            }
-            write_tensors(job.folder / "fitted.safetensors", result.ihvp, metadata)  # type: ignore[operator]
-        self.accelerator.wait_for_everyone()
-        return result
+    def _count_queries_per_block(self, blocks: Blocks) -> int:
+        """Queries whose gradient, sum and direction fit into `query_memory_gb` together."""
+        bytes_per_query = sum(block.tensor.numel() for block in blocks.values()) * (4 + 8 + 8)
+        return max(int(self.args.query_memory_gb * 1e9 / bytes_per_query), 1)
 
     def _warn_of_zero_blocks(self, result: FitResult, blocks: Blocks) -> None:
         zero = [name for name, damping in result.damping.items() if damping == 0.0]
@@ -352,9 +337,8 @@ class InfluenceTrainer(SFTTrainer):
             else "Their inputs or outputs are always zero.",
         )
 
-    def _make_scorer(self, result: FitResult, job: Passes) -> InfluenceScorer:
+    def _make_scorer(self, result: FitResult, job: Passes, identity: dict[str, Any]) -> InfluenceScorer:
         config = self.model.config
-        identity = self._identify(job.blocks)
         return InfluenceScorer(
             model=job.model,  # type: ignore[arg-type]
             preparation=self.preparation,
@@ -365,6 +349,7 @@ class InfluenceTrainer(SFTTrainer):
                 damping_scale=self.args.damping_scale,
                 influence_layers=self.args.influence_layers,  # type: ignore[arg-type]
                 validation_sets={name: len(self._prepared[name]) for name in self._validation_names},
+                per_example=identity["per_example"],
                 num_fit_examples=result.num_examples,
                 damping=result.damping,
                 inner_damping_error=result.inner_damping_error,
@@ -383,24 +368,35 @@ class InfluenceTrainer(SFTTrainer):
             ),
         )
 
-    def score_influence(self, overwrite: bool = False) -> Dataset:
+    def score_influence(self, overwrite: bool = False, top_k: int | None = None) -> Dataset:
         """
         Score every row of the pool; fits first if needed.
 
         Args:
             overwrite (`bool`, *optional*, defaults to `False`):
                 Whether to replace columns of the pool that have the names of those to be added.
+            top_k (`int`, *optional*):
+                After `fit_influence(per_example=True)`: keep the `top_k` strongest proponents and opponents of every
+                validation row, in `trainer.top_rows`, instead of a column of `Q` numbers per row of the pool.
 
         Returns:
             [`~datasets.Dataset`]: the pool's own rows in their order, with `influence` (float64, negative = proponent;
             null where a row carries no loss), `influence_<name>` for each of several named validation sets
             (`influence` is then their mean), `influence_rank` (int64, 0 = strongest proponent; null likewise) and
-            `num_loss_tokens` (int64). The same on every process.
+            `num_loss_tokens` (int64). After `fit_influence(per_example=True)` also `influence_per_query` (a list of
+            `Q` float64, one per validation row), unless `top_k` is given. The same on every process.
 
         Raises:
             ValueError: if the pool already has such a column and `overwrite` is not set.
         """
+        per_example = self._scorer is not None and self._scorer.config.per_example
+        if top_k is not None and not per_example:
+            raise ValueError(
+                f"`top_k={top_k}` asks for the strongest rows of every validation row, but the scorer knows only "
+                "their mean. Call `fit_influence(per_example=True)` first."
+            )
         names = ["influence", "influence_rank", "num_loss_tokens"]
+        names += ["influence_per_query"] if per_example and top_k is None else []
         if self._validation_names != ["validation"]:
             names += [f"influence_{name}" for name in self._validation_names]
         pool = self.pool
@@ -411,17 +407,28 @@ class InfluenceTrainer(SFTTrainer):
                 "rename them."
             )
         pool = pool.remove_columns(clashes)
-        scorer = self.fit_influence()
+        scorer = self.fit_influence(per_example)
         blocks = self._selected_blocks()
         prepared = self._prepared[""]
-        job = self._make_passes(blocks, self._fingerprint)
-        scores = run_score_pass(job, prepared, scorer.directions, self.args.estimator == "gradient_cosine")
+        scores = run_score_pass(
+            self._make_passes(blocks, self._fingerprint),
+            prepared,
+            scorer.directions,
+            cosine=self.args.estimator == "gradient_cosine",
+            set_sizes=list(scorer.config.validation_sets.values()) if per_example else None,
+            queries_per_block=self._count_queries_per_block(blocks) if per_example else None,
+            top_k=top_k,
+        )
         rows = prepared.with_format("numpy")["row"][:]
-        influence = np.full((len(pool), scores.shape[1]), np.nan)
-        influence[rows] = scores
         num_loss_tokens = np.zeros(len(pool), dtype=np.int64)
         for start in range(0, len(prepared), 10_000):
             token_rows = read_token_rows(prepared, start, min(start + 10_000, len(prepared)))
             num_loss_tokens[token_rows.row] = token_rows.num_loss_tokens
-        columns = scorer.make_columns(influence, num_loss_tokens)
-        return add_influence_columns(pool, columns)
+        scored = add_influence_columns(
+            pool, scorer.make_columns(spread(scores.influence, rows, len(pool)), num_loss_tokens)
+        )
+        if scores.per_query is not None:
+            scored = add_query_column(scored, spread(scores.per_query, rows, len(pool)))
+        if scores.top is not None:
+            self.top_rows = make_top_rows(scores.top, {name: self._prepared[name] for name in self._validation_names})
+        return scored

@@ -23,7 +23,7 @@ def check_settings(args: InfluenceConfig, kwargs: dict[str, Any]) -> None:
         "data_collator": kwargs.get("data_collator") is not None and "`data_collator`",
         "formatting_func": kwargs.get("formatting_func") is not None
         and "`formatting_func` (apply it with `Dataset.map` first)",
-        "skip_prepare_dataset": bool(dict(args.dataset_kwargs or {}).get("skip_prepare_dataset"))
+        "skip_prepare_dataset": bool(_as_dict(args.dataset_kwargs).get("skip_prepare_dataset"))
         and "`skip_prepare_dataset`",
         "deepspeed": args.deepspeed and "DeepSpeed (train with it if you like, then score the adapter without it)",
         "fsdp": args.fsdp and "FSDP (train with it if you like, then score the adapter without it)",
@@ -35,6 +35,11 @@ def check_settings(args: InfluenceConfig, kwargs: dict[str, Any]) -> None:
                 f"Influence cannot be computed with {reason}: the per-example gradients would not be those of the "
                 "loss that SFT minimises. Leave it out of the `InfluenceTrainer`."
             )
+
+
+def _as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """TRL has parsed command-line strings into dicts when it built the configuration."""
+    return value if isinstance(value, dict) else {}
 
 
 def check_datasets(
@@ -70,7 +75,7 @@ def check_datasets(
 def load_tokenizer(model: str | PreTrainedModel | PeftModel, args: InfluenceConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that TRL would load."""
     model_id = model if isinstance(model, str) else get_config_model_id(model.config)
-    revision = dict(args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+    revision = _as_dict(args.model_init_kwargs).get("revision") if isinstance(model, str) else None
     return AutoProcessor.from_pretrained(model_id, revision=revision, trust_remote_code=args.trust_remote_code)
 
 

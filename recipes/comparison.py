@@ -169,7 +169,7 @@ def find_examples(
 def render_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
     """A row in one of TRL's formats as plain text, cut when it is very long."""
     if "input_ids" in row:
-        text = tokenizer.decode(row["input_ids"])
+        text = str(tokenizer.decode(row["input_ids"]))
     else:
         parts = [row[name] for name in ("prompt", "completion", "messages", "conversations", "text") if name in row]
         text = "".join(part if isinstance(part, str) else render_turns(part) for part in parts)

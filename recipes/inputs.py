@@ -164,11 +164,13 @@ def check_model(model_args: ModelConfig, training_args: SFTConfig, for_influence
         `int`: trainable parameters.
     """
     trust = training_args.trust_remote_code
-    name = model_args.model_name_or_path
+    name = model_args.model_name_or_path or ""
+    peft_config = get_peft_config(model_args)
+    assert peft_config is not None
     config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=trust)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-        peft_model = get_peft_model(model, get_peft_config(model_args))
+        peft_model = get_peft_model(model, peft_config)
     if for_influence:
         find_blocks(peft_model, peft_model.active_adapter)
     return sum(tensor.numel() for tensor in peft_model.parameters() if tensor.requires_grad)

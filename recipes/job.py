@@ -24,7 +24,7 @@ from inputs import (
 from recipe_parser import Settings
 from run_folder import agree, quiet_loading, read_json, warn, write_json
 from transformers import PreTrainedTokenizerBase
-from trl import ModelConfig
+from trl import ModelConfig, SFTConfig
 
 from hf_in2core import InfluenceConfig
 from hf_in2core.data import find_hub_id, hash_value, parse_named_sources
@@ -84,6 +84,11 @@ class Job:
         """Hash of the settings that shape a result, and of what else does."""
         shaping = self.settings.select(ModelConfig, reference) | self.settings.select(config_type, reference)
         return hash_value([{name: value for name, value in shaping.items() if name not in HARMLESS}, *extra])
+
+    def identify_target(self, *extra: Any) -> str:
+        """The same for a target: its batches are as large as there are processes, so arms of other runs do not fit."""
+        inputs = [self.identities[name] for name in ("target model", "pool", "test")]
+        return self.identify(False, SFTConfig, inputs, PartialState().num_processes, *extra)
 
 
 def check(settings: Settings) -> Job:

@@ -132,8 +132,7 @@ def evaluate_base(job: Job, scored: Dataset) -> dict[str, Any]:
     largest = max(plan_arms(job.args), key=lambda arm: arm.fraction)
     positions = largest.select(scored)
     folder = job.folder / "arms" / "base"
-    hashes = [job.identities[name] for name in ("target model", "test")]
-    identity = job.identify(False, SFTConfig, hashes, job.identities["pool"], positions)
+    identity = job.identify_target(positions)
     result = agree(lambda: read_result(folder / "result.json", identity))
     if result is None:
         checkpoints = job.folder / "checkpoints" / "base"
@@ -172,8 +171,7 @@ def train_arm(job: Job, arm: Arm, scored: Dataset, steps: int) -> dict[str, Any]
     positions = run.select(scored)
     folder = job.folder / "arms" / run.name
     budget = {"max_steps": steps if run.budget == "steps" else -1}
-    hashes = [job.identities[name] for name in ("target model", "test")]
-    identity = job.identify(False, SFTConfig, hashes, job.identities["pool"], positions, run.seed, budget)
+    identity = job.identify_target(positions, run.seed, budget)
     result = agree(lambda: read_result(folder / "result.json", identity))
     if result is None:
         checkpoints = job.folder / "checkpoints" / run.name

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import MISSING, field, fields, make_dataclass
+from dataclasses import MISSING, Field, field, fields, make_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
@@ -183,21 +183,19 @@ class RecipeParser:
 
     def _make_full_parser(self) -> TrlParser:
         config_types = _without(self.config_types, REFUSED)
+        self._defaults = {
+            item.name: _get_default(item) for config_type in config_types for item in fields(config_type)
+        } | (DEFAULTS if self.training else {})
         if self.reference:
             config_types.append(_for_reference(config_types[1:]))
         parser = TrlParser(config_types, allow_abbrev=False, add_help=False)
         parser.add_argument("--config")
-        own = {item.name for item in fields(self.arguments_type)}
-        # A flag that is on by default has a second action, `--no_…`, whose default is not the setting's.
-        self._defaults = {action.dest: action.default for action in reversed(parser._actions)}
         for action in parser._actions:
-            if action.dest.startswith("reference_") and action.dest not in own:
-                del self._defaults[action.dest]
-            # Only what is given comes back, so that it can be laid over the file's values.
+            # Only what is given comes back, so that it can be laid over the file's values and the defaults.
             action.default, action.required = argparse.SUPPRESS, False
-        self._defaults |= {name: value for name, value in DEFAULTS.items() if name in self._defaults}
-        del self._defaults["config"]
-        self._defaults = {name: _to_plain(value) for name, value in self._defaults.items()}
+            # TRL's parser wants a word after a flag that may be true, false or unset, such as --bf16.
+            if getattr(action.type, "__name__", None) == "string_to_bool":
+                action.nargs, action.const = "?", True
         parser.error = self.error  # type: ignore[method-assign]
         return parser
 
@@ -219,8 +217,9 @@ class RecipeParser:
         for name, value in content.items():
             if name not in {action.dest for action in self._parser._actions} or name == "config":
                 self._refuse(str(name), str(name), f"key of {path}")
-            if value is None:
-                values[name] = None
+            default = self._defaults.get(name)
+            if value is None or (value == default and name in self._defaults):
+                values[name] = None if value is None else default
                 continue
             # Parsed like flags, so that both mean the same (YAML reads 1e-4 as text, for one).
             action = next(action for action in self._parser._actions if action.dest == name)
@@ -267,7 +266,7 @@ def _resolve_defaults(values: dict[str, Any], given: dict[str, Any]) -> None:
             values[new] = values[old]
 
 
-def _without(config_types: list[type], refused: Iterable[str]) -> list[type]:
+def _without(config_types: list[type], refused: Iterable[str]) -> list[Any]:
     """The same fields as new dataclasses, each name once (the first class has it), without the refused names."""
     seen = set(refused)
     reduced = []
@@ -294,6 +293,11 @@ def _for_reference(config_types: list[type]) -> type:
         for item in fields(config_type)
     ]
     return make_dataclass("ReferenceConfig", parts)
+
+
+def _get_default(item: Field) -> Any:
+    value = item.default if item.default_factory is MISSING else item.default_factory()
+    return _to_plain(value)
 
 
 def _to_plain(value: Any) -> Any:

@@ -46,7 +46,7 @@ def make_model_kwargs(model_args: ModelConfig, training_args: InfluenceConfig) -
     return kwargs | given
 
 
-def load_model(model_args: ModelConfig, training_args: InfluenceConfig, adapter: str | None = None) -> PreTrainedModel:
+def load_model(model_args: ModelConfig, training_args: InfluenceConfig, adapter: str | None = None) -> Any:
     """Load a model as SFTTrainer does, with a trained adapter or without one."""
     kwargs = make_model_kwargs(model_args, training_args) | {"trust_remote_code": training_args.trust_remote_code}
     if PartialState().num_processes > 1:
@@ -54,7 +54,7 @@ def load_model(model_args: ModelConfig, training_args: InfluenceConfig, adapter:
     quantization = get_quantization_config(model_args)
     if quantization is not None:
         kwargs["quantization_config"] = quantization
-    model = create_model_from_path(model_args.model_name_or_path, **kwargs)
+    model = create_model_from_path(model_args.model_name_or_path or "", **kwargs)
     if quantization is None and not hasattr(model, "hf_device_map"):
         model = model.to(PartialState().device)
     return model if adapter is None else PeftModel.from_pretrained(model, adapter, is_trainable=True)
@@ -109,7 +109,7 @@ def make_trainer(
     columns = Preparation.from_args(training_args, tokenizer, rows).columns
     training_args.dataset_text_field = "text"
     return SFTTrainer(
-        model=model_args.model_name_or_path,
+        model=model_args.model_name_or_path or "",
         args=training_args,
         train_dataset=apply_columns(rows, columns, tokenizer),
         processing_class=tokenizer,
@@ -128,7 +128,7 @@ def make_reference_trainer(
     """The same for the reference model; its construction checks everything that influence will need later."""
     influence_args.model_init_kwargs = make_model_kwargs(model_args, influence_args)
     return InfluenceTrainer(
-        model=model_args.model_name_or_path,
+        model=model_args.model_name_or_path or "",
         args=influence_args,
         train_dataset=rows,
         eval_dataset=validation,
@@ -149,8 +149,9 @@ def train(trainer: SFTTrainer, label: str) -> dict[str, Any]:
         trainer.remove_callback(callback)
     trainer.add_callback(StepProgress(label))
     checkpoint = None
-    if trainer.args.save_strategy != "no" and Path(trainer.args.output_dir).is_dir():
-        checkpoint = get_last_checkpoint(trainer.args.output_dir)
+    folder = trainer.args.output_dir or ""
+    if trainer.args.save_strategy != "no" and Path(folder).is_dir():
+        checkpoint = get_last_checkpoint(folder)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     return {
@@ -168,15 +169,22 @@ def count_steps(trainer: SFTTrainer) -> int:
 
 
 def count_loss_tokens(prepared: Dataset) -> dict[str, int]:
-    """Rows of a prepared dataset and the labelled tokens that carry loss (a row's first token is never predicted)."""
-    tokens = sum(int((np.asarray(labels[1:]) != -100).sum()) for labels in prepared.with_format(None)["labels"])
-    return {"rows": len(prepared), "loss_tokens": tokens}
+    """Rows of a prepared dataset, packed or not, and the tokens that carry loss (a row's first is never predicted)."""
+    columns = [name for name in ("labels", "seq_lengths") if name in prepared.column_names]
+    rows = loss_tokens = 0
+    for example in prepared.select_columns(columns).with_format(None):
+        labels = np.asarray(example["labels"])
+        lengths = example.get("seq_lengths") or [len(labels)]
+        labels[np.cumsum([0, *lengths[:-1]])] = -100
+        rows += len(lengths)
+        loss_tokens += int((labels != -100).sum())
+    return {"rows": rows, "loss_tokens": loss_tokens}
 
 
 def train_and_save(trainer: SFTTrainer, settings: Settings, label: str) -> dict[str, Any]:
-    """Train, and write adapter, tokenizer, `config.yaml` and `training.json` into `output_dir`; returns as [`train`]."""
+    """Train, write adapter, tokenizer, `config.yaml` and `training.json` into `output_dir`; returns as [`train`]."""
     result = train(trainer, label)
-    folder = Path(trainer.args.output_dir)
+    folder = Path(trainer.args.output_dir or "")
     # All processes take part: a sharded model is gathered.
     trainer.save_model(str(folder))
     if PartialState().is_main_process:
@@ -189,7 +197,7 @@ def train_and_save(trainer: SFTTrainer, settings: Settings, label: str) -> dict[
 
 def release(trainer: SFTTrainer) -> None:
     """Free a trainer's memory; the caller drops its own name for it."""
-    trainer.model = trainer.model_wrapped = None
+    trainer.model = trainer.model_wrapped = None  # type: ignore[assignment]
     trainer.accelerator.free_memory()
 
 

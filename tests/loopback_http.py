@@ -24,8 +24,8 @@ class Fault:
     """What to do to the requests that match. `number` counts the requests of one user (or signed address), from 0.
 
     `action` is "status" (answer `status` with `headers`, without doing anything), "reset" (read half of the body, then
-    reset the connection), "lost" (do what was asked, then reset instead of answering), "slow" (wait `seconds`, go on)
-    or "call" (run `call(hub)` first, go on).
+    reset the connection), "lost" (do what was asked, then reset instead of answering), "misanswer" (do what was asked,
+    then answer `status`), "slow" (wait `seconds`, go on) or "call" (run `call(hub)` first, go on).
     """
 
     action: str
@@ -59,6 +59,7 @@ class Request:
     number: int
     body: bytes = b""
     status: int | None = None
+    time: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -195,6 +196,8 @@ class Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.action == "lost":
             request.status = 0
             return self._reset()
+        if fault is not None and fault.action == "misanswer":
+            answer = Answer(fault.status, {"error": "injected"})
         self._answer(request, answer)
 
     def _safely(self) -> None:

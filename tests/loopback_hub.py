@@ -1,9 +1,8 @@
 """A small Hub on 127.0.0.1 that the real clients talk to over real HTTP, with fault injection.
 
-Two origins, as on the real Hub: one serves the API and the regular files, the other stores large files behind
-"signed" addresses and, as object stores do, refuses a request that carries an `Authorization` header. Everything is
-kept in memory; a commit is applied whole or not at all. Tests set `hub.faults`, read `hub.log` and look into
-`hub.repos`; clients run in subprocesses with `HF_ENDPOINT`, `HF_HOME` and `HF_TOKEN` set before import (`hub.env`).
+Two origins, as on the real Hub: the API with the regular files, and a store of large files behind "signed" addresses,
+which refuses an `Authorization` header as object stores do. Everything is in memory; a commit is applied whole or not
+at all. Tests set `hub.faults`, read `hub.log`, look into `hub.repos`; clients are processes of `hub_client.py`.
 """
 
 import base64

@@ -143,6 +143,7 @@ def test_round_robin_equals_the_oracle(data: st.DataObject) -> None:
         "influence_rank": [float(-row) for row in range(num_rows)],
         "influence_per_query": [[float(-row)] for row in range(num_rows)],
         "influence_note": [str(-row) for row in range(num_rows)],
+        "influence_bounds": [{"low": float(-row)} for row in range(num_rows)],
     }
     scored = make_scored(influence, **columns, **distractors)
     coreset = select_coreset(scored, size=count, strategy="round_robin", order="original")
@@ -260,7 +261,12 @@ def test_only_the_influence_column_is_read(tmp_path: Any) -> None:
 
 def test_pool_of_several_tables_and_an_indices_mapping() -> None:
     parts = [make_scored([float(v)] * 3, task=[f"{v}", "odd", f"{v}"]) for v in (3, 1, 2)]
-    scored = concatenate_datasets(parts).select([8, 7, 6, 5, 4, 3, 2, 1, 0])
+    whole = concatenate_datasets(parts)
+    assert whole.data.column("task").num_chunks == 3
+    coreset = select_coreset(whole, size=4, group_column="task", group_quota="equal", order="original")
+    assert coreset["task"][:] == ["3", "1", "odd", "2"]
+
+    scored = whole.select([8, 7, 6, 5, 4, 3, 2, 1, 0])
     assert select_coreset(scored, size=3, order="original")["influence"][:] == [1.0, 1.0, 1.0]
     coreset = select_coreset(scored, size=4, group_column="task", group_quota="equal", order="original")
     assert coreset["task"][:] == ["2", "1", "odd", "3"]

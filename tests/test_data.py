@@ -1,0 +1,149 @@
+"""Loading rows from wherever they are, with errors that say what was given; and rows that sets share."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from hf_in2core.data import find_hub_id, find_shared_rows, hash_rows, load_rows, parse_named_sources
+
+
+ROWS = [{"prompt": f"{number} :", "completion": f" number {number + 1}"} for number in range(5)]
+
+
+def write(folder: Path, form: str) -> str:
+    """The same rows in one of the forms that users have."""
+    dataset = Dataset.from_list(ROWS)
+    path = folder / f"rows{form}"
+    if form == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    elif form == ".json":
+        path.write_text(json.dumps(ROWS), encoding="utf-8")
+    elif form == ".parquet":
+        dataset.to_parquet(path)
+    elif form == ".csv":
+        dataset.to_csv(path)
+    elif form == "-saved":
+        dataset.save_to_disk(path)
+    elif form == "-splits":
+        DatasetDict({"train": dataset, "test": dataset.select([4])}).save_to_disk(path)
+    elif form == "-files":
+        path.mkdir()
+        dataset.to_parquet(path / "train-00000.parquet")
+        dataset.select([4]).to_parquet(path / "test-00000.parquet")
+    return str(path)
+
+
+@pytest.mark.parametrize("form", [".jsonl", ".json", ".parquet", ".csv", "-saved", "-splits", "-files"])
+def test_every_local_form_gives_the_same_rows(tmp_path: Path, form: str) -> None:
+    assert load_rows(write(tmp_path, form)).to_list() == ROWS
+
+
+@pytest.mark.parametrize("form", ["-splits", "-files"])
+def test_a_split_of_a_folder(tmp_path: Path, form: str) -> None:
+    assert load_rows(write(tmp_path, form) + ":test").to_list() == ROWS[4:]
+
+
+def test_a_slice_of_a_split_and_a_colon_in_a_path(tmp_path: Path) -> None:
+    folder = tmp_path / "a:b"
+    folder.mkdir()
+    assert load_rows(write(folder, ".jsonl")).to_list() == ROWS
+    assert load_rows(write(tmp_path, "-files") + ":train[1:3]").to_list() == ROWS[1:3]
+
+
+def test_the_only_split_is_taken_whatever_its_name(tmp_path: Path) -> None:
+    DatasetDict({"coreset_25": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "one")
+    assert len(load_rows(str(tmp_path / "one"))) == 5
+
+
+@pytest.mark.parametrize("source", ["no/such/folder", "missing.jsonl", "./missing", "~/missing-folder-of-nobody"])
+def test_missing_path(source: str) -> None:
+    with pytest.raises(FileNotFoundError) as raised:
+        load_rows(source, "pool")
+    assert source in str(raised.value) and "pool" in str(raised.value) and str(Path.cwd()) in str(raised.value)
+
+
+def test_missing_split_names_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="splits train, test, not `validation`"):
+        load_rows(write(tmp_path, "-splits") + ":validation", "pool")
+    with pytest.raises(ValueError, match="without splits"):
+        load_rows(write(tmp_path, "-saved") + ":train", "pool")
+
+
+def test_unreadable_file_is_named_with_the_reason(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "a"\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"test set `.*broken.jsonl` cannot be loaded"):
+        load_rows(str(broken), "test set")
+    other = tmp_path / "rows.txt"
+    other.write_text("a", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"this one in `\.txt`"):
+        load_rows(str(other))
+
+
+def test_empty_file(tmp_path: Path) -> None:
+    Dataset.from_list(ROWS).select([]).to_parquet(tmp_path / "empty.parquet")
+    (tmp_path / "empty.jsonl").touch()
+    for name in ("empty.parquet", "empty.jsonl"):
+        with pytest.raises(ValueError, match=f"pool `.*{name}` has no rows"):
+            load_rows(str(tmp_path / name), "pool")
+
+
+def test_unreachable_hub_dataset_is_named() -> None:
+    with pytest.raises(ValueError, match="The pool `nobody/nothing:train` cannot be loaded"):
+        load_rows("nobody/nothing:train", "pool")
+
+
+@pytest.mark.parametrize(
+    ("source", "hub_id"),
+    [("tatsu-lab/alpaca", "tatsu-lab/alpaca"), ("user/repo:config:train[:10%]", "user/repo"), ("squad", "squad")],
+)
+def test_hub_id(source: str, hub_id: str) -> None:
+    assert find_hub_id(source) == hub_id
+
+
+def test_hub_id_of_a_local_file(tmp_path: Path) -> None:
+    assert find_hub_id(write(tmp_path, ".jsonl")) is None
+
+
+def test_named_sources(tmp_path: Path) -> None:
+    assert parse_named_sources(["a.jsonl"]) == {"": "a.jsonl"}
+    assert parse_named_sources(["math=a.jsonl", "code=user/repo:test"]) == {
+        "math": "a.jsonl",
+        "code": "user/repo:test",
+    }
+    # A file whose name looks like a named source is a file.
+    path = tmp_path / "lr=1.jsonl"
+    path.write_text("{}", encoding="utf-8")
+    assert parse_named_sources([str(path)]) == {"": str(path)}
+
+
+def test_named_sources_refused() -> None:
+    with pytest.raises(ValueError, match="`b.jsonl` has no name"):
+        parse_named_sources(["math=a.jsonl", "b.jsonl"])
+    with pytest.raises(ValueError, match="`math` twice"):
+        parse_named_sources(["math=a.jsonl", "math=b.jsonl"])
+
+
+def test_shared_rows_are_found_by_content() -> None:
+    rows = Dataset.from_list([*ROWS, ROWS[0]])
+    # The same content with its columns in another order, and a column that is null.
+    others = [{"completion": row["completion"], "tools": None, "prompt": row["prompt"]} for row in ROWS[:2]]
+    others.append({"completion": ROWS[2]["completion"] + ".", "tools": None, "prompt": ROWS[2]["prompt"]})
+    shared = find_shared_rows(hash_rows(rows), hash_rows(Dataset.from_list(others)))
+    assert shared.tolist() == [True, True, False, False, False, True]
+
+
+def test_hash_tells_columns_and_rows_apart() -> None:
+    hashes = hash_rows(Dataset.from_list([{"prompt": "a", "completion": "b"}, {"prompt": "ab", "completion": ""}]))
+    swapped = hash_rows(Dataset.from_list([{"prompt": "b", "completion": "a"}]))
+    assert len({*hashes, *swapped}) == 3
+
+
+def test_hash_of_conversations_ignores_fields_that_are_null() -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    with_null = [turn | {"tool_calls": None} for turn in turns]
+    assert hash_rows(Dataset.from_list([{"messages": turns}])) == hash_rows(
+        Dataset.from_list([{"messages": with_null}])
+    )
