@@ -28,7 +28,7 @@ from huggingface_hub.utils import RepositoryNotFoundError, RevisionNotFoundError
 
 from hf_in2core.hub_checks import PushCheck, check_can_push
 from hf_in2core.hub_state import (
-    ATTEMPTS,
+    CONFLICTS,
     Head,
     LocalFile,
     PublicationError,
@@ -60,6 +60,7 @@ Compose = Callable[[Head], tuple[dict[str, bytes], list[str]]]
 
 # The same 412 again and again while nobody commits is not a race: a token that may only open pull requests gets it.
 _LONELY_CONFLICTS = 4
+_MOST_CONFLICTS = 60
 _TOKEN_PATTERN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 _TEXT_SUFFIXES = (".json", ".jsonl", ".yaml", ".yml", ".toml", ".cfg", ".txt", ".log", ".md", ".html")
 # Compressed or numbers: a search for a token would find nothing.
@@ -144,7 +145,8 @@ def publish_files(
 
     sent: list[_Change] = []
     parents: list[str] = []
-    for attempt in range(ATTEMPTS):
+    conflicts = failures = 0
+    while True:
         head = read_head(repo_id, repo_type=repo_type, revision=revision, token=token)
         if private and not head.private:
             raise ValueError(f"{repo_id} is public, but private=True was asked for. Make it private in its settings.")
@@ -170,10 +172,15 @@ def publish_files(
                     f"The Hub keeps refusing the commit to {repo_id} (412) although nobody else commits there. The "
                     "token may be allowed to open pull requests only: pass create_pr=True or use a write token."
                 ) from error
-            sleep_before_retry(error, attempt)
+            # Behind every conflict is a publication of somebody's: they are not counted with the failures.
+            if get_status(error) in CONFLICTS:
+                sleep_before_retry(error, conflicts, _MOST_CONFLICTS)
+                conflicts += 1
+            else:
+                sleep_before_retry(error, failures)
+                failures += 1
             continue
         return _verify(target, info.oid, info.pr_url, change)
-    raise AssertionError("unreachable: the last attempt raises")
 
 
 def upload_folder_in_one_commit(

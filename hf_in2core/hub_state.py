@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ATTEMPTS = 12
+CONFLICTS = (409, 412)  # another commit is in progress, or was made since the head was read
 _FIRST_WAIT, _LONGEST_WAIT, _LONGEST_RETRY_AFTER = 0.5, 30.0, 600.0
 # Pickles run code when they are loaded, and `training_args.bin` holds `hub_token` in plain text.
 _NEVER_UPLOADED = ("training_args.bin", "*.pkl", "*.pickle", "*.pt", "*.pth", "*.ckpt")
@@ -203,21 +204,24 @@ def get_status(error: BaseException) -> int | None:
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
-def sleep_before_retry(error: Exception, attempt: int) -> None:
+def sleep_before_retry(error: Exception, attempt: int, attempts: int = ATTEMPTS) -> None:
     """Wait as long as the Hub asks, or a little longer each time; raise `error` when a retry cannot help."""
     wrapped = error.__cause__ if isinstance(error, RuntimeError) else None  # as uploads do with what went wrong
     cause: BaseException = wrapped or error
     status, expired = get_status(cause), False
     if wrapped is not None and isinstance(cause, HfHubHTTPError):
         # The signed address of an upload expires; the next attempt gets a new one.
-        expired = status == 403 and not str(cause.request.url).startswith(constants.ENDPOINT)
+        expired = status == 403 and not str(cause.response.url).startswith(constants.ENDPOINT)
     # A gateway's HTML page where the client expects JSON ends in a JSONDecodeError.
     passing = isinstance(
         cause, httpx.TimeoutException | httpx.NetworkError | httpx.RemoteProtocolError | json.JSONDecodeError
-    ) or (status is not None and (status in (408, 409, 412, 429) or status >= 500 or expired))
-    if not passing or attempt + 1 >= ATTEMPTS:
+    ) or (status is not None and (status in (408, 429, *CONFLICTS) or status >= 500 or expired))
+    if not passing or attempt + 1 >= attempts:
         raise error
-    wait = min(_FIRST_WAIT * 2**attempt, _LONGEST_WAIT) * (1 + random.random())
+    # A server in trouble is given time; others who publish are only to be met at another moment.
+    is_conflict = status in CONFLICTS
+    wait = _FIRST_WAIT * min(1 + attempt, 8) if is_conflict else min(_FIRST_WAIT * 2**attempt, _LONGEST_WAIT)
+    wait *= (0.5 if is_conflict else 1) + random.random()
     if isinstance(cause, HfHubHTTPError):
         asked = _parse_retry_after(cause)
         if asked is not None and asked > _LONGEST_RETRY_AFTER:

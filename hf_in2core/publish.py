@@ -337,7 +337,8 @@ def _list_report(report: str | Path | None, prefix: str) -> dict[str, Path]:
 
 def _read_sources(source_datasets: Sequence[str], token: str | None) -> dict[str, dict[str, Any]]:
     """Metadata of the cards of the source datasets, by their Hub ids."""
-    api, cards = HfApi(token=token, library_name="hf_in2core"), {}
+    api = HfApi(token=token, library_name="hf_in2core")
+    cards: dict[str, dict[str, Any]] = {}
     for source in source_datasets:
         try:
             info = call_with_retries(partial(api.dataset_info, source))

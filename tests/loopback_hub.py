@@ -13,10 +13,12 @@ import os
 import re
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from math import ceil
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, quote, unquote
 
 import yaml
@@ -95,10 +97,9 @@ class Repo:
 
     def history(self, revision: str = "main") -> list[Commit]:
         """Commits from newest to oldest."""
-        oid, commits = self.resolve(revision).oid, []
-        while oid:
-            commits.append(self.commits[oid])
-            oid = self.commits[oid].parent
+        commits = [self.resolve(revision)]
+        while commits[-1].parent:
+            commits.append(self.commits[commits[-1].parent])
         return commits
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
@@ -115,6 +116,7 @@ class LoopbackHub:
         self.parts: dict[tuple[str, str], bytes] = {}
         self.faults: list[Fault] = []
         self.log: list[Request] = []
+        self.errors: list[str] = []
         self.counts: dict[str, itertools.count] = {}
         self.lock = threading.RLock()
 
@@ -127,6 +129,7 @@ class LoopbackHub:
         for server in self.servers:
             server.shutdown()
             server.server_close()
+        assert not self.errors, self.errors
 
     def _serve(self, origin: str) -> ThreadingHTTPServer:
         handler = type("Handler", (Handler,), {"hub": self, "origin": origin})
@@ -145,7 +148,7 @@ class LoopbackHub:
     def add_user(self, token: str, name: str, role: str = "write", orgs: tuple[str, ...] = ()) -> None:
         self.users[token] = {"name": name, "role": role, "orgs": orgs}
 
-    def add_repo(self, repo_type: str, repo_id: str, files: dict[str, bytes] | None = None, **fields: bool) -> Repo:
+    def add_repo(self, repo_type: str, repo_id: str, files: dict[str, bytes] | None = None, **fields: Any) -> Repo:
         repo = Repo(repo_type, repo_id, **fields)
         tree = {path: Blob(data, path.endswith(LFS_SUFFIXES)) for path, data in (files or {}).items()}
         tree.setdefault(".gitattributes", Blob(b"*.parquet filter=lfs diff=lfs merge=lfs -text\n", False))
@@ -213,10 +216,11 @@ class LoopbackHub:
         commit = repo.resolve(p["revision"] or "main")
         siblings = [{"rfilename": path} for path in commit.tree]
         body = {"id": repo.id, "sha": commit.oid, "private": repo.private, "siblings": siblings}
-        match = FRONT_MATTER.search(repo.files(commit.oid).get("README.md", b"").decode())
-        card = yaml.load(match.group(2), Loader=yaml.BaseLoader) if match else None
-        body |= {"gated": "manual" if repo.gated else False, "disabled": False, "tags": [], "cardData": card}
-        return Answer(body=body)
+        match, card = FRONT_MATTER.search(repo.files(commit.oid).get("README.md", b"").decode()), None
+        with suppress(yaml.YAMLError):
+            card = yaml.load(match.group(2), Loader=yaml.BaseLoader) if match else None
+        gated = "manual" if repo.gated else False
+        return Answer(body=body | {"gated": gated, "disabled": False, "tags": [], "cardData": card})
 
     def tree(self, user: dict | None, p: dict, r: Request) -> Answer:
         commit, base = self._repo(user, p, content=True).resolve(p["revision"]), unquote(p["path"] or "").strip("/")
@@ -247,7 +251,8 @@ class LoopbackHub:
         return Answer(body=found + [{"type": "directory", "path": path, "oid": "0" * 40} for path in folders])
 
     def refs(self, user: dict | None, p: dict, r: Request) -> Answer:
-        repo, listed = self._repo(user, p), {"branches": [], "converts": [], "tags": [], "pullRequests": []}
+        repo = self._repo(user, p)
+        listed: dict[str, list] = {"branches": [], "converts": [], "tags": [], "pullRequests": []}
         groups = {"refs/heads/": "branches", "refs/tags/": "tags", "refs/pr/": "pullRequests"}
         for ref, oid in repo.refs.items():
             prefix = next(prefix for prefix in groups if ref.startswith(prefix))
@@ -368,14 +373,13 @@ class LoopbackHub:
             ref = f"refs/pr/{len(repo.pulls) + 1}" if as_pr else heads if heads in repo.refs else p["revision"]
             description = header.get("description", "")
             commit = repo.commit(ref, parent or head.oid, header["summary"], description, user["name"], tree)
-            url, pull = f"{self.endpoint}/{repo.type}s/{repo.id}", None
+            url, number = f"{self.endpoint}/{repo.type}s/{repo.id}", len(repo.pulls) + 1
             if as_pr:
-                number = len(repo.pulls) + 1
                 pull = {"num": number, "title": commit.title, "author": {"name": user["name"]}, "status": "open"}
                 pull |= {"createdAt": "2026-01-01T00:00:00.000Z", "isPullRequest": True}
                 repo.pulls.append(pull | {"repo": {"name": repo.id, "type": repo.type}})
-                pull = f"{url}/discussions/{number}"
-            body = {"commitUrl": f"{url}/commit/{commit.oid}", "commitOid": commit.oid, "pullRequestUrl": pull}
+            pull_url = f"{url}/discussions/{number}" if as_pr else None
+            body = {"commitUrl": f"{url}/commit/{commit.oid}", "commitOid": commit.oid, "pullRequestUrl": pull_url}
             return Answer(body=body | {"hookOutput": "", "success": True})
         finally:
             repo.lock.release()

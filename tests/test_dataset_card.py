@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -52,7 +53,7 @@ SCORER = {
     "validation_sets": {"gsm8k": 50},
     "libraries": {"torch": "2.13.0", "trl": "1.16.0"},
 }
-RESULTS = {
+RESULTS: dict[str, Any] = {
     "arms": [
         {"arm": arm, "fraction": fraction, "seed": seed, "budget": "steps", "rows": rows, "loss_tokens": 10 * rows}
         | {"steps": 100, "seconds": 50.0, "test_loss": loss + 0.02 * seed, "test_perplexity": 2.0}
@@ -221,8 +222,8 @@ def test_target_model_card_has_results_that_the_hub_renders() -> None:
         results=RESULTS,
     )
     card = ModelCard(text)
-    assert card.data.base_model == "user/tiny"
-    assert card.data.datasets == ["user/repo"]
+    assert card.data["base_model"] == "user/tiny"
+    assert card.data["datasets"] == ["user/repo"]
     name, evaluated = model_index_to_eval_results(yaml.safe_load(text.split("---")[1])["model-index"])
     assert name == "tiny-25"
     assert {result.metric_type: result.metric_value for result in evaluated} == {"loss": 3.158, "perplexity": 2.0}

@@ -42,11 +42,12 @@ def try_push(case):
         return {"error": type(error).__name__, "message": str(error)}
 
 def push_all(cases):
-    with ThreadPoolExecutor(len(cases)) as threads:
+    with ThreadPoolExecutor(min(len(cases), 40)) as threads:
         return list(threads.map(try_push, cases))
 """
 OWN_CARD = b"---\nlicense: mit\n---\n# Mine\n\nBy hand.\n"
 ADDED = {"README.md", "data/train-00000-of-00001.parquet", "data/coreset_25-00000-of-00001.parquet"}
+TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 SHA = re.compile(r"[0-9a-f]{40}")
 
 
@@ -60,7 +61,7 @@ def hub() -> Iterator[LoopbackHub]:
         for repo in hub.repos.values():
             for commit in repo.commits.values():
                 for path, blob in commit.tree.items():
-                    assert not any(token.encode() in blob.data for token in hub.users), (repo.id, path)
+                    assert not TOKEN.search(blob.data), (repo.id, path)
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +73,17 @@ def client(hub, tmp_path_factory) -> Iterator[HubClient]:
         # With debug logging of everything, no token was printed.
         printed = client.output
         assert "HTTP Request" in printed or "Request" in printed
-        assert not any(token in printed for token in hub.users)
+        assert all(TOKEN.fullmatch(token.encode()) for token in hub.users)
+        assert not TOKEN.search(printed.encode())
 
 
 class Cases:
     """Cases of a batch: each gets a user with a token, and its faults."""
 
     def __init__(self, hub: LoopbackHub):
-        self.hub, self.cases, self.names = hub, [], {}
+        self.hub = hub
+        self.cases: list[dict[str, Any]] = []
+        self.names: dict[str, str] = {}
 
     def add(self, name: str, faults: list[Fault], existing: bool = False, **case: Any) -> Repo | None:
         number = len(self.hub.users)
@@ -400,13 +404,13 @@ from hf_in2core.publish import push_influence_dataset
 scores = np.random.default_rng(0).normal(size=30_000)
 pool = Dataset.from_dict({"prompt": [f"p{i}" for i in range(30_000)], "influence": scores.tolist()})
 coresets = {"coreset_50": pool.select(range(15_000))}
-result = vars(push_influence_dataset("ada/killed", pool, coresets=coresets, max_shard_size="200KB"))
+result = vars(push_influence_dataset("ada/killed", pool, coresets=coresets, max_shard_size="40KB"))
 """
 
 
 def test_killed_during_the_upload_and_run_again(hub, tmp_path) -> None:
-    slow = Fault("slow", "upload", owner="ada", times=99, seconds=0.2)
-    hub.faults.append(slow)
+    slow = Fault("slow", "upload", owner="ada", times=99, seconds=1.0)
+    hub.faults += [Fault("slow", "upload", owner="ada", times=3, seconds=0.0), slow]
     with HubClient(hub, tmp_path / "killed", MAIN) as victim:
         victim.start(KILLED)
         for _ in range(600):
@@ -418,16 +422,17 @@ def test_killed_during_the_upload_and_run_again(hub, tmp_path) -> None:
     slow.times = 0
     repo = hub.repos[("dataset", "ada/killed")]
     assert len(arrived) >= 2 and len(repo.history()) == 1, "it was killed in the middle of the upload"
-    time.sleep(0.5)  # requests that were under way end
-    arrived = {oid for oid in repo.objects}
+    while any(request.status is None for request in hub.requests("ada", "upload")):
+        time.sleep(0.05)  # what was under way arrives, or breaks off
+    stored = set(repo.objects)
     sent_before = len(hub.requests("ada", "upload"))
     with HubClient(hub, tmp_path / "again", MAIN) as second:
         published = second.run(KILLED)
     sent = {request.path.rsplit("/", 1)[1] for request in hub.requests("ada", "upload")[sent_before:]}
     assert len(repo.history()) == 2 and published["commit"] == repo.resolve("main").oid
     shards = {blob.sha256 for path, blob in repo.resolve("main").tree.items() if path.endswith(".parquet")}
-    assert sent == shards - arrived, "what had arrived was sent again"
-    assert sent and arrived & shards
+    assert sent == shards - stored, "what had arrived was sent again"
+    assert sent and stored & shards
 
 
 def test_a_reset_in_the_middle_of_a_part_of_a_large_file(hub, client) -> None:
@@ -483,30 +488,26 @@ def test_a_full_disk_sends_nothing_and_a_rerun_completes(hub, client, tmp_path) 
 def test_an_old_cached_revision_does_not_pass_for_the_new_one(hub, client) -> None:
     case: dict[str, Any] = {"repo_id": "ada/stale", "token": None}
     assert "error" not in client.run("result = try_push(case)", case=case)
-    read = """
-    try:
-        result = load_dataset("ada/stale", split="train", revision=revision).num_rows
-    except Exception as error:
-        result = type(error).__name__
-    """
+    read = "result = load_dataset('ada/stale', split='train', revision=revision).num_rows"
     assert client.run(read, revision=None) == 40
-    new = client.run("result = try_push(case)", case=case | {"rows": 50})
-    failing = Fault("status", "resolve", owner="ada", method="HEAD", times=99)
+    failing = Fault("status", "resolve", owner="ada", method="HEAD", times=0, status=503)
     hub.faults.append(failing)
-    try:
-        assert client.run(read, revision=None) == 40, "the client library no longer answers from an old cache"
-        assert client.run(read, revision=new["commit"]) != 40
-        # The publisher does not take the old card out of that cache either: a hand-written line survives.
-        repo = hub.repos[("dataset", "ada/stale")]
-        commit_else(hub, "ada") if ("dataset", "ada/x") in hub.repos else None
-        tree = repo.resolve("main").tree
-        card = tree["README.md"].data + b"\nBy hand, meanwhile.\n"
-        repo.commit("refs/heads/main", new["commit"], "by hand", "", "ada", tree | {"README.md": Blob(card, False)})
-        assert "error" not in client.run("result = try_push(case)", case=case | {"rows": 60})
-        assert b"By hand, meanwhile." in repo.files()["README.md"]
-    finally:
-        failing.times = 0
-    assert client.run(read, revision=None) == 60
+    second = client.run("result = try_push(case)", case=case | {"rows": 50})
+    failing.times = failing.hits + 1
+    # Even the new commit asked for by name is answered from the old cache when the first HEAD fails. So a publication
+    # is not judged by loading it, but by the hashes that the Hub lists for its commit.
+    assert client.run(read, revision=second["commit"]) in (40, 50)
+    # While every HEAD fails, a publisher with an old card in that cache still merges with the one that is there.
+    failing.times = 1000
+    repo = hub.repos[("dataset", "ada/stale")]
+    tree = repo.resolve("main").tree
+    card = tree["README.md"].data + b"\nBy hand, meanwhile.\n"
+    repo.commit("refs/heads/main", second["commit"], "by hand", "", "ada", tree | {"README.md": Blob(card, False)})
+    third = client.run("result = try_push(case)", case=case | {"rows": 60})
+    failing.times = 0
+    assert third["commit"] == repo.resolve("main").oid
+    assert b"By hand, meanwhile." in repo.files()["README.md"]
+    assert client.run(read, revision=third["commit"]) == 60
 
 
 def test_private_data_is_read_with_the_token_on_one_origin_only(hub, client) -> None:
@@ -545,7 +546,7 @@ def test_text_in_the_rows_does_not_break_the_published_card(hub, client) -> None
     )
     assert rows == [evil, [*columns, "more"]]
     card = hub.repos[("dataset", "ada/evil")].files()["README.md"].decode()
-    assert card.count("in2core:end default") == 1 and "<script>" not in card and "\x00" not in card
+    assert card.count("<!-- in2core:end default -->") == 1 and "<script>" not in card and "\x00" not in card
     assert "license: evil" not in card.split("\n---\n")[0]
     assert json.loads(re.findall(r"```json\n(.*?)\n```", card, flags=re.DOTALL)[0])["text"] == evil[6]
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import string
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -18,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 
-# Part of the settings hash: raise it with any change that makes other rows or another model from the same settings.
+# Raised with every change that makes other rows or another model of the same settings; older folders are refused.
 GENERATOR_VERSION = 1
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 TASKS_OF_INTEREST = ("addition", "sorting", "dates")
 VOCAB_SIZE, HIDDEN_SIZE, NUM_LAYERS = 512, 96, 4
-PRETRAIN_BATCH_SIZE, PRETRAIN_LEARNING_RATE, PRETRAIN_NOISE_FRACTION = 32, 3e-3, 0.25
+PRETRAIN_BATCH_SIZE, PRETRAIN_LEARNING_RATE = 16, 3e-3
+SOLVED_FRACTION, UNANSWERED_FRACTION = 0.6, 0.2  # of the texts for pretraining; the rest is noise
 
 
 @dataclass(frozen=True)
@@ -36,37 +38,30 @@ class Settings:
     validation_rows: int = 64
     test_rows: int = 300
     wrong_fraction: float = 0.1
-    pretrain_steps: int = 400
+    pretrain_steps: int = 800
 
-
-# --- the tasks ---
 
 WORDS = """
 apple bread chair cloud table river stone light house garden window paper music horse tiger rabbit monkey bird fish
 lemon grape sugar salt water fire wind storm summer winter autumn spring forest island ocean desert valley mountain
-bridge street market school doctor farmer sailor singer painter baker hammer needle ladder bottle basket candle mirror
-pillow blanket jacket button ribbon silver copper iron glass cotton velvet orange purple yellow green circle square
-corner middle letter number story dream voice smile finger shoulder planet rocket engine signal
+bridge street market school doctor farmer sailor singer painter baker hammer
 """.split()
 OPPOSITES = """
 hot cold, big small, up down, early late, open closed, fast slow, light dark, happy sad, full empty, hard soft,
-high low, long short, new old, rich poor, strong weak, wet dry, young aged, loud quiet, near far, clean dirty,
-thick thin, deep shallow, sweet bitter, brave afraid, smooth rough, first last, left right, inside outside,
-always never, true false, win lose, buy sell, push pull, give take, start stop, laugh cry, rise fall, love hate
+high low, long short, new old, rich poor, strong weak, wet dry, loud quiet, near far, clean dirty, thick thin
 """
 MONTHS = "January February March April May June July August September October November December".split()
 ANTONYM = {a: b for pair in OPPOSITES.split(",") for a, b in [pair.split(), pair.split()[::-1]]}
 
 
 def make_addition(rng: random.Random) -> tuple[str, str]:
-    numbers = [rng.randint(1, 99) for _ in range(rng.randint(2, 4))]
-    content = " + ".join(map(str, numbers))
-    return content, f"{content} = {sum(numbers)}"
+    numbers = [rng.randint(1, 20) for _ in range(rng.randint(2, 4))]
+    return " + ".join(map(str, numbers)), str(sum(numbers))
 
 
 def make_subtraction(rng: random.Random) -> tuple[str, str]:
-    small, large = sorted(rng.randint(1, 199) for _ in range(2))
-    return f"{large} - {small}", f"{large} - {small} = {large - small}"
+    small, large = sorted(rng.randint(1, 99) for _ in range(2))
+    return f"{large} - {small}", str(large - small)
 
 
 def make_reversal(rng: random.Random) -> tuple[str, str]:
@@ -75,8 +70,8 @@ def make_reversal(rng: random.Random) -> tuple[str, str]:
 
 
 def make_sorting(rng: random.Random) -> tuple[str, str]:
-    numbers = rng.sample(range(100), rng.randint(3, 8))
-    return " ".join(map(str, numbers)), " ".join(map(str, sorted(numbers)))
+    letters = rng.sample(string.ascii_lowercase, rng.randint(3, 8))
+    return " ".join(letters), " ".join(sorted(letters))
 
 
 def make_counting(rng: random.Random) -> tuple[str, str]:
@@ -85,28 +80,28 @@ def make_counting(rng: random.Random) -> tuple[str, str]:
 
 
 def make_opposites(rng: random.Random) -> tuple[str, str]:
-    words = rng.sample(sorted(ANTONYM), rng.randint(1, 5))
+    words = rng.sample(sorted(ANTONYM), rng.randint(1, 4))
     return ", ".join(words), ", ".join(ANTONYM[word] for word in words)
 
 
 def make_copying(rng: random.Random) -> tuple[str, str]:
-    text = " ".join(rng.sample(WORDS, rng.randint(2, 7)))
+    text = " ".join(rng.sample(WORDS, rng.randint(2, 5)))
     return text, text
 
 
 def make_capitals(rng: random.Random) -> tuple[str, str]:
-    text = " ".join(rng.sample(WORDS, rng.randint(1, 4)))
+    text = " ".join(rng.sample(WORDS, rng.randint(1, 3)))
     return text, text.upper()
 
 
 def make_patterns(rng: random.Random) -> tuple[str, str]:
-    start, step, shown = rng.randint(1, 60), rng.choice([-3, -2, -1, *range(1, 16)]), rng.randint(3, 6)
-    series = [str(start + step * position) for position in range(shown + 3)]
+    start, step, shown = rng.randint(0, 60), rng.choice([1, 2, 3, 4, 5, 10]), rng.randint(3, 6)
+    series = [str(start + step * position) for position in range(shown + 2)]
     return " ".join(series[:shown]), " ".join(series[shown:])
 
 
 def make_dates(rng: random.Random) -> tuple[str, str]:
-    dates = [(rng.randint(1950, 2049), rng.randint(1, 12), rng.randint(1, 28)) for _ in range(rng.randint(1, 3))]
+    dates = [(rng.randint(1990, 2029), rng.randint(1, 12), rng.randint(1, 28)) for _ in range(rng.randint(1, 3))]
     content = ", ".join(f"{year}-{month:02d}-{day:02d}" for year, month, day in dates)
     return content, "; ".join(f"{day} {MONTHS[month - 1]} {year}" for year, month, day in dates)
 
@@ -116,58 +111,67 @@ TASKS: dict[str, tuple[Callable[[random.Random], tuple[str, str]], tuple[str, ..
     "addition": (make_addition, ("What is {}?", "Add these numbers: {}", "Work out {} and show the sum.")),
     "subtraction": (make_subtraction, ("What is {}?", "Take away: {}", "Work out {} and show the difference.")),
     "reversal": (make_reversal, ("Write each word backwards: {}", "Spell from right to left: {}", "Reverse {}")),
-    "sorting": (make_sorting, ("Sort from small to large: {}", "Put in rising order: {}", "Order the numbers {}")),
+    "sorting": (make_sorting, ("Sort from a to z: {}", "Put in alphabetical order: {}", "Order the letters {}")),
     "counting": (make_counting, ("How many words are in this list: {}?", "Count the words: {}", "How many: {}?")),
     "opposites": (make_opposites, ("Opposite of each word: {}", "What are the opposites of {}?", "Antonyms: {}")),
     "copying": (make_copying, ("Repeat this: {}", "Copy the text word for word: {}", "Say again: {}")),
     "capitals": (make_capitals, ("Write in capital letters: {}", "Change to upper case: {}", "Shout this: {}")),
-    "patterns": (make_patterns, ("Continue with three more: {}", "What comes next: {}", "The series {} goes on with")),
+    "patterns": (make_patterns, ("Continue with two more: {}", "What comes next: {}", "The series {} goes on with")),
     "dates": (make_dates, ("Write in words: {}", "Spell out the month: {}", "How would a letter give {}?")),
 }
 
 
 def make_noise(rng: random.Random) -> str:
     """Text that answers nothing: words and numbers in any order, as a sentence."""
-    tokens = [rng.choice(WORDS) if rng.random() < 0.7 else str(rng.randint(0, 199)) for _ in range(rng.randint(4, 14))]
+    tokens = [rng.choice(WORDS) if rng.random() < 0.7 else str(rng.randint(0, 99)) for _ in range(rng.randint(4, 12))]
     return " ".join(tokens).capitalize() + "."
 
 
-# --- rows ---
+def phrase_instruction(task: str, content: str, rng: random.Random) -> str:
+    return f"Instruction: {rng.choice(TASKS[task][1]).format(content)}\nResponse:"
+
+
+def phrase_exercise(task: str, content: str, rng: random.Random) -> str:
+    return f"Exercise in {task}: {content}\nSolution:"
 
 
 def make_rows(
     split: str,
     tasks: Sequence[str],
     num_rows: int,
-    settings: Settings,
+    seed: int,
     taken: set[tuple[str, str]],
     wrong_fraction: float = 0.0,
+    phrase: Callable[[str, str, random.Random], str] = phrase_instruction,
     distinct: bool = True,
 ) -> list[dict[str, Any]]:
     """
     Draw rows, the same number of each task (the first tasks have one more where it does not divide), shuffled.
 
     Args:
-        split (`str`): Name of the split; with `settings.seed` it seeds the draw, and it prefixes the ids.
+        split (`str`): Name of the split, which prefixes the ids.
         tasks (`Sequence[str]`): Keys of `TASKS`.
         num_rows (`int`): How many rows.
-        settings (`Settings`): Only its seed is used.
+        seed (`int`): Seed of the draw, together with `split`.
         taken (`set[tuple[str, str]]`): (task, content) pairs that must not occur, however they are phrased.
         wrong_fraction (`float`, *optional*, defaults to `0.0`):
             Share of each task's rows, rounded, whose answer belongs to another content of the same task.
+        phrase (`Callable`, *optional*, defaults to `phrase_instruction`): Makes the prompt.
         distinct (`bool`, *optional*, defaults to `True`):
             Add each drawn content to `taken`, so that none occurs twice.
 
     Returns:
-        `list[dict]`: rows with `prompt`, `completion`, `id`, `task`, `is_wrong`.
+        `list[dict]`: rows with `prompt`, `completion`, `task`, `is_wrong`, `id`.
 
     Raises:
-        ValueError: if a task cannot give that many different rows.
+        ValueError: if a task cannot give that many different rows, or `wrong_fraction` is outside [0, 1].
     """
-    rng = random.Random(f"{settings.seed}/{split}")
+    if not 0 <= wrong_fraction <= 1:
+        raise ValueError(f"wrong_fraction={wrong_fraction} is not a share of the rows. Set it between 0 and 1.")
+    rng = random.Random(f"{seed}/{split}")
     rows: list[dict[str, Any]] = []
     for position, task in enumerate(tasks):
-        draw, phrasings = TASKS[task]
+        draw = TASKS[task][0]
         count = num_rows // len(tasks) + (position < num_rows % len(tasks))
         drawn: list[tuple[str, str]] = []
         for _ in range(20 * count):
@@ -185,11 +189,10 @@ def make_rows(
             )
         wrong = set(rng.sample(range(count), round(wrong_fraction * count)))
         for index, (content, answer) in enumerate(drawn):
-            completion = answer
-            while index in wrong and completion == answer:
-                completion = draw(rng)[1]
-            instruction = rng.choice(phrasings).format(content)
-            texts = {"prompt": f"Instruction: {instruction}\nResponse:", "completion": f" {completion}"}
+            given = answer
+            while index in wrong and given == answer:
+                given = draw(rng)[1]
+            texts = {"prompt": phrase(task, content, rng), "completion": f" {given}"}
             rows.append(texts | {"task": task, "is_wrong": index in wrong})
     rng.shuffle(rows)
     return [row | {"id": f"{split}-{index:04d}"} for index, row in enumerate(rows)]
@@ -199,33 +202,36 @@ def make_splits(settings: Settings) -> tuple[dict[str, list[dict[str, Any]]], li
     """
     Make the rows of every split and the texts for pretraining.
 
-    No content (the numbers, words or dates that a row is about) occurs twice, within a split or across splits; the
-    texts for pretraining share none with the splits.
+    The splits `held_out` and `held_out_exercises` (clean rows of every task) are for the manifest's losses and are not
+    written. No content (the numbers, letters, words or dates that a row is about) occurs twice, within a split or
+    across splits, and the texts contain none of them. The texts are general ones: solved exercises of every task, as
+    often wrong as the pool, instructions that nobody answers, and noise. How an instruction is answered is left for
+    fine-tuning to teach.
     """
     taken: set[tuple[str, str]] = set()
-    every, interest, wrong_fraction = list(TASKS), list(TASKS_OF_INTEREST), settings.wrong_fraction
+    every, interest, seed, wrong_fraction = [*TASKS], TASKS_OF_INTEREST, settings.seed, settings.wrong_fraction
     splits = {
-        "test": make_rows("test", interest, settings.test_rows, settings, taken),
-        "validation": make_rows("validation", interest, settings.validation_rows, settings, taken),
-        "pool": make_rows("pool", every, settings.pool_rows, settings, taken, wrong_fraction),
-        "pool_uniform": make_rows("pool_uniform", interest, settings.uniform_rows, settings, taken),
-        # Clean rows of every task, on which the manifest states what the pretrained model knows; not written.
-        "held_out": make_rows("held_out", every, 32 * len(every), settings, taken),
+        "test": make_rows("test", interest, settings.test_rows, seed, taken),
+        "validation": make_rows("validation", interest, settings.validation_rows, seed, taken),
+        "pool": make_rows("pool", every, settings.pool_rows, seed, taken, wrong_fraction),
+        "pool_uniform": make_rows("pool_uniform", interest, settings.uniform_rows, seed, taken),
+        "held_out": make_rows("held_out", every, 320, seed, taken),
+        "held_out_exercises": make_rows("exercises", every, 320, seed, taken, phrase=phrase_exercise),
     }
     num_texts = settings.pretrain_steps * PRETRAIN_BATCH_SIZE
-    num_noise = round(PRETRAIN_NOISE_FRACTION * num_texts)
-    rows = make_rows("texts", every, num_texts - num_noise, settings, taken, wrong_fraction, distinct=False)
-    rng = random.Random(f"{settings.seed}/noise")
-    texts = [row["prompt"] + row["completion"] for row in rows] + [make_noise(rng) for _ in range(num_noise)]
+    num_solved, num_unanswered = round(SOLVED_FRACTION * num_texts), round(UNANSWERED_FRACTION * num_texts)
+    solved = make_rows("solved", every, num_solved, seed, taken, wrong_fraction, phrase_exercise, distinct=False)
+    unanswered = make_rows("unanswered", every, num_unanswered, seed, taken, distinct=False)
+    rng = random.Random(f"{seed}/noise")
+    texts = [row["prompt"] + row["completion"] for row in solved]
+    texts += [row["prompt"].removeprefix("Instruction: ").removesuffix("\nResponse:") for row in unanswered]
+    texts += [make_noise(rng) for _ in range(num_texts - len(texts))]
     rng.shuffle(texts)
     return splits, texts
 
 
-# --- the model ---
-
-
 def train_tokenizer(texts: Sequence[str]) -> Any:
-    """Byte-level BPE with one token per digit; every text begins with `<s>`, and `</s>` and `<pad>` are distinct."""
+    """Byte-level BPE with one token per digit, a leading `<s>`, and `</s>` and `<pad>` as tokens of their own."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -274,7 +280,6 @@ def pretrain_model(texts: Sequence[str], tokenizer: Any, settings: Settings) -> 
                 num_hidden_layers=NUM_LAYERS,
                 num_attention_heads=4,
                 num_key_value_heads=2,
-                max_position_embeddings=512,
                 tie_word_embeddings=True,
                 pad_token_id=tokenizer.pad_token_id,
                 bos_token_id=tokenizer.bos_token_id,
@@ -313,16 +318,13 @@ def compute_answer_losses(model: Any, tokenizer: Any, rows: Sequence[dict[str, A
     return {task: round(sum(values) / len(values), 4) for task, values in losses.items()}
 
 
-# --- the folder ---
-
-
 def hash_file(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def is_complete(folder: Path, settings: Settings) -> bool:
     """
-    Whether `folder` holds a generation of these settings; `False` if it does not exist or is empty.
+    Whether `folder` holds a generation of these settings (`True`), or nothing yet (`False`).
 
     Raises:
         FileExistsError: if it holds anything else: other files, other settings, or a file that changed since.
@@ -349,7 +351,7 @@ def generate(folder: Path, settings: Settings) -> None:
     splits, texts = make_splits(settings)
     tokenizer = train_tokenizer(texts)
     model = pretrain_model(texts, tokenizer, settings)
-    held_out = splits.pop("held_out")
+    held_out, exercises = splits.pop("held_out"), splits.pop("held_out_exercises")
     for name, rows in splits.items():
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -360,7 +362,10 @@ def generate(folder: Path, settings: Settings) -> None:
         "version": GENERATOR_VERSION,
         "settings": asdict(settings),
         "tasks_of_interest": TASKS_OF_INTEREST,
-        "held_out_loss_of_the_pretrained_model": compute_answer_losses(model, tokenizer, held_out),
+        "pretrained_loss": {
+            "instructions": compute_answer_losses(model, tokenizer, held_out),
+            "exercises": compute_answer_losses(model, tokenizer, exercises),
+        },
         "files": {str(path.relative_to(folder)): hash_file(path) for path in files},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -384,8 +389,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         generate(unfinished, settings)
         try:
             os.replace(unfinished, folder)  # over nothing or an empty folder
-        except OSError:
-            if not is_complete(folder, settings):  # else another process finished the same generation first
+        except OSError:  # unless another process finished the same generation first
+            if not is_complete(folder, settings):
                 raise
     print(f"Wrote {folder}.")
 

@@ -1,0 +1,102 @@
+"""Models, rows and timing that the benchmarks share; everything is made on the spot from a seed."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_in2core.blocks import find_blocks
+from hf_in2core.passes import Passes
+
+
+def make_model(hidden_size: int, num_layers: int, vocab_size: int, rank: int = 8) -> PeftModel:
+    """A random Llama with a LoRA adapter on every linear whose B is not zero."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=int(2.75 * hidden_size) // 16 * 16,
+        num_hidden_layers=num_layers,
+        num_attention_heads=max(hidden_size // 64, 2),
+        num_key_value_heads=max(hidden_size // 128, 1),
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    model = get_peft_model(LlamaForCausalLM(config), adapter)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    return model
+
+
+def make_rows(num_rows: int, vocab_size: int, low: int, high: int, prompt: float = 0.3, seed: int = 0) -> Dataset:
+    """Prepared rows of random tokens, `low` to `high` long, the first `prompt` of each without loss."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for row in range(num_rows):
+        input_ids = generator.integers(5, vocab_size, generator.integers(low, high + 1))
+        labels = input_ids.copy()
+        labels[: int(prompt * len(labels))] = -100
+        rows.append({"row": row, "input_ids": input_ids.tolist(), "labels": labels.tolist()})
+    return Dataset.from_list(rows)
+
+
+def make_passes(model: PeftModel, tokens_per_batch: int = 4096, **kwargs: Any) -> Passes:
+    """A pass over every block of the model, without state on disk."""
+    options = {"chunk_size": 100_000, "show_progress": False, **kwargs}
+    blocks = options.pop("blocks", None) or find_blocks(model, "default")
+    return Passes(model, blocks, "mean", tokens_per_batch, **options)
+
+
+def time_interleaved(works: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+    """
+    Median CPU seconds of each work, the works taking turns so that a slow minute meets all of them.
+
+    One repetition before the first is not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for repetition in range(repetitions + 1):
+        for name, work in works.items():
+            start = time.process_time()
+            work()
+            if repetition > 0:
+                seconds[name].append(time.process_time() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def report(name: str, rows: list[dict[str, Any]], folder: Path) -> None:
+    """Print a Markdown table and write it with the machine as JSON."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    print(f"\n## {name}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in map(row.get, columns)]
+        print(f"| {' | '.join(cells)} |")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=2) + "\n")
