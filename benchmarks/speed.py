@@ -1,6 +1,6 @@
 """Speed of the influence passes: CPU seconds on one thread, as ratios measured side by side in one run.
 
-    python benchmarks/speed.py [--quick] [--output_dir benchmarks/results]
+python benchmarks/speed.py [--quick] [--output_dir benchmarks/results]
 """
 
 import argparse
@@ -144,7 +144,8 @@ def main() -> None:
         repetitions,
     )
     for name, target in (("full logits", ""), ("fit + score", "<= 0.50")):
-        what = f"90 % prompt, vocabulary {vocab_size:,}: " + ("two plain passes with full logits" if not target else name)
+        work = name if target else "two plain passes with full logits"
+        what = f"90 % prompt, vocabulary {vocab_size:,}: {work}"
         ratio = seconds[name] / seconds["full logits"]
         table.append({"what": what, "CPU s": seconds[name], "ratio": ratio, "target": target})
     report("speed", table, args.output_dir)

@@ -78,10 +78,8 @@ def time_interleaved(works: dict[str, Callable[[], object]], repetitions: int) -
 
 def describe_machine() -> dict[str, Any]:
     """What the numbers were measured on."""
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
     return {
         "cpu": model,
         "cores": os.cpu_count(),

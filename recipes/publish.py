@@ -6,7 +6,6 @@ One commit; publishing the same run again changes nothing. Negative influence = 
 """
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,13 +109,13 @@ def read_fractions(run: Path) -> list[float]:
 
 def read_sources(run: Path) -> list[str]:
     """The Hub id that the run's pool came from, if its configuration names one."""
+    from hf_in2core.data import find_hub_id
+
     if not (run / "config.yaml").is_file():
         return []
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
-    pool = str(config.get("pool") or "").partition(":")[0]
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", pool, flags=re.ASCII)
-    is_file = Path(pool).suffix in (".jsonl", ".json", ".parquet", ".csv") or Path(pool).exists()
-    return [pool] if is_hub_id and not is_file else []
+    hub_id = find_hub_id(str(config["pool"])) if config.get("pool") else None
+    return [] if hub_id is None else [hub_id]
 
 
 def has_report(run: Path) -> bool:

@@ -28,7 +28,7 @@ from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_confi
 from trl.trainer.utils import create_model_from_path
 
 from hf_in2core import InfluenceConfig, InfluenceScorer, InfluenceTrainer
-from hf_in2core.annotate import add_influence_columns
+from hf_in2core.annotate import add_influence_columns, add_query_column
 from hf_in2core.columns import apply_columns
 from hf_in2core.evaluation import TokenAccuracy, TokenPerplexity
 from hf_in2core.losses import compute_row_losses
@@ -245,7 +245,9 @@ def score_with(scorer: InfluenceScorer, pool: Dataset) -> Dataset:
         name: np.array(values, dtype=np.int64 if name == "num_loss_tokens" else np.float64)
         for name, values in columns.items()
     }
-    return add_influence_columns(pool, arrays)
+    per_query = arrays.pop("influence_per_query", None)
+    scored_pool = add_influence_columns(pool, arrays)
+    return scored_pool if per_query is None else add_query_column(scored_pool, per_query)
 
 
 def compute_losses(

@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 import random
+from typing import Any
 
 import datasets
 import pytest
@@ -87,7 +88,8 @@ def make_model(seed: int = 0, num_layers: int = 3, hidden_size: int = 32, vocab_
 
 def add_trained_adapter(model: LlamaForCausalLM, seed: int = 1, **kwargs: object) -> PeftModel:
     """A LoRA adapter whose B is not zero: a fresh one hides the gradients of A."""
-    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": 0.1, **kwargs})
+    options: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": 0.1}
+    config = LoraConfig(**{**options, **kwargs})
     peft_model = get_peft_model(model, config)
     torch.manual_seed(seed)
     with torch.no_grad():

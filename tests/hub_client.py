@@ -5,6 +5,7 @@ One process answers many requests, since importing the libraries takes seconds. 
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +36,47 @@ for line in sys.stdin:
 """
 
 
+QUIET = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+# Defines `try_push(case)`, which gives the publication or the error as a dict, and `push_all(cases)`, many at once.
+PUBLISHER = """
+import logging
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from datasets import Dataset, load_dataset
+from hf_in2core.publish import push_influence_dataset as push
+
+logging.basicConfig(level=logging.DEBUG, stream=sys.stdout)
+
+def make_pool(rows=40, seed=0):
+    scores = np.random.default_rng(seed).normal(size=rows)
+    return Dataset.from_dict({"prompt": [f"p{i}" for i in range(rows)], "influence": scores.tolist()})
+
+def try_push(case):
+    pool = make_pool(case.get("rows", 40), case.get("seed", 0))
+    coresets = {name: pool.select(range(10)) for name in case.get("coresets", ["coreset_25"])}
+    try:
+        return vars(push(case["repo_id"], pool, coresets=coresets, token=case["token"], **case.get("options", {})))
+    except Exception as error:
+        return {"error": type(error).__name__, "message": str(error)}
+
+def push_all(cases):
+    with ThreadPoolExecutor(min(len(cases), 40)) as threads:
+        return list(threads.map(try_push, cases))
+"""
+_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+
+
+def make_env(hub: LoopbackHub, home: Path, token: str | None, **extra: str) -> dict[str, str]:
+    """Environment of a client process: this Hub, an HF_HOME of its own, nothing inherited about the real Hub."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    own |= {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+    own |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    return kept | own | ({"HF_TOKEN": token} if token else {}) | extra
+
+
 class ClientError(Exception):
     """An exception in the client process: the names of its classes, and its message."""
 
@@ -50,7 +92,6 @@ class HubClient:
         home.mkdir(parents=True, exist_ok=True)
         self.output_path = home / "output.txt"
         read, write = os.pipe()
-        env = hub.env(home, token, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **env)
         with open(self.output_path, "a") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-u", "-c", _LOOP, str(write)],
@@ -58,7 +99,7 @@ class HubClient:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 pass_fds=[write],
-                env=env,
+                env=make_env(hub, home, token, **env),
                 cwd=home,
                 text=True,
                 start_new_session=True,
@@ -104,3 +145,15 @@ class HubClient:
         for stream in (self.process.stdin, self.answers):
             if stream is not None and not stream.closed:
                 stream.close()
+
+
+def check_that_tokens_stayed_secret(hub: LoopbackHub, client: HubClient | None = None) -> None:
+    """No request for a large file carried a token, no published file holds one, and no client printed one."""
+    assert all(_TOKEN.fullmatch(token.encode()) for token in hub.users)
+    assert [r for r in hub.log if r.origin == "store"]
+    assert not [r.path for r in hub.log if r.origin == "store" and "authorization" in r.headers]
+    blobs = {blob for repo in hub.repos.values() for commit in repo.commits.values() for blob in commit.tree.values()}
+    assert not [blob for blob in blobs if _TOKEN.search(blob.data)]
+    if client is not None:
+        assert "Request" in client.output, "the client was to log all it does"
+        assert not _TOKEN.search(client.output.encode())

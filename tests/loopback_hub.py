@@ -9,7 +9,6 @@ import base64
 import hashlib
 import itertools
 import json
-import os
 import re
 import threading
 import time
@@ -17,7 +16,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
 from math import ceil
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote
 
@@ -138,13 +136,6 @@ class LoopbackHub:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return server
 
-    def env(self, home: Path, token: str | None, **extra: str) -> dict[str, str]:
-        """Environment for a client process: this Hub, an own HF_HOME, nothing inherited about the real Hub."""
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-        own = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-        own |= {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-        return kept | own | ({"HF_TOKEN": token} if token else {}) | extra
-
     def add_user(self, token: str, name: str, role: str = "write", orgs: tuple[str, ...] = ()) -> None:
         self.users[token] = {"name": name, "role": role, "orgs": orgs}
 
@@ -171,7 +162,7 @@ class LoopbackHub:
             raise HubError(404 if user else 401, "Repository not found", "RepoNotFound")
         if content and repo.gated and not owns:
             raise HubError(403, f"Access to {repo_type} {p['id']} is restricted", "GatedRepo")
-        if write and not (owns and user["role"] == "write"):
+        if write and (user is None or not owns or user["role"] != "write"):
             raise HubError(403, "You don't have write access to this repository")
         return repo
 

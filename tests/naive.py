@@ -43,7 +43,7 @@ def compute_datainf(
     influence = torch.zeros(n, dtype=torch.float64)
     for name in train[0]:
         g = [gradients[name].double() for gradients in train]
-        v = sum(gradients[name].double() for gradients in validation) / len(validation)
+        v = torch.stack([gradients[name].double() for gradients in validation]).mean(0)
         damping = damping_scale * sum(float(x @ x) for x in g) / n / v.numel()
         for k in range(n):
             total = 0.0

@@ -414,7 +414,9 @@ def test_unequal_seeds_are_not_paired() -> None:
 def test_cost(
     selection: dict[str, Any], seconds: dict[str, float], expected_runs: Any, expected_fraction: Any, text: str
 ) -> None:
-    verdict = judge(make_arms(GOOD) + make_arms(GOOD, budget="epochs", seconds=seconds), selection)
+    # What the arms took at equal steps has nothing to do with it.
+    at_steps = make_arms(GOOD, seconds=dict.fromkeys(GOOD, 99.0))
+    verdict = judge(at_steps + make_arms(GOOD, budget="epochs", seconds=seconds), selection)
     assert verdict["cost"]["break_even_runs"] == expected_runs
     assert verdict["cost"]["break_even_cost_fraction"] == (expected_fraction and pytest.approx(expected_fraction))
     assert text in verdict["text"]

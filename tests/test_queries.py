@@ -1,4 +1,4 @@
-"""Every validation row a query of its own: the same numbers as separate fits, in blocks, in lists, or the strongest."""
+"""Every validation row a query of its own: the numbers of separate fits, in blocks, lists, or the strongest."""
 
 import copy
 

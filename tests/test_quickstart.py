@@ -158,6 +158,17 @@ def test_model_and_tokenizer_load_and_were_trained_on_every_special_token(genera
     assert (moved[special] > 0.01).all()
 
 
+def test_pretraining_already_teaches_the_end_token(generated):
+    model = AutoModelForCausalLM.from_pretrained(generated / "model")
+    tokenizer = AutoTokenizer.from_pretrained(generated / "model")
+    probabilities = []
+    for row in read_rows(generated / "test.jsonl"):
+        inputs = tokenizer(row["prompt"] + row["completion"], return_tensors="pt")
+        with torch.no_grad():
+            probabilities.append(model(**inputs).logits[0, -1].softmax(-1)[tokenizer.eos_token_id].item())
+    assert sum(probabilities) / len(probabilities) > 10 / len(tokenizer)  # ten times an even guess
+
+
 def test_text_survives_the_tokenizer_and_the_prompt_is_a_prefix(generated):
     tokenizer = AutoTokenizer.from_pretrained(generated / "model")
     for row in read_rows(generated / "pool.jsonl"):

@@ -1,5 +1,7 @@
 """The support table: each line is an equality with the naive oracle, or a refusal by name before any long work."""
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, add_trained_adapter, make_model, make_prompt_completion, make_tokenizer
@@ -12,7 +14,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from hf_in2core import InfluenceTrainer
 
 
-SUPPORTED = {
+SUPPORTED: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
     "attention_only": {"target_modules": ["q_proj", "v_proj"]},
     "lora_bias": {"lora_bias": True},
@@ -92,7 +94,7 @@ def test_refused_adapters_are_named_at_construction(tmp_path, pool, validation, 
         )
 
 
-REFUSED_SETTINGS = {
+REFUSED_SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "dft": ({"loss_type": "dft"}, {}, "loss_type"),
     "label_smoothing": ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor"),
     "collator": ({}, {"data_collator": lambda rows: rows}, "data_collator"),
@@ -171,7 +173,7 @@ def test_formats_and_loss_masks_follow_sft(tmp_path) -> None:
     tokenizer.chat_template = CHAT_TEMPLATE
     user, assistant = {"role": "user", "content": "the cat"}, {"role": "assistant", "content": " sat on a mat"}
     tools = [{"type": "function", "function": {"name": "look", "description": "look up", "parameters": {}}}]
-    formats = {
+    formats: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "messages": ({"messages": [user, assistant]}, {}),
         "assistant_only": ({"messages": [user, assistant, user, assistant]}, {"assistant_only_loss": True}),
         "conversational_prompt": ({"prompt": [user], "completion": [assistant]}, {}),

@@ -93,7 +93,7 @@ def test_gradient_cosine_is_taken_over_whole_gradients(tmp_path, pool, validatio
         [torch.cat(list(g.values())) for g in compute_gradients(trainer.model, prepare(rows))]
         for rows in (pool, validation)
     )
-    mean = sum(held_out) / len(held_out)
+    mean = torch.stack(held_out).mean(0)
     expected = [-float(torch.cosine_similarity(mean, g, dim=0)) for g in train]
     assert_same(scored["influence"], expected, 1e-9)
 
@@ -208,6 +208,7 @@ def test_token_sum_gradients_over_tokens_are_the_training_gradient(tmp_path, poo
     trainer.training_step(model, inputs, num_items_in_batch=batch.num_loss_tokens.sum())
     for name, block in find_blocks(model, "default").items():
         expected = block.tensor.grad
+        assert expected is not None
         actual = sums[name].view_as(expected) / batch.num_loss_tokens.sum()
         # TRL's fused head works in float32.
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))

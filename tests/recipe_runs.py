@@ -1,0 +1,129 @@
+"""Runs of the recipes on tiny models and data made on the spot, shared by their tests."""
+
+import importlib.util
+import json
+import random
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import WORDS, make_model, make_tokenizer
+from transformers import AutoTokenizer
+
+
+Inputs = tuple[Path, dict[str, Any]]
+
+ROOT = Path(__file__).parents[1]
+NUM_POOL, NUM_VALIDATION, NUM_TEST = 60, 8, 11
+
+
+def load_recipe(name: str) -> ModuleType:
+    """A recipe as a module, under a name that no library has (there is an `evaluate` among them)."""
+    recipes = str(ROOT / "recipes")
+    if recipes not in sys.path:
+        sys.path.append(recipes)
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_recipe(name: str, *flags: str) -> None:
+    module = load_recipe(name)
+    module.main(module.make_parser().parse(flags))
+
+
+def make_rows(task: str, num_rows: int, seed: int) -> list[dict[str, Any]]:
+    generator = random.Random(seed)
+    rows = []
+    for number in range(num_rows):
+        words = [generator.choice(WORDS) for _ in range(generator.randint(2, 6))]
+        answer = words[::-1] if task == "reverse" else words
+        row = {"prompt": " ".join(words) + " :", "completion": " " + " ".join(answer), "id": f"{task}-{seed}-{number}"}
+        rows.append(row | {"task": task, "is_wrong": number % 7 == 0})
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def make_inputs(folder: Path) -> dict[str, Any]:
+    """A model and data in a folder, and the settings of a run on them."""
+    make_model(num_layers=2).save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    pool = make_rows("reverse", NUM_POOL // 2, seed=0) + make_rows("copy", NUM_POOL // 2, seed=1)
+    random.Random(2).shuffle(pool)
+    return {
+        "model_name_or_path": str(folder / "model"),
+        "pool": write_rows(folder / "pool.jsonl", pool),
+        "validation": [write_rows(folder / "validation.jsonl", make_rows("reverse", NUM_VALIDATION, seed=3))],
+        "test": write_rows(folder / "test.jsonl", make_rows("reverse", NUM_TEST, seed=4)),
+        "output_dir": str(folder / "run"),
+        "fractions": [0.25],
+        "seeds": [0],
+        "budgets": ["steps", "epochs"],
+        "learning_rate": 3e-3,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 8,
+        "activation_checkpointing": False,
+        "lora_r": 4,
+        "lora_dropout": 0.0,
+        "lora_target_modules": ["all-linear"],
+        "task_column": "task",
+        "wrong_column": "is_wrong",
+    }
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> str:
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return str(path)
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
+
+
+@cache
+def get_inputs(factory: pytest.TempPathFactory) -> Inputs:
+    """A folder with a model and data, and the settings of a run on them; the same for every test."""
+    folder = factory.mktemp("inputs")
+    return folder, make_inputs(folder)
+
+
+@cache
+def get_finished_run(factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run, made once; nobody writes into it."""
+    folder, config = get_inputs(factory)
+    run_recipe("in2core", "--config", write_config(folder, config))
+    return folder
+
+
+def stamp(folder: Path) -> dict[str, int]:
+    """When each file of arms, reference and selection was written."""
+    patterns = ("arms/*/*", "reference/*", "selection.json", "scored/*", "scorer/*")
+    files = [path for pattern in patterns for path in (folder / "run").glob(pattern) if path.is_file()]
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in files}
+
+
+def compute_naive_loss(model: torch.nn.Module, folder: Path, rows: list[dict[str, Any]]) -> tuple[float, int]:
+    """Mean loss per completion token and the end-of-sequence token, one row at a time; and the number of tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    total, count = 0.0, 0
+    for row in rows:
+        prompt = tokenizer(row["prompt"]).input_ids
+        ids = tokenizer(row["prompt"] + row["completion"]).input_ids + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].double()
+        nll = -torch.log_softmax(logits[:-1], dim=-1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
+        total += float(nll[len(prompt) - 1 :].sum())
+        count += len(ids) - len(prompt)
+    return total / count, count

@@ -1,0 +1,145 @@
+"""A scorer and a coreset on the Hub, used by a machine that has nothing else.
+
+The real clients talk to the Hub of `loopback_hub.py` from processes of their own.
+"""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hub_client import QUIET, ROOT, ClientError, HubClient, check_that_tokens_stayed_secret, make_env
+from loopback_hub import LoopbackHub
+
+
+TOKEN = "hf_" + "S" * 34
+PUBLISH = """
+import conftest
+from test_trainer import make_trainer
+from huggingface_hub import HfApi
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from hf_in2core import InfluenceScorer, push_influence_dataset, select_coreset
+
+api = HfApi()
+conftest.make_model().save_pretrained("tiny")
+conftest.make_tokenizer().save_pretrained("tiny")
+api.create_repo("ada/tiny")
+api.upload_folder(folder_path="tiny", repo_id="ada/tiny")
+model = conftest.add_trained_adapter(AutoModelForCausalLM.from_pretrained("ada/tiny"))
+pool, validation = conftest.make_prompt_completion(23, seed=0), conftest.make_prompt_completion(7, seed=1)
+trainer = make_trainer("run", pool, validation, conftest.torch.float32, model=model)
+scored, scorer = trainer.score_influence(), trainer.fit_influence()
+url = scorer.push_to_hub("ada/scorer")
+coresets = {"coreset_50": select_coreset(scored, fraction=0.5)}
+publication = push_influence_dataset("ada/scored", scored, coresets=coresets, scorer=scorer)
+result = [url, publication.commit, scored.to_dict(), coresets["coreset_50"]["id"]]
+"""
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[LoopbackHub]:
+    with LoopbackHub() as hub:
+        hub.add_user(TOKEN, "ada")
+        yield hub
+        check_that_tokens_stayed_secret(hub)
+
+
+@pytest.fixture(scope="module")
+def published(hub, tmp_path_factory) -> list[Any]:
+    with HubClient(hub, tmp_path_factory.mktemp("home"), TOKEN, HF_HUB_OFFLINE="0", **QUIET) as publisher:
+        return publisher.run(PUBLISH)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(hub, published, tmp_path_factory) -> Iterator[HubClient]:
+    """A process with an empty HF_HOME, no token and no local files."""
+    with HubClient(hub, tmp_path_factory.mktemp("elsewhere"), None, HF_HUB_OFFLINE="0", **QUIET) as client:
+        yield client
+
+
+def test_a_scorer_from_the_hub_scores_a_stream_to_the_same_numbers(published, elsewhere) -> None:
+    url, _, scored, chosen = published
+    streamed = elsewhere.run(
+        """
+        from datasets import load_dataset
+        from hf_in2core import InfluenceScorer
+        scorer = InfluenceScorer.from_pretrained("ada/scorer", revision=commit)
+        rows = load_dataset("ada/scored", split="train", streaming=True)
+        rows = rows.remove_columns(["influence", "influence_rank", "num_loss_tokens"])
+        rows = list(rows.map(scorer, batched=True, batch_size=5))
+        coreset = load_dataset("ada/scored", split="coreset_50")
+        result = [[row[name] for row in rows] for name in ("id", "influence", "num_loss_tokens")] + [coreset["id"][:]]
+        """,
+        commit=url.rsplit("/", 1)[1],
+    )
+    assert streamed[0] == scored["id"]
+    assert streamed[1] == pytest.approx(scored["influence"], rel=1e-4, abs=1e-6 * max(map(abs, scored["influence"])))
+    assert streamed[2] == scored["num_loss_tokens"]
+    assert streamed[3] == chosen
+
+
+def test_the_cards_snippets_run_as_they_are_written(hub, published, elsewhere) -> None:
+    card = hub.repos[("dataset", "ada/scored")].files()["README.md"].decode()
+    snippets = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert len(snippets) == 2
+    printed = elsewhere.run(
+        """
+        import contextlib, io
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            for snippet in snippets:
+                exec(snippet, {})
+        result = float(out.getvalue())
+        """,
+        snippets=snippets,
+    )
+    assert printed == pytest.approx(published[2]["influence"][0], rel=1e-4)
+    assert "| Reference model | `ada/tiny` |" in card
+    assert hub.repos[("dataset", "ada/scored")].files()["README.md"].decode().count("- ada/tiny") == 1
+
+
+def test_no_pickle_is_published_and_none_is_needed(hub, published) -> None:
+    for key in (("model", "ada/scorer"), ("dataset", "ada/scored")):
+        names = set(hub.repos[key].files())
+        assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl", ".ckpt"))], names
+    assert "scorer/scorer.safetensors" in names and "scorer/adapter/adapter_model.safetensors" in names
+
+
+def test_pushing_the_same_scorer_again_makes_no_commit(hub, published, tmp_path) -> None:
+    before = len(hub.repos[("model", "ada/scorer")].history())
+    again = """
+        from huggingface_hub import snapshot_download
+        from hf_in2core.hub import upload_folder_in_one_commit
+        folder = snapshot_download("ada/scorer", local_dir="scorer")
+        result = list(upload_folder_in_one_commit(folder, "ada/scorer").changed)
+    """
+    with HubClient(hub, tmp_path, TOKEN, **QUIET) as client:
+        assert client.run(again) == []
+    assert len(hub.repos[("model", "ada/scorer")].history()) == before == 2
+
+
+def test_another_base_model_under_the_same_name_is_noticed(hub, published, elsewhere) -> None:
+    files = hub.repos[("model", "ada/tiny")].files()
+    name = next(path for path in files if path.endswith(".safetensors"))
+    weights = bytearray(files[name])
+    weights[-4000:] = weights[-4000:][::-1]
+    hub.add_repo("model", "ada/tiny", files | {name: bytes(weights)})
+    with pytest.raises(ClientError) as raised:
+        elsewhere.run("from hf_in2core import InfluenceScorer; InfluenceScorer.from_pretrained('ada/scorer')")
+    assert raised.value.kinds[0] == "ValueError" and "another base model" in raised.value.message
+    hub.add_repo("model", "ada/tiny", files)
+
+
+@pytest.mark.slow
+def test_a_coreset_is_fine_tuned_on_straight_from_the_hub(hub, published, tmp_path) -> None:
+    command = [sys.executable, str(ROOT / "recipes" / "sft_coreset.py"), "--model_name_or_path", "ada/tiny"]
+    command += ["--dataset_name", "ada/scored", "--split", "coreset_50", "--output_dir", "target", "--max_steps", "2"]
+    command += ["--use_cpu", "true", "--report_to", "none"]
+    done = subprocess.run(
+        command, env=make_env(hub, tmp_path / "home", None), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "target" / "adapter_model.safetensors").is_file()
+    assert f"{len(published[3])} rows, 2 steps" in done.stdout
