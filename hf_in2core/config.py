@@ -48,8 +48,7 @@ class InfluenceConfig(SFTConfig):
             Memory in GB for the gradients of queries when every validation row is one (`fit_influence(
             per_example=True)`); queries that do not fit together take passes of their own.
         gradient_store_gb (`float`, *optional*, defaults to `0`):
-            Disk budget in GB for keeping the gradients of the fit pass, so that the score pass reads them instead of
-            computing them again. 0 stores nothing.
+            Disk budget in GB for keeping the gradients of the fit pass. This version stores nothing and accepts 0 only.
 
     > [!NOTE]
     > A negative influence marks a proponent (training on the row lowers the validation loss), a positive one an
@@ -104,8 +103,11 @@ class InfluenceConfig(SFTConfig):
                 raise ValueError(f"`{name}={value}` leaves no row to work on. Give at least 1.")
         if self.query_memory_gb <= 0:
             raise ValueError(f"`query_memory_gb={self.query_memory_gb}` holds no query. Give a positive value.")
-        if self.gradient_store_gb < 0:
-            raise ValueError(f"`gradient_store_gb={self.gradient_store_gb}` is negative. Give 0 to store nothing.")
+        if self.gradient_store_gb != 0:
+            raise ValueError(
+                f"`gradient_store_gb={self.gradient_store_gb}` asks for stored gradients, which this version does not "
+                "keep: every pass computes them. Leave it at 0."
+            )
         if self.hub_token is not None:
             raise ValueError(
                 "`hub_token` would be written in plain text into `training_args.bin`. Set the environment variable "
