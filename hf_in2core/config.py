@@ -48,7 +48,7 @@ class InfluenceConfig(SFTConfig):
             Memory in GB for the gradients of queries when every validation row is one (`fit_influence(
             per_example=True)`); queries that do not fit together take passes of their own.
         gradient_store_gb (`float`, *optional*, defaults to `0`):
-            Disk budget in GB for keeping the gradients of the fit pass. This version stores nothing and accepts 0 only.
+            Disk budget in GB for keeping the gradients of the fit pass. This version keeps none and accepts 0 only.
 
     > [!NOTE]
     > A negative influence marks a proponent (training on the row lowers the validation loss), a positive one an
