@@ -57,7 +57,7 @@ def print_results(results: Mapping[str, Any]) -> None:
         `ValueError`: `results` has no arms.
     """
     rows = _summarize(results)
-    console = Console(highlight=False, markup=False)
+    console = Console()
     for budget in dict.fromkeys(row["budget"] for row in rows):
         _write(console, f"Arms at {BUDGETS.get(budget, budget)}", style="bold")
         _print_table(console, ARM_COLUMNS, [_format_arm(row) for row in rows if row["budget"] == budget])

@@ -22,7 +22,7 @@ def main(settings: Settings) -> None:
     """Check, evaluate and write."""
     from accelerate import PartialState
     from inputs import check_adapter, check_trainable, check_whole_model, load_tokenizer
-    from run_folder import say, write_json
+    from run_folder import join_processes, say, write_json
     from stages import evaluate_model, load_model
     from trl import ModelConfig
 
@@ -30,6 +30,7 @@ def main(settings: Settings) -> None:
     from hf_in2core.data import load_rows
 
     args: EvaluateArguments = settings.arguments
+    join_processes(settings)
     check_whole_model()
     model_args, training_args = settings.make(ModelConfig, use_peft=True), settings.make(InfluenceConfig)
     for adapter in args.adapters:

@@ -33,11 +33,12 @@ def main(settings: Settings) -> None:
         train_arm,
         train_reference,
     )
-    from run_folder import run_setup_script, say
+    from run_folder import join_processes, run_setup_script, say
 
     # What is imported stays; to look through it anew takes half a second for every arm.
     gc.freeze()
     args: In2CoreArguments = settings.arguments
+    join_processes(settings)
     if args.setup_script is not None:
         run_setup_script(args.setup_script)
     job = check(settings)

@@ -14,11 +14,31 @@ from typing import Any
 import datasets
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from recipe_parser import Settings
 from transformers.utils import logging as transformers_logging
+
+from hf_in2core import InfluenceConfig
 
 
 # What a distributed launch leaves in the environment of a child process that is not part of it.
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def join_processes(settings: Settings) -> None:
+    """
+    Join the processes of the launch; every recipe that may have several begins with it.
+
+    Raises:
+        ValueError: if the launcher started several, but they would each take themselves for the only one.
+    """
+    # Training arguments join on the CPU too, which PartialState does only when it is told that there is nothing else.
+    settings.make(InfluenceConfig)
+    launched, joined = int(os.environ.get("WORLD_SIZE", "1")), PartialState().num_processes
+    if launched != joined:
+        raise ValueError(
+            f"{launched} processes were launched, but they do not find each other ({joined} in this group) and would "
+            "write over one another. On CPUs set ACCELERATE_USE_CPU=true before `accelerate launch --multi_gpu`."
+        )
 
 
 def say(message: str) -> None:

@@ -23,7 +23,7 @@ def main(settings: Settings) -> None:
     """Check, score and save."""
     from accelerate import PartialState
     from inputs import check_adapter, check_pool_columns, check_whole_model, load_tokenizer
-    from run_folder import say, written_folder
+    from run_folder import join_processes, say, written_folder
     from stages import compute_influence, score_with
     from trl import ModelConfig
 
@@ -31,6 +31,7 @@ def main(settings: Settings) -> None:
     from hf_in2core.data import load_rows, parse_named_sources
 
     args: ScoreInfluenceArguments = settings.arguments
+    join_processes(settings)
     check_whole_model()
     assert args.pool is not None and args.output_dir is not None
     folder = Path(args.output_dir)

@@ -19,7 +19,7 @@ def make_parser() -> RecipeParser:
 def main(settings: Settings) -> None:
     """Check, train and save."""
     from inputs import check_model, load_tokenizer
-    from run_folder import say
+    from run_folder import join_processes, say
     from stages import make_trainer, train_and_save
     from trl import ModelConfig
 
@@ -27,6 +27,7 @@ def main(settings: Settings) -> None:
     from hf_in2core.data import load_rows
 
     args: SftCoresetArguments = settings.arguments
+    join_processes(settings)
     model_args = settings.make(ModelConfig, use_peft=True)
     training_args = settings.make(InfluenceConfig)
     check_model(model_args, training_args, for_influence=False)

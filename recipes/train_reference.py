@@ -18,7 +18,7 @@ def make_parser() -> RecipeParser:
 def main(settings: Settings) -> None:
     """Check, train and save."""
     from inputs import check_model, load_tokenizer, take_fraction
-    from run_folder import say
+    from run_folder import join_processes, say
     from stages import make_trainer, train_and_save
     from trl import ModelConfig
 
@@ -26,6 +26,7 @@ def main(settings: Settings) -> None:
     from hf_in2core.data import load_rows
 
     args: TrainReferenceArguments = settings.arguments
+    join_processes(settings)
     model_args = settings.make(ModelConfig, use_peft=True)
     training_args = settings.make(InfluenceConfig)
     # Every trainable tensor must have per-example gradients, or the influence would leave it out.

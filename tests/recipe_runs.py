@@ -9,7 +9,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import pytest
 import torch
 import yaml
 from conftest import WORDS, make_model, make_tokenizer
@@ -93,16 +92,17 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 @cache
-def get_inputs(factory: pytest.TempPathFactory) -> Inputs:
+def get_inputs(session_folder: Path) -> Inputs:
     """A folder with a model and data, and the settings of a run on them; the same for every test."""
-    folder = factory.mktemp("inputs")
+    folder = session_folder / "recipe-inputs"
+    folder.mkdir()
     return folder, make_inputs(folder)
 
 
 @cache
-def get_finished_run(factory: pytest.TempPathFactory) -> Path:
+def get_finished_run(session_folder: Path) -> Path:
     """The folder of a finished run, made once; nobody writes into it."""
-    folder, config = get_inputs(factory)
+    folder, config = get_inputs(session_folder)
     run_recipe("in2core", "--config", write_config(folder, config))
     return folder
 

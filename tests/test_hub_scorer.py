@@ -34,7 +34,7 @@ scored, scorer = trainer.score_influence(), trainer.fit_influence()
 url = scorer.push_to_hub("ada/scorer")
 coresets = {"coreset_50": select_coreset(scored, fraction=0.5)}
 publication = push_influence_dataset("ada/scored", scored, coresets=coresets, scorer=scorer)
-result = [url, publication.commit, scored.to_dict(), coresets["coreset_50"]["id"]]
+result = [url, publication.commit, scored.to_dict(), coresets["coreset_50"]["id"][:]]
 """
 
 

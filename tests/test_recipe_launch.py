@@ -6,10 +6,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from datasets import load_from_disk
 from hub_client import make_env
 from loopback_hub import LoopbackHub
@@ -28,26 +28,26 @@ from hf_in2core import select_coreset
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return get_inputs(tmp_path_factory)
+    return get_inputs(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a finished run."""
-    return get_finished_run(tmp_path_factory)
+    return get_finished_run(tmp_path_factory.getbasetemp())
 
 
-def launch(*arguments: str, processes: int = 1, check: bool = True, **kwargs: Any) -> Any:
+def launch(*arguments: str, processes: int = 1, use_cpu: bool = True) -> subprocess.CompletedProcess[str]:
     """`accelerate launch` as users type it, on the CPU."""
     several = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
     command = [
         sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes),
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *arguments,
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=check, timeout=500, **kwargs
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": str(use_cpu).lower()}
+    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert answer.returncode == 0 or not use_cpu, answer.stderr[-3000:]
+    return answer
 
 
 @pytest.mark.slow
@@ -63,10 +63,17 @@ def test_launched_like_the_readme_says(inputs: Inputs, finished: Path, tmp_path:
 @pytest.mark.slow
 def test_two_processes(inputs: Inputs, finished: Path, tmp_path: Path) -> None:
     """Half the batch on each of two processes is the same training, scoring and evaluation."""
-    config = inputs[1] | {"output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 4}
+    script, setups = tmp_path / "setup.py", tmp_path / "setups.txt"
+    script.write_text("import sys; open(sys.argv[1], 'a').write('once ')", encoding="utf-8")
+    config = inputs[1] | {
+        "output_dir": str(tmp_path / "run"),
+        "per_device_train_batch_size": 4,
+        "setup_script": f"{script} {setups}",
+    }
     answer = launch("recipes/in2core.py", "--config", write_config(tmp_path, config), processes=2)
     results = read_results(tmp_path)
     assert results["machine"]["processes"] == 2
+    assert setups.read_text(encoding="utf-8") == "once "
     assert answer.stdout.count("[1/8]") == 1 and answer.stdout.count("Verdict:") == 1
     before = load_from_disk(str(finished / "run" / "scored"))
     scored = load_from_disk(str(tmp_path / "run" / "scored"))
@@ -78,6 +85,23 @@ def test_two_processes(inputs: Inputs, finished: Path, tmp_path: Path) -> None:
     rerun = launch("recipes/in2core.py", "--config", write_config(tmp_path, config), processes=2)
     assert read_results(tmp_path)["arms"] == results["arms"]
     assert "[8/8]" in rerun.stdout
+    # A fitted scorer, each process with its share of the rows.
+    flags = ["--scorer", str(tmp_path / "run" / "scorer"), "--pool", config["pool"], "--output_dir", str(tmp_path)]
+    answer = launch("recipes/score_influence.py", *flags, processes=2)
+    assert answer.stdout.count("has the pool with its influence") == 1
+    again = load_from_disk(str(tmp_path / "scored"))
+    assert again["influence"][:] == pytest.approx(scored["influence"][:], rel=1e-5)
+    assert again["influence_rank"][:] == scored["influence_rank"][:]
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_find_each_other(inputs: Inputs, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("with GPUs the processes do find each other")
+    config = inputs[1] | {"output_dir": str(tmp_path / "run")}
+    answer = launch("recipes/in2core.py", "--config", write_config(tmp_path, config), processes=2, use_cpu=False)
+    assert answer.returncode != 0 and not (tmp_path / "run").exists()
+    assert "set ACCELERATE_USE_CPU=true" in answer.stderr
 
 
 @pytest.mark.slow

@@ -34,13 +34,13 @@ from hf_in2core import InfluenceScorer, select_coreset
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return get_inputs(tmp_path_factory)
+    return get_inputs(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a finished run."""
-    return get_finished_run(tmp_path_factory)
+    return get_finished_run(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture
