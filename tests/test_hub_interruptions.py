@@ -16,6 +16,9 @@ from loopback_http import Fault
 from loopback_hub import Blob, LoopbackHub
 
 
+pytestmark = pytest.mark.slow
+
+
 MAIN = "hf_" + "M" * 34
 
 

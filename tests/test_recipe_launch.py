@@ -26,6 +26,9 @@ from recipe_runs import (
 from hf_in2core import select_coreset
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return get_inputs(tmp_path_factory.getbasetemp())
