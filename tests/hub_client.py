@@ -72,6 +72,8 @@ def make_env(hub: LoopbackHub, home: Path, token: str | None, **extra: str) -> d
     """Environment of a client process: this Hub, an HF_HOME of its own, nothing inherited about the real Hub."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    # The clients' own limit is 10 s, which a busy machine may need for one answer.
+    own |= {"HF_HUB_ETAG_TIMEOUT": "120", "HF_HUB_DOWNLOAD_TIMEOUT": "120"}
     own |= {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
     own |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     return kept | own | ({"HF_TOKEN": token} if token else {}) | extra

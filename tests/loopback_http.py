@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -24,9 +24,10 @@ class HubError(Exception):
 class Fault:
     """What to do to the requests that match. `number` counts the requests of one user (or signed address), from 0.
 
-    `action` is "status" (answer `status` with `headers`, without doing anything), "reset" (read half of the body, then
-    reset the connection), "lost" (do what was asked, then reset instead of answering), "misanswer" (do what was asked,
-    then answer `status`), "slow" (wait `seconds`, go on) or "call" (run `call(hub)` first, go on).
+    `action` is "status" (answer `status` with `headers`, made at that moment where they are a function, and do
+    nothing), "reset" (read half of the body, then reset the connection), "lost" (do what was asked, then reset instead
+    of answering), "misanswer" (do what was asked, then answer `status`), "slow" (wait `seconds`, go on) or "call" (run
+    `call(hub)` first, go on).
     """
 
     action: str
@@ -36,7 +37,7 @@ class Fault:
     method: str | None = None
     times: int = 1
     status: int = 503
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] | Callable[[], dict[str, str]] = field(default_factory=dict)
     seconds: float = 0.0
     call: Callable[[Any], None] | None = None
     hits: int = 0
@@ -59,7 +60,7 @@ class Request:
     owner: str
     number: int
     body: bytes = b""
-    status: int | None = None
+    status: int | None = None  # None while it is under way, 0 when the connection broke off
     time: float = field(default_factory=time.monotonic)
 
 
@@ -111,10 +112,18 @@ def ranged(data: bytes, request: Request, headers: dict[str, str]) -> Answer:
     return Answer(206, data[first : last + 1], headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"})
 
 
+class Server(ThreadingHTTPServer):
+    """One thread per connection. On a busy machine many wait to be accepted; the default would drop all but five."""
+
+    daemon_threads = True
+    request_queue_size = 256
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Any
     origin: str
+    request_now: Request | None = None
 
     def log_message(self, *_: object) -> None:
         pass
@@ -167,6 +176,7 @@ class Handler(BaseHTTPRequestHandler):
             number = next(hub.counts.setdefault(owner, itertools.count()))
             request = Request(self.origin, self.command, kind, url.path, query, headers, owner, number)
             hub.log.append(request)
+            self.request_now = request
             fault = next((fault for fault in hub.faults if fault.matches(request)), None)
             if fault is not None:
                 fault.hits += 1
@@ -177,7 +187,9 @@ class Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.action == "status":
             # Gateways answer in HTML, the Hub itself in JSON: clients must survive both.
             page = b"<html>bad gateway</html>" if fault.status in (502, 503) else {"error": "injected"}
-            return self._answer(request, Answer(fault.status, page, fault.headers))
+            return self._answer(
+                request, Answer(fault.status, page, fault.headers() if callable(fault.headers) else fault.headers)
+            )
         if fault is not None and fault.action == "slow":
             time.sleep(fault.seconds)
         if fault is not None and fault.action == "call":
@@ -214,5 +226,8 @@ class Handler(BaseHTTPRequestHandler):
         except (ConnectionError, ValueError):
             # The client went away in the middle (it was killed, or reset its end): nothing is left to answer.
             self.close_connection = True
+        finally:
+            if self.request_now is not None and self.request_now.status is None:
+                self.request_now.status = 0
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle

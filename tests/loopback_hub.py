@@ -11,16 +11,14 @@ import itertools
 import json
 import re
 import threading
-import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from http.server import ThreadingHTTPServer
 from math import ceil
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote
 
 import yaml
-from loopback_http import Answer, Fault, Handler, HubError, Request, ranged
+from loopback_http import Answer, Fault, Handler, HubError, Request, Server, ranged
 
 
 LFS_SUFFIXES = (".parquet", ".safetensors", ".png", ".bin", ".arrow")
@@ -105,10 +103,10 @@ class Repo:
 
 
 class LoopbackHub:
-    """The server. `multipart_above` bytes an upload comes in parts of that size; a commit takes `commit_seconds`."""
+    """The server. Above `multipart_above` bytes an upload comes in parts of that size."""
 
-    def __init__(self, multipart_above: int = 1 << 20, commit_seconds: float = 0.0):
-        self.multipart_above, self.commit_seconds = multipart_above, commit_seconds
+    def __init__(self, multipart_above: int = 1 << 20):
+        self.multipart_above = multipart_above
         self.users: dict[str, dict] = {}
         self.repos: dict[tuple[str, str], Repo] = {}
         self.parts: dict[tuple[str, str], bytes] = {}
@@ -129,10 +127,9 @@ class LoopbackHub:
             server.server_close()
         assert not self.errors, self.errors
 
-    def _serve(self, origin: str) -> ThreadingHTTPServer:
+    def _serve(self, origin: str) -> Server:
         handler = type("Handler", (Handler,), {"hub": self, "origin": origin})
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        server.daemon_threads = True
+        server = Server(("127.0.0.1", 0), handler)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return server
 
@@ -359,7 +356,6 @@ class LoopbackHub:
                     raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
                 else:
                     tree = {name: blob for name, blob in tree.items() if name != path and not name.startswith(path)}
-            time.sleep(self.commit_seconds)
             heads = f"refs/heads/{p['revision']}"
             ref = f"refs/pr/{len(repo.pulls) + 1}" if as_pr else heads if heads in repo.refs else p["revision"]
             description = header.get("description", "")

@@ -5,6 +5,7 @@ repositories of its own, so that the waits of their retries overlap.
 """
 
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -165,9 +166,13 @@ def delete_repo(hub: LoopbackHub, user: str) -> None:
     del hub.repos[("dataset", f"{user}/x")]
 
 
-def corrupt(hub: LoopbackHub, user: str) -> None:
-    repo = hub.repos[("dataset", f"{user}/x")]
-    repo.resolve("main").tree["data/train-00000-of-00001.parquet"] = Blob(b"something else", True)
+def corrupt(hub: LoopbackHub, user: str, path: str = "data/train-00000-of-00001.parquet") -> None:
+    tree = hub.repos[("dataset", f"{user}/x")].resolve("main").tree
+    tree[path] = Blob(tree[path].data[::-1], tree[path].lfs)  # as many bytes, but others
+
+
+def corrupt_card(hub: LoopbackHub, user: str) -> None:
+    corrupt(hub, user, "README.md")
 
 
 def commit_else(hub: LoopbackHub, user: str) -> None:
@@ -177,6 +182,10 @@ def commit_else(hub: LoopbackHub, user: str) -> None:
     repo.commit(
         "refs/heads/main", repo.resolve("main").oid, "by hand", "", user, tree | {"README.md": Blob(card, False)}
     )
+
+
+def ask_by_date() -> dict[str, str]:
+    return {"Retry-After": time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 4))}
 
 
 @pytest.fixture(scope="module")
@@ -201,13 +210,14 @@ def batch(hub, client) -> tuple[Cases, dict[str, dict]]:
     cases.add("asked to wait", [Fault("status", "commit", status=429, headers=waits)], existing=True)
     limit = {"RateLimit": '"api";r=0;t=2'}
     cases.add("rate limit", [Fault("status", "commit", status=429, headers=limit)], existing=True)
-    date = {"Retry-After": time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 4))}
-    cases.add("asked by date", [Fault("status", "commit", status=503, headers=date)], existing=True)
+    cases.add("asked by date", [Fault("status", "commit", status=503, headers=ask_by_date)], existing=True)
     long = {"Retry-After": "86400"}
     cases.add("asked to wait a day", [Fault("status", "commit", status=429, headers=long)], existing=True)
     cases.add("lonely 412", [Fault("status", "commit", status=412, times=99)], existing=True)
     cases.add("expired address", [Fault("status", "upload", status=403)], existing=True)
     cases.add("other content", [call(corrupt, kind="paths_info")], existing=True)
+    cases.add("other card than listed", [call(corrupt_card, kind="resolve")], existing=True)
+    cases.add("page instead of JSON", [Fault("status", "validate_yaml", status=502)], existing=True)
     ignoring = cases.add("ignored", [], existing=True)
     assert ignoring is not None
     ignoring.resolve("main").tree[".gitignore"] = Blob(b"*.parquet\n", False)
@@ -286,16 +296,18 @@ def test_a_refusal_that_looks_like_a_race_is_named(batch) -> None:
 
 def test_expired_addresses_and_slow_answers_are_survived(batch) -> None:
     cases, outcomes = batch
-    for name in ("expired address", "slow", "turns private"):
+    for name in ("expired address", "slow", "turns private", "page instead of JSON"):
         assert is_complete(cases.get_repo(name), existing=True), outcomes[name]
     assert cases.get_repo("turns private").private
 
 
 def test_what_the_hub_holds_is_compared_with_what_was_sent(batch) -> None:
-    _, outcomes = batch
+    cases, outcomes = batch
     for name in ("other content", "ignored"):
         assert outcomes[name]["error"] == "PublicationError", outcomes[name]
         assert "data/train-00000-of-00001.parquet" in outcomes[name]["message"]
+    assert outcomes["other card than listed"]["error"] == "PublicationError"
+    assert is_untouched(cases.get_repo("other card than listed"), existing=True)
 
 
 def test_repositories_that_come_and_go(hub, client, batch) -> None:
@@ -328,11 +340,10 @@ def test_five_publishers_at_once_all_end_published(hub, client) -> None:
         options = {"config_name": f"config_{number}"} if number >= 3 else {}
         case = {"repo_id": "lab/five", "token": f"hf_five{number:030d}", "options": options}
         cases.append(case | {"coresets": [f"coreset_{number}"]})
-    hub.commit_seconds = 0.15
-    try:
-        outcomes = client.run("result = push_all(cases)", cases=cases)
-    finally:
-        hub.commit_seconds = 0.0
+    # All five have read the same head before the first of them commits.
+    together = threading.Barrier(5)
+    hub.faults += [Fault("call", "commit", owner=f"five{n}", call=lambda hub: together.wait(400)) for n in range(5)]
+    outcomes = client.run("result = push_all(cases)", cases=cases)
     assert not [outcome for outcome in outcomes if "error" in outcome]
     repo = hub.repos[("dataset", "lab/five")]
     # Each commit is one publisher's, whole, and none took away what another had published.

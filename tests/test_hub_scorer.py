@@ -14,9 +14,6 @@ from hub_client import QUIET, ROOT, ClientError, HubClient, check_that_tokens_st
 from loopback_hub import LoopbackHub
 
 
-pytestmark = pytest.mark.slow
-
-
 TOKEN = "hf_" + "S" * 34
 PUBLISH = """
 import conftest
