@@ -28,9 +28,6 @@ from recipe_runs import (
 from transformers import AutoModelForCausalLM
 
 
-pytestmark = pytest.mark.slow
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return get_inputs(tmp_path_factory.getbasetemp())

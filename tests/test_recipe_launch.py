@@ -26,9 +26,6 @@ from recipe_runs import (
 from hf_in2core import select_coreset
 
 
-pytestmark = pytest.mark.slow
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return get_inputs(tmp_path_factory.getbasetemp())
@@ -114,7 +111,14 @@ def test_interrupted_and_resumed(inputs: Inputs, finished: Path, tmp_path: Path,
     command = [sys.executable, "-u", "recipes/in2core.py", "--config", write_config(tmp_path, config)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         for line in process.stdout:

@@ -21,9 +21,6 @@ from hf_in2core import InfluenceConfig, InfluenceTrainer, select_coreset
 from hf_in2core.data import load_rows
 
 
-pytestmark = pytest.mark.slow
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return get_inputs(tmp_path_factory.getbasetemp())

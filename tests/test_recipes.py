@@ -32,9 +32,6 @@ from transformers import AutoModelForCausalLM
 from hf_in2core import InfluenceScorer, select_coreset
 
 
-pytestmark = pytest.mark.slow
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return get_inputs(tmp_path_factory.getbasetemp())
