@@ -1,7 +1,6 @@
-"""Cards for the Hub: what an influence dataset and a model fine-tuned on a coreset say about themselves."""
+"""The card of an influence dataset: what its rows, columns and comparison say."""
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,9 +8,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Value
-from huggingface_hub import EvalResult, ModelCardData
 
-from hf_in2core.card_metadata import add_tags, join_card, parse_card, replace_section
 from hf_in2core.card_text import (
     Markdown,
     escape_markdown,
@@ -23,6 +20,7 @@ from hf_in2core.card_text import (
 )
 
 
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", flags=re.ASCII)
 _ARM_ORDER = ("full", "coreset", "random", "opponents")
 _MEANINGS = {
     "influence": "estimated influence on the validation loss; **negative = proponent**, positive = opponent; null "
@@ -73,6 +71,11 @@ def summarise_influence(scored: Dataset, show: int = 3) -> dict[str, Any]:
             for kind, rank, row in extremes
         ],
     }
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's or dataset's name has the form of a Hub id, rather than that of a path."""
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def is_influence_column(name: str) -> bool:
@@ -143,7 +146,7 @@ def render_influence_section(
         repo_id=Markdown(repo_id),
         config_name=Markdown(config_name),
         load_arguments=Markdown(arguments),
-        validation=_say_validation(scorer.get("validation_sets")),
+        validation=say_validation(scorer.get("validation_sets")),
         splits=[
             {
                 "name": format_code(name),
@@ -163,7 +166,7 @@ def render_influence_section(
         arms=list_arms(results.get("arms") or []),
         stale_results=stale_results,
         plots=[{"path": Markdown(path), "caption": Path(path).stem.replace("_", " ").capitalize()} for path in plots],
-        provenance=_list_provenance(scorer),
+        provenance=list_provenance(scorer),
         replay=Markdown(replay) if replay else None,
         scorer_folder=Markdown(scorer_folder) if scorer_folder else None,
         influence_columns=Markdown(json.dumps([name for name in features if is_influence_column(name)])),
@@ -171,7 +174,8 @@ def render_influence_section(
     )
 
 
-def _say_validation(sets: Any) -> Markdown:
+def say_validation(sets: Any) -> Markdown:
+    """What influence is on: the validation sets by name, from `validation_sets` of a scorer's `config.json`."""
     if not isinstance(sets, Mapping) or not sets or list(sets) == ["validation"]:
         return Markdown("the loss on a validation set")
     named = ", ".join(f"{format_code(str(name))} ({escape_markdown(str(rows))} rows)" for name, rows in sets.items())
@@ -237,7 +241,8 @@ def list_arms(arms: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _list_provenance(scorer: Mapping[str, Any]) -> list[tuple[str, Markdown]]:
+def list_provenance(scorer: Mapping[str, Any]) -> list[tuple[str, Markdown]]:
+    """Lines of the table of how it was made, from a scorer's `config.json`."""
     labels = {
         "base_model": "Reference model",
         "base_model_revision": "Its revision",
@@ -287,85 +292,3 @@ def _list_cost(results: Mapping[str, Any]) -> list[tuple[str, Markdown]]:
     if runs is not None:
         said.append(("Target runs after which selecting has paid", escape_markdown(str(runs))))
     return said
-
-
-def render_target_model_card(
-    model_name: str,
-    *,
-    base_model: str,
-    dataset_id: str,
-    run: Mapping[str, Any],
-    results: Mapping[str, Any],
-    split: str | None = None,
-    dataset_revision: str | None = None,
-    test_name: str = "test set",
-    existing: str | None = None,
-) -> str:
-    """
-    The card of a model that was fine-tuned on a coreset (or on an arm that a coreset is compared with).
-
-    Args:
-        model_name (`str`):
-            Name of the model, the second part of its repository id.
-        base_model (`str`):
-            Hub id of the model that was fine-tuned.
-        dataset_id (`str`):
-            Hub id of the dataset that holds the coreset, or any name when it is not on the Hub.
-        run (`Mapping`):
-            This model's entry of `arms` in `results.json`.
-        results (`Mapping`):
-            `results.json`, for the comparison and the verdict.
-        split (`str`, *optional*):
-            Split of the dataset that it was trained on.
-        dataset_revision (`str`, *optional*):
-            Commit of the dataset.
-        test_name (`str`, *optional*, defaults to `"test set"`):
-            Name of the rows that judged.
-        existing (`str`, *optional*):
-            The card that is there; its own metadata and text are kept.
-
-    Returns:
-        `str`: the whole card, with evaluation results in the form that the Hub renders.
-    """
-    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", dataset_id, flags=re.ASCII) is not None
-    metrics = [("loss", "test_loss", "Test loss per labelled token"), ("perplexity", "test_perplexity", "Perplexity")]
-    evaluated = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=dataset_id if is_on_hub else "other",
-            dataset_name=test_name,
-            dataset_revision=dataset_revision if is_on_hub else None,
-            metric_type=kind,
-            metric_name=label,
-            metric_value=run[key],
-        )
-        for kind, key, label in metrics
-        if isinstance(run.get(key), int | float) and math.isfinite(run[key])
-    ]
-    ours = ModelCardData(eval_results=evaluated or None, model_name=model_name).to_dict()
-    data, body = parse_card(existing) if existing is not None else ({}, f"\n# {escape_markdown(model_name)}\n")
-    data.setdefault("base_model", base_model)
-    if is_on_hub:
-        add_tags(data, "datasets", [dataset_id])
-    add_tags(data, "tags", ["in2core", "coreset", "sft", "trl"])
-    data |= {key: value for key, value in ours.items() if key == "model-index"}
-    section = render_template(
-        "target_model.md",
-        title=model_name,
-        base_model=base_model,
-        base_model_link=_link(base_model),
-        dataset_id=dataset_id,
-        dataset_link=Markdown(dataset_id) if is_on_hub else None,
-        dataset_revision=escape_markdown(dataset_revision) if dataset_revision else None,
-        split=escape_markdown(split) if split else None,
-        trained_on=Markdown(f"the split {format_code(split)}") if split else escape_markdown(str(run.get("arm"))),
-        arms=list_arms(other for other in results.get("arms") or [] if other.get("budget") == run.get("budget")),
-        this_arm=str(run.get("arm")),
-        seed=str(run.get("seed")),
-        verdict=(results.get("verdict") or {}).get("text"),
-    )
-    return join_card(data, replace_section(body, "model", section))
-
-
-def _link(repo_id: str) -> Markdown:
-    return Markdown(re.sub(r"[^\w./-]", "", repo_id, flags=re.ASCII))

@@ -26,7 +26,7 @@ from hf_in2core.card_metadata import (
     parse_card,
     replace_section,
 )
-from hf_in2core.dataset_card import render_influence_section, summarise_influence
+from hf_in2core.dataset_card import is_hub_id, render_influence_section, summarise_influence
 from hf_in2core.hub import Head, Publication, is_main_process, list_folder, publish_files
 from hf_in2core.hub_checks import check_can_push, check_names, get_data_folder
 from hf_in2core.hub_state import LocalFile, call_with_retries, get_status
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CARD, _RESULTS, _REPLAY, _SCORER, _PLOTS = "README.md", "results.json", "config.yaml", "scorer", "plots"
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", flags=re.ASCII)
 _SIZES = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M")]
 _SIZES += [(10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B")]
 
@@ -243,7 +242,7 @@ class _Composer:
         data.setdefault("size_categories", [_name_size(rows["train"])])
 
         scorer = self._read_json(head, f"{_SCORER}/config.json") or {}
-        if _HUB_ID.fullmatch(str(scorer.get("base_model") or "")):
+        if is_hub_id(str(scorer.get("base_model") or "")):
             add_tags(data, "base_model", [scorer["base_model"]])
         results = self._read_json(head, _RESULTS)
         is_same_pool = all(

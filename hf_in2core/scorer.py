@@ -3,17 +3,15 @@
 import json
 import logging
 import os
+import tempfile
 import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate import PartialState
-from huggingface_hub import snapshot_download
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .batches import read_token_rows
 from .blocks import Blocks, find_blocks, trainable_adapter
@@ -21,22 +19,25 @@ from .gradients import GradientRecorder
 from .passes import Passes
 from .preparation import Preparation, hash_template, hash_tokenizer, prepare_batch
 from .scorer_files import (
+    ADAPTER_FILE,
     ADAPTER_FOLDER,
+    AUTOCAST_DTYPES,
     CONFIG_FILE,
     DIRECTIONS_FILE,
     TOKENIZER_FOLDER,
     ScorerConfig,
     check_directions,
+    download_scorer,
+    load_base_model,
     read_directions,
     read_scorer_config,
+    tidy_saved_files,
 )
 from .scoring import average_over_sets, count_queries, score_token_rows
 from .state import hash_adapter, hash_base, hash_json, hash_tensors, write_tensors
 
 
 logger = logging.getLogger(__name__)
-
-AUTOCAST_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # `datasets` hashes and pickles the callables it maps. A scorer pickles as its identity and is found here again, so
 # that no weights are copied and every process gets the same hash.
@@ -77,7 +78,7 @@ class InfluenceScorer:
         self.directions = directions
         self.config = config
         identity = {name: value for name, value in vars(config).items() if name != "tokens_per_batch"}
-        self.fingerprint = hash_json([identity, hash_tensors(directions)])
+        self.fingerprint = hash_json([identity, list(config.validation_sets), hash_tensors(directions)])
         _live_scorers.add(self)
 
     def __repr__(self) -> str:
@@ -204,8 +205,11 @@ class InfluenceScorer:
             )
         self.model.save_pretrained(str(path / ADAPTER_FOLDER), selected_adapters=[self.model.active_adapter])
         self.preparation.processing_class.save_pretrained(path / TOKENIZER_FOLDER)
-        write_tensors(path / DIRECTIONS_FILE, self.directions, {"format": "pt", "fingerprint": self.fingerprint})
-        text = json.dumps(vars(self.config), indent=2, sort_keys=True, ensure_ascii=False)
+        tidy_saved_files(path)
+        # One key only: several are written in no fixed order, and the same scorer would be other bytes.
+        write_tensors(path / DIRECTIONS_FILE, self.directions, {"fingerprint": self.fingerprint})
+        # Unsorted: the order of the validation sets is that of the directions.
+        text = json.dumps(vars(self.config), indent=2, ensure_ascii=False)
         temporary = path / f".{CONFIG_FILE}.tmp"
         temporary.write_text(text + "\n", encoding="utf-8")
         temporary.replace(path / CONFIG_FILE)
@@ -215,55 +219,68 @@ class InfluenceScorer:
         cls,
         name_or_path: str | os.PathLike,
         revision: str | None = None,
-        model: PreTrainedModel | None = None,
+        model: PreTrainedModel | PeftModel | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         token: str | None = None,
+        repo_type: str = "model",
+        subfolder: str = "",
     ) -> "InfluenceScorer":
         """
         Load a scorer from a folder or from the Hub, and check that everything is what it was fitted with.
 
+        No training data is needed, no pickle is read and no code of the repository is run.
+
         Args:
             name_or_path (`str` or `os.PathLike`):
-                Folder of [`save_pretrained`] or Hub model id.
+                Folder of [`save_pretrained`] or Hub id.
             revision (`str`, *optional*):
-                Branch, tag or commit on the Hub.
+                Branch, tag or commit on the Hub. Name a commit where it matters: without a connection, a branch is
+                answered from the cache.
             model ([`~transformers.PreTrainedModel`], *optional*):
                 Base model without adapter; loaded from its id by default. The adapter is put into it.
             processing_class (`transformers.PreTrainedTokenizerBase`, *optional*):
                 Tokenizer; the saved one by default.
             token (`str`, *optional*):
                 Hub token; the one of the environment by default.
+            repo_type (`str`, *optional*, defaults to `"model"`):
+                `"dataset"` for the scorer beside a published pool, with `subfolder="scorer"`.
+            subfolder (`str`, *optional*, defaults to `""`):
+                Folder of the repository, or below the local one.
 
         Returns:
             [`InfluenceScorer`]
 
         Raises:
-            FileNotFoundError: if the folder is no scorer's.
-            ValueError: if the file is from a newer version or has unknown keys, or if the base model, adapter,
+            FileNotFoundError: if there is no such repository, or the folder is no scorer's.
+            ValueError: if a file is from a newer version, damaged or has unknown keys, or if the base model, adapter,
                 tokenizer, template or directions are not those it was fitted with (the message says which).
         """
         path = Path(name_or_path)
         if not path.is_dir():
-            path = Path(snapshot_download(str(name_or_path), revision=revision, token=token))
+            path = download_scorer(str(name_or_path), revision, token, repo_type, subfolder)
+        path = path / subfolder
         config = read_scorer_config(path)
-        if model is None:
-            if not config.base_model:
-                raise ValueError(
-                    f"The scorer in {name_or_path} was fitted with a base model in memory. Pass it: "
-                    "`InfluenceScorer.from_pretrained(..., model=model, processing_class=tokenizer)`."
-                )
-            model = AutoModelForCausalLM.from_pretrained(
-                config.base_model, revision=config.base_model_revision, dtype=getattr(torch, config.base_model_dtype)
-            ).to(PartialState().device)
+        directions, fingerprint = read_directions(path / DIRECTIONS_FILE, config)
+        if not (path / ADAPTER_FILE).is_file():
+            raise FileNotFoundError(
+                f"{path / ADAPTER_FILE} is missing; an adapter in any other form than safetensors is not read. "
+                "Download the scorer again, or save it with `save_pretrained`."
+            )
         if isinstance(model, PeftModel):
             raise ValueError(
                 "`model` already carries an adapter; the scorer brings its own. Pass the base model without one "
                 "(`peft_model.unload()`)."
             )
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(path / TOKENIZER_FOLDER)
-        peft_model = PeftModel.from_pretrained(model, str(path / ADAPTER_FOLDER))
+        base = load_base_model(config, str(name_or_path)) if model is None else model
+        tokenizer = processing_class or AutoTokenizer.from_pretrained(path / TOKENIZER_FOLDER, trust_remote_code=False)
+        try:
+            peft_model = PeftModel.from_pretrained(base, str(path / ADAPTER_FOLDER))
+        except Exception as error:  # PEFT raises many types: unknown settings, missing modules, other shapes
+            raise ValueError(
+                f"The adapter in {path / ADAPTER_FOLDER} does not fit the base model ({error}). Load the base model "
+                f"that the scorer was fitted with ({config.base_model or 'in memory'})."
+            ) from error
         preparation = Preparation(processing_class=tokenizer, **config.preparation)
-        directions = read_directions(path / DIRECTIONS_FILE)
         with trainable_adapter(peft_model, set(directions)):
             blocks = find_blocks(peft_model, peft_model.active_adapter)
         check_directions(directions, blocks)
@@ -281,13 +298,25 @@ class InfluenceScorer:
                 "scores would mean nothing. Load the same one, or fit a scorer for this one."
             )
         device = next(iter(blocks.values())).tensor.device
-        return cls(peft_model, preparation, {name: u.to(device) for name, u in directions.items()}, config)
+        scorer = cls(peft_model, preparation, {name: u.to(device) for name, u in directions.items()}, config)
+        if scorer.fingerprint != fingerprint:
+            raise ValueError(
+                f"{CONFIG_FILE} and {DIRECTIONS_FILE} in {name_or_path} are not of the same scorer: one of them was "
+                "changed after they were saved. Download both again."
+            )
+        return scorer
 
     def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, revision: str | None = None, token: str | None = None
-    ) -> str:
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        token: str | None = None,
+    ) -> str | None:
         """
-        Push the scorer's folder to a Hub model repository in one commit.
+        Push the scorer's folder with a card to a Hub model repository in one commit, from the main process only.
 
         Args:
             repo_id (`str`):
@@ -296,20 +325,37 @@ class InfluenceScorer:
                 Visibility of a new repository.
             revision (`str`, *optional*):
                 Branch to push to.
+            create_pr (`bool`, *optional*, defaults to `False`):
+                Open a pull request instead.
             token (`str`, *optional*):
                 Hub token; the one of the environment by default.
 
         Returns:
-            `str`: the URL of the commit.
+            `str` or `None`: the URL of the commit or pull request; `None` on every process but the main one.
         """
-        import tempfile
+        from .hub import Head, is_main_process, upload_folder_in_one_commit
+        from .model_card import render_scorer_card
 
-        from .hub import upload_folder_in_one_commit
+        if not is_main_process():
+            return None
+
+        def compose(head: Head) -> tuple[dict[str, bytes], list[str]]:
+            existing = head.read("README.md")
+            card = render_scorer_card(repo_id, vars(self.config), existing.decode() if existing is not None else None)
+            return {"README.md": card.encode()}, []
 
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             publication = upload_folder_in_one_commit(
-                folder, repo_id, repo_type="model", private=private, revision=revision, token=token
+                folder,
+                repo_id,
+                repo_type="model",
+                message="Publish scorer",
+                compose=compose,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                token=token,
             )
             return publication.url
 

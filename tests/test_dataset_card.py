@@ -27,7 +27,8 @@ from hf_in2core.card_metadata import (
     replace_section,
 )
 from hf_in2core.card_text import escape_markdown, format_code, format_row, load_template
-from hf_in2core.dataset_card import render_influence_section, render_target_model_card, summarise_influence
+from hf_in2core.dataset_card import render_influence_section, summarise_influence
+from hf_in2core.model_card import render_target_model_card
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,6 +16,7 @@ from loopback_hub import LoopbackHub
 
 TOKEN = "hf_" + "S" * 34
 PUBLISH = """
+import os
 import conftest
 from test_trainer import make_trainer
 from huggingface_hub import HfApi
@@ -32,6 +33,10 @@ pool, validation = conftest.make_prompt_completion(23, seed=0), conftest.make_pr
 trainer = make_trainer("run", pool, validation, conftest.torch.float32, model=model)
 scored, scorer = trainer.score_influence(), trainer.fit_influence()
 url = scorer.push_to_hub("ada/scorer")
+assert scorer.push_to_hub("ada/scorer") == url
+os.environ["RANK"] = "1"
+assert scorer.push_to_hub("ada/scorer-of-another-process") is None
+del os.environ["RANK"]
 coresets = {"coreset_50": select_coreset(scored, fraction=0.5)}
 publication = push_influence_dataset("ada/scored", scored, coresets=coresets, scorer=scorer)
 result = [url, publication.commit, scored.to_dict(), coresets["coreset_50"]["id"][:]]
@@ -107,17 +112,59 @@ def test_no_pickle_is_published_and_none_is_needed(hub, published) -> None:
     assert "scorer/scorer.safetensors" in names and "scorer/adapter/adapter_model.safetensors" in names
 
 
-def test_pushing_the_same_scorer_again_makes_no_commit(hub, published, tmp_path) -> None:
-    before = len(hub.repos[("model", "ada/scorer")].history())
-    again = """
-        from huggingface_hub import snapshot_download
-        from hf_in2core.hub import upload_folder_in_one_commit
-        folder = snapshot_download("ada/scorer", local_dir="scorer")
-        result = list(upload_folder_in_one_commit(folder, "ada/scorer").changed)
-    """
-    with HubClient(hub, tmp_path, TOKEN, **QUIET) as client:
-        assert client.run(again) == []
-    assert len(hub.repos[("model", "ada/scorer")].history()) == before == 2
+def test_the_scorers_card_explains_it_and_its_snippet_runs(hub, published, elsewhere) -> None:
+    repo = hub.repos[("model", "ada/scorer")]
+    assert len(repo.history()) == 2, "the second push of the same scorer made a commit"
+    assert ("model", "ada/scorer-of-another-process") not in hub.repos
+    card = repo.files()["README.md"].decode()
+    assert "- ada/tiny" in card and "**Negative influence = proponent**" in card
+    assert "| Reference model | `ada/tiny` |" in card
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert elsewhere.run(snippet + "\nresult = scorer.config.base_model") == "ada/tiny"
+    assert not [path for path in repo.files() if path.endswith("README.md") and path != "README.md"]
+
+
+def test_a_scorer_pushed_again_from_another_process_makes_no_commit(hub, published, tmp_path) -> None:
+    before = len(hub.requests(kind="commit"))
+    with HubClient(hub, tmp_path, TOKEN, HF_HUB_OFFLINE="0", PYTHONHASHSEED="7", **QUIET) as client:
+        url = client.run(
+            """
+            from hf_in2core import InfluenceScorer
+            result = InfluenceScorer.from_pretrained("ada/scorer").push_to_hub("ada/scorer")
+            """
+        )
+    assert url == published[0]
+    assert len(hub.requests(kind="commit")) == before
+
+
+def test_only_what_a_scorer_consists_of_is_downloaded(hub, published, elsewhere) -> None:
+    files = hub.repos[("model", "ada/scorer")].files()
+    extra = {"training_args.bin": b"pickle", "adapter/adapter_model.bin": b"pickle", "data/x.parquet": b"rows"}
+    hub.add_repo("model", "ada/stuffed", files | extra)
+    names = elsewhere.run(
+        """
+        from pathlib import Path
+        from huggingface_hub import constants
+        from hf_in2core import InfluenceScorer
+        InfluenceScorer.from_pretrained("ada/stuffed")
+        cached = next(Path(constants.HF_HUB_CACHE).glob("models--ada--stuffed/snapshots/*"))
+        result = [str(path.relative_to(cached)) for path in cached.rglob("*") if path.is_file()]
+        """
+    )
+    assert set(names) < set(files)
+
+
+def test_what_is_no_scorer_on_the_hub_is_explained(hub, published, elsewhere) -> None:
+    for arguments, told in [
+        ("'ada/scored'", 'repo_type="dataset", subfolder="scorer"'),
+        ("'ada/scored', repo_type='dataset'", "holds no scorer"),
+        ("'ada/tiny'", "format_version"),
+        ("'no/where'", "can be seen"),
+        ("'a/b/c'", "can be seen"),
+    ]:
+        with pytest.raises(ClientError) as raised:
+            elsewhere.run(f"from hf_in2core import InfluenceScorer; InfluenceScorer.from_pretrained({arguments})")
+        assert told in raised.value.message, arguments
 
 
 def test_another_base_model_under_the_same_name_is_noticed(hub, published, elsewhere) -> None:

@@ -116,13 +116,16 @@ def test_columns_and_chat_template_travel_with_the_scorer(tmp_path, model_folder
         assert_same(mapped["influence"], scored["influence"], 1e-5)
 
 
-def test_named_sets_add_their_columns(tmp_path, pool, validation) -> None:
-    sets = {"first": validation, "second": make_prompt_completion(4, seed=5)}
-    trainer = make_trainer(tmp_path, pool, sets, torch.float32)
-    mapped = pool.map(trainer.fit_influence(), batched=True)
+def test_named_sets_add_their_columns(tmp_path, pool, validation, model_folder) -> None:
+    sets = {"second": validation, "first": make_prompt_completion(4, seed=5)}  # in no alphabetical order
+    model = add_trained_adapter(AutoModelForCausalLM.from_pretrained(model_folder))
+    trainer = make_trainer(tmp_path / "run", pool, sets, torch.float32, model=model)
     scored = trainer.score_influence()
-    for column in ("influence", "influence_first", "influence_second"):
-        assert_same(mapped[column], scored[column], 1e-5)
+    trainer.fit_influence().save_pretrained(tmp_path / "scorer")
+    for scorer in (trainer.fit_influence(), InfluenceScorer.from_pretrained(tmp_path / "scorer")):
+        mapped = pool.map(scorer, batched=True)
+        for column in ("influence", "influence_first", "influence_second"):
+            assert_same(mapped[column], scored[column], 1e-5)
 
 
 def test_a_base_in_memory_is_saved_with_a_warning_and_needs_the_model_back(tmp_path, pool, validation, caplog) -> None:
