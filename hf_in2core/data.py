@@ -113,16 +113,17 @@ def _load_from_hub(source: str) -> Dataset:
 
 def parse_named_sources(sources: list[str], what: str = "validation") -> dict[str, str]:
     """
-    Read `--validation V` or `--validation name=V name2=V2`.
+    Read `--validation V`, `--validation name=V name2=V2` or `--validation V name2=V2`.
 
     Args:
         sources (`list[str]`):
-            A single source, or several with names.
+            A single source, or several of which one at most has no name.
         what (`str`, *optional*, defaults to `"validation"`):
             Flag, named in errors.
 
     Returns:
-        `dict[str, str]`: source by name; the name of a single source without one is `""`.
+        `dict[str, str]`: source by name; a source without one is called `""` where it is the only one, and `what`
+        beside others.
 
     Raises:
         ValueError: if several sources lack names, or a name is given twice.
@@ -132,10 +133,12 @@ def parse_named_sources(sources: list[str], what: str = "validation") -> dict[st
         match = None if Path(source).expanduser().exists() else NAMED_SOURCE.fullmatch(source)
         name, value = (match.group(1), match.group(2)) if match else ("", source)
         if not name and len(sources) > 1:
-            raise ValueError(
-                f"`--{what}` has {len(sources)} sources, but `{source}` has no name. Name each of them: "
-                f"`--{what} math=data/math.jsonl code=data/code.jsonl`."
-            )
+            if what in named:
+                raise ValueError(
+                    f"`--{what}` has {len(sources)} sources, and `{source}` is not the first without a name. Name "
+                    f"them: `--{what} math=data/math.jsonl code=data/code.jsonl`."
+                )
+            name = what
         if name in named:
             raise ValueError(f"`--{what}` has the name `{name}` twice. Give each source a name of its own.")
         named[name] = value

@@ -113,6 +113,7 @@ def test_named_sources(tmp_path: Path) -> None:
         "math": "a.jsonl",
         "code": "user/repo:test",
     }
+    assert parse_named_sources(["a.jsonl", "code=b.jsonl"]) == {"validation": "a.jsonl", "code": "b.jsonl"}
     # A file whose name looks like a named source is a file.
     path = tmp_path / "lr=1.jsonl"
     path.write_text("{}", encoding="utf-8")
@@ -120,8 +121,8 @@ def test_named_sources(tmp_path: Path) -> None:
 
 
 def test_named_sources_refused() -> None:
-    with pytest.raises(ValueError, match="`b.jsonl` has no name"):
-        parse_named_sources(["math=a.jsonl", "b.jsonl"])
+    with pytest.raises(ValueError, match="`b.jsonl` is not the first without a name"):
+        parse_named_sources(["a.jsonl", "math=c.jsonl", "b.jsonl"])
     with pytest.raises(ValueError, match="`math` twice"):
         parse_named_sources(["math=a.jsonl", "math=b.jsonl"])
 
