@@ -25,6 +25,7 @@ def select_coreset(
     fraction: float | None = None,
     size: int | None = None,
     strategy: str = "top",
+    column: str = "influence",
     proponents_only: bool = False,
     group_column: str | None = None,
     group_quota: str = "proportional",
@@ -64,6 +65,11 @@ def select_coreset(
               seed and no groups, a smaller draw is contained in a larger one.
             - `"round_robin"`: for a pool scored against several named validation sets (`influence_<name>` columns).
               Each set in turn, in the order of the columns, takes its strongest proponent that no set has taken yet.
+        column (`str`, *optional*, defaults to `"influence"`):
+            Numeric column to select by in place of `influence`, such as those of [`baselines`]. Whatever it holds,
+            `"top"` takes its smallest values first and `"bottom"` its largest, and null or NaN marks rows that are
+            never selected: `column="rds_rank"` takes the rows closest to the validation set, `column="loss"` those of
+            the lowest loss.
         proponents_only (`bool`, *optional*, defaults to `False`):
             Drop the rows with `influence` >= 0 before anything else. If fewer rows are left than asked for, all of
             them are returned, with a warning that states the counts.
@@ -78,8 +84,8 @@ def select_coreset(
             - `"equal"`: the same number for each; what a group cannot fill is shared equally by the others, and an
               indivisible rest goes to the groups that come first in the pool.
         order (`str`, *optional*, defaults to `"influence"`):
-            Order of the returned rows: `"influence"` (smallest influence first, whatever the strategy, `"random"`
-            included) or `"original"` (as in the pool). Ties keep the order of the pool.
+            Order of the returned rows: `"influence"` (smallest influence first, or value of `column`, whatever the
+            strategy, `"random"` included) or `"original"` (as in the pool). Ties keep the order of the pool.
         seed (`int`, *optional*, defaults to `0`):
             Seed of `strategy="random"`; the other strategies draw nothing.
 
@@ -90,10 +96,10 @@ def select_coreset(
     Raises:
         `TypeError`: `scored` is not a `datasets.Dataset`, or `size`, `fraction`, `influence` or the group column has
             the wrong type.
-        `ValueError`: a missing column, an option that does not exist, a fraction outside (0, 1], more rows asked for
-            than carry loss, or nothing to select from.
+        `ValueError`: a missing column, an option that does not exist or that needs influence where `column` is
+            another, a fraction outside (0, 1], more rows asked for than carry loss, or nothing to select from.
     """
-    _check_dataset(scored)
+    _check_dataset(scored, column)
     _check_choice("strategy", strategy, STRATEGIES)
     _check_choice("group_quota", group_quota, GROUP_QUOTAS)
     _check_choice("order", order, ORDERS)
@@ -105,12 +111,18 @@ def select_coreset(
     if group_column is not None and group_column not in scored.column_names:
         raise ValueError(f"group_column={group_column!r} is not a column of the dataset: {scored.column_names}.")
     _check_request(fraction, size)
+    if column != "influence" and (proponents_only or strategy == "round_robin"):
+        asked = "proponents_only=True" if proponents_only else f"strategy={strategy!r}"
+        raise ValueError(
+            f"{asked} needs influence, whose sign means something, but column={column!r} is to select. Leave out one "
+            "of the two."
+        )
 
-    influence = _read_scores(scored, "influence")
+    influence = _read_scores(scored, column)
     rows = np.flatnonzero(~np.isnan(influence))
     if len(rows) == 0:
         raise ValueError(
-            f"influence is null or NaN in all {len(influence)} rows: no row carries loss, so there is nothing to "
+            f"{column} is null or NaN in all {len(influence)} rows: no row carries loss, so there is nothing to "
             "select. Check the labels (masks, max_length) with which the pool was scored."
         )
     count = _resolve_size(fraction, size, num_loss_rows=len(rows), num_rows=len(influence))
@@ -167,10 +179,10 @@ def _take(
     if strategy == "random":
         return generator.permutation(rows)[:count]
     assert set_scores is not None
-    return _take_round_robin(rows, count, set_scores)
+    return take_round_robin(rows, count, set_scores)
 
 
-def _take_round_robin(rows: np.ndarray, count: int, set_scores: np.ndarray) -> np.ndarray:
+def take_round_robin(rows: np.ndarray, count: int, set_scores: np.ndarray) -> np.ndarray:
     """Let each validation set (rows of `set_scores`, shape `[Q, pool]`) take its next strongest proponent in turn."""
     queues = [iter(rows[np.argsort(scores[rows], kind="stable")].tolist()) for scores in set_scores]
     taken: dict[int, None] = {}
@@ -271,7 +283,7 @@ def _read_groups(scored: Dataset, group_column: str, rows: np.ndarray) -> list[n
     return [by_group[i] for i in np.argsort(first)]
 
 
-def _check_dataset(scored: Dataset) -> None:
+def _check_dataset(scored: Dataset, column: str) -> None:
     if isinstance(scored, (IterableDataset, IterableDatasetDict)):
         raise TypeError(
             f"select_coreset got a {type(scored).__name__}: a stream cannot be ranked, since the rank of a row needs "
@@ -282,11 +294,14 @@ def _check_dataset(scored: Dataset) -> None:
         raise TypeError(f"select_coreset got a DatasetDict with the splits {list(scored)}: pass one of its splits.")
     if not isinstance(scored, Dataset):
         raise TypeError(f"select_coreset needs a scored datasets.Dataset, but got {type(scored).__name__}.")
-    if "influence" not in scored.column_names:
-        raise ValueError(
-            f"The dataset has no column 'influence' (its columns: {scored.column_names}). Score it first: "
-            "`trainer.score_influence()`, or `dataset.map(scorer, batched=True)` with a fitted InfluenceScorer."
+    if column not in scored.column_names:
+        remedy = (
+            "Score it first: `trainer.score_influence()`, or `dataset.map(scorer, batched=True)` with a fitted "
+            "InfluenceScorer."
+            if column == "influence"
+            else "Add it first, for example with a function of `hf_in2core.baselines`, or name one of these."
         )
+        raise ValueError(f"The dataset has no column {column!r} (its columns: {scored.column_names}). {remedy}")
     if len(scored) == 0:
         raise ValueError("The dataset has no rows, so nothing can be selected. Check how it was loaded or filtered.")
 

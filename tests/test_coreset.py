@@ -356,3 +356,27 @@ def test_bad_datasets() -> None:
         select_coreset(
             make_scored([1.0, -1.0], influence_a=[1.0, -1.0], influence_b=[1.0, None]), size=1, strategy="round_robin"
         )
+
+
+def test_another_column_selects_as_influence_would() -> None:
+    values = [3.0, None, -1.0, 2.0, 0.5, 2.0]
+    scored = make_scored([0.0, 1.0, None, 3.0, 4.0, 5.0], loss=values, rank=[5, 4, 3, 2, 1, 0])
+    for strategy in ("top", "bottom", "random"):
+        by_column = select_coreset(scored, size=3, strategy=strategy, column="loss", seed=5)
+        by_influence = select_coreset(make_scored(values), size=3, strategy=strategy, seed=5)
+        assert by_column["position"][:] == by_influence["position"][:]
+    assert select_coreset(scored, size=2, column="rank")["rank"][:] == [0, 1]
+    # The column stands alone: the rows need no influence.
+    assert len(select_coreset(scored.remove_columns("influence"), fraction=0.4, column="loss")) == 2
+
+
+def test_another_column_is_checked() -> None:
+    scored = make_scored([0.0, 1.0], loss=[1.0, 2.0], name=["a", "b"])
+    with pytest.raises(ValueError, match="no column 'rds_rank'.*hf_in2core.baselines"):
+        select_coreset(scored, size=1, column="rds_rank")
+    with pytest.raises(TypeError, match="'name' holds string"):
+        select_coreset(scored, size=1, column="name")
+    with pytest.raises(ValueError, match="proponents_only=True needs influence"):
+        select_coreset(scored, size=1, column="loss", proponents_only=True)
+    with pytest.raises(ValueError, match="strategy='round_robin' needs influence"):
+        select_coreset(scored, size=1, column="loss", strategy="round_robin")
