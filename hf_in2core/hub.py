@@ -97,6 +97,7 @@ def publish_files(
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    parent_commit: str | None = None,
 ) -> Publication:
     """
     Publish files in one commit. The repository and the branch are created when they do not exist.
@@ -124,6 +125,9 @@ def publish_files(
             Branch to commit to; the default branch when `None`.
         create_pr (`bool`, *optional*, defaults to `False`):
             Open a pull request instead. An open pull request with the same content is found and returned.
+        parent_commit (`str`, *optional*):
+            Commit that the content was made from. Nothing is published when the branch holds something newer, which
+            the content would not account for.
 
     Returns:
         [`Publication`]: the commit, verified against the hashes that the Hub reports for it.
@@ -131,7 +135,8 @@ def publish_files(
     Raises:
         ValueError: a file would publish an access token, or `private=True` on a public repository.
         PermissionError: commits keep being refused although nobody else commits.
-        PublicationError: the Hub reports other content than what was sent.
+        PublicationError: the Hub reports other content than what was sent, or the branch moved on from
+            `parent_commit`.
         HfHubHTTPError: the Hub refused (authentication, permission, missing repository).
     """
     validate_repo_id(repo_id)
@@ -148,12 +153,11 @@ def publish_files(
     conflicts = failures = 0
     while True:
         head = read_head(repo_id, repo_type=repo_type, revision=revision, token=token)
-        if private and not head.private:
-            raise ValueError(f"{repo_id} is public, but private=True was asked for. Make it private in its settings.")
         if parents and head.oid != parents[0]:
             landed = _find_landed_commit(target, sent, parents[0])
             if landed is not None:
                 return landed
+        _check_head(head, repo_id, private, parent_commit)
         change = _compare(local, compose, head, token)
         if not change.files and not change.deleted:
             logger.info("%s already holds all of it: nothing to commit.", repo_id)
@@ -279,6 +283,16 @@ def _ensure_repository(target: _Target, private: bool | None) -> None:
     if is_branch:
         branch = str(target.revision)
         call_with_retries(lambda: api.create_branch(repo_id, branch=branch, repo_type=kind, exist_ok=True))
+
+
+def _check_head(head: Head, repo_id: str, private: bool | None, parent_commit: str | None) -> None:
+    if private and not head.private:
+        raise ValueError(f"{repo_id} is public, but private=True was asked for. Make it private in its settings.")
+    if parent_commit is not None and head.oid != parent_commit:
+        raise PublicationError(
+            f"{repo_id} has a newer commit ({head.oid}) than the one that this was made from ({parent_commit}), so "
+            "publishing could undo what was added there. Nothing was published: load it again and repeat."
+        )
 
 
 def _compare(local: Mapping[str, LocalFile], compose: Compose | None, head: Head, token: str | None) -> _Change:

@@ -55,6 +55,7 @@ def push_influence_dataset(
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    parent_commit: str | None = None,
     token: str | None = None,
     max_shard_size: int | str = "500MB",
     commit_message: str = "Publish influence",
@@ -97,6 +98,9 @@ def push_influence_dataset(
             Branch to publish to; created when it does not exist.
         create_pr (`bool`, *optional*, defaults to `False`):
             Open a pull request instead.
+        parent_commit (`str`, *optional*):
+            Commit that the pool was loaded from, when published rows were added to: nothing is published when somebody
+            has published there since, whose rows would be lost.
         token (`str`, *optional*):
             Access token; the one of `HF_TOKEN` or of the login when `None`.
         max_shard_size (`int` or `str`, *optional*, defaults to `"500MB"`):
@@ -162,6 +166,7 @@ def push_influence_dataset(
             private=private,
             revision=revision,
             create_pr=create_pr,
+            parent_commit=parent_commit,
         )
 
 

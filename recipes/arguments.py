@@ -125,7 +125,11 @@ class ScoreInfluenceArguments(DataArguments):
     pool: str | None = field(default=None, metadata={"help": "Rows to score: Hub id[:split], folder or file."})
     reference_adapter: str | None = field(default=None, metadata={"help": "Trained adapter: folder or Hub id."})
     validation: list[str] | None = field(
-        default=None, metadata={"help": "Rows that select: one source, or several with names (`math=… code=…`)."}
+        default=None,
+        metadata={
+            "help": "Rows that select: one source, or several with names (`math=… code=…`). With --scorer: those it "
+            "was fitted with, to measure on a sample what fitting it on this pool would change."
+        },
     )
     scorer: str | None = field(
         default=None, metadata={"help": "Fitted scorer (folder or Hub id), instead of an adapter and validation rows."}
@@ -135,8 +139,8 @@ class ScoreInfluenceArguments(DataArguments):
         require(self, "output_dir", "pool")
         if self.scorer is None:
             require(self, "model_name_or_path", "reference_adapter", "validation")
-        elif self.reference_adapter or self.validation:
-            raise ValueError("--scorer brings its adapter and its validation gradients. Leave out the other two.")
+        elif self.reference_adapter:
+            raise ValueError("--scorer brings its adapter. Leave out --reference_adapter.")
 
 
 @dataclass

@@ -5,7 +5,7 @@
         --validation my_validation.jsonl --output_dir runs/influence
 
 `output_dir` then holds scored/ (the pool with its influence), scorer/ and config.yaml; the same command resumes. With
-`--scorer PATH|ID` in place of model, adapter and validation set, a scorer fitted before scores another pool.
+`--scorer PATH|ID` in place of model and adapter, a scorer fitted before scores another pool.
 """
 
 from pathlib import Path
@@ -29,6 +29,7 @@ def main(settings: Settings) -> None:
 
     from hf_in2core import InfluenceConfig, InfluenceScorer
     from hf_in2core.data import load_rows, parse_named_sources
+    from hf_in2core.pools import check_fitted_pool
 
     args: ScoreInfluenceArguments = settings.arguments
     join_processes(settings)
@@ -36,13 +37,14 @@ def main(settings: Settings) -> None:
     assert args.pool is not None and args.output_dir is not None
     folder = Path(args.output_dir)
     pool = load_rows(args.pool, "pool")
+    sources = parse_named_sources(args.validation or [])
+    validation = {name: load_rows(source, f"validation set {name}".strip()) for name, source in sources.items()}
     if args.scorer is not None:
         scorer = InfluenceScorer.from_pretrained(args.scorer)
         check_pool_columns(pool, list(scorer.config.validation_sets), [])
+        check_fitted_pool(scorer, pool, {name or "validation": rows for name, rows in validation.items()})
         scored = score_with(scorer, pool)
     else:
-        sources = parse_named_sources(args.validation or [])
-        validation = {name: load_rows(source, f"validation set {name}".strip()) for name, source in sources.items()}
         check_pool_columns(pool, list(validation), [])
         model_args, influence_args = settings.make(ModelConfig, use_peft=True), settings.make(InfluenceConfig)
         assert args.reference_adapter is not None

@@ -9,8 +9,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import conftest
 import pytest
+from datasets import concatenate_datasets
 from hub_client import QUIET, ROOT, ClientError, HubClient, check_that_tokens_stayed_secret, make_env
+from loopback_http import Fault
 from loopback_hub import LoopbackHub
 
 
@@ -18,6 +21,7 @@ TOKEN = "hf_" + "S" * 34
 PUBLISH = """
 import os
 import conftest
+from datasets import Dataset, concatenate_datasets
 from test_trainer import make_trainer
 from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -38,7 +42,9 @@ os.environ["RANK"] = "1"
 assert scorer.push_to_hub("ada/scorer-of-another-process") is None
 del os.environ["RANK"]
 coresets = {"coreset_50": select_coreset(scored, fraction=0.5)}
-publication = push_influence_dataset("ada/scored", scored, coresets=coresets, scorer=scorer)
+publication = push_influence_dataset(
+    "ada/scored", scored, coresets=coresets, scorer=scorer, validation={"validation": validation}
+)
 result = [url, publication.commit, scored.to_dict(), coresets["coreset_50"]["id"][:]]
 """
 
@@ -52,9 +58,14 @@ def hub() -> Iterator[LoopbackHub]:
 
 
 @pytest.fixture(scope="module")
-def published(hub, tmp_path_factory) -> list[Any]:
-    with HubClient(hub, tmp_path_factory.mktemp("home"), TOKEN, HF_HUB_OFFLINE="0", **QUIET) as publisher:
-        return publisher.run(PUBLISH)
+def publisher(hub, tmp_path_factory) -> Iterator[HubClient]:
+    with HubClient(hub, tmp_path_factory.mktemp("home"), TOKEN, HF_HUB_OFFLINE="0", **QUIET) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def published(publisher) -> list[Any]:
+    return publisher.run(PUBLISH, shared=True)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +188,98 @@ def test_another_base_model_under_the_same_name_is_noticed(hub, published, elsew
         elsewhere.run("from hf_in2core import InfluenceScorer; InfluenceScorer.from_pretrained('ada/scorer')")
     assert raised.value.kinds[0] == "ValueError" and "another base model" in raised.value.message
     hub.add_repo("model", "ada/tiny", files)
+
+
+# Pools grow
+
+
+GROW = """
+from recipe_runs import run_recipe
+run_recipe("grow", *flags)
+"""
+
+
+def test_a_published_pool_grows_without_a_refit(hub, published, publisher, tmp_path) -> None:
+    hub.add_repo("dataset", "ada/grown", hub.repos[("dataset", "ada/scored")].files())
+    repo = hub.repos[("dataset", "ada/grown")]
+    more = conftest.make_prompt_completion(9, seed=5)
+    old = conftest.make_prompt_completion(23, seed=0).select([2, 3])
+    concatenate_datasets([more, old]).to_json(tmp_path / "more.jsonl")
+    flags = ["--hub_id", "ada/grown", "--rows", str(tmp_path / "more.jsonl")]
+    publisher.run(GROW, flags=flags)
+    title = repo.history()[0].title
+    assert re.fullmatch(r"Add 9 rows \(rank correlation with a refit on a sample: -?[01]\.\d{3}\)", title)
+    assert "was fitted on another pool (23 rows) than the one it scores (32 rows)" in publisher.output
+    assert "9 of 11 rows are not in ada/grown yet" in publisher.output
+    loaded, expected = publisher.run(
+        """
+        from datasets import load_dataset
+        splits = load_dataset("ada/grown")
+        more = conftest.make_prompt_completion(9, seed=5).map(scorer, batched=True)
+        influence = scored["influence"][:] + more["influence"][:]
+        result = [{name: rows.to_dict() for name, rows in splits.items()}, influence]
+        """
+    )
+    pool = loaded["train"]
+    assert pool["influence"] == pytest.approx(expected, rel=1e-4, abs=1e-6 * max(map(abs, expected)))
+    order = sorted(range(32), key=lambda row: pool["influence"][row])
+    assert [pool["influence_rank"][row] for row in order] == list(range(32))
+    assert loaded["coreset_50"]["id"] == [pool["id"][row] for row in order[:16]]
+    card = repo.files()["README.md"].decode()
+    assert "| `train` | 32 |" in card and "| `coreset_50` | 16 |" in card
+    # Once more: nothing is added a second time.
+    publisher.run(GROW, flags=flags)
+    assert "ada/grown holds all of it already" in publisher.output
+    assert len(repo.history()) == 2
+
+
+def test_two_repositories_of_one_scorer_combine(hub, published, publisher) -> None:
+    hub.add_repo("dataset", "ada/left", hub.repos[("dataset", "ada/scored")].files())
+    publisher.run(
+        """
+        other = conftest.make_prompt_completion(6, seed=11).map(scorer, batched=True)
+        rank = Dataset.from_dict({"influence_rank": list(range(6))})
+        other = concatenate_datasets([other, rank], axis=1).select_columns(scored.column_names)
+        push_influence_dataset("ada/right", other, scorer=scorer)
+        """
+    )
+    publisher.run(GROW, flags=["--hub_id", "ada/left", "--combine", "ada/right"])
+    left = publisher.run("from datasets import load_dataset; result = load_dataset('ada/left')['train'].to_dict()")
+    assert left["id"] == [*published[2]["id"], *[f"11-{row}" for row in range(6)]]
+    assert sorted(left["influence_rank"]) == list(range(29))
+    metadata = hub.repos[("dataset", "ada/left")].files()["README.md"].decode().split("---")[1]
+    assert "- ada/right" in metadata
+    # Another scorer's numbers do not compare.
+    files = hub.repos[("dataset", "ada/right")].files()
+    hub.add_repo("dataset", "ada/foreign", files | {"scorer/scorer.safetensors": b"another"})
+    with pytest.raises(ClientError) as raised:
+        publisher.run(GROW, flags=["--hub_id", "ada/left", "--combine", "ada/foreign"])
+    assert "scored by another scorer" in raised.value.message and "--rows ada/foreign:train" in raised.value.message
+
+
+def test_rows_added_by_somebody_meanwhile_are_not_lost(hub, published, publisher) -> None:
+    repo = hub.add_repo("dataset", "ada/busy", hub.repos[("dataset", "ada/scored")].files())
+    first = repo.resolve("main").oid
+    repo.commit("refs/heads/main", first, "somebody's rows", "", "bob", repo.resolve("main").tree)
+    code = "push_influence_dataset('ada/busy', scored.select(range(9)), parent_commit=parent)"
+    with pytest.raises(ClientError) as raised:
+        publisher.run(code, parent=first)
+    assert raised.value.kinds[0] == "PublicationError" and "newer commit" in raised.value.message
+    # The same when they come between the look at the branch and the commit.
+    second = repo.resolve("main").oid
+    overtake = lambda hub: repo.commit("refs/heads/main", second, "more rows", "", "bob", repo.resolve("main").tree)  # noqa: E731
+    hub.faults.append(Fault("call", "commit", owner="ada", call=overtake))
+    with pytest.raises(ClientError) as raised:
+        publisher.run(code, parent=second)
+    assert raised.value.kinds[0] == "PublicationError"
+    assert [commit.title for commit in repo.history()] == ["more rows", "somebody's rows", "initial commit"]
+    # When the answer to our own commit is lost, the newer commit is ours.
+    hub.faults.append(Fault("lost", "commit", owner="ada"))
+    publisher.run(code, parent=repo.resolve("main").oid)
+    assert [commit.title for commit in repo.history()][:2] == ["Publish influence", "more rows"]
+
+
+# The round trip
 
 
 @pytest.mark.slow
