@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_in2core.blocks import find_blocks
 from hf_in2core.passes import Passes
@@ -51,6 +52,13 @@ def make_rows(num_rows: int, vocab_size: int, low: int, high: int, prompt: float
         labels[: int(prompt * len(labels))] = -100
         rows.append({"row": row, "input_ids": input_ids.tolist(), "labels": labels.tolist()})
     return Dataset.from_list(rows)
+
+
+def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer that the trainer can hold; the rows are tokens already."""
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{f"w{token}": token for token in range(3, vocab_size)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 def make_passes(model: PeftModel, tokens_per_batch: int = 4096, **kwargs: Any) -> Passes:
@@ -94,7 +102,8 @@ def report(name: str, rows: list[dict[str, Any]], folder: Path) -> None:
     columns = list(dict.fromkeys(column for row in rows for column in row))
     print(f"\n## {name}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
-        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in map(row.get, columns)]
+        values = [row.get(column, "") for column in columns]
+        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
         print(f"| {' | '.join(cells)} |")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=2) + "\n")

@@ -1,15 +1,19 @@
 """Kill -9 at any moment: the same call goes on, repeats no finished chunk, and ends with the same bits."""
 
+import json
 import multiprocessing
 import os
 import random
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import add_trained_adapter, make_model, make_prompt_completion
+from accelerate.state import AcceleratorState
+from conftest import CHAT_TEMPLATE, add_trained_adapter, make_model, make_prompt_completion, make_tokenizer
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from test_trainer import make_trainer
 
@@ -33,23 +37,25 @@ def count_state_files(folder: Path) -> int:
     return sum(path.stat().st_mtime_ns for path in folder.rglob("*.safetensors"))
 
 
-def kill_after_progress(folder: Path, generator: random.Random) -> None:
-    """Start a run and kill it a random moment after it has written its next state."""
-    before = count_state_files(folder)
-    process = multiprocessing.get_context("fork").Process(target=run, args=(str(folder),))
-    process.start()
+def wait_for_progress(folder: Path, before: int, processes: list) -> None:
     deadline = time.monotonic() + 60
-    while process.is_alive() and time.monotonic() < deadline:
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         try:
             if count_state_files(folder) != before:
                 break
         except FileNotFoundError:
             continue  # renamed while being looked at
         time.sleep(0.002)
+
+
+def kill_after_progress(folder: Path, generator: random.Random) -> None:
+    """Start a run and kill it a random moment after it has written its next state."""
+    before = count_state_files(folder)
+    process = multiprocessing.get_context("fork").Process(target=run, args=(str(folder),))
+    process.start()
+    wait_for_progress(folder, before, [process])
     time.sleep(generator.uniform(0, 0.05))
-    if process.pid is not None and process.is_alive():
-        os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    stop([process])
 
 
 @pytest.mark.parametrize(
@@ -64,6 +70,60 @@ def test_killed_runs_end_with_the_same_bits(tmp_path, seed, kills) -> None:
     resumed = build(tmp_path / "killed").score_influence()
     assert resumed["influence"] == expected["influence"]
     assert resumed["influence_rank"] == expected["influence_rank"]
+
+
+def run_rank(folder: str, rank: int, port: int) -> None:
+    """One of two processes, as a launcher starts them; the parent's state of a single process is left behind."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    trainer = build(Path(folder))
+    assert trainer.accelerator.num_processes == 2
+    influence = trainer.score_influence()["influence"]
+    (Path(folder) / f"{rank}.json").write_text(json.dumps([value.hex() for value in influence]))
+
+
+def start_two_processes(folder: Path) -> list:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        multiprocessing.get_context("fork").Process(target=run_rank, args=(str(folder), rank, port)) for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def stop(processes: list) -> None:
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+
+
+@pytest.mark.slow
+def test_two_killed_processes_end_with_the_same_bits(tmp_path) -> None:
+    """Either process is killed first, at any moment, and the other a moment later, as a launcher would."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for process in start_two_processes(whole):
+        process.join()
+    generator = random.Random(3)
+    for _ in range(16):
+        before = count_state_files(killed)
+        processes = start_two_processes(killed)
+        wait_for_progress(killed, before, processes)
+        time.sleep(generator.uniform(0, 0.05))
+        first = generator.randrange(2)
+        stop([processes[first]])
+        time.sleep(generator.uniform(0, 0.05))
+        stop([processes[1 - first]])
+    for _ in range(2):  # the last kill may have met a finished run: the same command still answers
+        for process in start_two_processes(killed):
+            process.join()
+            assert process.exitcode == 0
+        for rank in (0, 1):
+            assert (killed / f"{rank}.json").read_bytes() == (whole / "0.json").read_bytes()
 
 
 def count_batches(monkeypatch) -> list[int]:
@@ -123,6 +183,37 @@ def test_damaged_state_is_named_and_not_used(tmp_path, caplog, damage) -> None:
         caplog.clear()
         assert build(tmp_path).score_influence()["influence"] == expected
         assert path.name in caplog.text
+
+
+@pytest.mark.parametrize("name", ["validation-*", "fit-*"])
+def test_damaged_sums_are_named_and_not_used(tmp_path, caplog, name) -> None:
+    expected = build(tmp_path).score_influence()["influence"]
+    for path in [*tmp_path.rglob("fitted.safetensors"), *tmp_path.rglob("scores-*.safetensors")]:
+        path.unlink()
+    (path,) = tmp_path.rglob(name)
+    path.write_bytes(path.read_bytes()[:-7])
+    assert build(tmp_path).score_influence()["influence"] == expected
+    assert path.name in caplog.text
+
+
+def test_a_changed_template_never_reuses_scores(tmp_path) -> None:
+    messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": " sat on a mat"}]
+    rows = Dataset.from_list(
+        [{"messages": messages[:1] + [{**messages[1], "content": " sat" * n}]} for n in (1, 2, 3)]
+    )
+    found = []
+    for template in (CHAT_TEMPLATE, CHAT_TEMPLATE.replace("<|", "<s><|")):
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = template
+        fresh, reused = (
+            make_trainer(
+                folder, rows, rows, torch.float32, model=add_trained_adapter(make_model()), tokenizer=tokenizer
+            ).score_influence()["influence"]
+            for folder in (tmp_path / f"fresh-{len(found)}", tmp_path / "run")
+        )
+        assert reused == fresh
+        found.append(reused)
+    assert found[0] != found[1]
 
 
 @pytest.mark.parametrize(

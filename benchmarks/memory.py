@@ -1,0 +1,84 @@
+"""Peak memory of fit and score against the number of rows; each number of rows in a process of its own.
+
+python benchmarks/memory.py [--quick] [--output_dir benchmarks/results]
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from datasets import disable_progress_bars, load_from_disk
+from workload import make_model, make_rows, make_tokenizer, report
+
+from hf_in2core import InfluenceConfig, InfluenceTrainer
+
+
+def measure(folder: Path, num_rows: int, width: int) -> dict[str, float]:
+    """Fit and score `num_rows` rows of the dataset in `folder`, by the trainer as users call it."""
+    disable_progress_bars()
+    torch.set_num_threads(1)
+    vocab_size = 4096
+    rows = load_from_disk(str(folder / "rows")).select(range(num_rows)).select_columns(["input_ids", "labels"])
+    args = InfluenceConfig(
+        output_dir=str(folder / f"run-{num_rows}"),
+        tokens_per_batch=4096,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    trainer = InfluenceTrainer(
+        model=make_model(width, 4, vocab_size),
+        args=args,
+        train_dataset=rows,
+        eval_dataset=make_rows(32, vocab_size, 16, 32, seed=1).remove_columns("row"),
+        processing_class=make_tokenizer(vocab_size),
+    )
+    scored = trainer.score_influence()
+    assert len(scored) == num_rows and None not in scored["influence"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"imported": imported / 1024, "peak": peak / 1024}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="Small sizes: shows that it runs, not how much it takes.")
+    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure is not None:
+        print(json.dumps(measure(Path(args.measure[0]), *args.measure[1:])))
+        return
+    sizes, width = ([100, 800], 64) if args.quick else ([1000, 2000, 4000, 8000], 256)
+    table: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        make_rows(max(sizes), 4096, 16, 32).save_to_disk(f"{folder}/rows")
+        for num_rows in sizes:
+            command = [sys.executable, __file__, "--measure", json.dumps([folder, num_rows, width])]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+            found = json.loads(done.stdout.splitlines()[-1])
+            first = table[0] if table else None
+            above = found["peak"] - found["imported"]
+            table.append(
+                {
+                    "rows": num_rows,
+                    "peak MiB": found["peak"],
+                    "ratio": found["peak"] / first["peak MiB"] if first else 1.0,
+                    "peak above imports MiB": above,
+                    "its ratio": above / first["peak above imports MiB"] if first else 1.0,
+                    "target": "ratio <= 1.05" if num_rows == sizes[-1] else "",
+                }
+            )
+    report("memory", table, args.output_dir)
+
+
+if __name__ == "__main__":
+    main()
