@@ -1,0 +1,40 @@
+"""A real shortage of memory: the passes go on with smaller batches, and a row that cannot fit is named."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_trainer import assert_same
+
+
+WORKER = Path(__file__).parent / "distributed" / "memory_worker.py"
+
+
+def score(folder: Path, free_mib: int, **options) -> subprocess.CompletedProcess:
+    arguments = {"output_dir": str(folder), "free_mib": free_mib, "tokens_per_batch": 20_000, **options}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(WORKER), json.dumps(arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_out_of_memory_halves_the_budget_and_changes_nothing(tmp_path) -> None:
+    plenty, short = score(tmp_path / "plenty", 0), score(tmp_path / "short", 60)
+    assert plenty.returncode == 0 and "Out of memory" not in plenty.stderr
+    assert short.returncode == 0, short.stderr[-2000:]
+    budgets = [int(found) for found in re.findall(r"going on with `tokens_per_batch=(\d+)`", short.stderr)]
+    assert len(budgets) >= 2 and budgets == sorted(budgets, reverse=True)
+    assert_same(json.loads(short.stdout), json.loads(plenty.stdout), 1e-5)
+
+
+@pytest.mark.slow
+def test_a_row_that_does_not_fit_alone_is_named_with_its_length(tmp_path) -> None:
+    done = score(tmp_path, 60, max_length=8000, long_row=7000)
+    assert done.returncode != 0
+    found = re.search(r"Row 7 alone, with (\d+) tokens, does not fit in memory", done.stderr)
+    assert found is not None, done.stderr[-2000:]
+    assert int(found.group(1)) > 7000
