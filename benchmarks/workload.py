@@ -23,7 +23,18 @@ from hf_in2core.passes import Passes
 def make_model(hidden_size: int, num_layers: int, vocab_size: int, rank: int = 8) -> PeftModel:
     """A random Llama with a LoRA adapter on every linear whose B is not zero."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    model = get_peft_model(LlamaForCausalLM(make_config(hidden_size, num_layers, vocab_size)), adapter)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    return model
+
+
+def make_config(hidden_size: int, num_layers: int, vocab_size: int) -> LlamaConfig:
+    """Shape of that Llama."""
+    return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=int(2.75 * hidden_size) // 16 * 16,
@@ -33,13 +44,6 @@ def make_model(hidden_size: int, num_layers: int, vocab_size: int, rank: int = 8
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
-    adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    model = get_peft_model(LlamaForCausalLM(config), adapter)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.02)
-    return model
 
 
 def make_rows(num_rows: int, vocab_size: int, low: int, high: int, prompt: float = 0.3, seed: int = 0) -> Dataset:

@@ -80,7 +80,7 @@ class InfluencePlan:
             f"Rows by length in tokens: {lengths}",
             f"Passes of each of {self.num_processes} process(es), seconds from {self.timed_batches} timed batches:",
             *(
-                f"  {item.name:<20} {item.rows:>11,} rows, {item.tokens:>15,} tokens with padding, {item.seconds:,.0f} s"
+                f"  {item.name:<10} {item.rows:>11,} rows, {item.tokens:>13,} padded tokens, {item.seconds:,.0f} s"
                 for item in self.passes
             ),
             f"Time: about {_show_seconds(self.seconds)} on this machine, without loading and tokenising.",
@@ -266,7 +266,8 @@ class _Shape:
             for indices in plan_batches(token_rows, passes.tokens_per_batch, vocab_size):
                 padded += len(indices) * int(token_rows.lengths[indices].max())
                 batches.append(first + indices)
-        histogram = [(2**power, 2 ** (power + 1) - 1, int(counts[power])) for power in np.flatnonzero(counts)]
+        powers = np.flatnonzero(counts).tolist()
+        histogram = [(2**power, 2 ** (power + 1) - 1, int(counts[power])) for power in powers]
         return cls(tokens, loss_tokens, histogram, end - start, padded, batches)
 
 

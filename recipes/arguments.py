@@ -89,6 +89,12 @@ class In2CoreArguments(DataArguments):
     setup_script: str | None = field(
         default=None, metadata={"help": "Python script with its arguments, run first (the quickstart makes its data)."}
     )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Print what the influence passes will read, take and leave on disk, and stop; writes nothing."
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={"help": "Go on in a folder of another configuration; what no longer fits is computed again."},
@@ -134,6 +140,12 @@ class ScoreInfluenceArguments(DataArguments):
     scorer: str | None = field(
         default=None, metadata={"help": "Fitted scorer (folder or Hub id), instead of an adapter and validation rows."}
     )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Print what the influence passes will read, take and leave on disk, and stop; writes nothing."
+        },
+    )
 
     def __post_init__(self) -> None:
         require(self, "output_dir", "pool")
@@ -141,6 +153,10 @@ class ScoreInfluenceArguments(DataArguments):
             require(self, "model_name_or_path", "reference_adapter", "validation")
         elif self.reference_adapter:
             raise ValueError("--scorer brings its adapter. Leave out --reference_adapter.")
+        elif self.dry_run:
+            raise ValueError(
+                "--dry_run plans fitting and scoring, but --scorer is fitted already. Leave out one of them."
+            )
 
 
 @dataclass

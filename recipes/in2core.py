@@ -27,6 +27,7 @@ def main(settings: Settings) -> None:
     from pipeline import (
         compute_reference_losses,
         evaluate_base,
+        plan_run,
         publish,
         score_pool,
         show,
@@ -42,6 +43,9 @@ def main(settings: Settings) -> None:
     if args.setup_script is not None:
         run_setup_script(args.setup_script)
     job = check(settings)
+    if args.dry_run:
+        plan_run(job)
+        return
 
     # The reference model tells which rows of the pool lower the validation loss.
     adapter, reference = train_reference(job)

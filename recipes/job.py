@@ -40,6 +40,7 @@ HARMLESS = {
         "hub_private_repo",
         "setup_script",
         "overwrite_output_dir",
+        "dry_run",
         "task_column",
         "wrong_column",
     ),
@@ -148,7 +149,8 @@ def check(settings: Settings) -> Job:
         prepared_test,
         identities,
     )
-    claim_folder(job)
+    if not args.dry_run:
+        claim_folder(job)
     return job
 
 

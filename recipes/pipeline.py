@@ -17,6 +17,7 @@ from stages import (
     count_steps,
     evaluate_model,
     load_model,
+    make_influence_trainer,
     make_reference_trainer,
     make_trainer,
     release,
@@ -26,7 +27,24 @@ from trl import SFTConfig
 
 from hf_in2core import InfluenceConfig, push_influence_dataset, select_coreset
 from hf_in2core.data import hash_value
+from hf_in2core.plan import plan_influence
 from hf_in2core.preparation import Preparation, prepare_rows
+
+
+def plan_run(job: Job) -> None:
+    """Say what influence will take and which trainings surround it; writes nothing."""
+    influence_args = job.settings.make(InfluenceConfig, reference=True)
+    inputs = (job.inputs.pool, job.validation, job.reference_tokenizer)
+    if job.args.reference_adapter is not None:
+        trainer = make_influence_trainer(job.reference_model, influence_args, job.args.reference_adapter, *inputs)
+    else:
+        with quiet_loading():
+            trainer = make_reference_trainer(job.reference_model, influence_args, *inputs)
+        rows = round(job.args.reference_fraction * len(job.inputs.pool))
+        say(f"Reference: to be trained on {rows:,} rows. A rerun with --reference_adapter takes a trained one.")
+    say(str(plan_influence(trainer)))
+    plan = plan_arms(job.args)
+    say(f"Targets: {len(plan)} trainings and evaluations after that: {', '.join(arm.name for arm in plan)}.")
 
 
 def train_reference(job: Job) -> tuple[str, dict[str, Any]]:

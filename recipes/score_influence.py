@@ -24,11 +24,12 @@ def main(settings: Settings) -> None:
     from accelerate import PartialState
     from inputs import check_adapter, check_pool_columns, check_whole_model, load_tokenizer
     from run_folder import join_processes, say, written_folder
-    from stages import compute_influence, score_with
+    from stages import compute_influence, make_influence_trainer, score_with
     from trl import ModelConfig
 
     from hf_in2core import InfluenceConfig, InfluenceScorer
     from hf_in2core.data import load_rows, parse_named_sources
+    from hf_in2core.plan import plan_influence
     from hf_in2core.pools import check_fitted_pool
 
     args: ScoreInfluenceArguments = settings.arguments
@@ -49,7 +50,7 @@ def main(settings: Settings) -> None:
         model_args, influence_args = settings.make(ModelConfig, use_peft=True), settings.make(InfluenceConfig)
         assert args.reference_adapter is not None
         check_adapter(args.reference_adapter, model_args.model_name_or_path or "")
-        scorer, scored, seconds = compute_influence(
+        inputs = (
             model_args,
             influence_args,
             args.reference_adapter,
@@ -57,6 +58,10 @@ def main(settings: Settings) -> None:
             validation[""] if list(validation) == [""] else validation,
             load_tokenizer(model_args, influence_args),
         )
+        if args.dry_run:
+            say(str(plan_influence(make_influence_trainer(*inputs))))
+            return
+        scorer, scored, seconds = compute_influence(*inputs)
         say(f"Influence: {len(scored):,} rows, {seconds:.0f} s.")
     with written_folder(folder / "scored") as temporary:
         if PartialState().is_main_process:

@@ -201,6 +201,25 @@ def release(trainer: SFTTrainer) -> None:
     trainer.accelerator.free_memory()
 
 
+def make_influence_trainer(
+    model_args: ModelConfig,
+    influence_args: InfluenceConfig,
+    adapter: str,
+    pool: Dataset,
+    validation: Dataset | dict[str, Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+) -> InfluenceTrainer:
+    """An InfluenceTrainer for a trained adapter."""
+    with quiet_loading():
+        return InfluenceTrainer(
+            model=load_model(model_args, influence_args, adapter),
+            args=influence_args,
+            train_dataset=pool,
+            eval_dataset=validation,
+            processing_class=tokenizer,
+        )
+
+
 def compute_influence(
     model_args: ModelConfig,
     influence_args: InfluenceConfig,
@@ -216,14 +235,7 @@ def compute_influence(
         `tuple`: the scorer, the pool with the columns that it adds, and the seconds of this call.
     """
     started = time.perf_counter()
-    with quiet_loading():
-        trainer = InfluenceTrainer(
-            model=load_model(model_args, influence_args, adapter),
-            args=influence_args,
-            train_dataset=pool,
-            eval_dataset=validation,
-            processing_class=tokenizer,
-        )
+    trainer = make_influence_trainer(model_args, influence_args, adapter, pool, validation, tokenizer)
     scorer = trainer.fit_influence()
     return scorer, trainer.score_influence(), time.perf_counter() - started
 

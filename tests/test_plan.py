@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_prompt_completion
+from conftest import add_trained_adapter, make_prompt_completion
+from recipe_runs import NUM_POOL, make_inputs, run_recipe, write_config
 from test_trainer import make_trainer, prepare
+from transformers import AutoModelForCausalLM
 
 from hf_in2core.plan import plan_influence
 
@@ -60,3 +62,20 @@ def test_a_plan_leaves_the_model_as_it_was(tmp_path, pool, validation) -> None:
     expected = make_trainer(tmp_path / "b", pool, validation, torch.float32).score_influence()["influence"]
     plan_influence(trainer, timed_batches=1)
     assert trainer.score_influence()["influence"] == expected
+
+
+def test_dry_runs_print_the_plan_and_write_nothing(tmp_path, capsys) -> None:
+    config = make_inputs(tmp_path)
+    config_path = write_config(tmp_path, config)
+    model = AutoModelForCausalLM.from_pretrained(config["model_name_or_path"])
+    add_trained_adapter(model).save_pretrained(tmp_path / "adapter")
+    before = {path: path.stat().st_mtime_ns for path in list_files(tmp_path)}
+    shared = [f"--{name}={config[name]}" for name in ("model_name_or_path", "pool", "output_dir")]
+    shared += ["--validation", *config["validation"], "--reference_adapter", str(tmp_path / "adapter"), "--dry_run"]
+    for recipe, flags in (("score_influence", shared), ("in2core", ["--config", config_path, "--dry_run"])):
+        run_recipe(recipe, *flags)
+        printed = capsys.readouterr().out
+        assert f"Pool: {NUM_POOL} rows" in printed
+        assert "Peak memory" in printed and "Disk" in printed
+    assert "Targets" in printed
+    assert {path: path.stat().st_mtime_ns for path in list_files(tmp_path)} == before

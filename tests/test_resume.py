@@ -201,7 +201,7 @@ def test_a_changed_template_never_reuses_scores(tmp_path) -> None:
     rows = Dataset.from_list(
         [{"messages": messages[:1] + [{**messages[1], "content": " sat" * n}]} for n in (1, 2, 3)]
     )
-    found = []
+    found: list[list[float]] = []
     for template in (CHAT_TEMPLATE, CHAT_TEMPLATE.replace("<|", "<s><|")):
         tokenizer = make_tokenizer()
         tokenizer.chat_template = template
