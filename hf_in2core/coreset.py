@@ -11,7 +11,7 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 
 
-STRATEGIES = ("top", "bottom", "random", "round_robin")
+STRATEGIES = ("top", "bottom", "random", "round_robin", "round_robin_rows")
 GROUP_QUOTAS = ("proportional", "equal")
 ORDERS = ("influence", "original")
 
@@ -65,6 +65,9 @@ def select_coreset(
               seed and no groups, a smaller draw is contained in a larger one.
             - `"round_robin"`: for a pool scored against several named validation sets (`influence_<name>` columns).
               Each set in turn, in the order of the columns, takes its strongest proponent that no set has taken yet.
+            - `"round_robin_rows"`: the same with every validation row as a set of its own, for a pool scored after
+              `trainer.fit_influence(per_example=True)` (column `influence_per_query`). For a validation set of several
+              tasks: their mean gradient is mostly that of the task with the largest gradients.
         column (`str`, *optional*, defaults to `"influence"`):
             Numeric column to select by in place of `influence`, such as those of [`baselines`]. Whatever it holds,
             `"top"` takes its smallest values first and `"bottom"` its largest, and null or NaN marks rows that are
@@ -111,7 +114,7 @@ def select_coreset(
     if group_column is not None and group_column not in scored.column_names:
         raise ValueError(f"group_column={group_column!r} is not a column of the dataset: {scored.column_names}.")
     _check_request(fraction, size)
-    if column != "influence" and (proponents_only or strategy == "round_robin"):
+    if column != "influence" and (proponents_only or strategy.startswith("round_robin")):
         asked = "proponents_only=True" if proponents_only else f"strategy={strategy!r}"
         raise ValueError(
             f"{asked} needs influence, whose sign means something, but column={column!r} is to select. Leave out one "
@@ -143,7 +146,11 @@ def select_coreset(
             )
         rows, count = proponents, min(count, len(proponents))
 
-    set_scores = _read_set_scores(scored, rows) if strategy == "round_robin" else None
+    set_scores = None
+    if strategy == "round_robin":
+        set_scores = _read_set_scores(scored, rows)
+    elif strategy == "round_robin_rows":
+        set_scores = _read_query_scores(scored)
     generator = np.random.default_rng(seed)
     if group_column is None:
         selected = _take(rows, count, strategy, influence, set_scores, generator)
@@ -184,13 +191,14 @@ def _take(
 
 def take_round_robin(rows: np.ndarray, count: int, set_scores: np.ndarray) -> np.ndarray:
     """Let each validation set (rows of `set_scores`, shape `[Q, pool]`) take its next strongest proponent in turn."""
-    queues = [iter(rows[np.argsort(scores[rows], kind="stable")].tolist()) for scores in set_scores]
+    # No queue is asked for more than `count` rows: the others have taken fewer when it is its turn.
+    queues = [iter(rows[np.argsort(scores[rows], kind="stable")[:count]].tolist()) for scores in set_scores]
     taken: dict[int, None] = {}
     while len(taken) < count:
         for queue in queues:
             if len(taken) == count:
                 break
-            # Every queue holds every row and fewer than `count` of them are taken, so there is always a next one.
+            # Every queue holds `count` rows and fewer are taken, so there is always a next one.
             row = next(row for row in queue if row not in taken)
             taken[row] = None
     return np.fromiter(taken, dtype=np.int64, count=count)
@@ -265,6 +273,22 @@ def _read_set_scores(scored: Dataset, rows: np.ndarray) -> np.ndarray:
                 f"{missing[0]}), so this set cannot rank them. Score the dataset again, or drop the column."
             )
     return set_scores
+
+
+def _read_query_scores(scored: Dataset) -> np.ndarray:
+    """Read `influence_per_query` as float64 of shape `[Q, pool]`; NaN where the row has none."""
+    if "influence_per_query" not in scored.column_names:
+        raise ValueError(
+            "strategy='round_robin_rows' needs the column influence_per_query, but the dataset has "
+            f"{scored.column_names}. Call `trainer.fit_influence(per_example=True)` before scoring, or use "
+            'strategy="top".'
+        )
+    column = _read_column(scored, "influence_per_query").combine_chunks()
+    filled = column.is_valid().to_numpy(zero_copy_only=False)
+    values = column.drop_null().flatten().to_numpy(zero_copy_only=False)
+    scores = np.full((len(column), len(values) // max(int(filled.sum()), 1)), np.nan)
+    scores[filled] = values.reshape(int(filled.sum()), -1)
+    return scores.T
 
 
 def _read_groups(scored: Dataset, group_column: str, rows: np.ndarray) -> list[np.ndarray]:

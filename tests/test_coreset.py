@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
+from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -380,3 +380,19 @@ def test_another_column_is_checked() -> None:
         select_coreset(scored, size=1, column="loss", proponents_only=True)
     with pytest.raises(ValueError, match="strategy='round_robin' needs influence"):
         select_coreset(scored, size=1, column="loss", strategy="round_robin")
+
+
+def test_every_validation_row_takes_its_strongest_row_in_turn() -> None:
+    generator = np.random.default_rng(0)
+    per_query = generator.integers(-3, 4, (12, 5)).astype(np.float64)
+    influence = [None if row == 4 else float(values.mean()) for row, values in enumerate(per_query)]
+    feature = List(Value("float64"), length=5)
+    values = [None if row == 4 else values.tolist() for row, values in enumerate(per_query)]
+    scored = make_scored(influence).add_column("influence_per_query", values, feature=feature)
+    candidates = [row for row in range(12) if row != 4]
+    for size in (1, 4, 11):
+        expected = oracle_round_robin(per_query.T.tolist(), candidates, size)
+        found = select_coreset(scored, size=size, strategy="round_robin_rows", order="original")
+        assert found["position"][:] == sorted(expected)
+    with pytest.raises(ValueError, match=r"needs the column influence_per_query.*fit_influence\(per_example=True\)"):
+        select_coreset(make_scored(influence), size=1, strategy="round_robin_rows")
