@@ -1,6 +1,6 @@
-"""Which rows to train on: influence against loss, RDS+, BM25, length and random, at equal steps on the same targets.
+"""Which rows to train on: influence against loss, RDS+, BM25, length and random rows, at equal steps.
 
-    python benchmarks/selection.py [--quick] [--methods rds bm25 …] [--wrong_fraction 0.2] [flags of recipes/in2core.py]
+    python benchmarks/selection.py [--quick] [--methods rds …] [--wrong_fraction 0.2] [flags of recipes/in2core.py]
 
 By default on the data that the quickstart generates. `--config recipes/mixture/in2core.yaml` takes real rows; with the
 folder of a finished run as `--output_dir` the recipe's reference and arms are found again, and this adds to them. The
@@ -25,7 +25,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))
 
 from arguments import In2CoreArguments  # noqa: E402
-from comparison import Arm, compute_aucs, describe_machine  # noqa: E402
+from comparison import Arm, describe_machine, read_influence  # noqa: E402
 from datasets import Dataset, concatenate_datasets, load_from_disk  # noqa: E402
 from job import Job, check  # noqa: E402
 from pipeline import evaluate_base, read_result, score_pool, train_arm, train_reference  # noqa: E402
@@ -35,6 +35,7 @@ from stages import load_model  # noqa: E402
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer, select_coreset  # noqa: E402
 from hf_in2core.baselines import add_bm25, add_loss, add_rds, select_length_matched  # noqa: E402
+from hf_in2core.coreset import take_round_robin  # noqa: E402
 from hf_in2core.data import hash_value, load_rows  # noqa: E402
 from hf_in2core.evaluation import compare_arms, compute_auc, compute_confidence_interval  # noqa: E402
 from hf_in2core.preparation import Preparation  # noqa: E402
@@ -99,15 +100,12 @@ def add_estimator(job: Job, adapter: str, scored: Dataset, estimator: str, per_r
     found = trainer.score_influence()
     if not per_row:
         return scored.add_column(f"influence_{ESTIMATORS[estimator]}", found["influence"][:])
-    numbered = found.select_columns(["influence", "influence_per_query"]).add_column("row", np.arange(len(found)))
-    name = "turns_rank" if estimator == "datainf" else f"turns_{ESTIMATORS[estimator]}_rank"
-    # Larger coresets contain smaller ones, so the turn of a row is found by doubling.
-    turns = np.full(len(found), np.inf)
-    sizes = sorted({1, *(round(share * len(found)) for share in np.linspace(0.05, 1, 20))})
-    for size in sizes[::-1]:
-        rows = select_coreset(numbered, size=size, strategy="round_robin_rows").with_format("numpy")["row"][:]
-        turns[rows] = size
-    return scored.add_column(name, turns)
+    per_query = found.with_format("numpy")["influence_per_query"][:]
+    rows = np.flatnonzero(~np.isnan(read_influence(found)))
+    turns = np.full(len(found), np.nan)
+    scores = np.stack([np.asarray(per_query[row], dtype=np.float64) for row in range(len(found))]).T
+    turns[take_round_robin(rows, len(rows), scores)] = np.arange(len(rows))
+    return scored.add_column("turns_rank" if estimator == "datainf" else f"turns_{ESTIMATORS[estimator]}_rank", turns)
 
 
 def make_columns(job: Job, adapter: str, scored: Dataset, methods: list[str]) -> tuple[Dataset, dict[str, float]]:

@@ -121,7 +121,7 @@ def select_coreset(
             "of the two."
         )
 
-    influence = _read_scores(scored, column)
+    influence = read_scores(scored, column)
     rows = np.flatnonzero(~np.isnan(influence))
     if len(rows) == 0:
         raise ValueError(
@@ -233,7 +233,7 @@ def _read_column(scored: Dataset, column: str) -> pa.ChunkedArray:
     return scored.select_columns(column).with_format("arrow")[:].column(column)
 
 
-def _read_scores(scored: Dataset, column: str) -> np.ndarray:
+def read_scores(scored: Dataset, column: str) -> np.ndarray:
     """Read a column of scores as float64 of shape `[rows]`, null as NaN."""
     values = _read_column(scored, column)
     if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type) or pa.types.is_null(values.type)):
@@ -264,7 +264,7 @@ def _read_set_scores(scored: Dataset, rows: np.ndarray) -> np.ndarray:
             f"dataset has {names or 'none'} (all columns: {scored.column_names}). Score it with "
             'eval_dataset={"name": ..., "other_name": ...}, or use strategy="top".'
         )
-    set_scores = np.stack([_read_scores(scored, name) for name in names])
+    set_scores = np.stack([read_scores(scored, name) for name in names])
     for name, scores in zip(names, set_scores, strict=True):
         missing = rows[np.isnan(scores[rows])]
         if len(missing):
