@@ -63,8 +63,8 @@ def compare_lengths(scored: Dataset, coreset: Dataset, column: str = "influence"
     kept = kept[kept > 0]
     if len(tokens) < MIN_ROWS or len(kept) == 0:
         raise ValueError(
-            f"{len(tokens)} rows of the pool and {len(kept)} of the coreset carry loss, which says nothing about their "
-            f"lengths: at least {MIN_ROWS} and 1 are needed. Use a larger pool."
+            f"{len(tokens)} rows of the pool and {len(kept)} of the coreset carry loss, which says nothing about "
+            f"their lengths: at least {MIN_ROWS} and 1 are needed. Use a larger pool."
         )
     constant = np.ptp(tokens) == 0 or np.ptp(scores) == 0
     gap = float(ks_2samp(kept, tokens, method="asymp").statistic)

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_in2core import select_coreset
 from hf_in2core.columns import apply_columns
 from hf_in2core.evaluation import compute_auc, judge
+from hf_in2core.lengths import MIN_ROWS, compare_lengths
 from hf_in2core.report import plot_arms, plot_influence, print_results
 
 
@@ -229,6 +230,14 @@ def compute_aucs(
         if task_column is not None:
             add("wrong answers in tasks of interest", wrong, 1, interest)
     return {"auc": auc, "auc_rows": counts}
+
+
+def find_lengths(scored: Dataset, fractions: list[float]) -> dict[str, Any] | None:
+    """Lengths of the headline's coreset against the pool's; `None` where the pool is too small to tell."""
+    fraction = next((fraction for fraction in fractions if fraction < 1), None)
+    if fraction is None or int((~np.isnan(read_influence(scored))).sum()) < MIN_ROWS:
+        return None
+    return compare_lengths(scored, select_coreset(scored, fraction=fraction))
 
 
 def read_influence(scored: Dataset) -> np.ndarray:

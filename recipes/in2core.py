@@ -21,7 +21,7 @@ def make_parser() -> RecipeParser:
 def main(settings: Settings) -> None:
     """Run the pipeline; everything that is finished already is taken as it is."""
     # Imported here, so that `--help` and a wrong flag are answered without them.
-    from comparison import build_results, compute_aucs, find_examples, plan_arms, write_results
+    from comparison import build_results, compute_aucs, find_examples, find_lengths, plan_arms, write_results
     from datasets import load_from_disk
     from job import check
     from pipeline import (
@@ -34,7 +34,7 @@ def main(settings: Settings) -> None:
         train_arm,
         train_reference,
     )
-    from run_folder import join_processes, run_setup_script, say
+    from run_folder import join_processes, run_setup_script, say, warn
 
     # What is imported stays; to look through it anew takes half a second for every arm.
     gc.freeze()
@@ -55,6 +55,10 @@ def main(settings: Settings) -> None:
     findings: dict[str, Any] = {
         "examples": find_examples(scored, job.inputs.pool, args.columns, job.reference_tokenizer, named)
     }
+    if (lengths := find_lengths(scored, args.fractions)) is not None:
+        findings["lengths"] = lengths
+        if lengths["warning"] is not None:
+            warn(lengths["warning"])
     if args.task_column is not None or args.wrong_column is not None:
         losses = compute_reference_losses(job, adapter)
         findings |= compute_aucs(scored, losses, job.inputs.validation, args.task_column, args.wrong_column)
