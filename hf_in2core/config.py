@@ -48,7 +48,11 @@ class InfluenceConfig(SFTConfig):
             Memory in GB for the gradients of queries when every validation row is one (`fit_influence(
             per_example=True)`); queries that do not fit together take passes of their own.
         gradient_store_gb (`float`, *optional*, defaults to `0`):
-            Disk budget in GB for keeping the gradients of the fit pass. This version keeps none and accepts 0 only.
+            Disk budget in GB (10^9 bytes) for keeping the per-example gradients of the fit pass (`estimator="datainf"`
+            on the whole pool, so without `fit_examples`). Where rows x adapter parameters fit in float32 they are kept
+            so, else in bfloat16 (scores then differ by its rounding), else not at all, with a warning. The score pass,
+            and the fit passes of further blocks of queries, read them instead of running the model. They lie beside
+            the other state under `output_dir` and are removed when `score_influence` is done. 0 stores nothing.
 
     > [!NOTE]
     > A negative influence marks a proponent (training on the row lowers the validation loss), a positive one an
@@ -103,10 +107,12 @@ class InfluenceConfig(SFTConfig):
                 raise ValueError(f"`{name}={value}` leaves no row to work on. Give at least 1.")
         if self.query_memory_gb <= 0:
             raise ValueError(f"`query_memory_gb={self.query_memory_gb}` holds no query. Give a positive value.")
-        if self.gradient_store_gb != 0:
+        if self.gradient_store_gb < 0:
+            raise ValueError(f"`gradient_store_gb={self.gradient_store_gb}` is negative. Give 0 to store nothing.")
+        if self.gradient_store_gb > 0 and self.estimator != "datainf":
             raise ValueError(
-                f"`gradient_store_gb={self.gradient_store_gb}` asks for stored gradients, which this version does not "
-                "keep: every pass computes them. Leave it at 0."
+                f"`gradient_store_gb={self.gradient_store_gb}` keeps the gradients of the fit pass, which "
+                f"`estimator={self.estimator!r}` does not have. Leave it at 0, or use `estimator='datainf'`."
             )
         if self.hub_token is not None:
             raise ValueError(

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,8 +15,10 @@ from .batches import TokenBatch, read_token_rows
 from .config import InfluenceConfig
 from .datainf import compute_damping, compute_ihvp, compute_inner_damping_error
 from .gradients import (
+    FitTerms,
     GradientRecorder,
     accumulation_dtype,
+    compute_block_fit_terms,
     compute_fit_terms,
     compute_gradient_sum,
     compute_per_example_gradients,
@@ -23,6 +26,7 @@ from .gradients import (
 )
 from .passes import Passes, accumulate, check_finite, make_zeros, run_batches
 from .state import read_tensors, write_tensors
+from .store import GradientStore, StoredChunk
 
 
 logger = logging.getLogger(__name__)
@@ -113,6 +117,7 @@ def run_fit_pass(
     fit_examples: int | None,
     seed: int,
     name: str = "fit",
+    is_stored: bool = False,
 ) -> FitResult:
     """
     DataInf's preconditioned validation gradients, in one pass over the pool and without stored gradients.
@@ -132,6 +137,8 @@ def run_fit_pass(
             Seed of the pilot rows and of the sample.
         name (`str`, *optional*, defaults to `"fit"`):
             Name of its state file.
+        is_stored (`bool`, *optional*, defaults to `False`):
+            Whether an earlier fit pass has filled the gradient store, if there is one; else this pass fills it.
 
     Returns:
         [`FitResult`]
@@ -142,14 +149,14 @@ def run_fit_pass(
     if fit_examples is not None and fit_examples < len(prepared):
         positions = np.sort(generator.choice(len(prepared), fit_examples, replace=False))
     inner = _compute_pilot_damping(passes, prepared.select(pilot), damping_scale)
-    result = _fit(passes, name, prepared, positions, validation_gradients, inner, damping_scale)
+    result = _fit(passes, name, prepared, positions, validation_gradients, inner, damping_scale, is_stored)
     if result.inner_damping_error > MAX_INNER_DAMPING_ERROR:
         logger.warning(
             "The pilot's damping may be off by up to %.1e of the result: fitting again with the exact damping.",
             result.inner_damping_error,
         )
         result = _fit(
-            passes, f"{name}-exact", prepared, positions, validation_gradients, result.damping, damping_scale
+            passes, f"{name}-exact", prepared, positions, validation_gradients, result.damping, damping_scale, True
         )
     return result
 
@@ -178,6 +185,7 @@ def _fit(
     validation_gradients: dict[str, Tensor],
     inner_damping: dict[str, float],
     damping_scale: float,
+    is_stored: bool,
 ) -> FitResult:
     num_queries = next(iter(validation_gradients.values())).shape[0]
     sums: dict[str, Tensor] = {}
@@ -187,20 +195,41 @@ def _fit(
         sums[f"{key}/square_norm"] = torch.zeros((), dtype=torch.float64, device=device)
         sums[f"{key}/error_weight"] = torch.zeros(num_queries, dtype=torch.float64, device=device)
 
-    def make_step(recorder: GradientRecorder) -> Callable[[TokenBatch], None]:
-        v = {key: value.to(recorder.accumulation_dtype) for key, value in validation_gradients.items()}
+    dtype = accumulation_dtype(next(iter(passes.blocks.values())).tensor)
+    v = {key: value.to(dtype) for key, value in validation_gradients.items()}
+    store = passes.store if positions is None else None
 
+    def add(key: str, term: FitTerms) -> None:
+        sums[f"{key}/weighted_sum"] += term.weighted_sum
+        sums[f"{key}/square_norm"] += term.square_norms.double().sum()
+        sums[f"{key}/error_weight"] += term.error_weight
+
+    def make_step(recorder: GradientRecorder) -> Callable[[TokenBatch], None]:
         def step(batch: TokenBatch) -> None:
-            terms = compute_fit_terms(recorder, batch, passes.loss_reduction, v, inner_damping)
+            keep = None if store is None else partial(_keep, store, batch.indices)
+            terms = compute_fit_terms(recorder, batch, passes.loss_reduction, v, inner_damping, keep)
             check_finite((term.square_norms for term in terms.values()), batch)
             for key, term in terms.items():
-                sums[f"{key}/weighted_sum"] += term.weighted_sum
-                sums[f"{key}/square_norm"] += term.square_norms.double().sum()
-                sums[f"{key}/error_weight"] += term.error_weight
+                add(key, term)
 
         return step
 
-    sums = accumulate(passes, name, "Influence: fit pass", prepared, positions, sums, make_step)
+    def add_stored(chunk: StoredChunk) -> None:
+        for key, value in v.items():
+            for _, gradients in chunk.read(key):
+                add(key, compute_block_fit_terms(gradients.to(value.device, dtype), value, inner_damping[key]))
+
+    sums = accumulate(
+        passes,
+        name,
+        "Influence: fit pass",
+        prepared,
+        positions,
+        sums,
+        make_step,
+        store,
+        add_stored if is_stored else None,
+    )
     num_examples = len(prepared) if positions is None else len(positions)
     ihvp, damping = {}, {}
     squared_error, squared_norm = torch.zeros(num_queries).double(), torch.zeros(num_queries).double()
@@ -216,6 +245,10 @@ def _fit(
         squared_norm += ihvp[key].flatten(1).square().sum(1).cpu()
     relative = torch.where(squared_norm > 0, (squared_error / squared_norm).sqrt(), torch.zeros_like(squared_norm))
     return FitResult(ihvp, damping, num_examples, float(relative.max()))
+
+
+def _keep(store: GradientStore, indices: np.ndarray, name: str, gradients: Tensor) -> None:
+    store.keep(name, indices, gradients)
 
 
 def fit_directions(
@@ -257,7 +290,7 @@ def fit_directions(
             for start in range(0, len(rows), queries_per_block):
                 queries = rows.select(range(start, min(start + queries_per_block, len(rows))))
                 v = run_per_example_validation_pass(passes, queries)
-                result = _precondition(passes, pool, v, config, f"fit-{index}-{start}")
+                result = _precondition(passes, pool, v, config, f"fit-{index}-{start}", is_stored=bool(results))
                 result.ihvp = {key: value.cpu() for key, value in result.ihvp.items()}
                 results.append(result)
     return FitResult(
@@ -269,11 +302,16 @@ def fit_directions(
 
 
 def _precondition(
-    passes: Passes, pool: Dataset, validation_gradients: dict[str, Tensor], config: InfluenceConfig, name: str
+    passes: Passes,
+    pool: Dataset,
+    validation_gradients: dict[str, Tensor],
+    config: InfluenceConfig,
+    name: str,
+    is_stored: bool = False,
 ) -> FitResult:
     if config.estimator == "datainf":
         result = run_fit_pass(
-            passes, pool, validation_gradients, config.damping_scale, config.fit_examples, config.seed, name
+            passes, pool, validation_gradients, config.damping_scale, config.fit_examples, config.seed, name, is_stored
         )
     else:
         result = FitResult(ihvp=validation_gradients, damping={}, num_examples=0, inner_damping_error=0.0)

@@ -226,6 +226,7 @@ def compute_fit_terms(
     loss_reduction: str,
     validation_gradients: dict[str, Tensor],
     damping: dict[str, float],
+    keep: Callable[[str, Tensor], None] | None = None,
 ) -> dict[str, FitTerms]:
     """
     The terms of DataInf's sum over training examples for one batch.
@@ -241,6 +242,8 @@ def compute_fit_terms(
             `v`, shape `[Q, out, in]` per block.
         damping (`dict[str, float]`):
             Damping of each block inside the fraction (the pilot's).
+        keep (`Callable`, *optional*):
+            Called with each block's name and its per-example gradients, `[B, out * in]`.
 
     Returns:
         `dict[str, FitTerms]`
@@ -250,15 +253,22 @@ def compute_fit_terms(
     def reduce(name: str, x: Tensor, grad_output: Tensor) -> None:
         v = validation_gradients[name]
         gradients = compute_per_example_gradients(x, grad_output, v.dtype).flatten(1)
-        square_norms = torch.linalg.vector_norm(gradients, dim=1).square()
-        dots = gradients @ v.flatten(1).T
-        coefficients = compute_coefficients(dots, square_norms, damping[name])
-        inverse = compute_coefficients(torch.ones_like(dots), square_norms, damping[name])
-        error_weight = (coefficients.abs() * inverse * square_norms.sqrt()[:, None]).sum(0)
-        terms[name] = FitTerms(square_norms, (coefficients.T @ gradients).view_as(v), error_weight)
+        if keep is not None:
+            keep(name, gradients)
+        terms[name] = compute_block_fit_terms(gradients, v, damping[name])
 
     recorder.run(batch, loss_reduction, reduce)
     return terms
+
+
+def compute_block_fit_terms(gradients: Tensor, v: Tensor, damping: float) -> FitTerms:
+    """The same terms for one block, from its per-example gradients `[B, out * in]` and `v` `[Q, out, in]`."""
+    square_norms = torch.linalg.vector_norm(gradients, dim=1).square()
+    dots = gradients @ v.flatten(1).T
+    coefficients = compute_coefficients(dots, square_norms, damping)
+    inverse = compute_coefficients(torch.ones_like(dots), square_norms, damping)
+    error_weight = (coefficients.abs() * inverse * square_norms.sqrt()[:, None]).sum(0)
+    return FitTerms(square_norms, (coefficients.T @ gradients).view_as(v), error_weight)
 
 
 def compute_square_norms(recorder: GradientRecorder, batch: TokenBatch, loss_reduction: str) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import gc
 import logging
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .batches import TokenBatch, TokenRows, collate, plan_batches, read_token_ro
 from .blocks import Blocks
 from .gradients import GradientRecorder
 from .state import read_tensors, write_tensors
+from .store import GradientStore, StoredChunk
 
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,8 @@ class Passes:
             Identity of the run, written into every state file.
         show_progress (`bool`):
             Whether to show a progress bar (main process only).
+        store ([`GradientStore`], *optional*):
+            Where the fit pass keeps the gradients of the whole pool.
     """
 
     model: nn.Module
@@ -64,6 +68,7 @@ class Passes:
     folder: Path | None = None
     fingerprint: str = ""
     show_progress: bool = True
+    store: GradientStore | None = None
 
     @property
     def rank(self) -> int:
@@ -167,6 +172,8 @@ def accumulate(
     positions: np.ndarray | None,
     sums: dict[str, Tensor],
     make_step: Callable[[GradientRecorder], Callable[[TokenBatch], None]],
+    store: GradientStore | None = None,
+    add_stored: Callable[[StoredChunk], None] | None = None,
 ) -> dict[str, Tensor]:
     """
     Run a pass that only adds to sums, chunk by chunk, keeping them on disk after each chunk.
@@ -186,6 +193,10 @@ def accumulate(
             Zeroed sums, changed in place.
         make_step (`Callable`):
             Given the recorder, returns the work on one batch, which adds to `sums`.
+        store ([`GradientStore`], *optional*):
+            Written to by the work on each batch, or read with `add_stored`.
+        add_stored (`Callable`, *optional*):
+            Adds a stored chunk to `sums`. Chunks that are not in the store run through the model.
 
     Returns:
         `dict[str, torch.Tensor]`: the sums over all rows and all processes.
@@ -208,19 +219,32 @@ def accumulate(
                 step(batch)
                 bar.update(len(batch.rows))
 
+            def save() -> None:
+                if path is not None:
+                    metadata = {"fingerprint": passes.fingerprint, "next_row": str(next_row)}
+                    write_tensors(path, sums, metadata)
+
             while next_row < end:
                 # Chunk borders are counted from the shard's start, so that a resumed run makes the same batches.
                 chunk_end = min(start + ((next_row - start) // passes.chunk_size + 1) * passes.chunk_size, end)
+                chunk = store.read(next_row, chunk_end) if store is not None and add_stored is not None else None
+                if chunk is not None:
+                    add_stored(chunk)  # type: ignore[misc]
+                    bar.update(chunk_end - next_row)
+                    next_row = chunk_end
+                    save()
+                    continue
                 if positions is None:
                     token_rows = read_token_rows(prepared, next_row, chunk_end)
                 else:
                     token_rows = read_token_rows(prepared.select(positions[next_row:chunk_end]))
 
-                run_batches(passes, token_rows, step_and_report)
+                # The gradients come to rest before the sums say that the chunk is done.
+                writing = store is not None and add_stored is None
+                with store.write(next_row, chunk_end) if writing else nullcontext():  # type: ignore[union-attr]
+                    run_batches(passes, token_rows, step_and_report)
                 next_row = chunk_end
-                if path is not None:
-                    metadata = {"fingerprint": passes.fingerprint, "next_row": str(next_row)}
-                    write_tensors(path, sums, metadata)
+                save()
     return passes.sum_over_processes(sums)
 
 

@@ -163,7 +163,7 @@ def plan_influence(
         timed_batches=timings.num_batches,
         peak_memory=_peak_memory(passes) + 2 * scores,
         disk=passes.world_size * sums + queries * elements * itemsize + scores,
-        store=0,
+        store=0 if passes.store is None else len(pool) * passes.store.row_bytes,
         reduced=sums + scores if passes.world_size > 1 else 0,
     )
 

@@ -12,6 +12,7 @@ from .batches import TokenBatch, TokenRows, read_token_rows
 from .gradients import GradientRecorder, compute_dots
 from .passes import Passes, check_finite, run_batches
 from .state import read_tensors, write_tensors
+from .store import StoredChunk
 
 
 Directions = dict[str, Tensor]
@@ -72,6 +73,22 @@ def score_token_rows(
             passes, recorder, block, norm if cosine else None, influence[:, queries], report if last else None
         )
         run_batches(passes, token_rows, step)
+    return influence
+
+
+def score_stored_rows(chunk: StoredChunk, token_rows: TokenRows, directions: Directions, passes: Passes) -> np.ndarray:
+    """
+    Influence of the rows of a stored chunk, from their gradients on disk instead of the model.
+
+    Returns:
+        `numpy.ndarray` of shape `[n, Q]`, float64; negative = proponent, NaN for a row without a loss token.
+    """
+    influence = np.zeros((len(token_rows), count_queries(directions)))
+    for name, tensor in directions.items():
+        u = tensor.to(passes.blocks[name].tensor.device).flatten(1)
+        for rows, gradients in chunk.read(name):
+            influence[rows] -= (gradients.to(u.device, u.dtype) @ u.T).double().cpu().numpy()
+    influence[token_rows.num_loss_tokens == 0] = np.nan
     return influence
 
 
@@ -202,7 +219,14 @@ def run_score_pass(
             if done[first:last].all():
                 continue
             token_rows = read_token_rows(prepared, first, last)
-            scores = score_token_rows(passes, recorder, token_rows, directions, cosine, queries_per_block, bar.update)
+            chunk = passes.store.read(first, last) if passes.store is not None else None
+            if chunk is not None:
+                scores = score_stored_rows(chunk, token_rows, directions, passes)
+                bar.update(len(token_rows))
+            else:
+                scores = score_token_rows(
+                    passes, recorder, token_rows, directions, cosine, queries_per_block, bar.update
+                )
             kept[first:last] = scores if top_k is None else average_over_sets(scores, sizes)
             tensors = {"influence": torch.from_numpy(kept[first:last])}
             if top_k is not None:

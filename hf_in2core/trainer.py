@@ -18,13 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from . import __version__, batches, blocks, datainf, fit, gradients, losses, passes, scoring
+from . import __version__, batches, blocks, datainf, fit, gradients, losses, passes, scoring, store
 from .annotate import add_influence_columns, add_query_column, make_top_rows, spread
 from .batches import read_token_rows
 from .blocks import Blocks, find_blocks, select_blocks
 from .columns import apply_columns
 from .config import InfluenceConfig
 from .fit import FitResult, fit_directions, read_fit, write_fit
+from .gradients import accumulation_dtype
 from .passes import Passes
 from .preparation import (
     ROW_COLUMN,
@@ -39,6 +40,7 @@ from .scorer import AUTOCAST_DTYPES, InfluenceScorer
 from .scorer_files import ScorerConfig
 from .scoring import run_score_pass
 from .state import hash_adapter, hash_base, hash_json, hash_prepared, remove_leftovers
+from .store import GradientStore, choose_store_dtype
 from .trainer_checks import check_datasets, check_settings, load_tokenizer, stand_in_template
 from .verification import verify_gradients
 
@@ -46,7 +48,7 @@ from .verification import verify_gradients
 logger = logging.getLogger(__name__)
 
 # A change in any of these may change a score, so their source is part of a run's fingerprint.
-ENGINE = (batches, blocks, datainf, fit, gradients, losses, passes, scoring)
+ENGINE = (batches, blocks, datainf, fit, gradients, losses, passes, scoring, store)
 LIBRARIES = ["torch", "transformers", "trl", "peft", "datasets", "accelerate"]
 
 
@@ -243,10 +245,22 @@ class InfluenceTrainer(SFTTrainer):
             "fit_examples": args.fit_examples,
             "seed": args.seed,
             "per_example": per_example,
+            # In float32 a store changes nothing but rounding.
+            "gradient_store": "bfloat16" if self._store_dtype(blocks) is torch.bfloat16 else None,
         }
+
+    def _store_dtype(self, blocks: Blocks) -> torch.dtype | None:
+        """Precision of the gradient store, `None` without one."""
+        args, num_rows = self.args, len(self._prepared[""])
+        if args.gradient_store_gb == 0 or (args.fit_examples is not None and args.fit_examples < num_rows):
+            return None
+        full = accumulation_dtype(next(iter(blocks.values())).tensor)
+        return choose_store_dtype(args.gradient_store_gb, num_rows, _count_elements(blocks), full)
 
     def _make_passes(self, blocks: Blocks, fingerprint: str) -> Passes:
         folder = Path(str(self.args.output_dir)) / "influence" / fingerprint
+        elements = {name: block.tensor.numel() for name, block in blocks.items()}
+        store_dtype = self._store_dtype(blocks)
         return Passes(
             model=self.accelerator.unwrap_model(self.model),
             blocks=blocks,
@@ -258,6 +272,7 @@ class InfluenceTrainer(SFTTrainer):
             folder=folder,
             fingerprint=fingerprint,
             show_progress=not self.args.disable_tqdm and datasets.utils.is_progress_bar_enabled(),
+            store=None if store_dtype is None else GradientStore(folder, fingerprint, elements, store_dtype),
         )
 
     def fit_influence(self, per_example: bool = False) -> InfluenceScorer:
@@ -293,6 +308,7 @@ class InfluenceTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         result = read_fit(job)
         if result is None:
+            self._check_store(job)
             verify_gradients(job, self._prepared[""])
             validation = {name: self._prepared[name] for name in self._validation_names}
             result = fit_directions(
@@ -310,6 +326,21 @@ class InfluenceTrainer(SFTTrainer):
         self._scorer = self._make_scorer(result, job, identity)
         self._fingerprint = fingerprint
         return self._scorer
+
+    def _check_store(self, job: Passes) -> None:
+        """Check that the gradient store fits on the disk; warn where one was asked for and none is kept."""
+        num_rows, budget = len(self._prepared[""]), self.args.gradient_store_gb
+        if job.store is not None:
+            job.store.check_disk(num_rows)
+        elif budget > 0 and self.is_world_process_zero():
+            needed = num_rows * _count_elements(job.blocks) * 2 / 1e9
+            logger.warning(
+                "No gradients are stored (`gradient_store_gb=%s`): %s. The model runs in every pass.",
+                budget,
+                "`fit_examples` fits a sample, and scoring needs the whole pool"
+                if needed <= budget
+                else f"{num_rows:,} rows take {needed:.3g} GB even in bfloat16",
+            )
 
     def _count_queries_per_block(self, blocks: Blocks) -> int:
         """Queries whose gradient, sum and direction fit into `query_memory_gb` together."""
@@ -410,8 +441,9 @@ class InfluenceTrainer(SFTTrainer):
         scorer = self.fit_influence(per_example)
         blocks = self._selected_blocks()
         prepared = self._prepared[""]
+        job = self._make_passes(blocks, self._fingerprint)
         scores = run_score_pass(
-            self._make_passes(blocks, self._fingerprint),
+            job,
             prepared,
             scorer.directions,
             cosine=self.args.estimator == "gradient_cosine",
@@ -419,6 +451,10 @@ class InfluenceTrainer(SFTTrainer):
             queries_per_block=self._count_queries_per_block(blocks) if per_example else None,
             top_k=top_k,
         )
+        if job.store is not None:
+            self.accelerator.wait_for_everyone()  # nobody reads them any more
+            if self.accelerator.is_local_main_process:
+                job.store.remove()
         rows = prepared.with_format("numpy")["row"][:]
         num_loss_tokens = np.zeros(len(pool), dtype=np.int64)
         for start in range(0, len(prepared), 10_000):
@@ -432,3 +468,7 @@ class InfluenceTrainer(SFTTrainer):
         if scores.top is not None:
             self.top_rows = make_top_rows(scores.top, {name: self._prepared[name] for name in self._validation_names})
         return scored
+
+
+def _count_elements(blocks: Blocks) -> int:
+    return sum(block.tensor.numel() for block in blocks.values())

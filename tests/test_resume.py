@@ -29,8 +29,8 @@ def build(folder: Path, **options):
     return make_trainer(folder, pool, validation, torch.float32, model=model, **{**OPTIONS, **options})
 
 
-def run(folder: str) -> None:
-    build(Path(folder)).score_influence()
+def run(folder: str, options: dict) -> None:
+    build(Path(folder), **options).score_influence()
 
 
 def count_state_files(folder: Path) -> int:
@@ -48,10 +48,10 @@ def wait_for_progress(folder: Path, before: int, processes: list) -> None:
         time.sleep(0.002)
 
 
-def kill_after_progress(folder: Path, generator: random.Random) -> None:
+def kill_after_progress(folder: Path, generator: random.Random, **options) -> None:
     """Start a run and kill it a random moment after it has written its next state."""
     before = count_state_files(folder)
-    process = multiprocessing.get_context("fork").Process(target=run, args=(str(folder),))
+    process = multiprocessing.get_context("fork").Process(target=run, args=(str(folder), options))
     process.start()
     wait_for_progress(folder, before, [process])
     time.sleep(generator.uniform(0, 0.05))
@@ -72,23 +72,24 @@ def test_killed_runs_end_with_the_same_bits(tmp_path, seed, kills) -> None:
     assert resumed["influence_rank"] == expected["influence_rank"]
 
 
-def run_rank(folder: str, rank: int, port: int) -> None:
+def run_rank(folder: str, rank: int, port: int, options: dict) -> None:
     """One of two processes, as a launcher starts them; the parent's state of a single process is left behind."""
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    trainer = build(Path(folder))
+    trainer = build(Path(folder), **options)
     assert trainer.accelerator.num_processes == 2
     influence = trainer.score_influence()["influence"]
     (Path(folder) / f"{rank}.json").write_text(json.dumps([value.hex() for value in influence]))
 
 
-def start_two_processes(folder: Path) -> list:
+def start_two_processes(folder: Path, **options) -> list:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        multiprocessing.get_context("fork").Process(target=run_rank, args=(str(folder), rank, port)) for rank in (0, 1)
+        multiprocessing.get_context("fork").Process(target=run_rank, args=(str(folder), rank, port, options))
+        for rank in (0, 1)
     ]
     for process in processes:
         process.start()
