@@ -5,7 +5,8 @@ The peers want a virtual environment of their own (never the project's), made fr
     python3.11 -m venv /tmp/peers-venv
     /tmp/peers-venv/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
     /tmp/peers-venv/bin/pip install --no-deps -r benchmarks/peers-requirements.txt
-    OMP_NUM_THREADS=1 TQDM_DISABLE=1 PYTHONPATH=. /tmp/peers-venv/bin/python benchmarks/peers.py [--quick] [--output_dir FOLDER]
+    export OMP_NUM_THREADS=1 TQDM_DISABLE=1 PYTHONPATH=.
+    /tmp/peers-venv/bin/python benchmarks/peers.py [--quick] [--output_dir benchmarks/results]
 
 `--no-deps`, because Kronfluence and Bergson ask for torchvision and torchaudio, which nothing here uses.
 
@@ -31,7 +32,9 @@ What each peer is given, chosen to be fast where it lets its user choose:
 
 import argparse
 import logging
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -276,7 +279,7 @@ def sort_by_length(rows: Dataset) -> Dataset:
 
 def compare(mean: bool, quick: bool) -> list[dict[str, object]]:
     """The rows of the table for the matrix, or for the mean over the queries."""
-    width, num_train, num_queries, repetitions = (64, 24, 4, 1) if quick else (256, 200, 32, 5)
+    width, num_train, num_queries, repetitions = (64, 24, 4, 1) if quick else (128, 200, 32, 3)
     vocab_size = 1024
     train = sort_by_length(make_rows(num_train, vocab_size, 32, 128))
     queries = sort_by_length(make_rows(num_queries, vocab_size, 32, 128, seed=1))
@@ -298,7 +301,9 @@ def compare(mean: bool, quick: bool) -> list[dict[str, object]]:
     scores: dict[str, np.ndarray] = {}
 
     def keep(name: str) -> None:
+        start = time.process_time()
         scores[name] = runs[name]()
+        print(f"{name}: {time.process_time() - start:.2f} CPU s", file=sys.stderr, flush=True)
 
     seconds = time_interleaved({name: partial(keep, name) for name in runs}, repetitions)
     at_their_damping = run_datainf_with_damping(passes, train, queries, damping)
