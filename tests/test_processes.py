@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -64,3 +65,24 @@ def test_a_failing_rank_stops_the_others_with_its_error(tmp_path) -> None:
     assert done.returncode != 0
     assert "this rank fails on purpose" in done.stderr
     assert time.monotonic() - start < 120  # imports take most of it; the survivors must not wait for a time-out
+
+
+@pytest.mark.slow
+def test_two_machines_equal_one_process(tmp_path) -> None:
+    """Two `accelerate launch` commands that meet on the loopback address, as on two nodes."""
+    one = launch(tmp_path, "one", 1, 19)[0]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = {"out": str(tmp_path / "two"), "output_dir": str(tmp_path / "two-run"), "world_size": 2, "num_rows": 19}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    machines = []
+    for rank in (0, 1):
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=2"]
+        command += ["--num_processes=2", f"--machine_rank={rank}", "--main_process_ip=127.0.0.1"]
+        command += [f"--main_process_port={port}", "--mixed_precision=no", "--dynamo_backend=no"]
+        machines.append(subprocess.Popen([*command, str(WORKER), json.dumps(arguments)], env=environment))
+    assert [machine.wait(timeout=240) for machine in machines] == [0, 0]
+    found = [json.loads((tmp_path / f"two.{rank}.json").read_text()) for rank in (0, 1)]
+    assert found[0]["influence"] == found[1]["influence"]
+    assert_same(to_floats(found[0]["influence"]), to_floats(one["influence"]), 1e-5)
