@@ -74,7 +74,12 @@ def test_two_machines_equal_one_process(tmp_path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = {"out": str(tmp_path / "two"), "output_dir": str(tmp_path / "two-run"), "world_size": 2, "num_rows": 19}
+    arguments = {
+        "out": str(tmp_path / "two"),
+        "output_dir": str(tmp_path / "two-run"),
+        "world_size": 2,
+        "num_rows": 19,
+    }
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     machines = []
     for rank in (0, 1):

@@ -287,3 +287,16 @@ def test_a_fitted_scorer_is_returned_until_something_changes(tmp_path, pool, val
     assert changed.fingerprint != scorer.fingerprint
     trainer.args.damping_scale = 0.2
     assert trainer.fit_influence() is not changed
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_models_accumulate_in_float32(tmp_path, pool, validation, autocast) -> None:
+    """A bfloat16 base, or bfloat16 autocast, stays within the rounding of its forward and keeps the ranking."""
+    expected = np.array(make_trainer(tmp_path / "a", pool, validation, torch.float32).score_influence()["influence"])
+    dtype = torch.float32 if autocast else torch.bfloat16
+    trainer = make_trainer(tmp_path / "b", pool, validation, dtype, bf16=autocast)
+    actual = np.array(trainer.score_influence()["influence"])
+    assert {u.dtype for u in trainer.fit_influence().directions.values()} == {torch.float32}
+    assert 0 < np.linalg.norm(actual - expected) < 0.1 * np.linalg.norm(expected)
+    ranks = [np.argsort(np.argsort(values)) for values in (expected, actual)]
+    assert np.corrcoef(*ranks)[0, 1] > 0.98
