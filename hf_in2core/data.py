@@ -19,7 +19,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 COLON = re.compile(r":(?![^\[]*\])")
 
 
-def load_rows(source: str, what: str = "dataset") -> Dataset:
+def load_rows(source: str, what: str = "dataset", revision: str | None = None) -> Dataset:
     """
     Load rows from the Hub or from disk.
 
@@ -30,6 +30,8 @@ def load_rows(source: str, what: str = "dataset") -> Dataset:
             sliced: `user/name:train[:1000]`. Without a split: `train`, or the only one there is.
         what (`str`, *optional*, defaults to `"dataset"`):
             What the rows are for, named in errors.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a Hub id.
 
     Returns:
         [`~datasets.Dataset`] with at least one row.
@@ -40,7 +42,7 @@ def load_rows(source: str, what: str = "dataset") -> Dataset:
     """
     try:
         path, split = _split_local(source)
-        dataset = _load_local(path, split) if path is not None else _load_from_hub(source)
+        dataset = _load_local(path, split) if path is not None else _load_from_hub(source, revision)
     except (FileNotFoundError, _SplitError) as error:
         raise type(error)(f"The {what} `{source}` cannot be loaded: {error}") from error
     except Exception as error:  # datasets raises many types, whose own text names neither the source nor a remedy
@@ -101,14 +103,14 @@ def _take_split(splits: DatasetDict, split: str | None) -> Dataset:
     return splits[name]
 
 
-def _load_from_hub(source: str) -> Dataset:
+def _load_from_hub(source: str, revision: str | None) -> Dataset:
     name, *rest = COLON.split(source)
     if len(rest) > 2:
         raise ValueError("a Hub id takes at most `:config:split`")
     config = rest[0] if len(rest) == 2 else None
     if rest:
-        return load_dataset(name, config, split=rest[-1])
-    return _take_split(load_dataset(name, config), None)
+        return load_dataset(name, config, split=rest[-1], revision=revision)
+    return _take_split(load_dataset(name, config, revision=revision), None)
 
 
 def parse_named_sources(sources: list[str], what: str = "validation") -> dict[str, str]:

@@ -12,6 +12,10 @@ from hf_in2core.card_text import Markdown, escape_markdown, format_code, render_
 from hf_in2core.dataset_card import is_hub_id, list_arms, list_provenance, say_validation
 
 
+# What may stand in a snippet as it is: ids, split names with slices, revisions.
+_PLAIN = re.compile(r"[\w./:%\[\]=\", +-]+", flags=re.ASCII)
+
+
 def render_scorer_card(repo_id: str, scorer: Mapping[str, Any], existing: str | None = None) -> str:
     """
     The card of a scorer that is a model repository of its own.
@@ -44,6 +48,7 @@ def render_scorer_card(repo_id: str, scorer: Mapping[str, Any], existing: str | 
 
 def render_target_model_card(
     model_name: str,
+    existing: str | None = None,
     *,
     base_model: str,
     dataset_id: str,
@@ -52,7 +57,6 @@ def render_target_model_card(
     split: str | None = None,
     dataset_revision: str | None = None,
     test_name: str = "test set",
-    existing: str | None = None,
 ) -> str:
     """
     The card of a model that was fine-tuned on a coreset (or on an arm that a coreset is compared with).
@@ -60,34 +64,32 @@ def render_target_model_card(
     Args:
         model_name (`str`):
             Name of the model, the second part of its repository id.
+        existing (`str`, *optional*):
+            The card that is there; its own metadata and text are kept.
         base_model (`str`):
-            Hub id of the model that was fine-tuned.
+            Model that was fine-tuned: Hub id, or a folder, of which only the name is told.
         dataset_id (`str`):
-            Hub id of the dataset that holds the coreset, or any name when it is not on the Hub.
+            Hub id of the dataset that holds the coreset, or a folder, of which only the name is told.
         run (`Mapping`):
-            This model's entry of `arms` in `results.json`.
+            What an entry of `arms` in `results.json` holds, of this model; `test_loss` may be missing.
         results (`Mapping`):
-            `results.json`, for the comparison and the verdict.
+            `results.json` of the dataset, for the comparison and the verdict; may be empty.
         split (`str`, *optional*):
             Split of the dataset that it was trained on.
         dataset_revision (`str`, *optional*):
             Commit of the dataset.
         test_name (`str`, *optional*, defaults to `"test set"`):
-            Name of the rows that judged.
-        existing (`str`, *optional*):
-            The card that is there; its own metadata and text are kept.
+            Name of the rows that judged this model; a Hub id where they have one.
 
     Returns:
         `str`: the whole card, with evaluation results in the form that the Hub renders.
     """
-    is_on_hub = "/" in dataset_id and is_hub_id(dataset_id)
     metrics = [("loss", "test_loss", "Test loss per labelled token"), ("perplexity", "test_perplexity", "Perplexity")]
     evaluated = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=dataset_id if is_on_hub else "other",
+            dataset_type=test_name if _has_page(test_name) else "other",
             dataset_name=test_name,
-            dataset_revision=dataset_revision if is_on_hub else None,
             metric_type=kind,
             metric_name=label,
             metric_value=run[key],
@@ -97,28 +99,36 @@ def render_target_model_card(
     ]
     ours = ModelCardData(eval_results=evaluated or None, model_name=model_name).to_dict()
     data, body = parse_card(existing) if existing is not None else ({}, f"\n# {escape_markdown(model_name)}\n")
-    data.setdefault("base_model", base_model)
-    if is_on_hub:
+    if is_hub_id(base_model):
+        data.setdefault("base_model", base_model)
+    if _has_page(dataset_id):
         add_tags(data, "datasets", [dataset_id])
     add_tags(data, "tags", ["in2core", "coreset", "sft", "trl"])
     data |= {key: value for key, value in ours.items() if key == "model-index"}
+    arguments = f'"{dataset_id}", split="{split or "train"}"'
+    arguments += f', revision="{dataset_revision}"' if dataset_revision else ""
     section = render_template(
         "target_model.md",
-        title=model_name,
-        base_model=base_model,
-        base_model_link=_link(base_model),
-        dataset_id=dataset_id,
-        dataset_link=Markdown(dataset_id) if is_on_hub else None,
-        dataset_revision=escape_markdown(dataset_revision) if dataset_revision else None,
-        split=escape_markdown(split) if split else None,
-        trained_on=Markdown(f"the split {format_code(split)}") if split else escape_markdown(str(run.get("arm"))),
-        arms=list_arms(other for other in results.get("arms") or [] if other.get("budget") == run.get("budget")),
+        base_model=_link(base_model, ""),
+        dataset=_link(dataset_id, "datasets/"),
+        dataset_revision=format_code(dataset_revision) if dataset_revision else None,
+        split=format_code(split) if split else None,
+        load_arguments=Markdown(arguments) if _has_page(dataset_id) and _PLAIN.fullmatch(arguments) else None,
+        this_run=list_arms([run]),
         this_arm=str(run.get("arm")),
-        seed=str(run.get("seed")),
+        test_name=test_name if evaluated else None,
+        arms=list_arms(results.get("arms") or []),
         verdict=(results.get("verdict") or {}).get("text"),
     )
     return join_card(data, replace_section(body, "model", section))
 
 
-def _link(repo_id: str) -> Markdown:
-    return Markdown(re.sub(r"[^\w./-]", "", repo_id, flags=re.ASCII))
+def _has_page(name: str) -> bool:
+    return "/" in name and is_hub_id(name)
+
+
+def _link(name: str, kind: str) -> Markdown:
+    """A name as a link to its page, where it has one."""
+    if not _has_page(name):
+        return format_code(name.rstrip("/").split("/")[-1] if name[:1] in "/.~" else name)
+    return Markdown(f"[{escape_markdown(name)}](https://huggingface.co/{kind}{name})")

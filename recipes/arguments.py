@@ -191,6 +191,13 @@ class SftCoresetArguments(DataArguments):
     fraction: float | None = field(
         default=None, metadata={"help": "Keep this fraction of a scored dataset, strongest proponents first."}
     )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the dataset on the Hub. The newest by default."}
+    )
+    test: str | None = field(default=None, metadata={"help": "Rows that judge the model at the end, for its card."})
+    hub_id: str | None = field(
+        default=None, metadata={"help": "Model repository to publish the adapter and its card to (user/name)."}
+    )
 
     def __post_init__(self) -> None:
         require(self, "model_name_or_path", "output_dir", "dataset_name")

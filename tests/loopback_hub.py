@@ -77,7 +77,8 @@ class Repo:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def commit(self, ref: str, parent: str | None, title: str, message: str, author: str, tree: dict) -> Commit:
-        seed = f"{self.type}/{self.id}/{len(self.commits)}/{title}"
+        listed = sorted((path, blob.oid) for path, blob in tree.items())
+        seed = f"{self.type}/{self.id}/{len(self.commits)}/{title}/{listed}"
         commit = Commit(hashlib.sha1(seed.encode()).hexdigest(), parent, title, message, author, dict(tree))
         self.commits[commit.oid] = commit
         self.refs[ref] = commit.oid

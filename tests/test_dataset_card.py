@@ -221,6 +221,7 @@ def test_target_model_card_has_results_that_the_hub_renders() -> None:
         dataset_revision="a" * 40,
         run=run,
         results=RESULTS,
+        test_name="user/test",
     )
     card = ModelCard(text)
     assert card.data["base_model"] == "user/tiny"
@@ -228,12 +229,26 @@ def test_target_model_card_has_results_that_the_hub_renders() -> None:
     name, evaluated = model_index_to_eval_results(yaml.safe_load(text.split("---")[1])["model-index"])
     assert name == "tiny-25"
     assert {result.metric_type: result.metric_value for result in evaluated} == {"loss": 3.158, "perplexity": 2.0}
-    assert {result.dataset_revision for result in evaluated} == {"a" * 40}
-    assert "split `coreset_25`" in text and "a" * 40 in text
+    # It was judged on the test set, not on the rows that it was trained on.
+    assert {(result.dataset_type, result.dataset_name) for result in evaluated} == {("user/test", "user/test")}
+    assert "split `coreset_25`" in text and f'revision="{"a" * 40}"' in text
+    assert "| coreset | 0.25 | 400 | 4,000 | 100 | 3.1580 | 2.000 |" in text  # this model
+    assert "| coreset | 0.25 | steps | 2 | 400 | 4,000 | 100 | 3.1680 ± 0.0141 | 2.000 |" in text  # the comparison
+    assert "> At equal steps the coreset beat random rows." in text
     again = text.replace("# tiny-25", "# tiny-25\n\nWritten by hand.")
     assert "Written by hand." in render_target_model_card(
         "tiny-25", base_model="user/tiny", dataset_id="user/repo", run=run, results=RESULTS, existing=again
     )
+
+
+def test_target_model_card_of_local_files_names_no_folder_and_claims_nothing() -> None:
+    run = {"arm": "coreset", "rows": 5, "loss_tokens": 50, "steps": 2}
+    text = render_target_model_card(
+        "tiny", base_model="/home/ada/models/tiny", dataset_id="/home/ada/rows", run=run, results={}
+    )
+    assert "/home" not in text and "huggingface.co/" not in text
+    assert "has not been judged" in text and "No comparison with random rows" in text
+    assert "model-index" not in text and "base_model" not in ModelCard(text).data.to_dict()
 
 
 # Front matter

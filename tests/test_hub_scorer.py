@@ -3,16 +3,15 @@
 The real clients talk to the Hub of `loopback_hub.py` from processes of their own.
 """
 
+import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import conftest
 import pytest
 from datasets import concatenate_datasets
-from hub_client import QUIET, ROOT, ClientError, HubClient, check_that_tokens_stayed_secret, make_env
+from hub_client import QUIET, ClientError, HubClient, check_that_tokens_stayed_secret
 from loopback_http import Fault
 from loopback_hub import LoopbackHub
 
@@ -282,14 +281,46 @@ def test_rows_added_by_somebody_meanwhile_are_not_lost(hub, published, publisher
 # The round trip
 
 
-@pytest.mark.slow
-def test_a_coreset_is_fine_tuned_on_straight_from_the_hub(hub, published, tmp_path) -> None:
-    command = [sys.executable, str(ROOT / "recipes" / "sft_coreset.py"), "--model_name_or_path", "ada/tiny"]
-    command += ["--dataset_name", "ada/scored", "--split", "coreset_50", "--output_dir", "target", "--max_steps", "2"]
-    command += ["--use_cpu", "true", "--report_to", "none"]
-    done = subprocess.run(
-        command, env=make_env(hub, tmp_path / "home", None), cwd=tmp_path, capture_output=True, text=True
+def test_a_coreset_is_fine_tuned_on_straight_from_the_hub(hub, published, elsewhere) -> None:
+    """On the machine that had nothing: fresh HF_HOME, no token, no local file."""
+    files = {"results.json": json.dumps({"verdict": {"text": "At equal steps it beat random rows."}}).encode()}
+    hub.add_repo("dataset", "ada/compared", hub.repos[("dataset", "ada/scored")].files() | files)
+    elsewhere.run(
+        """
+        from datasets import load_dataset
+        from recipe_runs import run_recipe
+        load_dataset("ada/scored", "validation", split="validation").to_json("test.jsonl")
+        flags = ["--model_name_or_path", "ada/tiny", "--dataset_name", "ada/compared", "--split", "coreset_50"]
+        flags += ["--output_dir", "target", "--max_steps", "2", "--test", "test.jsonl"]
+        run_recipe("sft_coreset", *flags, "--use_cpu", "true", "--report_to", "none")
+        """
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "target" / "adapter_model.safetensors").is_file()
-    assert f"{len(published[3])} rows, 2 steps" in done.stdout
+    assert f"{len(published[3])} rows, 2 steps" in elsewhere.output
+    target = elsewhere.output_path.parent / "target"
+    assert (target / "adapter_model.safetensors").is_file() and not (target / "training_args.bin").exists()
+    card = (target / "README.md").read_text()
+    commit = hub.repos[("dataset", "ada/compared")].resolve("main").oid
+    assert f'load_dataset("ada/compared", split="coreset_50", revision="{commit}")' in card
+    assert "base_model: ada/tiny" in card and "> At equal steps it beat random rows." in card
+    assert "model-index" in card and "More Information Needed" not in card
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert elsewhere.run(snippet + "\nresult = coreset['id'][:]") == published[3]
+
+
+def test_a_target_is_published_with_its_card(hub, published, publisher) -> None:
+    tune = """
+    from recipe_runs import run_recipe
+    flags = ["--model_name_or_path", "ada/tiny", "--dataset_name", "ada/scored:coreset_50", "--output_dir", "tuned"]
+    flags += ["--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1", "--use_cpu", "true"]
+    run_recipe("sft_coreset", *flags, "--report_to", "none", "--hub_id", repo_id)
+    """
+    with pytest.raises(ClientError) as raised:
+        publisher.run(tune, repo_id="bob/target")
+    assert "ada cannot create" in raised.value.message
+    assert not (publisher.output_path.parent / "tuned").exists(), "it was refused after training"
+    publisher.run(tune, repo_id="ada/target")
+    repo = hub.repos[("model", "ada/target")]
+    assert [commit.title for commit in repo.history()] == ["Publish model", "initial commit"]
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md", "config.yaml"} <= set(repo.files())
+    assert not [path for path in repo.files() if "/" in path or path.endswith((".bin", ".pt"))]
+    assert "has not been judged" in repo.files()["README.md"].decode()
