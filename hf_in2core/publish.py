@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
-from datasets import Dataset
+from datasets import Dataset, Features
 from datasets.utils.py_utils import convert_file_size_to_int
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HfHubHTTPError
@@ -170,6 +170,30 @@ def push_influence_dataset(
         )
 
 
+def check_published_columns(head: Head | None, features: Features, splits: Sequence[str], config_name: str) -> None:
+    """
+    Check, before the work that ends in a push, that what a repository holds can be merged with.
+
+    Args:
+        head ([`Head`] or `None`):
+            What the branch holds, from [`hub.check_can_push`]; `None` where there is nothing.
+        features (`datasets.Features`):
+            Columns that the splits will have.
+        splits (`Sequence[str]`):
+            Splits that will be published.
+        config_name (`str`):
+            Configuration that they belong to.
+
+    Raises:
+        ValueError: its card is not valid, or splits that stay there have other columns.
+    """
+    card = head.read(_CARD) if head is not None else None
+    if card is not None:
+        data, _ = parse_card(card.decode())
+        facts = dict.fromkeys(splits, SplitFacts(0, 0))
+        merge_splits(data, config_name, get_data_folder(config_name), features, facts, {})
+
+
 class _Config:
     """A configuration to publish: its splits, and what is known of them once they are written."""
 
@@ -223,7 +247,6 @@ class _Composer:
             path: len(source) if isinstance(source, bytes) else Path(source).stat().st_size
             for path, source in files.items()
         }
-        self.shards = {path: LocalFile.read(file) for path, file in files.items() if path.endswith(".parquet")}
 
     def __call__(self, head: Head) -> tuple[dict[str, bytes], list[str]]:
         """The card, and the parquet files of an earlier publication of the same splits."""
@@ -244,18 +267,14 @@ class _Composer:
             known = merge_splits(data, config.name, config.folder, config.features, config.facts, held)
             rows = rows or known
         add_tags(data, "tags", ["in2core", "influence", *(["coreset"] if len(rows) > 1 else [])])
-        data.setdefault("size_categories", [_name_size(rows["train"])])
+        if data.get("size_categories", [])[1:] == []:  # several were written by hand
+            data["size_categories"] = [_name_size(max(rows["train"], _count_rows(data)))]
 
         scorer = self._read_json(head, f"{_SCORER}/config.json") or {}
         if is_hub_id(str(scorer.get("base_model") or "")):
             add_tags(data, "base_model", [scorer["base_model"]])
         results = self._read_json(head, _RESULTS)
-        is_same_pool = all(
-            file.equals(head.files.get(path))
-            for path, file in self.shards.items()
-            if path.startswith(f"{main.folder}/train-")
-        )
-        stale = results is not None and f"{self.prefix}{_RESULTS}" not in self.files and not is_same_pool
+        stale = results is not None and f"{self.prefix}{_RESULTS}" not in self.files and not self._holds_pool(head)
         section = render_influence_section(
             self.repo_id,
             features=main.features,
@@ -270,6 +289,11 @@ class _Composer:
             replay=f"{self.prefix}{_REPLAY}" if f"{self.prefix}{_REPLAY}" in held and not stale else None,
         )
         return {_CARD: join_card(data, replace_section(body, main.name, section)).encode()}, replaced
+
+    def _holds_pool(self, head: Head) -> bool:
+        """Whether the pool at the head is the one to publish, so that what is said of it there still holds."""
+        shards = fnmatch.filter(self.files, f"{self.configs[0].folder}/train-*")
+        return all(LocalFile.read(self.files[path]).equals(head.files.get(path)) for path in shards)
 
     def _read_json(self, head: Head, path: str) -> dict[str, Any] | None:
         path = f"{self.prefix}{path}"
@@ -353,6 +377,13 @@ def _read_sources(source_datasets: Sequence[str], token: str | None) -> dict[str
             continue
         cards[source] = info.card_data.to_dict() if info.card_data is not None else {}
     return cards
+
+
+def _count_rows(data: Mapping[str, Any]) -> int:
+    """Rows of the largest pool that a card states."""
+    infos = data.get("dataset_info") or []
+    splits = [split for info in (infos if isinstance(infos, list) else [infos]) for split in info.get("splits") or []]
+    return max((int(split["num_examples"]) for split in splits if split["name"] == "train"), default=0)
 
 
 def _name_size(rows: int) -> str:

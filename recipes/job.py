@@ -9,7 +9,7 @@ import yaml
 from accelerate import PartialState
 from arguments import In2CoreArguments
 from comparison import plan_arms
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from inputs import (
     Inputs,
     check_adapter,
@@ -28,8 +28,9 @@ from trl import ModelConfig, SFTConfig
 
 from hf_in2core import InfluenceConfig
 from hf_in2core.data import find_hub_id, hash_value, parse_named_sources
-from hf_in2core.hub import check_can_push
+from hf_in2core.hub import PushCheck, check_can_push
 from hf_in2core.preparation import Preparation
+from hf_in2core.publish import check_published_columns
 
 
 # Settings that change no result, so that a run may go on with others.
@@ -108,8 +109,7 @@ def check(settings: Settings) -> Job:
     target_name = args.target_model_name_or_path or args.model_name_or_path
     target_model = settings.make(ModelConfig, use_peft=True, model_name_or_path=target_name)
     validation_sources = parse_named_sources(args.validation or [])
-    if args.hub_id is not None and PartialState().is_main_process:
-        check_hub(args, settings.values["hub_private_repo"])
+    found = check_hub(args, settings.values["hub_private_repo"]) if args.hub_id is not None else None
 
     reference_tokenizer = load_tokenizer(reference_model, reference_args)
     target_tokenizer = load_tokenizer(target_model, target_args)
@@ -119,6 +119,9 @@ def check(settings: Settings) -> Job:
             args.pool, validation_sources, args.test, args.columns, reference_tokenizer, args.drop_overlap
         )
     check_pool_columns(inputs.pool, list(inputs.validation), [args.task_column, args.wrong_column])
+    if found is not None:
+        features = Features(dict(inputs.pool.features) | name_influence_features(list(inputs.validation)))
+        check_published_columns(found.head, features, ["train", *name_coresets(args)], "default")
     smallest = min(args.fractions)
     if round(smallest * len(inputs.pool)) == 0:
         raise ValueError(f"fraction {smallest} of a pool of {len(inputs.pool)} rows is no row. Give a larger one.")
@@ -154,13 +157,25 @@ def check(settings: Settings) -> Job:
     return job
 
 
-def check_hub(args: In2CoreArguments, private: bool | None) -> None:
-    """Check that the publication at the end can succeed."""
+def check_hub(args: In2CoreArguments, private: bool | None) -> PushCheck | None:
+    """Check on the main process that the publication at the end can succeed."""
+    if not PartialState().is_main_process:
+        return None
     assert args.hub_id is not None
     splits = ["train", *name_coresets(args)]
     found = check_can_push(args.hub_id, private=private, splits=splits, source_datasets=find_sources(args))
     for warning in found.warnings:
         warn(warning)
+    if found.overwrites:
+        warn(f"{args.hub_id} holds {', '.join(found.overwrites)}, which the publication at the end replaces.")
+    return found
+
+
+def name_influence_features(validation: list[str]) -> dict[str, Value]:
+    """The columns that scoring will add."""
+    named = [] if validation in ([""], ["validation"]) else [f"influence_{name}" for name in validation]
+    scores = dict.fromkeys(["influence", *named], Value("float64"))
+    return scores | dict.fromkeys(["influence_rank", "num_loss_tokens"], Value("int64"))
 
 
 def check_disk(folder: Path, pool: Dataset, adapter_parameters: int, num_arms: int) -> None:

@@ -10,7 +10,7 @@ from comparison import Arm, find_equal_run, plan_arms
 from datasets import Dataset
 from inputs import take_fraction
 from job import Job, find_sources, name_coresets
-from run_folder import agree, quiet_loading, read_json, say, write_json, written_folder
+from run_folder import agree, quiet_loading, read_json, say, warn, write_json, written_folder
 from stages import (
     compute_influence,
     compute_losses,
@@ -223,15 +223,22 @@ def publish(job: Job, scored: Dataset) -> None:
             name: select_coreset(scored, fraction=fraction)
             for name, fraction in zip(name_coresets(args), args.fractions, strict=True)
         }
-        push_influence_dataset(
-            args.hub_id,
-            scored,
-            coresets=coresets,
-            scorer=job.folder / "scorer",
-            report=job.folder,
-            source_datasets=find_sources(args),
-            private=job.settings.values["hub_private_repo"],
-        )
+        try:
+            push_influence_dataset(
+                args.hub_id,
+                scored,
+                coresets=coresets,
+                scorer=job.folder / "scorer",
+                report=job.folder,
+                source_datasets=find_sources(args),
+                private=job.settings.values["hub_private_repo"],
+            )
+        except Exception:
+            warn(
+                f"The run is complete in {job.folder}, but it is not published. What arrived is not sent again: "
+                f"python recipes/publish.py --run {job.folder} --hub_id {args.hub_id}"
+            )
+            raise
     PartialState().wait_for_everyone()
 
 
