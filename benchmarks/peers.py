@@ -14,7 +14,7 @@ One process and one thread; the works take turns, so that a slow minute meets al
 not counted. The time is of the libraries' work alone: models, datasets and imports are ready before. All scores are
 turned to our sign (negative = proponent), and every loss is the mean over the labelled tokens of a row.
 
-What each peer is given, chosen to be fast where it lets its user choose:
+What each peer is given, meant to be fast where it lets its user choose (batch sizes were not searched):
 
 - Rows come sorted by length, longest first, so that batches of fixed size pad as little as batches by token budget.
 - Kronfluence: batches of 32 rows, all queries in one batch (so training rows are passed once per score), our own loss
@@ -23,8 +23,8 @@ What each peer is given, chosen to be fast where it lets its user choose:
 - dattri: all training rows in one batch when scoring (its test gradients are computed and preconditioned again for
   every training batch), batches of 32 rows when caching, all queries in one batch. One damping for all tensors, the
   mean of ours, because its default of 0 gives NaN. Its attention runs row by row under `vmap`, which was still faster
-  than eager attention. Its mean over the queries: the mean of the columns of its matrix, because preconditioning one
-  vector costs it more than 32 (it goes through the training rows in batches as large as the batch of queries).
+  than eager attention. Its mean over the queries: the mean of the columns of its matrix (with one averaged query it would
+  go through the training rows one by one, since it takes them in batches as large as the batch of queries).
 - Bergson: gradients of the queries in memory, rows scored as they stream by, the same token budget as ours. Of
   the model only the first norm weight is trainable (Bergson wants one such tensor, by default all embeddings), so that
   autograd computes next to nothing beside what Bergson's hooks do.
