@@ -23,8 +23,8 @@ What each peer is given, meant to be fast where it lets its user choose (batch s
 - dattri: all training rows in one batch when scoring (its test gradients are computed and preconditioned again for
   every training batch), batches of 32 rows when caching, all queries in one batch. One damping for all tensors, the
   mean of ours, because its default of 0 gives NaN. Its attention runs row by row under `vmap`, which was still faster
-  than eager attention. Its mean over the queries: the mean of the columns of its matrix (with one averaged query it would
-  go through the training rows one by one, since it takes them in batches as large as the batch of queries).
+  than eager attention. Its mean over the queries: the mean of the columns of its matrix (with one averaged query it
+  would go through the training rows one by one, since it takes them in batches as large as the batch of queries).
 - Bergson: gradients of the queries in memory, rows scored as they stream by, the same token budget as ours. Of
   the model only the first norm weight is trainable (Bergson wants one such tensor, by default all embeddings), so that
   autograd computes next to nothing beside what Bergson's hooks do.
