@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CARD, _RESULTS, _REPLAY, _SCORER, _PLOTS = "README.md", "results.json", "config.yaml", "scorer", "plots"
+_PAGE = "report.html"
 _SIZES = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M")]
 _SIZES += [(10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B")]
 
@@ -85,7 +86,8 @@ def push_influence_dataset(
         scorer ([`InfluenceScorer`], `str` or `Path`, *optional*):
             The fitted scorer, or the folder it was saved in; published under `scorer/`.
         report (`str` or `Path`, *optional*):
-            Folder of the run: its `results.json`, `config.yaml` and `*.png` are published where they exist.
+            Folder of the run: its `results.json`, `config.yaml`, `*.png` and `report.html` are published where they
+            exist. The page shows rows of the pool, and validation rows where `influence_per_query` was computed.
         validation (`datasets.Dataset` or `Mapping[str, datasets.Dataset]`, *optional*):
             Validation sets to publish along, as splits of the configuration `validation`.
         source_datasets (`Sequence[str]`, *optional*):
@@ -349,7 +351,8 @@ def _list_report(report: str | Path | None, prefix: str) -> dict[str, Path]:
     folder = Path(report)
     if not folder.is_dir():
         raise ValueError(f"report={folder.name!r} is not a folder. Give the run's folder, which holds results.json.")
-    found = {f"{prefix}{name}": folder / name for name in (_RESULTS, _REPLAY) if (folder / name).is_file()}
+    names = (_RESULTS, _REPLAY, _PAGE)
+    found = {f"{prefix}{name}": folder / name for name in names if (folder / name).is_file()}
     for plot in sorted(folder.glob("*.png")):
         if not re.fullmatch(r"[\w.-]+", plot.name, flags=re.ASCII):
             raise ValueError(

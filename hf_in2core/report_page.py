@@ -79,14 +79,16 @@ def render_page(run: Run) -> str:
     if run.scored is not None:
         values |= _show_pool(run, plots)
     if find_spec("matplotlib") is not None:
-        from .report_plots import draw_arms
+        from .report_plots import PAGE_WIDTH, draw_arms
 
-        _add_plot(plots, "arms", draw_arms, "Test loss of each arm, mean and interval over seeds", run.results)
+        label = "Test loss of each arm, mean and interval over seeds"
+        _add_plot(plots, "arms", draw_arms, label, run.results, "", PAGE_WIDTH)
     style, script = load_asset("page.css"), load_asset("page.js")
     data = json.dumps(values.pop("data"), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters |= {"influence": format_influence, "percent": lambda value: f"{value:.0%}".replace("%", " %")}
     return environment.from_string(load_asset("page.html")).render(
         style=Markup(style),
         script=Markup(script),
@@ -122,6 +124,13 @@ def make_policy(style: str, script: str) -> str:
         f"default-src 'none'; script-src {hash_source(script)}; style-src {hash_source(style)}; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
+
+
+def format_influence(value: float) -> str:
+    """Influence with its sign and four digits, as the table of examples shows it."""
+    if value != 0 and not 1e-3 <= abs(value) < 1e7:
+        return f"{value:+.2e}"
+    return f"{float(f'{value:.4g}'):+,.10g}"
 
 
 def escape_json(text: str) -> str:
@@ -181,14 +190,14 @@ def _draw_pool(pool: Pool, summaries: Sequence[Mapping[str, Any]], plots: dict[s
     influence, tokens = pool.influence[pool.has_loss], pool.num_loss_tokens[pool.has_loss]
     cut = float(pool.influence[pool.is_kept].max()) if pool.is_kept.any() else None
     known = bool((tokens >= 1).all())
-    captions = {"cut": "" if cut is None else f"{cut:.4g}", "correlation": "", "influence_note": ""}
+    captions = {"cut": "" if cut is None else format_influence(cut), "correlation": "", "influence_note": ""}
     if known and len(influence) > 2 and np.ptp(tokens) > 0 and np.ptp(influence) > 0:
         captions["correlation"] = f"{spearmanr(influence, tokens).statistic:+.2f}"
     if find_spec("matplotlib") is None:
         return captions
-    from .report_plots import draw_groups, draw_influence, draw_length
+    from .report_plots import PAGE_WIDTH, draw_groups, draw_influence, draw_length
 
-    figure, captions["influence_note"] = draw_influence(pool.influence, cut)
+    figure, captions["influence_note"] = draw_influence(pool.influence, cut, PAGE_WIDTH)
     _add_plot(plots, "influence", lambda: figure, "How many rows have which influence")
     if known:
         kept = pool.is_kept[pool.has_loss]

@@ -24,10 +24,12 @@ MARKERS = {"full": "s", "coreset": "o", "random": "^", "opponents": "D"}
 OTHER_COLOUR, OTHER_MARKER = "#009E73", "v"
 REST_COLOUR = "#999999"
 INFLUENCE_LABEL = (
-    "influence\n\N{LEFTWARDS ARROW} negative = proponent (lowers the validation loss)        "
+    "influence\n\N{LEFTWARDS ARROW} negative = proponent (lowers the validation loss)\n"
     "positive = opponent \N{RIGHTWARDS ARROW}"
 )
 MAX_POINTS = 1500
+# Inches; what a page shows has to be read on a telephone too.
+PAGE_WIDTH = 6.0
 LONGEST_NAME = 24
 
 
@@ -48,12 +50,12 @@ def plot_arms(results: Mapping[str, Any], path: str | PathLike[str]) -> None:
     draw_arms(results, results.get("verdict", {}).get("headline") or "Test loss of the arms").savefig(path, dpi=150)
 
 
-def draw_arms(results: Mapping[str, Any], title: str = "") -> "Figure":
-    """The figure of [`plot_arms`] under a title, or without one."""
+def draw_arms(results: Mapping[str, Any], title: str = "", width: float = 7.0) -> "Figure":
+    """The figure of [`plot_arms`] under a title, or without one, at least so many inches wide."""
     rows = summarize_arms(results)
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
     groups = list(dict.fromkeys(name_group(row) for row in rows))
-    figure = _make_figure(width=min(14.0, max(7.0, len(budgets) * (1.0 + 1.1 * len(groups)))), height=4.8)
+    figure = _make_figure(width=min(14.0, max(width, len(budgets) * (1.0 + 1.1 * len(groups)))), height=4.8)
     panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
     for panel, budget in zip(panels, budgets, strict=True):
         _draw_panel(panel, [row for row in rows if row["budget"] == budget])
@@ -105,8 +107,10 @@ def plot_influence(
     figure.savefig(path, dpi=150)
 
 
-def draw_influence(influence: Sequence[float | None] | np.ndarray, cut: float | None = None) -> tuple["Figure", str]:
-    """The figure of [`plot_influence`] without a title, and what to say of it."""
+def draw_influence(
+    influence: Sequence[float | None] | np.ndarray, cut: float | None = None, width: float = 7.0
+) -> tuple["Figure", str]:
+    """The figure of [`plot_influence`] without a title, so many inches wide, and what to say of it."""
     values = np.asarray(influence, dtype=np.float64)
     num_rows, values = len(values), values[np.isfinite(values)]
     if len(values) == 0:
@@ -117,7 +121,7 @@ def draw_influence(influence: Sequence[float | None] | np.ndarray, cut: float | 
     outside = int(((values < low) | (values > high)).sum())
     num_proponents, num_kept = int((values < 0).sum()), None if cut is None else int((values <= cut).sum())
 
-    figure = _make_figure(width=7.0, height=4.2)
+    figure = _make_figure(width=width, height=4.2)
     panel = figure.subplots()
     edges = np.histogram_bin_edges(values, bins=60, range=(low, high)).tolist()
     if cut is None:
@@ -156,7 +160,7 @@ def draw_length(influence: np.ndarray, num_loss_tokens: np.ndarray, in_coreset: 
     Returns:
         `matplotlib.figure.Figure`
     """
-    figure = _make_figure(width=7.0, height=4.2)
+    figure = _make_figure(width=PAGE_WIDTH, height=4.0)
     panel = figure.subplots()
     shown = np.sort(np.random.default_rng(0).permutation(len(influence))[:MAX_POINTS])
     parts = ((False, "not kept", REST_COLOUR, "x"), (True, "coreset", COLOURS["coreset"], "o"))
@@ -170,7 +174,8 @@ def draw_length(influence: np.ndarray, num_loss_tokens: np.ndarray, in_coreset: 
     panel.plot(middles, medians, color=COLOURS["full"], marker="s", markersize=4, label="median by tenth of length")
     panel.axhline(0, color="#444444", linewidth=1, linestyle=":")
     if num_loss_tokens.max() > 20 * num_loss_tokens.min():
-        panel.set_xscale("log")
+        panel.set_xscale("log", subs=[])
+        panel.xaxis.get_major_locator().set_params(subs=[1, 2, 5])
         panel.xaxis.set_major_formatter("{x:,.0f}")
     # A few extreme rows would squeeze all the others into one line.
     low, high = np.quantile(influence, [0.005, 0.995])
@@ -202,7 +207,7 @@ def draw_groups(groups: Sequence[Mapping[str, Any]]) -> "Figure":
     Returns:
         `matplotlib.figure.Figure`
     """
-    figure = _make_figure(width=7.0, height=1.3 + 0.34 * len(groups))
+    figure = _make_figure(width=PAGE_WIDTH, height=1.5 + 0.34 * len(groups))
     panel = figure.subplots()
     for y, group in enumerate(groups):
         low, lower, median, upper, high = group["quantiles"]

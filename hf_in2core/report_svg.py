@@ -42,6 +42,10 @@ def render_svg(figure: "Figure", label: str, name: str) -> str:
             if child.tag.removeprefix(_SVG) in _DROPPED:
                 parent.remove(child)
     text = ElementTree.tostring(root, encoding="unicode")
+    # A marker's shape has the colours of the place where it was drawn first; every use of it has its own.
+    for shape in root.iterfind(f".//{_SVG}defs/{_SVG}path"):
+        if f'href="#{shape.get("id")}"' in text:
+            shape.attrib.pop("style", None)
     referenced = set(re.findall(r'(?:url\(#|href="#)([\w-]+)', text))
     for element in root.iter():
         element.tag = element.tag.removeprefix(_SVG)

@@ -22,7 +22,8 @@ from hf_in2core import select_coreset
 from hf_in2core.columns import apply_columns
 from hf_in2core.evaluation import compute_auc, judge
 from hf_in2core.lengths import MIN_ROWS, compare_lengths
-from hf_in2core.report import plot_arms, plot_influence, print_results
+from hf_in2core.report import plot_arms, plot_influence, print_results, write_report
+from hf_in2core.report_run import RESULTS_VERSION
 
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
@@ -86,6 +87,7 @@ def build_results(
     complete = len(arms) == num_planned
     verdict = {"text": f"The comparison is not finished: {len(arms)} of {num_planned} arms are trained."}
     return {
+        "format_version": RESULTS_VERSION,
         "arms": arms,
         "selection": selection,
         "verdict": judge(arms, selection, fractions=fractions) if complete else verdict,
@@ -99,7 +101,7 @@ def build_results(
 
 
 def write_results(run: Path, results: dict[str, Any], scored: Dataset) -> None:
-    """Write `results.json`, and when the comparison is complete print it and draw it; on the main process."""
+    """Write `results.json`, and when the comparison is complete print it, draw it and write the page of it."""
     if not PartialState().is_main_process:
         return
     write_json(run / "results.json", results)
@@ -108,7 +110,13 @@ def write_results(run: Path, results: dict[str, Any], scored: Dataset) -> None:
     print_results(results)
     if find_spec("matplotlib") is None:
         print("No pictures: matplotlib is not installed (`pip install hf-in2core[report]`).")
-        return
+    else:
+        draw_results(run, results, scored)
+    print(f"Report: {write_report(run)}")
+
+
+def draw_results(run: Path, results: dict[str, Any], scored: Dataset) -> None:
+    """Draw the arms and the influence of a complete comparison."""
     plot_arms(results, run / "arms.png")
     headline = next((fraction for fraction in results["config"]["fractions"] if fraction < 1), None)
     kept = None if headline is None else select_coreset(scored, fraction=headline)["influence"]

@@ -1,0 +1,69 @@
+"""Run folders for the tests of the report page: a small pool that is really scored, with hostile rows in it."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from conftest import add_trained_adapter, make_prompt_completion
+from datasets import Dataset
+from test_report import make_results
+from test_trainer import make_trainer
+from transformers import AutoModelForCausalLM
+
+
+NUM_ROWS = 120
+# What must show as text, row by row; the marker finds each of them.
+HOSTILE = {
+    "script": "</script><script>document.title='pwned'</script>",
+    "html": "<img src=x onerror=\"document.title='pwned'\"><b>bold</b>",
+    "comment": "<!-- <script> &lt;b&gt; & ]]> \\u003c",
+    "quotes": "\"double\" 'single' `back` ${document.title='pwned'} {{ 7 * 7 }} {% raw %}",
+    "control": "nul \x00 bell \x07 escape \x1b[31m line\u2028separator",
+    "rtl": "left \u202eright to left\u202c \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
+    "wide": "日本語 🎉 e\u0301 " + "x" * 60,
+}
+
+
+def make_pool() -> Dataset:
+    pool = make_prompt_completion(NUM_ROWS, seed=0)
+    rows: list[dict[str, Any]] = [dict(row) | {"task": f"task {number % 3}"} for number, row in enumerate(pool)]
+    for number, (name, text) in enumerate(HOSTILE.items()):
+        rows[10 * number] |= {"id": f"hostile {name}", "completion": f" {text}", "task": "<i>$hostile$</i>"}
+    return Dataset.from_list(rows)
+
+
+def write_run(folder: Path, scored: Dataset, results: dict[str, Any]) -> Path:
+    """A run's folder with results and scored rows, without a scorer."""
+    folder.mkdir(parents=True)
+    scored.save_to_disk(str(folder / "scored"))
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    return folder
+
+
+def make_scored(num_rows: int, seed: int = 0, **columns: list[Any]) -> Dataset:
+    """Rows with made-up influence."""
+    influence = np.random.default_rng(seed).normal(size=num_rows).tolist()
+    rows = {"text": [f"row number {number}" for number in range(num_rows)]} | columns
+    return Dataset.from_dict(rows | {"influence": influence, "num_loss_tokens": [5] * num_rows})
+
+
+@cache
+def get_scored_run(session_folder: Path, model_folder: str) -> Path:
+    """A run whose pool was really scored on every validation row; made once, and nobody writes into it."""
+    root = session_folder / "report"
+    validation = make_prompt_completion(9, seed=1)
+    model = add_trained_adapter(AutoModelForCausalLM.from_pretrained(model_folder))
+    trainer = make_trainer(root / "trainer", make_pool(), validation, torch.float32, model=model, max_length=200)
+    scorer = trainer.fit_influence(per_example=True)
+    scored = trainer.score_influence()
+    results = make_results()
+    results["selection"]["rows"] = NUM_ROWS
+    validation.to_json(str(root / "validation.jsonl"))
+    results["config"] = {"task_column": "task", "validation": [str(root / "validation.jsonl")]}
+    results["command"] = "in2core.py --pool '</script>'"
+    folder = write_run(root / "run", scored, results)
+    scorer.save_pretrained(folder / "scorer")
+    return folder
