@@ -21,7 +21,6 @@ import numpy as np
 from markupsafe import Markup
 from scipy.stats import spearmanr
 
-from .card_text import format_number
 from .report_arms import ARM_COLUMNS, BUDGETS, LEVEL, count_seeds, format_arm, summarize_arms
 from .report_rows import (
     Groups,
@@ -124,6 +123,11 @@ def make_policy(style: str, script: str) -> str:
         f"default-src 'none'; script-src {hash_source(script)}; style-src {hash_source(style)}; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
+
+
+def show_number(value: Any, form: str) -> str:
+    """A number by a format; a dash for what is none."""
+    return format(value, form) if is_number(value) else "\N{EN DASH}"
 
 
 def format_influence(value: float) -> str:
@@ -304,16 +308,14 @@ def _show_comparisons(run: Run) -> list[dict[str, str]]:
             mean, low, high = (get_value(interval, key) for key in ("mean", "low", "high"))
             if not is_number(mean):
                 continue
-            budget = get_value(entry, "budget")
+            budget = str(get_value(entry, "budget"))
             lines.append(
                 {
                     "name": str(name).replace("_", " ").replace(" minus ", " − "),
-                    "where": f"{format_number(get_value(entry, 'fraction'), 'g')}, {BUDGETS.get(budget, budget)}",
-                    "mean": format_number(mean, "+.3f"),
+                    "where": f"{show_number(get_value(entry, 'fraction'), 'g')}, {BUDGETS.get(budget, budget)}",
+                    "mean": show_number(mean, "+.3f"),
                     "interval": f"{low:+.3f} to {high:+.3f}" if is_number(low) and is_number(high) else "none",
-                    "seeds": format_number(get_value(interval, "n"), "d")
-                    if isinstance(get_value(interval, "n"), int)
-                    else "–",
+                    "seeds": show_number(get_value(interval, "n"), ".0f"),
                     "outcome": OUTCOMES.get(str(get_value(interval, "outcome")), "no interval"),
                 }
             )
@@ -323,15 +325,16 @@ def _show_comparisons(run: Run) -> list[dict[str, str]]:
 def _show_auc(run: Run) -> dict[str, Any]:
     """How well scores find the rows that are looked for."""
     auc = run.get("auc")
-    by_kind = {str(kind): scores for kind, scores in auc.items() if isinstance(scores, dict)} if auc else {}
+    auc = auc if isinstance(auc, dict) else {}
+    by_kind = {str(kind): scores for kind, scores in auc.items() if isinstance(scores, dict)}
     scores = list(dict.fromkeys(str(score) for found in by_kind.values() for score in found))
     return {
         "scores": scores,
         "lines": [
             {
                 "kind": kind,
-                "rows": format_number(run.get("auc_rows", kind), ",.0f"),
-                "values": [format_number(found.get(score), ".3f") for score in scores],
+                "rows": show_number(run.get("auc_rows", kind), ",.0f"),
+                "values": [show_number(found.get(score), ".3f") for score in scores],
             }
             for kind, found in by_kind.items()
         ],
@@ -342,7 +345,7 @@ def _show_cost(run: Run) -> list[tuple[str, str]]:
     """What the run cost, in words."""
 
     def seconds(value: Any) -> str:
-        return f"{format_number(value, ',.1f')} s" if is_number(value) else ""
+        return f"{show_number(value, ',.1f')} s" if is_number(value) else ""
 
     trained = {(arm["arm"], arm["fraction"], arm["seed"], arm.get("seconds")) for arm in run.results["arms"]}
     spent = [entry[3] for entry in trained if is_number(entry[3])]
@@ -353,7 +356,7 @@ def _show_cost(run: Run) -> list[tuple[str, str]]:
         ("Computing influence", seconds(run.get("selection", "seconds")) + resumed),
         ("Training and testing the arms", f"{seconds(sum(spent))} for {len(spent)} runs" if spent else ""),
         ("Saved by each target run at equal epochs", seconds(run.get("verdict", "cost", "saving_per_run"))),
-        ("Target runs until selecting has paid", format_number(runs, ",") if is_number(runs) else str(runs or "")),
+        ("Target runs until selecting has paid", show_number(runs, ",") if is_number(runs) else str(runs or "")),
     ]
     return [(label, value) for label, value in lines if value]
 

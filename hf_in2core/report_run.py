@@ -1,7 +1,6 @@
 """A run's folder read with suspicion: the page is made of what is there, and says what is not."""
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,13 +136,14 @@ def check_arms(path: Path, arms: Any) -> None:
             raise ReportError(f"{path}: arms[{number}] has no usable `fraction`. The file is damaged.")
         for name in NUMBERS:
             value = arm.get(name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            if value is not None and not is_number(value) and not isinstance(value, float):  # NaN: it diverged
                 raise ReportError(f"{path}: arms[{number}] has {value!r} as `{name}`, which is no number.")
 
 
 def is_number(value: Any) -> bool:
     """Whether a value of JSON is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared, not converted: JSON has integers that no float holds.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def read_json(path: Path) -> Any:

@@ -194,9 +194,10 @@ def _name_queries(run: Run) -> list[tuple[str, int]]:
 def _read_validation(run: Run, notes: list[str]) -> dict[str, list[str]]:
     """Texts of the validation sets, where they are files on this machine and have as many rows as were fitted on."""
     sources, sets = run.get("config", "validation"), get_value(run.scorer, "validation_sets")
+    sources = sources if isinstance(sources, list) else []
     texts: dict[str, list[str]] = {}
     try:
-        for name, source in parse_named_sources([str(source) for source in sources or []]).items():
+        for name, source in parse_named_sources([str(source) for source in sources]).items():
             rows = load_rows(source, "validation set") if find_hub_id(source) is None else None
             if rows is not None and len(rows) == get_value(sets, name or "validation"):
                 texts[name or "validation"] = [_join_row(row) for row in rows]
