@@ -161,6 +161,8 @@ def draw_length(influence: np.ndarray, num_loss_tokens: np.ndarray, in_coreset: 
         `matplotlib.figure.Figure`
     """
     figure = _make_figure(width=PAGE_WIDTH, height=4.0)
+    from matplotlib.ticker import LogLocator
+
     panel = figure.subplots()
     shown = np.sort(np.random.default_rng(0).permutation(len(influence))[:MAX_POINTS])
     parts = ((False, "not kept", REST_COLOUR, "x"), (True, "coreset", COLOURS["coreset"], "o"))
@@ -175,7 +177,7 @@ def draw_length(influence: np.ndarray, num_loss_tokens: np.ndarray, in_coreset: 
     panel.axhline(0, color="#444444", linewidth=1, linestyle=":")
     if num_loss_tokens.max() > 20 * num_loss_tokens.min():
         panel.set_xscale("log", subs=[])
-        panel.xaxis.get_major_locator().set_params(subs=[1, 2, 5])
+        panel.xaxis.set_major_locator(LogLocator(subs=[1, 2, 5]))
         panel.xaxis.set_major_formatter("{x:,.0f}")
     # A few extreme rows would squeeze all the others into one line.
     low, high = np.quantile(influence, [0.005, 0.995])

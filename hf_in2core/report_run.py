@@ -12,7 +12,7 @@ from datasets import Dataset, load_from_disk
 
 # Version of the layout of results.json.
 RESULTS_VERSION = 1
-NEEDED = {"arm": str, "fraction": (int, float, type(None)), "budget": str, "seed": int}
+NEEDED: dict[str, Any] = {"arm": str, "fraction": (int, float, type(None)), "budget": str, "seed": int}
 NUMBERS = ("rows", "loss_tokens", "steps", "seconds", "test_loss", "test_perplexity")
 
 

@@ -31,7 +31,7 @@ def make_pool() -> Dataset:
     pool = make_prompt_completion(NUM_ROWS, seed=0)
     rows: list[dict[str, Any]] = [dict(row) | {"task": f"task {number % 3}"} for number, row in enumerate(pool)]
     for number, (name, text) in enumerate(HOSTILE.items()):
-        rows[10 * number] |= {"id": f"hostile {name}", "completion": f" {text}", "task": "<i>$hostile$</i>"}
+        rows[10 * number] |= {"id": f"hostile-{name}", "completion": f" {text}", "task": "<i>$hostile$</i>"}
     return Dataset.from_list(rows)
 
 

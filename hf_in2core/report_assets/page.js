@@ -272,7 +272,7 @@
       }, 120);
     });
     byId("filters").addEventListener("submit", (event) => event.preventDefault());
-    byId("reset").addEventListener("click", () => {
+    byId("show-all").addEventListener("click", () => {
       clearTimeout(timer);
       byId("filters").reset();
       Object.assign(state, { search: "", sign: "", coreset: "", groups: data.groups.map(() => ""), sort: "rank", ascending: true });
