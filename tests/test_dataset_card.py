@@ -390,6 +390,8 @@ def test_a_card_renders_from_an_installed_wheel(tmp_path) -> None:
         "import hf_in2core.card_text as c; from datasets import Features, Value\n"
         "from hf_in2core.dataset_card import render_influence_section as r\n"
         f"assert c.__file__.startswith({str(target)!r}), c.__file__\n"
+        "from hf_in2core.report_page import load_asset\n"
+        "assert all(load_asset(f'page.{suffix}') for suffix in ('html', 'css', 'js'))\n"
         "print(r('user/repo', features=Features({'influence': Value('float64')}), splits={'train': 2}))"
     )
     run = subprocess.run(

@@ -217,6 +217,7 @@ def test_scorer_report_and_source_are_published_along(hub, client, tmp_path) -> 
     (run / "results.json").write_text(json.dumps(results))
     (run / "config.yaml").write_text("pool: ada/source\n")
     (run / "influence_histogram.png").write_bytes(b"\x89PNG")
+    (run / "report.html").write_text("<!doctype html>")
     code = """
     result = vars(push("ada/full", make_pool(), scorer=run + "/scorer", report=run, source_datasets=["ada/source"]))
     """
@@ -230,6 +231,7 @@ def test_scorer_report_and_source_are_published_along(hub, client, tmp_path) -> 
         "scorer/scorer.safetensors",
         "results.json",
         "config.yaml",
+        "report.html",
         "plots/influence_histogram.png",
     }
     metadata, body = read_card(repo)
