@@ -36,6 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -65,6 +66,7 @@ from hf_in2core.gradients import GradientRecorder, compute_fit_terms
 from hf_in2core.losses import compute_token_nll, compute_token_weights
 from hf_in2core.passes import Passes, run_batches
 from hf_in2core.scoring import run_score_pass
+from hf_in2core.store import GradientStore
 
 
 BATCH_SIZE = 32
@@ -85,6 +87,14 @@ def run_datainf(passes: Passes, train: Dataset, queries: Dataset, mean: bool) ->
     """Our DataInf, `[n, Q]` or `[n, 1]`."""
     fitted = run_fit_pass(passes, train, compute_queries(passes, queries, mean), 0.1, None, 0)
     return run_score_pass(passes, train, {name: u.float() for name, u in fitted.ihvp.items()}, cosine=False).influence
+
+
+def run_datainf_with_store(passes: Passes, train: Dataset, queries: Dataset, mean: bool) -> np.ndarray:
+    """The same with the gradients of the fit pass kept on disk (`gradient_store_gb`), float32."""
+    elements = {name: block.tensor.numel() for name, block in passes.blocks.items()}
+    with tempfile.TemporaryDirectory() as name:
+        store = GradientStore(Path(name), "peers", elements, torch.float32)
+        return run_datainf(replace(passes, folder=Path(name), fingerprint="peers", store=store), train, queries, mean)
 
 
 def run_gradient_dot(passes: Passes, train: Dataset, queries: Dataset, mean: bool) -> np.ndarray:
@@ -292,6 +302,7 @@ def compare(mean: bool, quick: bool) -> list[dict[str, object]]:
 
     runs: dict[str, Callable[[], np.ndarray]] = {
         "ours, DataInf": partial(run_datainf, passes, train, queries, mean),
+        "ours, DataInf with store": partial(run_datainf_with_store, passes, train, queries, mean),
         "ours, gradient dot": partial(run_gradient_dot, passes, train, queries, mean),
         "Kronfluence 1.0.1, EK-FAC": partial(run_kronfluence, *kronfluence, train, queries, mean, "ekfac"),
         "Kronfluence 1.0.1, identity": partial(run_kronfluence, *kronfluence, train, queries, mean, "identity"),
@@ -315,7 +326,10 @@ def compare(mean: bool, quick: bool) -> list[dict[str, object]]:
     }
     for name in ("Kronfluence 1.0.1, identity", "Bergson 2.5.1, gradient dot"):
         expected[name] = relative_difference(scores[name], scores["ours, gradient dot"]) + " gradient dot"
-    targets = {"Bergson 2.5.1, gradient dot": "<= 2.2"}
+    expected["ours, DataInf with store"] = relative_difference(
+        scores["ours, DataInf with store"], scores["ours, DataInf"]
+    )
+    targets = {"Bergson 2.5.1, gradient dot": "<= 2.2, with store <= 1.2"}
     if not mean:
         targets |= {"Kronfluence 1.0.1, EK-FAC": "<= 0.33", "dattri 0.3.0, DataInf": "<= 0.20"}
     leaves_out = {
@@ -331,6 +345,7 @@ def compare(mean: bool, quick: bool) -> list[dict[str, object]]:
             "by": name,
             "CPU s": seconds[name],
             "our DataInf / it": seconds["ours, DataInf"] / seconds[name],
+            "with store / it": seconds["ours, DataInf with store"] / seconds[name],
             "target": targets.get(name, ""),
             "agreement": expected.get(name, ""),
             "leaves out": leaves_out.get(name, ""),
