@@ -18,6 +18,8 @@ NUM_ROWS = 120
 # What must show as text, row by row; the marker finds each of them.
 HOSTILE = {
     "script": "</script><script>document.title='pwned'</script>",
+    # An end tag with a blank in it ends a script as well, and this opening keeps a script from ending.
+    "spaced": "</script ><!-- <script >document.title='pwned'</script/x>",
     "html": "<img src=x onerror=\"document.title='pwned'\"><b>bold</b>",
     "comment": "<!-- <script> &lt;b&gt; & ]]> \\u003c",
     "quotes": "\"double\" 'single' `back` ${document.title='pwned'} {{ 7 * 7 }} {% raw %}",

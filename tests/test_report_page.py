@@ -19,12 +19,14 @@ from conftest import make_prompt_completion
 from datasets import Dataset
 from report_runs import HOSTILE, NUM_ROWS, get_scored_run, make_pool, make_scored, write_run
 from test_report import make_results
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import hf_in2core.report_page as report_page
 from hf_in2core import select_coreset
 from hf_in2core.report import ReportError, main, write_report
 from hf_in2core.report_rows import LIMITS, MAX_ROWS
+from hf_in2core.report_tokens import split_by_loss
 
 
 class Page(HTMLParser):
@@ -126,6 +128,17 @@ def test_the_mask_is_the_completion(page: Page, run: Path, scored: Dataset) -> N
         assert num_tokens == len(tokenizer(row["prompt"] + row["completion"]).input_ids) + 1
 
 
+def test_parts_of_a_row_keep_the_blanks_between_them() -> None:
+    vocabulary = {"<unk>": 0, "\u2581the": 1, "\u2581cat": 2, "\u2581sat": 3}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    words.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert tokenizer.decode([2, 3]) == "cat sat"  # on its own, a part loses the blank that it begins with
+    parts = split_by_loss([1, 2, 3, 1], np.array([False, True, True, False]), tokenizer)
+    assert parts == [["the", 0], [" cat sat", 1], [" the", 0]]
+
+
 def test_groups_are_summed_up(page: Page, scored: Dataset) -> None:
     tasks, influence = np.array(scored["task"][:]), np.array(scored["influence"][:])
     kept = np.argsort(np.argsort(influence)) < round(0.25 * NUM_ROWS)
@@ -160,6 +173,7 @@ def test_the_same_run_gives_the_same_file(run: Path, tmp_path: Path) -> None:
 
 def test_hostile_rows_are_text(page: Page, scored: Dataset) -> None:
     assert len(page.raw["script"]) == 2 and len(page.raw["style"]) == 1
+    assert not set("<>&") & set(page.raw["script"][0])  # browsers end a script in more ways than this parser
     assert page.data["columns"]["completion"] == scored["completion"][:]
     assert sum(text.strip() in HOSTILE.values() for text in page.data["columns"]["completion"]) == len(HOSTILE)
     used = {tag for tag, _ in page.elements}
