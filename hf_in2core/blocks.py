@@ -171,3 +171,8 @@ def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
         for name, tensor in model.named_parameters()
         if f".{adapter}." in name
     }
+
+
+def count_elements(blocks: Blocks) -> int:
+    """Elements of the per-example gradient over all blocks."""
+    return sum(block.tensor.numel() for block in blocks.values())

@@ -21,7 +21,7 @@ from trl.trainer.utils import get_config_model_id
 from . import __version__, batches, blocks, datainf, fit, gradients, losses, passes, scoring, store
 from .annotate import add_influence_columns, add_query_column, make_top_rows, spread
 from .batches import read_token_rows
-from .blocks import Blocks, find_blocks, select_blocks
+from .blocks import Blocks, count_elements, find_blocks, select_blocks
 from .columns import apply_columns
 from .config import InfluenceConfig
 from .fit import FitResult, fit_directions, read_fit, write_fit
@@ -41,7 +41,14 @@ from .scorer_files import ScorerConfig
 from .scoring import run_score_pass
 from .state import hash_adapter, hash_base, hash_json, hash_prepared, remove_leftovers
 from .store import GradientStore, choose_store_dtype
-from .trainer_checks import check_datasets, check_settings, load_tokenizer, stand_in_template
+from .trainer_checks import (
+    check_datasets,
+    check_settings,
+    check_store,
+    check_zero_blocks,
+    load_tokenizer,
+    stand_in_template,
+)
 from .verification import verify_gradients
 
 
@@ -255,7 +262,7 @@ class InfluenceTrainer(SFTTrainer):
         if args.gradient_store_gb == 0 or (args.fit_examples is not None and args.fit_examples < num_rows):
             return None
         full = accumulation_dtype(next(iter(blocks.values())).tensor)
-        return choose_store_dtype(args.gradient_store_gb, num_rows, _count_elements(blocks), full)
+        return choose_store_dtype(args.gradient_store_gb, num_rows, count_elements(blocks), full)
 
     def _make_passes(self, blocks: Blocks, fingerprint: str) -> Passes:
         folder = Path(str(self.args.output_dir)) / "influence" / fingerprint
@@ -308,7 +315,7 @@ class InfluenceTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
         result = read_fit(job)
         if result is None:
-            self._check_store(job)
+            check_store(job, len(self._prepared[""]), self.args.gradient_store_gb)
             verify_gradients(job, self._prepared[""])
             validation = {name: self._prepared[name] for name in self._validation_names}
             result = fit_directions(
@@ -322,51 +329,15 @@ class InfluenceTrainer(SFTTrainer):
             if self.accelerator.is_local_main_process:
                 write_fit(job, result)
             self.accelerator.wait_for_everyone()
-        self._warn_of_zero_blocks(result, blocks)
+        check_zero_blocks(result.damping, blocks, warn=self.is_world_process_zero())
         self._scorer = self._make_scorer(result, job, identity)
         self._fingerprint = fingerprint
         return self._scorer
 
-    def _check_store(self, job: Passes) -> None:
-        """Check that the gradient store fits on the disk; warn where one was asked for and none is kept."""
-        num_rows, budget = len(self._prepared[""]), self.args.gradient_store_gb
-        if job.store is not None:
-            job.store.check_disk(num_rows)
-        elif budget > 0 and self.is_world_process_zero():
-            needed = num_rows * _count_elements(job.blocks) * 2 / 1e9
-            logger.warning(
-                "No gradients are stored (`gradient_store_gb=%s`): %s. The model runs in every pass.",
-                budget,
-                "`fit_examples` fits a sample, and scoring needs the whole pool"
-                if needed <= budget
-                else f"{num_rows:,} rows take {needed:.3g} GB even in bfloat16",
-            )
-
     def _count_queries_per_block(self, blocks: Blocks) -> int:
         """Queries whose gradient, sum and direction fit into `query_memory_gb` together."""
-        bytes_per_query = sum(block.tensor.numel() for block in blocks.values()) * (4 + 8 + 8)
+        bytes_per_query = count_elements(blocks) * (4 + 8 + 8)
         return max(int(self.args.query_memory_gb * 1e9 / bytes_per_query), 1)
-
-    def _warn_of_zero_blocks(self, result: FitResult, blocks: Blocks) -> None:
-        zero = [name for name, damping in result.damping.items() if damping == 0.0]
-        if not zero or not self.is_world_process_zero():
-            return
-        if len(zero) == len(blocks):
-            raise ValueError(
-                "Every per-example gradient of the adapter is zero, so no row has any influence. Check that the "
-                "adapter is active and that the rows carry loss."
-            )
-        untrained = all(not bool(block.tensor.any()) for name, block in blocks.items() if "lora_B" in name)
-        logger.warning(
-            "%d of %d blocks have zero gradients and count for nothing, first `%s`. %s",
-            len(zero),
-            len(blocks),
-            zero[0],
-            "The adapter is untrained (every lora_B is zero, so influence through lora_A is zero): call `.train()` "
-            "first, or load a trained adapter."
-            if untrained
-            else "Their inputs or outputs are always zero.",
-        )
 
     def _make_scorer(self, result: FitResult, job: Passes, identity: dict[str, Any]) -> InfluenceScorer:
         config = self.model.config
@@ -468,7 +439,3 @@ class InfluenceTrainer(SFTTrainer):
         if scores.top is not None:
             self.top_rows = make_top_rows(scores.top, {name: self._prepared[name] for name in self._validation_names})
         return scored
-
-
-def _count_elements(blocks: Blocks) -> int:
-    return sum(block.tensor.numel() for block in blocks.values())

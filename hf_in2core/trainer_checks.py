@@ -1,5 +1,6 @@
-"""What an [`InfluenceTrainer`] refuses, before a model is loaded."""
+"""What an [`InfluenceTrainer`] refuses: settings and data before a model is loaded, the rest before long passes."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,12 @@ from peft import PeftModel
 from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
+from .blocks import Blocks, count_elements
 from .config import InfluenceConfig
+from .passes import Passes
+
+
+logger = logging.getLogger(__name__)
 
 
 def check_settings(args: InfluenceConfig, kwargs: dict[str, Any]) -> None:
@@ -89,3 +95,50 @@ def stand_in_template(processing_class: PreTrainedTokenizerBase, path: str | Non
         yield
     finally:
         processing_class.chat_template = original
+
+
+def check_store(passes: Passes, num_rows: int, budget_gb: float) -> None:
+    """
+    Check that the gradient store fits on the disk; warn where one was asked for and none is kept.
+
+    Raises:
+        ValueError: if the disk has too little room for it.
+    """
+    if passes.store is not None:
+        passes.store.check_disk(num_rows)
+    elif budget_gb > 0 and passes.rank == 0:
+        needed = num_rows * count_elements(passes.blocks) * 2 / 1e9
+        logger.warning(
+            "No gradients are stored (`gradient_store_gb=%s`): %s. The model runs in every pass.",
+            budget_gb,
+            "`fit_examples` fits a sample, and scoring needs the whole pool"
+            if needed <= budget_gb
+            else f"{num_rows:,} rows take {needed:.3g} GB even in bfloat16",
+        )
+
+
+def check_zero_blocks(damping: dict[str, float], blocks: Blocks, warn: bool) -> None:
+    """
+    Look for blocks that had no gradient in any fitted row; `warn` says whether this process reports some of them.
+
+    Raises:
+        ValueError: if all of them had none.
+    """
+    zero = [name for name, value in damping.items() if value == 0.0]
+    if zero and len(zero) == len(blocks):
+        raise ValueError(
+            "Every per-example gradient of the adapter is zero, so no row has any influence. Check that the "
+            "adapter is active and that the rows carry loss."
+        )
+    if zero and warn:
+        untrained = all(not bool(block.tensor.any()) for name, block in blocks.items() if "lora_B" in name)
+        logger.warning(
+            "%d of %d blocks have zero gradients and count for nothing, first `%s`. %s",
+            len(zero),
+            len(blocks),
+            zero[0],
+            "The adapter is untrained (every lora_B is zero, so influence through lora_A is zero): call `.train()` "
+            "first, or load a trained adapter."
+            if untrained
+            else "Their inputs or outputs are always zero.",
+        )
