@@ -120,7 +120,8 @@ def read_tensors(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict: it cannot be iterated)
+            # Copied to where torch aligns tensors: products of the same numbers elsewhere can differ in the last bits.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (cannot be iterated)
     except (SafetensorError, OSError, ValueError) as error:
         logger.warning("%s is damaged (%s) and is not used; its part is computed again.", path, error)
         return None

@@ -68,12 +68,15 @@ class StoredChunk:
         """Rows and their gradients of one block, `[m, elements]`, as many rows at a time as fit into a buffer."""
         row_bytes = self.elements[name] * self.dtype.itemsize
         step = max(READ_BYTES // row_bytes, 1)
-        for start in range(0, self.num_rows, step):
-            end = min(start + step, self.num_rows)
-            data = np.fromfile(
-                self.path, np.uint8, (end - start) * row_bytes, offset=self.offsets[name] + start * row_bytes
-            )
-            yield slice(start, end), torch.from_numpy(data).view(self.dtype).view(end - start, -1)
+        with open(self.path, "rb") as file:
+            for start in range(0, self.num_rows, step):
+                end = min(start + step, self.num_rows)
+                # In memory as torch aligns it: products of the same numbers elsewhere can differ in the last bits.
+                data = torch.empty((end - start) * row_bytes, dtype=torch.uint8)
+                file.seek(self.offsets[name] + start * row_bytes)
+                if file.readinto(data.numpy().data) != len(data):
+                    raise OSError(f"{self.path} ends before its last row.")
+                yield slice(start, end), data.view(self.dtype).view(end - start, -1)
 
 
 @dataclass

@@ -147,8 +147,8 @@ def test_published_at_the_end_and_checked_at_the_start(inputs: Inputs, tmp_path:
     config = inputs[1] | {"output_dir": str(tmp_path / "run"), "budgets": ["epochs"], "arms": ["coreset", "random"]}
     command = [sys.executable, "recipes/in2core.py", "--config", write_config(tmp_path, config), "--hub_id"]
     with LoopbackHub() as hub:
-        hub.add_user("writing", "user")
-        hub.add_user("reading", "reader", role="read")
+        hub.add_user("hf_writing", "user")
+        hub.add_user("hf_reading", "reader", role="read")
 
         def run(token: str | None, hub_id: str) -> subprocess.CompletedProcess[str]:
             environment = make_env(hub, tmp_path / "home", token)
@@ -156,12 +156,12 @@ def test_published_at_the_end_and_checked_at_the_start(inputs: Inputs, tmp_path:
                 [*command, hub_id], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
             )
 
-        for token, hub_id, told in (("reading", "reader/tiny", "read"), ("writing", "other/tiny", "other")):
+        for token, hub_id, told in (("hf_reading", "reader/tiny", "read"), ("hf_writing", "other/tiny", "other")):
             refused = run(token, hub_id)
             assert refused.returncode != 0 and "PermissionError" in refused.stderr
             assert told in refused.stderr.splitlines()[-1]
             assert not (tmp_path / "run").exists()
-        published = run("writing", "user/tiny")
+        published = run("hf_writing", "user/tiny")
         assert published.returncode == 0, published.stderr[-3000:]
         loaded = run_python(
             make_env(hub, tmp_path / "other-home", None),
