@@ -192,7 +192,10 @@ def _show_pool(run: Run, plots: dict[str, Markup]) -> dict[str, Any]:
 def _draw_pool(pool: Pool, summaries: Sequence[Mapping[str, Any]], plots: dict[str, Markup]) -> dict[str, str]:
     """Draw what there is to draw of the pool, and say in words what the pictures show."""
     influence, tokens = pool.influence[pool.has_loss], pool.num_loss_tokens[pool.has_loss]
+    # Only a coreset of the smallest influence ends at a cut.
     cut = float(pool.influence[pool.is_kept].max()) if pool.is_kept.any() else None
+    if cut is not None and (pool.influence[pool.has_loss & ~pool.is_kept] < cut).any():
+        cut = None
     known = bool((tokens >= 1).all())
     captions = {"cut": "" if cut is None else format_influence(cut), "correlation": "", "influence_note": ""}
     if known and len(influence) > 2 and np.ptp(tokens) > 0 and np.ptp(influence) > 0:

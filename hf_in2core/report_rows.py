@@ -85,10 +85,14 @@ def read_pool(run: Run, scored: Dataset) -> Pool:
     fractions = sorted(fraction for fraction in found if 0 < fraction <= 1)
     coreset = np.full(len(influence), np.nan)
     if len(order):
-        numbered = Dataset.from_dict({"influence": influence, "row": np.arange(len(influence))})
+        strategy = run.get("config", "strategy") or "top"
+        named = [name for name in scored.column_names if name.startswith("influence")] if strategy != "top" else []
+        numbered = scored.select_columns(named) if named else Dataset.from_dict({"influence": influence})
+        numbered = numbered.add_column("row", np.arange(len(influence)))
         for fraction in reversed(fractions):
             if round(fraction * len(order)) > 0:
-                coreset[select_coreset(numbered, fraction=fraction)["row"][:]] = fraction
+                chosen = select_coreset(numbered, fraction=fraction, strategy=strategy)
+                coreset[chosen["row"][:]] = fraction
     headline = run.get("verdict", "fraction")
     if not is_number(headline) or headline not in fractions:
         headline = fractions[0] if fractions else None

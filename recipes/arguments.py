@@ -13,6 +13,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 
 ARMS = ("full", "coreset", "random", "opponents")
 BUDGETS = ("steps", "epochs")
+COMPARED_STRATEGIES = ("top", "round_robin", "round_robin_rows")
 
 
 @dataclass
@@ -53,6 +54,14 @@ class In2CoreArguments(DataArguments):
     )
     arms: list[str] = field(
         default_factory=lambda: list(ARMS), metadata={"help": "Arms to compare.", "choices": list(ARMS)}
+    )
+    strategy: str = field(
+        default="top",
+        metadata={
+            "help": "How the coreset is chosen: `top` by the influence on the mean validation loss, `round_robin` in "
+            "turn by named validation sets, `round_robin_rows` in turn by single validation rows.",
+            "choices": list(COMPARED_STRATEGIES),
+        },
     )
     budgets: list[str] = field(
         default_factory=lambda: ["steps"],
@@ -104,6 +113,11 @@ class In2CoreArguments(DataArguments):
         require(self, "model_name_or_path", "output_dir", "pool", "validation", "test")
         for fraction in [*self.fractions, self.reference_fraction]:
             check_fraction(fraction)
+        if self.strategy == "round_robin" and len(self.validation or []) < 2:
+            raise ValueError(
+                "--strategy round_robin takes named validation sets in turn, but --validation has one. Name several "
+                "(`--validation math=… code=…`), or take its rows in turn with --strategy round_robin_rows."
+            )
         for name in ("fractions", "seeds", "arms", "budgets"):
             values = getattr(self, name)
             if not values:

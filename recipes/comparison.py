@@ -27,7 +27,7 @@ from hf_in2core.report_run import RESULTS_VERSION
 
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
-STRATEGIES = {"full": "top", "coreset": "top", "random": "random", "opponents": "bottom"}
+STRATEGIES = {"full": "top", "random": "random", "opponents": "bottom"}
 NUM_EXAMPLES = 10
 LONGEST_TEXT = 2000
 
@@ -46,10 +46,15 @@ class Arm:
         """Name of its folder."""
         return f"{self.budget}-{self.arm}-{self.fraction:g}-{self.seed}"
 
-    def select(self, scored: Dataset) -> list[int]:
-        """Positions of the rows it trains on, in the pool's order; the full arm has all rows that carry loss."""
-        numbered = scored.select_columns("influence").add_column("row", np.arange(len(scored)))
-        strategy = STRATEGIES[self.arm]
+    def select(self, scored: Dataset, strategy: str = "top") -> list[int]:
+        """
+        Positions of the rows it trains on, in the pool's order; the full arm has all rows that carry loss.
+
+        `strategy` is that of the coreset; the other arms have their own.
+        """
+        named = [name for name in scored.column_names if name.startswith("influence")]
+        numbered = scored.select_columns(named).add_column("row", np.arange(len(scored)))
+        strategy = strategy if self.arm == "coreset" else STRATEGIES[self.arm]
         return select_coreset(
             numbered, fraction=self.fraction, strategy=strategy, order="original", seed=self.seed
         ).with_format(None)["row"][:]
@@ -119,8 +124,11 @@ def draw_results(run: Path, results: dict[str, Any], scored: Dataset) -> None:
     """Draw the arms and the influence of a complete comparison."""
     plot_arms(results, run / "arms.png")
     headline = next((fraction for fraction in results["config"]["fractions"] if fraction < 1), None)
-    kept = None if headline is None else select_coreset(scored, fraction=headline)["influence"]
-    plot_influence(read_influence(scored), run / "influence.png", cut=None if kept is None else max(kept))
+    # Only the coreset of the smallest influence ends at a cut.
+    cut = None
+    if headline is not None and results["config"]["strategy"] == "top":
+        cut = max(select_coreset(scored, fraction=headline)["influence"])
+    plot_influence(read_influence(scored), run / "influence.png", cut=cut)
 
 
 def describe_machine() -> dict[str, Any]:
@@ -240,12 +248,12 @@ def compute_aucs(
     return {"auc": auc, "auc_rows": counts}
 
 
-def find_lengths(scored: Dataset, fractions: list[float]) -> dict[str, Any] | None:
+def find_lengths(scored: Dataset, fractions: list[float], strategy: str) -> dict[str, Any] | None:
     """Lengths of the headline's coreset against the pool's; `None` where the pool is too small to tell."""
     fraction = next((fraction for fraction in fractions if fraction < 1), None)
     if fraction is None or int((~np.isnan(read_influence(scored))).sum()) < MIN_ROWS:
         return None
-    return compare_lengths(scored, select_coreset(scored, fraction=fraction))
+    return compare_lengths(scored, select_coreset(scored, fraction=fraction, strategy=strategy))
 
 
 def read_influence(scored: Dataset) -> np.ndarray:

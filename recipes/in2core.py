@@ -55,7 +55,7 @@ def main(settings: Settings) -> None:
     findings: dict[str, Any] = {
         "examples": find_examples(scored, job.inputs.pool, args.columns, job.reference_tokenizer, named)
     }
-    if (lengths := find_lengths(scored, args.fractions)) is not None:
+    if (lengths := find_lengths(scored, args.fractions, args.strategy)) is not None:
         findings["lengths"] = lengths
         if lengths["warning"] is not None:
             warn(lengths["warning"])

@@ -42,7 +42,7 @@ def plan_run(job: Job) -> None:
             trainer = make_reference_trainer(job.reference_model, influence_args, *inputs)
         rows = round(job.args.reference_fraction * len(job.inputs.pool))
         say(f"Reference: to be trained on {rows:,} rows. A rerun with --reference_adapter takes a trained one.")
-    say(str(plan_influence(trainer)))
+    say(str(plan_influence(trainer, job.args.strategy == "round_robin_rows")))
     plan = plan_arms(job.args)
     say(f"Targets: {len(plan)} trainings and evaluations after that: {', '.join(arm.name for arm in plan)}.")
 
@@ -90,14 +90,23 @@ def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, A
         `dict`: the `selection` of `results.json`.
     """
     sets = {name: job.identities[f"validation {name}".strip()] for name in job.inputs.validation}
-    identity = job.identify(True, InfluenceConfig, reference["identity"], sets, job.identities["pool"])
+    per_example = job.args.strategy == "round_robin_rows"
+    identity = job.identify(
+        True, InfluenceConfig, reference["identity"], sets, job.identities["pool"], *(["per example"] * per_example)
+    )
     path = job.folder / "selection.json"
     result = agree(lambda: read_result(path, identity))
     if result is None:
         resumed = agree(lambda: any((job.folder / "influence").glob("*/*.safetensors")))
         influence_args = job.settings.make(InfluenceConfig, reference=True)
         scorer, scored, seconds = compute_influence(
-            job.reference_model, influence_args, adapter, job.inputs.pool, job.validation, job.reference_tokenizer
+            job.reference_model,
+            influence_args,
+            adapter,
+            job.inputs.pool,
+            job.validation,
+            job.reference_tokenizer,
+            per_example,
         )
         with written_folder(job.folder / "scored") as temporary:
             if PartialState().is_main_process:
@@ -148,7 +157,7 @@ def evaluate_base(job: Job, scored: Dataset) -> dict[str, Any]:
         `dict`: `steps`, and the loss, perplexity and accuracy on the test set.
     """
     largest = max(plan_arms(job.args), key=lambda arm: arm.fraction)
-    positions = largest.select(scored)
+    positions = largest.select(scored, job.args.strategy)
     folder = job.folder / "arms" / "base"
     identity = job.identify_target(positions)
     result = agree(lambda: read_result(folder / "result.json", identity))
@@ -186,7 +195,7 @@ def train_arm(job: Job, arm: Arm, scored: Dataset, steps: int) -> dict[str, Any]
     """
     max_steps = job.settings.values["max_steps"]
     run = find_equal_run(arm, job.args, max_steps)
-    positions = run.select(scored)
+    positions = run.select(scored, job.args.strategy)
     folder = job.folder / "arms" / run.name
     budget = {"max_steps": steps if run.budget == "steps" else -1}
     identity = job.identify_target(positions, run.seed, budget)
@@ -220,7 +229,7 @@ def publish(job: Job, scored: Dataset) -> None:
     if PartialState().is_main_process:
         say(f"Publishing to {args.hub_id}.")
         coresets = {
-            name: select_coreset(scored, fraction=fraction)
+            name: select_coreset(scored, fraction=fraction, strategy=args.strategy)
             for name, fraction in zip(name_coresets(args), args.fractions, strict=True)
         }
         try:

@@ -8,6 +8,7 @@ One commit; publishing the same run again changes nothing. Negative influence = 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import arguments  # noqa: F401  (puts the scripts' own folder last on the path)
 import yaml
@@ -79,7 +80,11 @@ def main(settings: Settings) -> None:
         print(f"replaces (where it differs): {path}")
 
     scored = load_from_disk(str(run / "scored"))
-    coresets = {name: select_coreset(scored, fraction=share) for name, share in zip(names, fractions, strict=True)}
+    strategy = read_config(run).get("strategy", "top")
+    coresets = {
+        name: select_coreset(scored, fraction=share, strategy=strategy)
+        for name, share in zip(names, fractions, strict=True)
+    }
     for name, share in zip(controls, fractions, strict=False):
         coresets[name] = select_coreset(scored, fraction=share, strategy="random", seed=args.seed)
     published = push_influence_dataset(
@@ -107,14 +112,18 @@ def read_fractions(run: Path) -> list[float]:
     return sorted({float(arm["fraction"]) for arm in arms if arm.get("arm") == "coreset"})
 
 
+def read_config(run: Path) -> dict[str, Any]:
+    """The run's configuration, if it kept one."""
+    path = run / "config.yaml"
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+
+
 def read_sources(run: Path) -> list[str]:
     """The Hub id that the run's pool came from, if its configuration names one."""
     from hf_in2core.data import find_hub_id
 
-    if not (run / "config.yaml").is_file():
-        return []
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
-    hub_id = find_hub_id(str(config["pool"])) if config.get("pool") else None
+    pool = read_config(run).get("pool")
+    hub_id = find_hub_id(str(pool)) if pool else None
     return [] if hub_id is None else [hub_id]
 
 

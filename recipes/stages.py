@@ -227,16 +227,19 @@ def compute_influence(
     pool: Dataset,
     validation: Dataset | dict[str, Dataset],
     tokenizer: PreTrainedTokenizerBase,
+    per_example: bool = False,
 ) -> tuple[InfluenceScorer, Dataset, float]:
     """
     Influence of the pool on the validation sets through a trained adapter; resumes under `output_dir/influence/`.
+
+    With `per_example` every validation row is a query of its own (column `influence_per_query`).
 
     Returns:
         `tuple`: the scorer, the pool with the columns that it adds, and the seconds of this call.
     """
     started = time.perf_counter()
     trainer = make_influence_trainer(model_args, influence_args, adapter, pool, validation, tokenizer)
-    scorer = trainer.fit_influence()
+    scorer = trainer.fit_influence(per_example)
     return scorer, trainer.score_influence(), time.perf_counter() - started
 
 

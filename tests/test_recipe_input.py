@@ -27,6 +27,8 @@ from recipe_runs import (
 )
 from transformers import AutoModelForCausalLM
 
+from hf_in2core import select_coreset
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
@@ -168,6 +170,31 @@ def test_several_validation_sets_a_given_adapter_and_another_target(finished: Pa
     target = AutoModelForCausalLM.from_pretrained(tmp_path / "target").eval()
     loss, _ = compute_naive_loss(target, finished, make_rows("reverse", NUM_TEST, seed=4))
     assert results["base"]["test_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_coreset_in_turn_over_validation_rows(inputs: Inputs, tmp_path: Path) -> None:
+    changes = {"arms": ["coreset", "opponents"], "budgets": ["steps"], "max_steps": 2, "strategy": "round_robin_rows"}
+    run_recipe(
+        "in2core", "--config", write_config(tmp_path, inputs[1] | {"output_dir": str(tmp_path / "run")} | changes)
+    )
+    scored = load_from_disk(str(tmp_path / "run" / "scored"))
+    assert {len(row) for row in scored["influence_per_query"]} == {NUM_VALIDATION}
+    coreset = select_coreset(scored, fraction=0.25, strategy="round_robin_rows")
+    tokens = {arm["arm"]: arm["loss_tokens"] for arm in read_results(tmp_path)["arms"]}
+    assert tokens == {
+        "coreset": sum(coreset["num_loss_tokens"]),
+        "opponents": sum(select_coreset(scored, fraction=0.25, strategy="bottom")["num_loss_tokens"]),
+    }
+    assert set(coreset["id"]) != set(select_coreset(scored, fraction=0.25)["id"])
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "the cut keeps" not in page
+
+
+def test_one_validation_set_cannot_take_turns(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    settings = write_config(tmp_path, inputs[1] | {"strategy": "round_robin"})
+    with pytest.raises(SystemExit):
+        run_recipe("in2core", "--config", settings)
+    assert "--strategy round_robin_rows" in capsys.readouterr().err
 
 
 def test_a_part_of_the_pool_for_the_reference(inputs: Inputs, tmp_path: Path) -> None:
