@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -16,11 +17,16 @@ from conftest import CHAT_TEMPLATE, add_trained_adapter, make_model, make_prompt
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from test_trainer import make_trainer
+from tqdm import tqdm
 
 from hf_in2core import fit, passes, scoring
 
 
 OPTIONS = {"chunk_size": 3, "tokens_per_batch": 40}
+
+
+# tqdm's own lock is shared with forked processes, and one that is killed while it holds it would stop all later ones.
+tqdm.set_lock(threading.RLock())
 
 
 def build(folder: Path, **options):
