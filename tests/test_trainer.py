@@ -46,7 +46,7 @@ def assert_same(actual, expected, tolerance: float) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
 def test_influence_equals_a_batch_size_1_loop(tmp_path, pool, validation, dtype, tolerance, loss_reduction) -> None:
-    # The pilot covers a few of 23 rows, so its damping is not the exact one; the stated bound must cover the difference.
+    # The pilot covers a few rows, so its damping is not the exact one; the stated bound must cover the difference.
     trainer = make_trainer(tmp_path, pool, validation, dtype, loss_reduction=loss_reduction, tokens_per_batch=100)
     scored = trainer.score_influence()
     model = trainer.model.double()
