@@ -1,13 +1,14 @@
 """Does coverage say how well a test row goes? Rank correlation with its loss, by influence and by similarity.
 
-    python benchmarks/coverage.py [--quick] [--more_tests FILE …] [--test_rows 150] [--encoder FOLDER] [flags of recipes/in2core.py]
+    python benchmarks/coverage.py [--quick] [--more_tests FILE …] [--test_rows 150] [--encoder FOLDER] [flags]
 
-By default on the data that the quickstart generates; `--config recipes/mixture/in2core.yaml` takes real rows. One
-reference for each of `--seeds`, trained under `output_dir` or found there. Coverage of the rows of `--test` and
-`--more_tests` by the pool (influence: DataInf and gradient cosine; similarity: RDS+, BM25 and, with `--encoder`,
-sentence embeddings) is correlated with the row's loss under the reference and with how much training has lowered it.
-With a `--task_column` also within tasks: ranks are taken in each task, so that tasks of different difficulty do not
-make the correlation. Writes `coverage.json` and `coverage.png` into `output_dir` and prints the tables.
+Flags are those of recipes/in2core.py. By default on the data that the quickstart generates; `--config
+recipes/mixture/in2core.yaml` takes real rows. One reference for each of `--seeds`, trained under `output_dir` or found
+there. Coverage of the rows of `--test` and `--more_tests` by the pool (influence: DataInf and gradient cosine;
+similarity: RDS+, BM25 and, with `--encoder`, sentence embeddings) is correlated with the row's loss under the
+reference and with how much training has lowered it. With a `--task_column` also within tasks: ranks are taken in each task, so
+that tasks of different difficulty do not make the correlation. Writes `coverage.json` and `coverage.png` into
+`output_dir` and prints the tables.
 """
 
 import argparse

@@ -135,7 +135,7 @@ def measure_coverage(strength: np.ndarray, top_k: int = 10) -> dict[str, np.ndar
         - `coverage_top_k`: mean of the `top_k` strongest;
         - `coverage_mean`: mean over all rows, opponents included;
         - `coverage_share`: proponents' share of all influence, `sum_k max(strength_k, 0) / sum_k |strength_k|` in
-          [0, 1], which does not depend on the size of the test row's gradient; 0.5 where nothing speaks for or against.
+          [0, 1], which does not depend on the size of the test row's gradient; 0.5 where there is no influence.
 
     Raises:
         ValueError: if a value is not finite, or `top_k` does not fit the number of rows.
@@ -230,9 +230,7 @@ def _describe_tests(trainer: "InfluenceTrainer", tests: dict[str, Dataset]) -> d
     }
 
 
-def _make_dataset(
-    columns: dict[str, Any], strength: np.ndarray, rows: np.ndarray, top_k: int, kind: str
-) -> Dataset:
+def _make_dataset(columns: dict[str, Any], strength: np.ndarray, rows: np.ndarray, top_k: int, kind: str) -> Dataset:
     top = TopRows.find(rows, -strength, top_k)
     names = ("proponents", "proponent_influence") if kind == "influence" else ("nearest", "nearest_similarity")
     types = {"test_set": "string", "test_row": "int64", "num_loss_tokens": "int64"}

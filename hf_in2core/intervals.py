@@ -116,7 +116,9 @@ def _check_values(values: Sequence[float] | np.ndarray, level: float) -> np.ndar
         raise ValueError(f"level={level} is outside (0, 1). A 95 % interval is level=0.95.")
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or len(array) == 0:
-        raise ValueError(f"A confidence interval needs one value per seed or row, but got an array of shape {array.shape}.")
+        raise ValueError(
+            f"A confidence interval needs one value per seed or row, but got an array of shape {array.shape}."
+        )
     if not np.isfinite(array).all():
         raise ValueError(
             f"The values {array.tolist()} are not all finite: leave out the seeds that diverged, and say so."

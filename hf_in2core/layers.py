@@ -1,8 +1,8 @@
 """Which decoder layers suffice: rank correlation with the influence through all layers against gradient memory.
 
-In2Core (arXiv 2408.03560) uses fewer layers for nearly the same ranking. Influence is a sum over blocks, `- sum_b u_b .
-g_b`, and `u_b` depends on its own block alone (DataInf, arXiv 2310.00902), so one pass that keeps a dot product for
-every layer gives the influence through any set of layers exactly, as if only those had been fitted.
+In2Core (arXiv 2408.03560) uses fewer layers for nearly the same ranking. Influence is a sum over blocks,
+`- sum_b u_b . g_b`, and `u_b` depends on its own block alone (DataInf, arXiv 2310.00902), so one pass that keeps a dot
+product for every layer gives the influence through any set of layers exactly, as if only those had been fitted.
 """
 
 from collections.abc import Callable, Iterable
@@ -372,9 +372,7 @@ def grow_layers(scores: LayerScores, budget: float, rows: np.ndarray | None = No
         if not fitting:
             return steps
         # Later layers first: among equals the one with the shorter backward pass.
-        correlations = {
-            layer: _correlate(scores, [*chosen, layer], picked)["estimate"] for layer in reversed(fitting)
-        }
+        correlations = {layer: _correlate(scores, [*chosen, layer], picked)["estimate"] for layer in reversed(fitting)}
         chosen = [*chosen, max(correlations, key=correlations.__getitem__)]
         steps.append(chosen)
 

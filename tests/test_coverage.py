@@ -74,7 +74,9 @@ def test_similarity_coverage_equals_loops(tmp_path, pool, validation, model) -> 
     nearest = compute_similarity_coverage(trainer, "rds", top_k=4)
     assert not {"coverage_sum", "coverage_share"} & set(nearest.column_names)
     with trainer.model.disable_adapter():
-        rows, tests = ([embed(trainer.model, row["input_ids"]) for row in prepare(part)] for part in (pool, validation))
+        rows, tests = (
+            [embed(trainer.model, row["input_ids"]) for row in prepare(part)] for part in (pool, validation)
+        )
     words = [[(row["prompt"] + row["completion"]).lower().split() for row in part] for part in (pool, validation)]
     words = [[[word for word in row if word != ":"] for row in part] for part in words]
     by_words = compute_similarity_coverage(trainer, "bm25", top_k=4)
