@@ -6,8 +6,8 @@ Flags are those of recipes/in2core.py. By default on the data that the quickstar
 recipes/mixture/in2core.yaml` takes real rows. One reference for each of `--seeds`, trained under `output_dir` or found
 there. Coverage of the rows of `--test` and `--more_tests` by the pool (influence: DataInf and gradient cosine;
 similarity: RDS+, BM25 and, with `--encoder`, sentence embeddings) is correlated with the row's loss under the
-reference and with how much training has lowered it. With a `--task_column` also within tasks: ranks are taken in each task, so
-that tasks of different difficulty do not make the correlation. Writes `coverage.json` and `coverage.png` into
+reference and with how much training has lowered it. With a `--task_column` also within tasks: ranks are taken in each
+task, so that tasks of different difficulty do not make the correlation. Writes `coverage.json` and `coverage.png` into
 `output_dir` and prints the tables.
 """
 
@@ -86,7 +86,8 @@ def measure_reference(job: Any, adapter: str, args: argparse.Namespace) -> list[
     task_column = job.args.task_column
     rows: list[dict[str, Any]] = []
     for estimator, method in INFLUENCE.items():
-        trainer = make_trainer(job, adapter, validation=tests, estimator=estimator)
+        store = {"gradient_store_gb": 2} if estimator == "datainf" else {}  # one pass over the pool instead of two
+        trainer = make_trainer(job, adapter, validation=tests, estimator=estimator, **store)
         coverage = compute_coverage(trainer)
         if not rows:
             loss = np.array(coverage["loss"])
