@@ -98,7 +98,7 @@ def measure_agreement(scored: Dataset, seed: int = 0) -> dict[str, Any]:
 def _warn(agreement: float) -> str:
     return (
         f"Halves of the validation set rank the pool differently (Spearman {agreement:.2f}): the ranking by "
-        "`influence` is largely noise, which is what a reference trained past its useful point gives. Read it earlier "
-        "checkpoint (`score_influence(checkpoints=[...])`), let the validation rows choose in turn "
+        "`influence` is largely noise, which is what a reference trained past its useful point gives. Read it at "
+        "an earlier checkpoint (`score_influence(checkpoints=[...])`), let the validation rows choose in turn "
         '(`select_coreset(strategy="round_robin_rows")`), or use more validation rows.'
     )

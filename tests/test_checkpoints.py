@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from hf_in2core.checkpoints import compute_checkpoint_weights, read_checkpoints
 from hf_in2core.state import hash_adapter
 
 
-ADAPTER = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+ADAPTER: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
 
 @pytest.fixture(scope="module")
