@@ -20,6 +20,7 @@ from .gradients import GradientRecorder, compute_block_dots
 from .intervals import compute_rank_correlation
 from .passes import Passes, check_finite, run_batches
 from .preparation import find_shared_rows
+from .scorer_files import AUTOCAST_DTYPES
 
 
 if TYPE_CHECKING:
@@ -141,9 +142,9 @@ def select_layers(trainer: "InfluenceTrainer", *, budget: float, pilot_rows: int
     r"""
     Choose the decoder layers whose influence ranks rows most like that of all layers, under a memory budget.
 
-    A pilot sample of the pool is fitted and scored through all layers. Compared are the first, last, middle and evenly
-    spread layers of every number that fits the budget, and layers added one by one, each time the one that raises the
-    Spearman correlation most. Among equals the one with the shorter backward pass is taken.
+    A pilot sample of the pool is fitted and scored through all layers, by every process alike. Compared are the first,
+    last, middle and evenly spread layers of every number that fits the budget, and layers added one by one, each time
+    the one that raises the Spearman correlation most. Among equals the one with the shorter backward pass is taken.
 
     ```python
     >>> choice = select_layers(trainer, budget=0.5)
@@ -216,7 +217,7 @@ def compute_layer_scores(trainer: "InfluenceTrainer", pilot_rows: int | None = N
         blocks=blocks,
         loss_reduction=trainer.args.loss_reduction,
         tokens_per_batch=trainer.args.tokens_per_batch,
-        autocast=trainer._make_passes(blocks, "").autocast,
+        autocast=AUTOCAST_DTYPES[trainer._autocast()],
         show_progress=False,
     )
     pilot = prepared.select(rows)
