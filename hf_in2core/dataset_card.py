@@ -28,6 +28,7 @@ _MEANINGS = {
     "influence_rank": "rank in the whole pool; 0 = the strongest proponent; null where the row carries no loss",
     "num_loss_tokens": "labelled tokens of the row",
     "influence_per_query": "influence on each validation row",
+    "influence_per_checkpoint": "influence at each checkpoint of the reference run, before averaging",
 }
 
 

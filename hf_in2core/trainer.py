@@ -3,9 +3,11 @@
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from importlib.metadata import version
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from . import __version__, batches, blocks, datainf, fit, gradients, losses, pas
 from .annotate import add_influence_columns, add_query_column, make_top_rows, spread
 from .batches import read_token_rows
 from .blocks import Blocks, count_elements, find_blocks, select_blocks
+from .checkpoints import score_checkpoints
 from .columns import apply_columns
 from .config import InfluenceConfig
 from .fit import FitResult, fit_directions, read_fit, write_fit
@@ -370,7 +373,12 @@ class InfluenceTrainer(SFTTrainer):
             ),
         )
 
-    def score_influence(self, overwrite: bool = False, top_k: int | None = None) -> Dataset:
+    def score_influence(
+        self,
+        overwrite: bool = False,
+        top_k: int | None = None,
+        checkpoints: Sequence[str | PathLike] | None = None,
+    ) -> Dataset:
         """
         Score every row of the pool; fits first if needed.
 
@@ -380,6 +388,11 @@ class InfluenceTrainer(SFTTrainer):
             top_k (`int`, *optional*):
                 After `fit_influence(per_example=True)`: keep the `top_k` strongest proponents and opponents of every
                 validation row, in `trainer.top_rows`, instead of a column of `Q` numbers per row of the pool.
+            checkpoints (`Sequence[str or os.PathLike]`, *optional*):
+                Folders of checkpoints of the reference run (`output_dir/checkpoint-50`), at each of which influence is
+                read instead of at the current adapter. The columns are their average, weighted by the mean learning
+                rate logged on the way to each as in LESS (arXiv 2402.04333), and `influence_per_checkpoint` (a list of
+                float64 in the order of the steps) is added. The adapter is put back as it was.
 
         Returns:
             [`~datasets.Dataset`]: the pool's own rows in their order, with `influence` (float64, negative = proponent;
@@ -389,7 +402,8 @@ class InfluenceTrainer(SFTTrainer):
             `Q` float64, one per validation row), unless `top_k` is given. The same on every process.
 
         Raises:
-            ValueError: if the pool already has such a column and `overwrite` is not set.
+            ValueError: if the pool already has such a column and `overwrite` is not set, or if a checkpoint is none of
+                this adapter's.
         """
         per_example = self._scorer is not None and self._scorer.config.per_example
         if top_k is not None and not per_example:
@@ -397,6 +411,13 @@ class InfluenceTrainer(SFTTrainer):
                 f"`top_k={top_k}` asks for the strongest rows of every validation row, but the scorer knows only "
                 "their mean. Call `fit_influence(per_example=True)` first."
             )
+        if checkpoints is not None:
+            if top_k is not None:
+                raise ValueError(
+                    f"`top_k={top_k}` keeps other rows at every checkpoint, so that they have no average. Leave out "
+                    "one of the two."
+                )
+            return score_checkpoints(self, checkpoints, overwrite, per_example)
         names = ["influence", "influence_rank", "num_loss_tokens"]
         names += ["influence_per_query"] if per_example and top_k is None else []
         if self._validation_names != ["validation"]:
