@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, Value
 
+from hf_in2core.card_splits import Record, list_commands, say_choice
 from hf_in2core.card_text import (
     Markdown,
     escape_markdown,
@@ -105,7 +106,9 @@ def render_influence_section(
     results: Mapping[str, Any] | None = None,
     stale_results: bool = False,
     plots: Sequence[str] = (),
+    page: str | None = None,
     replay: str | None = None,
+    records: Mapping[str, Record] | None = None,
 ) -> str:
     """
     The generated section of an influence dataset's card.
@@ -131,13 +134,17 @@ def render_influence_section(
             Whether the repository's `results.json` belongs to other rows.
         plots (`Sequence[str]`, *optional*):
             Pictures, by their path in the repository.
+        page (`str`, *optional*):
+            Path of the run's report in the repository.
         replay (`str`, *optional*):
             Path of the run's configuration in the repository.
+        records (`Mapping`, *optional*):
+            How the splits were made, as `splits.json` holds it; see [`card_splits`].
 
     Returns:
         `str`: Markdown between its marks.
     """
-    results, scorer = results or {}, scorer or {}
+    results, scorer, records = results or {}, scorer or {}, records or {}
     pool_rows = splits.get("train", 0)
     arguments = json.dumps(repo_id) + (f", {json.dumps(config_name)}" if config_name != "default" else "")
     verdict = results.get("verdict") or {}
@@ -152,6 +159,7 @@ def render_influence_section(
                 "name": format_code(name),
                 "rows": Markdown(f"{rows:,}"),
                 "share": Markdown(f"{100 * rows / pool_rows:.1f} %" if pool_rows else "–"),
+                "choice": Markdown("the whole pool") if name == "train" else say_choice(records.get(name, {})),
             }
             for name, rows in splits.items()
         ],
@@ -167,7 +175,9 @@ def render_influence_section(
         stale_results=stale_results,
         plots=[{"path": Markdown(path), "caption": Path(path).stem.replace("_", " ").capitalize()} for path in plots],
         provenance=list_provenance(scorer),
+        page=Markdown(page) if page else None,
         replay=Markdown(replay) if replay else None,
+        commands=list_commands({name: records[name] for name in splits if name in records}),
         scorer_folder=Markdown(scorer_folder) if scorer_folder else None,
         influence_columns=Markdown(json.dumps([name for name in features if is_influence_column(name)])),
         cost=_list_cost(results),

@@ -27,6 +27,7 @@ from huggingface_hub import CommitInfo, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.utils import RepositoryNotFoundError, RevisionNotFoundError, validate_repo_id
 
 from hf_in2core.hub_checks import PushCheck, check_can_push
+from hf_in2core.hub_silence import limited_silence
 from hf_in2core.hub_state import (
     CONFLICTS,
     Head,
@@ -51,6 +52,7 @@ __all__ = [
     "list_folder",
     "publish_files",
     "read_head",
+    "refuse_secrets",
     "upload_folder_in_one_commit",
 ]
 
@@ -138,9 +140,10 @@ def publish_files(
         PublicationError: the Hub reports other content than what was sent, or the branch moved on from
             `parent_commit`.
         HfHubHTTPError: the Hub refused (authentication, permission, missing repository).
+        TimeoutError: the Hub takes requests and does not answer. Publishing again goes on from there.
     """
     validate_repo_id(repo_id)
-    _refuse_secrets(files, token)
+    refuse_secrets(files, token)
     local = {path: LocalFile.read(source) for path, source in files.items()}
     api = HfApi(token=token, library_name="hf_in2core")
     if "/" not in repo_id:
@@ -169,7 +172,8 @@ def publish_files(
                 return opened
         parents.append(head.oid)
         try:
-            info = _commit(target, change, head.oid)
+            with limited_silence():
+                info = _commit(target, change, head.oid)
         except Exception as error:
             if get_status(error) == 412 and parents[-_LONELY_CONFLICTS:] == [head.oid] * _LONELY_CONFLICTS:
                 raise PermissionError(
@@ -297,7 +301,7 @@ def _check_head(head: Head, repo_id: str, private: bool | None, parent_commit: s
 
 def _compare(local: Mapping[str, LocalFile], compose: Compose | None, head: Head, token: str | None) -> _Change:
     composed, deleted = compose(head) if compose is not None else ({}, [])
-    _refuse_secrets(composed, token)
+    refuse_secrets(composed, token)
     wanted = {**local, **{path: LocalFile.read(data) for path, data in composed.items()}}
     changed = {path: file for path, file in wanted.items() if not file.equals(head.files.get(path))}
     return _Change(changed, [path for path in deleted if path in head.files and path not in wanted])
@@ -367,17 +371,30 @@ def _list_paths(change: _Change) -> tuple[str, ...]:
     return (*change.files, *change.deleted)
 
 
-def _refuse_secrets(files: Mapping[str, str | Path | bytes], token: str | None) -> None:
-    """Raise when a file holds the token in use, or a text file on disk any access token."""
+def refuse_secrets(files: Mapping[str, str | Path | bytes], token: str | None, everybodys: bool = False) -> None:
+    """
+    Raise when something to publish holds the token in use, or where nobody's data is, any access token.
+
+    Args:
+        files (`Mapping[str, str | Path | bytes]`):
+            Path → file or bytes. In text files any token counts; in bytes (a card may quote a row of the data, in
+            which somebody's token is data like any other) only the one in use does.
+        token (`str`, *optional*):
+            The token in use; the one of `HF_TOKEN` or of the login when `None`.
+        everybodys (`bool`, *optional*, defaults to `False`):
+            Whether any token counts in bytes too.
+
+    Raises:
+        ValueError: naming the path, not the token.
+    """
     secret = (token or get_token() or "").encode()
     for path, source in files.items():
         if path.endswith(_NOT_SEARCHED):
             continue
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        # Composed bytes (a card) may quote a row of the data in which somebody's token is data like any other.
-        is_file = not isinstance(source, bytes) and path.endswith(_TEXT_SUFFIXES)
-        if (secret and secret in data) or (is_file and _TOKEN_PATTERN.search(data)):
+        is_ours = everybodys if isinstance(source, bytes) else path.endswith(_TEXT_SUFFIXES)
+        if (secret and secret in data) or (is_ours and _TOKEN_PATTERN.search(data)):
             raise ValueError(
-                f"{path} holds an access token, which anyone could read after publication. Remove it from the file; "
+                f"{path} holds an access token, which anyone could read after publication. Remove it from there; "
                 "pass tokens by HF_TOKEN or token=, never in a configuration."
             )

@@ -30,12 +30,15 @@ from huggingface_hub.utils import (
     parse_ratelimit_headers,
 )
 
+from hf_in2core import hub_silence
+
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 ATTEMPTS = 12
+_MOST_SILENCES = 4  # a Hub that does not answer is not asked as often: each time takes minutes
 CONFLICTS = (409, 412)  # another commit is in progress, or was made since the head was read
 _FIRST_WAIT, _LONGEST_WAIT, _LONGEST_RETRY_AFTER = 0.5, 30.0, 600.0
 # Pickles run code when they are loaded, and `training_args.bin` holds `hub_token` in plain text.
@@ -113,10 +116,14 @@ def call_with_retries(call: Callable[[], T]) -> T:
 
     Returns:
         What `call` returns. The last error is raised when it keeps failing, and at once when it is not of that kind.
+
+    Raises:
+        TimeoutError: the Hub takes requests and does not answer them; see [`hub_silence`].
     """
     for attempt in range(ATTEMPTS):
         try:
-            return call()
+            with hub_silence.limited_silence():
+                return call()
         except Exception as error:
             sleep_before_retry(error, attempt)
     raise AssertionError("unreachable: the last attempt raises")
@@ -205,7 +212,12 @@ def get_status(error: BaseException) -> int | None:
 
 
 def sleep_before_retry(error: Exception, attempt: int, attempts: int = ATTEMPTS) -> None:
-    """Wait as long as the Hub asks, or a little longer each time; raise `error` when a retry cannot help."""
+    """
+    Wait as long as the Hub asks, or a little longer each time; raise `error` when a retry cannot help.
+
+    Raises:
+        TimeoutError: in place of `error` when the Hub was silent again and again.
+    """
     wrapped = error.__cause__ if isinstance(error, RuntimeError) else None  # as uploads do with what went wrong
     cause: BaseException = wrapped or error
     status, expired = get_status(cause), False
@@ -216,6 +228,13 @@ def sleep_before_retry(error: Exception, attempt: int, attempts: int = ATTEMPTS)
     passing = isinstance(
         cause, httpx.TimeoutException | httpx.NetworkError | httpx.RemoteProtocolError | json.JSONDecodeError
     ) or (status is not None and (status in (408, 429, *CONFLICTS) or status >= 500 or expired))
+    if isinstance(cause, httpx.TimeoutException) and (wrapped is not None or attempt + 1 >= _MOST_SILENCES):
+        # An upload has been repeated by the client itself.
+        raise TimeoutError(
+            f"The Hub at {constants.ENDPOINT} takes requests but did not answer for "
+            f"{hub_silence.LONGEST_SILENCE:.0f} s, several times in a row. Nothing is published by halves, and what "
+            "arrived is not sent again: repeat it when the Hub answers. HF_HUB_DOWNLOAD_TIMEOUT=600 waits longer."
+        ) from error
     if not passing or attempt + 1 >= attempts:
         raise error
     # A server in trouble is given time; others who publish are only to be met at another moment.

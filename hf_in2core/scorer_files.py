@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .blocks import Blocks
 from .config import ESTIMATORS, LOSS_REDUCTIONS
+from .hub_silence import limited_silence
 from .preparation import Preparation
 
 
@@ -245,9 +246,12 @@ def download_scorer(repo_id: str, revision: str | None, token: str | None, repo_
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     patterns = [prefix + pattern for pattern in SCORER_PATTERNS]
     try:
-        return Path(
-            snapshot_download(repo_id, revision=revision, token=token, repo_type=repo_type, allow_patterns=patterns)
-        )
+        with limited_silence():
+            return Path(
+                snapshot_download(
+                    repo_id, revision=revision, token=token, repo_type=repo_type, allow_patterns=patterns
+                )
+            )
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(
             f"{repo_id!r} is neither a folder nor a {repo_type} repository that can be seen with this token. For the "

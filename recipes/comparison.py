@@ -2,8 +2,6 @@
 
 import os
 import platform
-import shlex
-import sys
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from arguments import In2CoreArguments
+from arguments import In2CoreArguments, describe_command
 from datasets import Dataset
 from run_folder import write_json
 from transformers import PreTrainedTokenizerBase
@@ -100,7 +98,7 @@ def build_results(
         "base": base,
         **findings,
         "machine": describe_machine(),
-        "command": shlex.join(sys.argv),
+        "command": describe_command(),
         "config": settings_values,
     }
 
