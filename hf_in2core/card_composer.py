@@ -3,6 +3,7 @@
 import fnmatch
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,6 @@ class Composer:
 
     def __init__(
         self,
-        repo_id: str,
         configs: Sequence[Configuration],
         files: Mapping[str, Path | str | bytes],
         prefix: str,
@@ -80,7 +80,7 @@ class Composer:
         sources: Mapping[str, Mapping[str, Any]],
         records: Mapping[str, Record],
     ) -> None:
-        self.repo_id, self.configs, self.files, self.prefix = repo_id, configs, files, prefix
+        self.configs, self.files, self.prefix = configs, files, prefix
         self.summary, self.sources, self.records = summary, sources, records
         self.hashed: dict[str, LocalFile] = {}
         self.sizes = {
@@ -99,8 +99,8 @@ class Composer:
         ]
         held = {path: file.size for path, file in head.files.items() if path not in replaced} | self.sizes
         existing = head.read(CARD)
-        name = self.repo_id.split("/")[-1]
-        data, body = parse_card(existing.decode()) if existing is not None else ({}, f"\n# {name}\n")
+        title = f"\n# {head.repo_id.split('/')[-1]}\n"
+        data, body = parse_card(existing) if existing is not None else ({}, title)
         inherit_metadata(data, self.sources)
         rows: dict[str, int] = {}
         for config in self.configs:
@@ -110,15 +110,15 @@ class Composer:
         if data.get("size_categories", [])[1:] == []:  # several were written by hand
             data["size_categories"] = [_name_size(max(rows["train"], _count_rows(data)))]
 
-        scorer = self._read_json(head, f"{SCORER}/config.json") or {}
+        scorer = _read_object(self._read(head, f"{SCORER}/config.json"))
         if is_hub_id(str(scorer.get("base_model") or "")):
             add_tags(data, "base_model", [scorer["base_model"]])
-        results = self._read_json(head, RESULTS)
+        results = read_results(self._read(head, RESULTS))
         is_same_pool = self._holds(head, "train")
-        stale = results is not None and f"{self.prefix}{RESULTS}" not in self.files and not is_same_pool
+        stale = bool(results) and f"{self.prefix}{RESULTS}" not in self.files and not is_same_pool
         records = self._merge_records(head, rows, is_same_pool)
         section = render_influence_section(
-            self.repo_id,
+            head.repo_id,
             features=main.features,
             splits=rows,
             config_name=main.name,
@@ -127,7 +127,7 @@ class Composer:
             scorer_folder=f"{self.prefix}{SCORER}" if scorer else None,
             results=None if stale else results,
             stale_results=stale,
-            plots=[] if stale else sorted(p for p in held if p.startswith(f"{self.prefix}{PLOTS}/")),
+            plots=[] if stale else self._list_plots(held),
             page=f"{self.prefix}{PAGE}" if f"{self.prefix}{PAGE}" in held and not stale else None,
             replay=f"{self.prefix}{REPLAY}" if f"{self.prefix}{REPLAY}" in held and not stale else None,
             records=records,
@@ -158,17 +158,44 @@ class Composer:
             merged[split] = ours | {key: value for key, value in known.items() if key not in ours}
         return {split: record for split, record in merged.items() if record}
 
-    def _read_json(self, head: Head, path: str) -> dict[str, Any] | None:
+    def _list_plots(self, held: Iterable[str]) -> list[str]:
+        """Pictures to show; what else may lie in that folder could carry markup in its name."""
+        plain = re.compile(re.escape(f"{self.prefix}{PLOTS}/") + r"[\w.-]+\.png", flags=re.ASCII)
+        return sorted(path for path in held if plain.fullmatch(path))
+
+    def _read(self, head: Head, path: str) -> bytes | None:
+        """A file as it will be in the repository."""
         path = f"{self.prefix}{path}"
         source = self.files.get(path)
         if isinstance(source, bytes):
-            content: bytes | None = source
-        else:
-            content = Path(source).read_bytes() if source is not None else head.read(path)
-        if content is None:
-            return None
-        value = json.loads(content)
-        return value if isinstance(value, dict) else None
+            return source
+        return Path(source).read_bytes() if source is not None else head.read(path)
+
+
+def read_results(content: bytes | None) -> dict[str, Any]:
+    """
+    What a `results.json` tells of a comparison: `arms`, `selection` and `verdict`, each where it has the right form.
+
+    The file may be anybody's, and need not be a run's at all; empty where nothing in it is.
+    """
+    value = _read_object(content)
+    kept: dict[str, Any] = {
+        key: dict(value[key]) for key in ("verdict", "selection") if isinstance(value.get(key), Mapping)
+    }
+    for key in ("intervals", "cost"):
+        if not isinstance(kept.get("verdict", {}).get(key, {}), Mapping):
+            del kept["verdict"][key]
+    if isinstance(value.get("arms"), list):
+        kept["arms"] = [arm for arm in value["arms"] if isinstance(arm, Mapping)]
+    return kept
+
+
+def _read_object(content: bytes | None) -> dict[str, Any]:
+    try:
+        value = json.loads(content or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _count_rows(data: Mapping[str, Any]) -> int:

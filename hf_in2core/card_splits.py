@@ -68,11 +68,15 @@ def read_records(content: bytes | None) -> dict[str, Record]:
     """The records of a `splits.json`; none where there is no such file, or it is none of ours."""
     try:
         value = json.loads(content or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     if not isinstance(value, dict):
         return {}
-    return {name: record for name, record in value.items() if isinstance(record, dict)}
+    return {
+        name: {key: item for key, item in record.items() if isinstance(item, str | int | float)}
+        for name, record in value.items()
+        if isinstance(record, dict) and isinstance(record.get("command", ""), str)
+    }
 
 
 def write_records(records: Mapping[str, Record]) -> bytes:
@@ -90,13 +94,9 @@ def say_choice(record: Mapping[str, Any]) -> Markdown:
     if column == "influence":
         words = {"top": "the strongest proponents", "bottom": "the strongest opponents"}.get(strategy, words)
     words = words.format(format_code(str(column)))
-    arguments = [f"{key}={value!r}" for key, value in record.items() if key != "command" and _is_plain(value)]
+    arguments = [f"{key}={value!r}" for key, value in record.items() if key != "command"]
     call = format_code(f"select_coreset(pool, {', '.join(arguments)})")
     return Markdown(f"{words}: {call}" if words else call)
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, str | int | float)
 
 
 def list_commands(records: Mapping[str, Record]) -> list[tuple[Markdown, Markdown]]:
@@ -114,6 +114,8 @@ def list_commands(records: Mapping[str, Record]) -> list[tuple[Markdown, Markdow
 
 def format_command(command: str) -> Markdown:
     """Shell commands, one a line, as a block; through HTML where they hold what could end or mark a fenced one."""
+    if not re.search("['\"#\\\\]", command):
+        command = command.replace(" --", " \\\n    --")
     if re.fullmatch(r"[\x20-\x7e\n]*", command) and not re.search(r"[`<]", command):
         return Markdown(f"```bash\n{command}\n```")
     lines = "\n".join(escape_markdown(line) for line in command.splitlines())

@@ -1,5 +1,6 @@
 """The card of an influence dataset: what its rows, columns and comparison say."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +23,13 @@ from hf_in2core.card_text import (
 
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", flags=re.ASCII)
+_NO_TEMPLATE = hashlib.sha256(b"").hexdigest()
 _ARM_ORDER = ("full", "coreset", "random", "opponents")
+_CAPTIONS = {
+    "arms": "Test loss of the arms, with intervals",
+    "influence": "Histogram of influence",
+    "influence_by_length": "Influence against the number of labelled tokens",
+}
 _MEANINGS = {
     "influence": "estimated influence on the validation loss; **negative = proponent**, positive = opponent; null "
     "where the row carries no loss",
@@ -173,7 +180,9 @@ def render_influence_section(
         comparisons=list_comparisons(verdict.get("intervals") or {}),
         arms=list_arms(results.get("arms") or []),
         stale_results=stale_results,
-        plots=[{"path": Markdown(path), "caption": Path(path).stem.replace("_", " ").capitalize()} for path in plots],
+        plots=[
+            {"path": Markdown(path), "caption": _CAPTIONS.get(Path(path).stem) or Path(path).stem} for path in plots
+        ],
         provenance=list_provenance(scorer),
         page=Markdown(page) if page else None,
         replay=Markdown(replay) if replay else None,
@@ -273,7 +282,7 @@ def list_provenance(scorer: Mapping[str, Any]) -> list[tuple[str, Markdown]]:
     lines = []
     for key, label in labels.items():
         if key in scorer:
-            value = scorer[key] if scorer[key] not in (None, "", []) else said.get(key)
+            value = scorer[key] if scorer[key] not in (None, "", [], _NO_TEMPLATE) else said.get(key)
             if key == "base_model" and str(value).startswith(("/", "~", ".")):
                 value = f"{Path(str(value)).name} (a local folder)"
             if value is not None:

@@ -63,8 +63,8 @@ Compose = Callable[[Head], tuple[dict[str, bytes], list[str]]]
 # The same 412 again and again while nobody commits is not a race: a token that may only open pull requests gets it.
 _LONELY_CONFLICTS = 4
 _MOST_CONFLICTS = 60
-_TOKEN_PATTERN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
-_TEXT_SUFFIXES = (".json", ".jsonl", ".yaml", ".yml", ".toml", ".cfg", ".txt", ".log", ".md", ".html")
+_TOKEN_PATTERN = re.compile(rb"hf_(oauth_|jwt_)?[A-Za-z0-9]{30,}")
+_TEXT_SUFFIXES = (".json", ".jsonl", ".yaml", ".yml", ".toml", ".cfg", ".txt", ".log", ".md", ".html", ".jinja")
 # Compressed or numbers: a search for a token would find nothing.
 _NOT_SEARCHED = (".parquet", ".safetensors", ".png")
 
@@ -335,16 +335,17 @@ def _find_landed_commit(target: _Target, sent: Iterable[_Change], first_parent: 
 
 
 def _find_pull_request(target: _Target, sent: Iterable[_Change]) -> Publication | None:
-    """An open pull request that holds one of the contents already."""
+    """An open pull request of ours that holds one of the contents already."""
+    # Anybody may open one that claims the same content, and bring more along: it is not ours to hand on.
+    user = call_with_retries(target.api.whoami)["name"]
     kind: dict[str, Any] = {"repo_type": target.repo_type}
-    list_pulls = partial(target.api.get_repo_discussions, target.repo_id, discussion_type="pull_request", **kind)
-    for pull in call_with_retries(lambda: list(list_pulls())):
-        if pull.status not in ("open", "draft") or pull.title != target.message:
+    list_pulls = partial(target.api.get_repo_discussions, target.repo_id, author=user, **kind)
+    for pull in call_with_retries(lambda: list(list_pulls(discussion_type="pull_request"))):
+        if pull.status not in ("open", "draft") or pull.title != target.message or pull.author != user:
             continue
         read_commits = partial(target.api.list_repo_commits, target.repo_id, revision=f"refs/pr/{pull.num}", **kind)
         commit = call_with_retries(read_commits)[0]
         for change in sent:
-            # The message alone proves nothing: anybody may open a pull request that claims the same content.
             is_same = change.content_id in commit.message
             if is_same and not find_differences(
                 target.api, target.repo_id, target.repo_type, commit.commit_id, change.files

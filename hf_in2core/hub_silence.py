@@ -1,8 +1,8 @@
 """A Hub that takes a request and never answers: the clients would wait for ever, so a limit is set while we ask.
 
 `huggingface_hub` shares one HTTP client in a process and gives most of its requests no time limit. While a call of
-ours is under way, requests without a limit get one. The limit is on silence (no byte sent or received), not on how long
-an upload takes. The client of Xet uploads is another one, with limits of its own.
+ours is under way, requests without a limit get one. The limit is on silence (no byte sent or received), not on how
+long an upload takes. The client of Xet uploads is another one, with limits of its own.
 """
 
 import threading

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from datasets import Dataset, Features
 from datasets.utils.py_utils import convert_file_size_to_int
 from huggingface_hub import HfApi
@@ -29,7 +30,7 @@ from hf_in2core.coreset import select_coreset
 from hf_in2core.dataset_card import summarise_influence
 from hf_in2core.hub import Head, Publication, is_main_process, list_folder, publish_files, refuse_secrets
 from hf_in2core.hub_checks import check_can_push, check_names, get_data_folder
-from hf_in2core.hub_state import call_with_retries, get_status
+from hf_in2core.hub_state import call_with_retries, check_inside, get_status
 
 
 if TYPE_CHECKING:
@@ -156,9 +157,9 @@ def push_influence_dataset(
         for config in configs:
             files |= config.write(Path(folder), max_bytes)
         files |= _list_scorer(scorer, Path(folder), f"{prefix}{SCORER}")
-        files |= _list_report(report, prefix)
+        files |= _list_report(report, prefix, Path(folder))
         sources = _read_sources(source_datasets, token)
-        composer = Composer(repo_id, configs, files, prefix, summarise_influence(scored), sources, records)
+        composer = Composer(configs, files, prefix, summarise_influence(scored), sources, records)
         return publish_files(
             repo_id,
             files,
@@ -192,7 +193,7 @@ def check_published_columns(head: Head | None, features: Features, splits: Seque
     """
     card = head.read(CARD) if head is not None else None
     if card is not None:
-        data, _ = parse_card(card.decode())
+        data, _ = parse_card(card)
         facts = dict.fromkeys(splits, SplitFacts(0, 0))
         merge_splits(data, config_name, get_data_folder(config_name), features, facts, {})
 
@@ -247,7 +248,7 @@ def _list_scorer(scorer: "InfluenceScorer | str | Path | None", folder: Path, pr
     return list_folder(scorer, prefix)
 
 
-def _list_report(report: str | Path | None, prefix: str) -> dict[str, Path]:
+def _list_report(report: str | Path | None, prefix: str, temporary: Path) -> dict[str, Path]:
     if report is None:
         return {}
     folder = Path(report)
@@ -255,6 +256,8 @@ def _list_report(report: str | Path | None, prefix: str) -> dict[str, Path]:
         raise ValueError(f"report={folder.name!r} is not a folder. Give the run's folder, which holds results.json.")
     names = (RESULTS, REPLAY, PAGE)
     found = {f"{prefix}{name}": folder / name for name in names if (folder / name).is_file()}
+    for path in [*found.values(), *folder.glob("*.png")]:
+        check_inside(path, folder)
     for plot in sorted(folder.glob("*.png")):
         if not re.fullmatch(r"[\w.-]+", plot.name, flags=re.ASCII):
             raise ValueError(
@@ -265,7 +268,20 @@ def _list_report(report: str | Path | None, prefix: str) -> dict[str, Path]:
         raise ValueError(
             f"{folder.name} holds no results.json, config.yaml or *.png to publish. Give the run's folder."
         )
+    if f"{prefix}{REPLAY}" in found:
+        found[f"{prefix}{REPLAY}"] = _write_replay(folder / REPLAY, temporary)
     return found
+
+
+def _write_replay(config: Path, temporary: Path) -> Path:
+    """The run's settings without where it is published: whoever runs it again may write elsewhere, or nowhere."""
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict) or "hub_id" not in settings:
+        return config
+    replay = temporary / REPLAY
+    del settings["hub_id"]
+    replay.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return replay
 
 
 def _read_sources(source_datasets: Sequence[str], token: str | None) -> dict[str, dict[str, Any]]:

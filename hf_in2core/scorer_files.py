@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from huggingface_hub import snapshot_download
+from huggingface_hub import resolve_revision, snapshot_download
 from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -257,6 +257,27 @@ def download_scorer(repo_id: str, revision: str | None, token: str | None, repo_
             f"{repo_id!r} is neither a folder nor a {repo_type} repository that can be seen with this token. For the "
             'scorer beside a published pool pass `repo_type="dataset", subfolder="scorer"`.'
         ) from error
+
+
+def find_revision(name: str, revision: str | None = None) -> str | None:
+    """
+    Commit on the Hub that a model was loaded from, as the local cache has it.
+
+    Args:
+        name (`str`):
+            Hub id or folder.
+        revision (`str`, *optional*):
+            Branch, tag or commit that was asked for; the default branch when `None`.
+
+    Returns:
+        `str` or `None`: the commit; `None` for a folder, and for what was never loaded from the Hub.
+    """
+    if not name or Path(name).exists():
+        return None
+    try:
+        return resolve_revision(name, revision=revision, local_files_only=True).resolved
+    except (OSError, ValueError):  # not in the cache, or no id at all
+        return None
 
 
 def load_base_model(config: ScorerConfig, name: str) -> PreTrainedModel:

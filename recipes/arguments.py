@@ -251,7 +251,8 @@ def check_fraction(fraction: float) -> None:
 
 
 def describe_command() -> str:
-    """The command of this process as it was typed, for what it makes to tell; the home folder as `~`."""
+    """The command of this process as it was typed, for what it makes to tell; no folder of the user's home in it."""
     launcher = "accelerate launch" if "ACCELERATE_DYNAMO_BACKEND" in os.environ else "python"
     home = re.escape(str(Path.home()))
-    return f"{launcher} {re.sub(rf'(?<![^ =]){home}(?=/)', '~', shlex.join(sys.argv))}"
+    flags = re.sub(rf"(?<![^ =]){home}(?=/)", "~", shlex.join(sys.argv[1:]))
+    return f"{launcher} recipes/{Path(sys.argv[0]).name} {flags}"
