@@ -18,11 +18,11 @@ from rich.text import Text
 
 from .report_arms import ARM_COLUMNS, BUDGETS, LEVEL, count_seeds, format_arm, format_mean, summarize_arms
 from .report_page import write_report
-from .report_plots import plot_arms, plot_influence
+from .report_plots import plot_arms, plot_influence, plot_length
 from .report_run import ReportError
 
 
-__all__ = ["ReportError", "plot_arms", "plot_influence", "print_results", "write_report"]
+__all__ = ["ReportError", "plot_arms", "plot_influence", "plot_length", "print_results", "write_report"]
 
 MAX_TEXT_CHARACTERS = 240
 

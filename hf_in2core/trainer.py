@@ -40,7 +40,7 @@ from .preparation import (
     prepare_mapped,
 )
 from .scorer import AUTOCAST_DTYPES, InfluenceScorer
-from .scorer_files import ScorerConfig
+from .scorer_files import ScorerConfig, find_revision
 from .scoring import run_score_pass
 from .state import hash_adapter, hash_base, hash_json, hash_prepared, remove_leftovers
 from .store import GradientStore, choose_store_dtype
@@ -344,6 +344,7 @@ class InfluenceTrainer(SFTTrainer):
 
     def _make_scorer(self, result: FitResult, job: Passes, identity: dict[str, Any]) -> InfluenceScorer:
         config = self.model.config
+        asked = (self.args.model_init_kwargs or {}).get("revision")  # type: ignore[union-attr]
         return InfluenceScorer(
             model=job.model,  # type: ignore[arg-type]
             preparation=self.preparation,
@@ -362,7 +363,8 @@ class InfluenceTrainer(SFTTrainer):
                 autocast=self._autocast(),
                 tokens_per_batch=self.args.tokens_per_batch,
                 base_model=config._name_or_path or "",
-                base_model_revision=getattr(config, "_commit_hash", None),
+                base_model_revision=getattr(config, "_commit_hash", None)
+                or find_revision(config._name_or_path, asked),
                 base_model_dtype=str(self.model.dtype).removeprefix("torch."),
                 base_model_hash=identity["base_model"],
                 adapter_hash=identity["adapter"],
