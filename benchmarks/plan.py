@@ -94,7 +94,8 @@ def load_kernels() -> None:
     """Run one tiny batch, since the first use of a kernel loads libraries that no arithmetic on paper knows."""
     model = make_model(64, 1, 64)
     passes = make_passes(model)
-    run_fit_pass(passes, make_rows(2, 64, 4, 8), {n: b.tensor[None] for n, b in passes.blocks.items()}, 0.1, None, 0)
+    v = {name: block.tensor.detach()[None] for name, block in passes.blocks.items()}
+    run_fit_pass(passes, make_rows(2, 64, 4, 8), v, 0.1, None, 0)
 
 
 def measure(folder: str, num_rows: int, width: int, layers: int) -> dict[str, float]:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from hf_in2core.card_metadata import add_tags, join_card, parse_card, replace_section
-from hf_in2core.card_text import Markdown, escape_markdown, format_code, render_template
+from hf_in2core.card_text import Markdown, escape_markdown, format_code, format_number, render_template
 from hf_in2core.dataset_card import is_hub_id, list_arms, list_provenance, say_validation
 
 
@@ -121,6 +122,69 @@ def render_target_model_card(
         verdict=(results.get("verdict") or {}).get("text"),
     )
     return join_card(data, replace_section(body, "model", section))
+
+
+def add_task_results(text: str, tasks: Mapping[str, Mapping[str, Any]], model_name: str) -> str:
+    """
+    Put the results of tasks of lm-eval into a model's card: a section of its own, and evaluation results as metadata.
+
+    Args:
+        text (`str`):
+            The card; everything else in it stays, results of other tasks too.
+        tasks (`Mapping[str, Mapping]`):
+            From [`~hf_in2core.tasks.evaluate_tasks`].
+        model_name (`str`):
+            Name of the model in the metadata, where they have none.
+
+    Returns:
+        `str`: the whole card.
+
+    Raises:
+        ValueError: the card's metadata cannot be read, so that writing them back could lose something.
+    """
+    data, body = parse_card(text)
+    kept: list[EvalResult] = []
+    if data.get("model-index"):
+        try:
+            model_name, kept = model_index_to_eval_results(data["model-index"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"The `model-index` of the card is not in the Hub's form ({error!r}). Correct README.md first."
+            ) from error
+    new = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="other",
+            dataset_name=task,
+            dataset_config=task,  # results of one type and configuration would be taken for those of one dataset
+            metric_type=metric.split(" ")[0],
+            metric_name=f"{metric}, {found['num_fewshot']}-shot",
+            metric_value=value,
+            verified=False,
+        )
+        for task, found in tasks.items()
+        for metric, value in found["metrics"].items()
+    ]
+    results = [result for result in kept if result.dataset_name not in tasks] + new
+    if results:
+        data["model-index"] = eval_results_to_model_index(model_name, results)
+    lines = [
+        {
+            "task": task,
+            "metric": metric,
+            "value": format_number(value, ".4f"),
+            "stderr": format_number(found["stderr"].get(metric), ".4f"),
+            "questions": format_number(found["questions"], ",d"),
+            "num_fewshot": found["num_fewshot"],
+            "limit": "all" if found["limit"] is None else f"{found['limit']:g} per task",
+        }
+        for task, found in tasks.items()
+        for metric, value in found["metrics"].items()
+    ]
+    cut = sum(found["cut_prompts"] for found in tasks.values())
+    versions = sorted({found["lm_eval"] for found in tasks.values()})
+    section = render_template("tasks.md", lines=lines, cut=cut, lm_eval=", ".join(versions))
+    return join_card(data, replace_section(body, "tasks", section))
 
 
 def _has_page(name: str) -> bool:

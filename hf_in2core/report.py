@@ -16,13 +16,31 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .report_arms import ARM_COLUMNS, BUDGETS, LEVEL, count_seeds, format_arm, format_mean, summarize_arms
+from .report_arms import (
+    ARM_COLUMNS,
+    BUDGETS,
+    LEVEL,
+    count_seeds,
+    format_arm,
+    format_mean,
+    summarize_arms,
+    summarize_tasks,
+)
 from .report_page import write_report
 from .report_plots import plot_arms, plot_influence, plot_length
 from .report_run import ReportError
 
 
-__all__ = ["ReportError", "plot_arms", "plot_influence", "plot_length", "print_results", "write_report"]
+__all__ = [
+    "ReportError",
+    "plot_arms",
+    "plot_influence",
+    "plot_length",
+    "print_results",
+    "print_table",
+    "print_tasks",
+    "write_report",
+]
 
 MAX_TEXT_CHARACTERS = 240
 
@@ -60,6 +78,7 @@ def print_results(results: Mapping[str, Any]) -> None:
     if text := results.get("verdict", {}).get("text"):
         _write(console, f"Verdict: {text}\n", style="bold red" if "WARNING" in text else "bold")
 
+    print_tasks(results, console)
     if auc := results.get("auc"):
         scores = list(dict.fromkeys(score for by_score in auc.values() for score in by_score))
         _write(console, "AUC of finding rows by a score (0.5 = chance)", style="bold")
@@ -74,6 +93,24 @@ def print_results(results: Mapping[str, Any]) -> None:
         if examples.get(kind):
             _write(console, f"Strongest {kind} ({sign} the validation loss)", style="bold")
             _print_examples(console, examples[kind])
+
+
+def print_tasks(results: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print how the arms of a run do on tasks of lm-eval, as [`print_results`] does; nothing where none was run."""
+    console = console or Console()
+    tasks = summarize_tasks(results)
+    if tasks is None:
+        return
+    _write(console, "Benchmarks", style="bold")
+    _print_table(console, tasks["columns"], tasks["lines"])
+    for note in [*tasks["notes"], "The verdict is of the test loss alone."]:
+        _write(console, note)
+    console.print()
+
+
+def print_table(names: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Print a table to the terminal, wrapped to its width, plain when piped; the first column names the rows."""
+    _print_table(Console(), names, lines)
 
 
 # --- the terminal ---

@@ -21,7 +21,7 @@ import numpy as np
 from markupsafe import Markup
 from scipy.stats import spearmanr
 
-from .report_arms import ARM_COLUMNS, BUDGETS, LEVEL, count_seeds, format_arm, summarize_arms
+from .report_arms import ARM_COLUMNS, BUDGETS, LEVEL, count_seeds, format_arm, summarize_arms, summarize_tasks
 from .report_rows import (
     Groups,
     Pool,
@@ -97,6 +97,7 @@ def render_page(run: Run) -> str:
         verdict=_show_verdict(run),
         arms=_show_arms(run),
         comparisons=_show_comparisons(run),
+        tasks=summarize_tasks(run.results),
         auc=_show_auc(run),
         cost=_show_cost(run),
         provenance=_show_provenance(run),

@@ -198,7 +198,28 @@ class SelectCoresetArguments:
 
 
 @dataclass
-class SftCoresetArguments(DataArguments):
+class TaskArguments:
+    """Tasks of lm-eval (`pip install 'hf-in2core[eval]'`)."""
+
+    tasks: list[str] = field(default_factory=list, metadata={"help": "Tasks of lm-eval, such as `mmlu`."})
+    include_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder with task files of lm-eval, which are then the only ones (recipes/mmlu makes one, for "
+            "machines without the Hub)."
+        },
+    )
+    num_fewshot: int | None = field(
+        default=None, metadata={"help": "Examples before each question. What the task says by default."}
+    )
+    limit: float | None = field(
+        default=None,
+        metadata={"help": "Questions of each task (10), or a share of them (0.1). All by default."},
+    )
+
+
+@dataclass
+class SftCoresetArguments(DataArguments, TaskArguments):
     """Fine-tune a target model. `model_name_or_path` is the target."""
 
     dataset_name: str | None = field(
@@ -223,16 +244,37 @@ class SftCoresetArguments(DataArguments):
 
 
 @dataclass
-class EvaluateArguments(DataArguments):
-    """Loss, perplexity and accuracy per labelled token. `output_dir` gets `evaluation.json`, where given."""
+class EvaluateArguments(DataArguments, TaskArguments):
+    """Loss, perplexity and accuracy per labelled token, and tasks of lm-eval."""
 
     test: str | None = field(default=None, metadata={"help": "Rows that judge: Hub id[:split], folder or file."})
     adapters: list[str] = field(
         default_factory=list, metadata={"help": "Adapters (folders or Hub ids); the base model is always evaluated."}
     )
+    run: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of in2core.py: evaluate its target model and the adapter of every arm on --tasks, into "
+            "its results.json and report.html."
+        },
+    )
+    arms: list[str] = field(
+        default_factory=lambda: list(ARMS), metadata={"help": "With --run: only these arms.", "choices": list(ARMS)}
+    )
+    seeds: list[int] = field(default_factory=list, metadata={"help": "With --run: only these seeds. All by default."})
 
     def __post_init__(self) -> None:
-        require(self, "model_name_or_path", "test")
+        if self.run is not None:
+            require(self, "tasks")
+            if given := [name for name in ("model_name_or_path", "adapters", "test") if getattr(self, name)]:
+                raise ValueError(
+                    f"--run takes model and adapters from the run, whose arms are judged on its test set already. "
+                    f"Leave out --{given[0]}, or --run."
+                )
+            return
+        require(self, "model_name_or_path")
+        if self.test is None and not self.tasks:
+            raise ValueError("missing: --test or --tasks (or both): there is nothing to evaluate on")
 
 
 def require(arguments: Any, *names: str) -> None:

@@ -201,12 +201,12 @@ def check_adapter(adapter: str, model_name: str) -> None:
         warn(f"the adapter {adapter} says that it belongs to {base}, but it is put on {model_name}.")
 
 
-def hash_folder(name_or_path: str) -> str:
+def hash_folder(name_or_path: str, suffixes: tuple[str, ...] = (".json", ".safetensors")) -> str:
     """Identity of a model or adapter: the content of a local folder, the id of a Hub repository."""
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
         return name_or_path
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in (".json", ".safetensors"))
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in suffixes)
     digest = xxhash.xxh3_128()
     for path in files:
         digest.update(str(path.relative_to(folder)).encode())

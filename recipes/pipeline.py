@@ -11,7 +11,7 @@ from comparison import Arm, find_equal_run, plan_arms
 from datasets import Dataset
 from inputs import take_fraction
 from job import Job, find_sources, name_coresets
-from run_folder import agree, quiet_loading, read_json, say, warn, write_json, written_folder
+from run_folder import agree, quiet_loading, read_json, read_tasks, say, warn, write_json, written_folder
 from stages import (
     compute_influence,
     compute_losses,
@@ -178,7 +178,7 @@ def evaluate_base(job: Job, scored: Dataset) -> dict[str, Any]:
         release(trainer)
         remove_checkpoints(checkpoints)
     say(f"Target before training: test loss {show(result['test_loss'])}.")
-    return result
+    return result | tasks_of(folder)
 
 
 def train_arm(job: Job, arm: Arm, scored: Dataset, steps: int) -> dict[str, Any]:
@@ -220,7 +220,13 @@ def train_arm(job: Job, arm: Arm, scored: Dataset, steps: int) -> dict[str, Any]
         release(trainer)
         remove_checkpoints(checkpoints)
     del result["identity"]
-    return result | {"budget": arm.budget}
+    return result | {"budget": arm.budget} | tasks_of(folder)
+
+
+def tasks_of(folder: Path) -> dict[str, Any]:
+    """`{"tasks": …}` where evaluate.py has evaluated the model of an arm, which goes with the arm."""
+    tasks = agree(lambda: read_tasks(folder))
+    return {"tasks": tasks} if tasks else {}
 
 
 def publish(job: Job, scored: Dataset) -> None:

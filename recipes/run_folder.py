@@ -74,6 +74,15 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def read_tasks(folder: Path) -> dict[str, dict[str, Any]]:
+    """What evaluate.py found for the model in a folder, by task; empty where it was not evaluated."""
+    stored = read_json(folder / "tasks.json")
+    return {
+        task: {name: value for name, value in found.items() if name != "identity"}
+        for task, found in (stored if isinstance(stored, dict) else {}).items()
+    }
+
+
 @contextmanager
 def written_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when everything in it is written; for all processes."""

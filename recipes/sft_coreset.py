@@ -4,8 +4,8 @@
         --split coreset_25 --columns alpaca --output_dir runs/target
 
 An ordinary TRL SFT with LoRA; `output_dir` then holds the adapter, its card, config.yaml and training.json. With a
-scored pool (`--dataset_name RUN/scored`), `--fraction` selects the strongest proponents. `--test` judges the model,
-`--hub_id user/repo` publishes it.
+scored pool (`--dataset_name RUN/scored`), `--fraction` selects the strongest proponents. `--test` and `--tasks` (of
+lm-eval) judge the model, `--hub_id user/repo` publishes it.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,7 @@ def make_parser() -> RecipeParser:
 def main(settings: Settings) -> None:
     """Check, train, judge, save and publish."""
     from accelerate import PartialState
+    from arm_tasks import describe_scores, evaluate_on_tasks, load_given_tasks
     from inputs import check_model, check_trainable, load_tokenizer
     from run_folder import agree, join_processes, say
     from stages import evaluate_model, make_trainer, train_and_save
@@ -33,9 +34,12 @@ def main(settings: Settings) -> None:
     from hf_in2core import InfluenceConfig, select_coreset
     from hf_in2core.data import find_hub_id, load_rows
     from hf_in2core.hub import Head, check_can_push, list_folder, publish_files, read_head
+    from hf_in2core.tasks import check_task_settings
 
     args: SftCoresetArguments = settings.arguments
     join_processes(settings)
+    if args.tasks:
+        check_task_settings(args.tasks, args.include_path, args.num_fewshot, args.limit)
     private = settings.values["hub_private_repo"]
     if args.hub_id is not None and PartialState().is_main_process:
         check_can_push(args.hub_id, "model", private=private)
@@ -56,11 +60,15 @@ def main(settings: Settings) -> None:
     prepared_test = None
     if args.test is not None:
         prepared_test = check_trainable(load_rows(args.test, "test set"), "test set", training_args, tokenizer)
+    tasks = load_given_tasks(args) if args.tasks else {}
     trainer = make_trainer(model_args, training_args, rows, tokenizer)
     trained = train_and_save(trainer, settings, "Target")
     if prepared_test is not None:
         trained |= evaluate_model(trainer.model, prepared_test, training_args, training_args.tokens_per_batch)
         say(f"test loss {trained['test_loss']}, perplexity {trained['test_perplexity']}")
+    if tasks:
+        trained["tasks"] = evaluate_on_tasks(trainer.model, tokenizer, tasks, args.limit, training_args)
+        say(", ".join(f"{name} {value:.4f}" for name, value in describe_scores(trained["tasks"]).items()))
     if PartialState().is_main_process:
         folder = Path(training_args.output_dir or "")
         render_card = prepare_card(args, trained, revision)
@@ -88,7 +96,7 @@ def prepare_card(
     from hf_in2core.card_composer import read_results
     from hf_in2core.data import find_hub_id
     from hf_in2core.hub import read_head
-    from hf_in2core.model_card import render_target_model_card
+    from hf_in2core.model_card import add_task_results, render_target_model_card
 
     source = args.dataset_name or ""
     hub_id, split = find_hub_id(source), args.split
@@ -97,9 +105,10 @@ def prepare_card(
         split = split or (source.split(":")[-1] if ":" in source else "train")
         results = read_results(read_head(hub_id, repo_type="dataset", revision=revision).read("results.json"))
     arm = {"coreset": "coreset", "random": "random", "train": "full"}.get((split or "").split("_")[0], "–")
-    return partial(
+    model_name = (args.hub_id or args.output_dir or "").rstrip("/").split("/")[-1]
+    render = partial(
         render_target_model_card,
-        (args.hub_id or args.output_dir or "").rstrip("/").split("/")[-1],
+        model_name,
         base_model=args.model_name_or_path or "",
         dataset_id=hub_id or source,
         run=run | {"arm": "coreset" if args.fraction else arm, "fraction": args.fraction or "–"},
@@ -108,6 +117,8 @@ def prepare_card(
         dataset_revision=revision if hub_id else None,
         test_name=find_hub_id(args.test or "") or "a test set of its own",
     )
+    tasks = run.get("tasks")
+    return (lambda existing: add_task_results(render(existing), tasks, model_name)) if tasks else render
 
 
 if __name__ == "__main__":
