@@ -179,21 +179,22 @@ def test_what_is_no_scorer_on_the_hub_is_explained(hub, published, elsewhere) ->
 
 
 def test_another_base_model_under_the_same_name_is_noticed(hub, published, elsewhere) -> None:
-    files = hub.repos[("model", "ada/tiny")].files()
+    original = hub.repos[("model", "ada/tiny")]
+    files = original.files()
     name = next(path for path in files if path.endswith(".safetensors"))
     weights = bytearray(files[name])
     weights[-4000:] = weights[-4000:][::-1]
     # A scorer names its base model's commit; one that was fitted without knowing it gets the newest.
     own = hub.repos[("model", "ada/scorer")].files()
     config = json.loads(own["config.json"])
-    assert config["base_model_revision"] == hub.repos[("model", "ada/tiny")].resolve("main").oid
+    assert config["base_model_revision"] == original.resolve("main").oid
     config["base_model_revision"] = None
     hub.add_repo("model", "ada/unpinned", own | {"config.json": json.dumps(config).encode()})
     hub.add_repo("model", "ada/tiny", files | {name: bytes(weights)})
     with pytest.raises(ClientError) as raised:
         elsewhere.run("from hf_in2core import InfluenceScorer; InfluenceScorer.from_pretrained('ada/unpinned')")
     assert raised.value.kinds[0] == "ValueError" and "another base model" in raised.value.message
-    hub.add_repo("model", "ada/tiny", files)
+    hub.repos[("model", "ada/tiny")] = original
 
 
 # Pools grow
