@@ -181,9 +181,7 @@ def render_influence_section(
         comparisons=list_comparisons(verdict.get("intervals") or {}),
         arms=list_arms(results.get("arms") or []),
         stale_results=stale_results,
-        plots=[
-            {"path": Markdown(path), "caption": _CAPTIONS.get(Path(path).stem) or Path(path).stem} for path in plots
-        ],
+        plots=[{"path": Markdown(path), "caption": _caption(Path(path).stem)} for path in plots],
         provenance=list_provenance(scorer),
         page=Markdown(page) if page else None,
         replay=Markdown(replay) if replay else None,
@@ -192,6 +190,10 @@ def render_influence_section(
         influence_columns=Markdown(json.dumps([name for name in features if is_influence_column(name)])),
         cost=_list_cost(results),
     )
+
+
+def _caption(name: str) -> str:
+    return _CAPTIONS.get(name) or name.replace("_", " ").capitalize()
 
 
 def say_validation(sets: Any) -> Markdown:

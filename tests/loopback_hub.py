@@ -207,7 +207,7 @@ class LoopbackHub:
         commit = repo.resolve(p["revision"] or "main")
         siblings = [{"rfilename": path} for path in commit.tree]
         body = {"id": repo.id, "sha": commit.oid, "private": repo.private, "siblings": siblings}
-        match, card = FRONT_MATTER.search(repo.files(commit.oid).get("README.md", b"").decode()), None
+        match, card = FRONT_MATTER.search(repo.files(commit.oid).get("README.md", b"").decode(errors="replace")), None
         with suppress(yaml.YAMLError):
             card = yaml.load(match.group(2), Loader=yaml.BaseLoader) if match else None
         gated = "manual" if repo.gated else False

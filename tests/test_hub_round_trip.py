@@ -126,7 +126,12 @@ def test_the_card_tells_all_of_it(hub, repo) -> None:
     assert metadata["license"] == "mit" and metadata["language"] == ["en"]
     assert metadata["source_datasets"] == ["ada/pool"] and metadata["base_model"] == ["ada/tiny"]
     pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", body)
-    assert pictures and all(files[path].startswith(b"\x89PNG") for path in pictures)
+    assert pictures == [f"plots/{name}.png" for name in ("arms", "influence", "influence_by_length")]
+    assert all(files[path].startswith(b"\x89PNG") for path in pictures)
+    # The base model by its commit: a scorer loads that one, whatever is pushed there later.
+    revision = hub.repos[("model", "ada/tiny")].resolve("main").oid
+    assert json.loads(files["scorer/config.json"])["base_model_revision"] == revision
+    assert f"| Its revision | `{revision}` |" in body
     results = json.loads(files["results.json"])
     verdict = results["verdict"]
     difference = verdict["intervals"]["coreset_minus_random"]
@@ -136,11 +141,11 @@ def test_the_card_tells_all_of_it(hub, repo) -> None:
         row = next(line for line in body.splitlines() if line.startswith(f"| `{name}` |"))
         assert "the strongest proponents" in row and f"fraction={fraction}" in row and "strategy=" in row, row
     assert "[report.html](report.html)" in body and files["report.html"].startswith(b"<!")
-    (command,) = re.findall(r"Command that made `train`, `coreset_50`, `coreset_25`:\n\n```bash\n(.*)\n```", body)
-    assert re.match(
-        r"accelerate launch \S*recipes/in2core\.py --model_name_or_path ada/tiny --pool ada/pool ", command
-    )
-    assert command.endswith("--activation_checkpointing false")
+    made = r"Command that made `train`, `coreset_50`, `coreset_25`:\n\n```bash\n(.*?)\n```"
+    (command,) = re.findall(made, body, flags=re.DOTALL)
+    typed = command.replace(" \\\n   ", "")
+    assert typed.startswith("accelerate launch recipes/in2core.py --model_name_or_path ada/tiny --pool ada/pool --val")
+    assert typed.endswith("--task_column task --activation_checkpointing false")
     for told in ("### Limits", "Computing influence: ", "arXiv:2408.03560", "arXiv:2310.00902", "### Cost"):
         assert told in body
 

@@ -14,6 +14,7 @@ from datasets import concatenate_datasets
 from hub_client import QUIET, ClientError, HubClient, check_that_tokens_stayed_secret
 from loopback_http import Fault
 from loopback_hub import LoopbackHub
+from recipe_runs import load_recipe
 
 
 TOKEN = "hf_" + "S" * 34
@@ -178,15 +179,22 @@ def test_what_is_no_scorer_on_the_hub_is_explained(hub, published, elsewhere) ->
 
 
 def test_another_base_model_under_the_same_name_is_noticed(hub, published, elsewhere) -> None:
-    files = hub.repos[("model", "ada/tiny")].files()
+    original = hub.repos[("model", "ada/tiny")]
+    files = original.files()
     name = next(path for path in files if path.endswith(".safetensors"))
     weights = bytearray(files[name])
     weights[-4000:] = weights[-4000:][::-1]
+    # A scorer names its base model's commit; one that was fitted without knowing it gets the newest.
+    own = hub.repos[("model", "ada/scorer")].files()
+    config = json.loads(own["config.json"])
+    assert config["base_model_revision"] == original.resolve("main").oid
+    config["base_model_revision"] = None
+    hub.add_repo("model", "ada/unpinned", own | {"config.json": json.dumps(config).encode()})
     hub.add_repo("model", "ada/tiny", files | {name: bytes(weights)})
     with pytest.raises(ClientError) as raised:
-        elsewhere.run("from hf_in2core import InfluenceScorer; InfluenceScorer.from_pretrained('ada/scorer')")
+        elsewhere.run("from hf_in2core import InfluenceScorer; InfluenceScorer.from_pretrained('ada/unpinned')")
     assert raised.value.kinds[0] == "ValueError" and "another base model" in raised.value.message
-    hub.add_repo("model", "ada/tiny", files)
+    hub.repos[("model", "ada/tiny")] = original
 
 
 # Pools grow
@@ -230,6 +238,19 @@ def test_a_published_pool_grows_without_a_refit(hub, published, publisher, tmp_p
     publisher.run(GROW, flags=flags)
     assert "ada/grown holds all of it already" in publisher.output
     assert len(repo.history()) == 2
+
+
+def test_a_grown_pools_coresets_are_chosen_as_they_were() -> None:
+    choose_splits = load_recipe("grow").choose_splits
+    turns = {"strategy": "round_robin_rows", "column": "influence", "fraction": 0.5}
+    records = {"train": {"command": "make.py"}, "coreset_50": turns | {"command": "make.py"}, "gone": turns}
+    published = ["train", "coreset_50", "coreset_25", "random_25", "by_hand"]
+    by_name = {
+        "coreset_25": {"strategy": "top", "fraction": 0.25},
+        "random_25": {"strategy": "random", "fraction": 0.25},
+    }
+    assert choose_splits(published, None, records) == {"coreset_50": turns, **by_name}
+    assert choose_splits(published, [0.5, 0.1], records) == {"coreset_50": turns, "coreset_10": {"fraction": 0.1}}
 
 
 def test_two_repositories_of_one_scorer_combine(hub, published, publisher) -> None:
