@@ -338,7 +338,8 @@ def plot(rows: list[dict[str, Any]], diagnostics: list[dict[str, Any]], path: Pa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    # The recipe's flags pass through: `--test` is none of this parser's, however it may begin.
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="One seed and 5 steps: shows that it runs.")
     parser.add_argument("--read_at", type=int, nargs="+", default=[10, 50, 100], help="Steps of the reference.")
     parser.add_argument("--validation_tasks", nargs="+", default=[], help="Keep the validation rows of these tasks.")

@@ -158,7 +158,8 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    # The recipe's flags pass through: `--test` is none of this parser's, however it may begin.
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="One seed, a reference of 5 steps: shows that it runs.")
     parser.add_argument("--more_tests", nargs="+", default=[], help="Further files of test rows.")
     parser.add_argument("--test_rows", type=int, default=150, help="Rows of each test set.")
