@@ -9,6 +9,9 @@ import pytest
 from recipe_runs import ROOT, make_inputs, write_config
 
 
+pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="a source distribution has no benchmarks")
+
+
 def run_benchmark(name: str, folder: Path) -> tuple[str, dict]:
     inputs = make_inputs(folder)
     # Flags that begin like those of the benchmarks themselves (`--test_rows`, `--validation_tasks`).
