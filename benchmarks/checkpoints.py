@@ -313,11 +313,12 @@ def plot(rows: list[dict[str, Any]], diagnostics: list[dict[str, Any]], path: Pa
                 [np.mean(points[step]) for step in steps],
                 style,
                 color=colour,
-                label=name + suffix[:0] + (" in turn" if suffix else ""),
+                label=name + (" in turn" if suffix else ""),
             )
             for step in steps:
                 left.plot([step] * len(points[step]), points[step], "o", color=colour, alpha=0.4, markersize=3)
     left.axhline(0.5, color="0.7", linewidth=0.8)
+    left.set_ylim(0.0, 1.05)  # room for the legend
     left.set_ylabel("AUC of the task's rows")
     for name, colour in (
         ("pool loss", "#000000"),
@@ -332,13 +333,16 @@ def plot(rows: list[dict[str, Any]], diagnostics: list[dict[str, Any]], path: Pa
         axes.set_xticks(steps, [str(step) for step in steps])
         axes.minorticks_off()
         axes.set_xlabel("step of the reference")
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(
+            frameon=False, fontsize=8, ncols=2 if axes is left else 1, loc="lower left" if axes is left else "best"
+        )
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    # The recipe's flags pass through: `--test` is none of this parser's, however it may begin.
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="One seed and 5 steps: shows that it runs.")
     parser.add_argument("--read_at", type=int, nargs="+", default=[10, 50, 100], help="Steps of the reference.")
     parser.add_argument("--validation_tasks", nargs="+", default=[], help="Keep the validation rows of these tasks.")

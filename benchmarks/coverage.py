@@ -81,7 +81,10 @@ def correlate(coverage: Dataset, method: str, outcomes: dict[str, np.ndarray], t
     return rows
 
 
-def measure_reference(job: Any, adapter: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_reference(
+    job: Any, adapter: str, args: argparse.Namespace, similarities: dict[str, Dataset]
+) -> list[dict[str, Any]]:
+    """Correlations for one reference; `similarities` know of none, so that they are computed once."""
     tests = take_tests(job.inputs.test, args.more_tests, args.test_rows)
     task_column = job.args.task_column
     rows: list[dict[str, Any]] = []
@@ -95,9 +98,11 @@ def measure_reference(job: Any, adapter: str, args: argparse.Namespace) -> list[
             where = zip(coverage["test_set"], coverage["test_row"], strict=True)
             tasks = np.array([str(tests[name][task_column][row]) if task_column else name for name, row in where])
             for by, label in SIMILARITY.items():
-                if by != "embedding" or args.encoder:
-                    found = compute_similarity_coverage(trainer, by, encoder=args.encoder)
-                    rows += correlate(found, label, outcomes, tasks)
+                if by == "embedding" and not args.encoder:
+                    continue
+                if by not in similarities:
+                    similarities[by] = compute_similarity_coverage(trainer, by, encoder=args.encoder)
+                rows += correlate(similarities[by], label, outcomes, tasks)
             rows += correlate(coverage, "number of loss tokens", outcomes, tasks)
         rows += correlate(coverage, method, outcomes, tasks)
     return rows
@@ -158,7 +163,8 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    # The recipe's flags pass through: `--test` is none of this parser's, however it may begin.
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="One seed, a reference of 5 steps: shows that it runs.")
     parser.add_argument("--more_tests", nargs="+", default=[], help="Further files of test rows.")
     parser.add_argument("--test_rows", type=int, default=150, help="Rows of each test set.")
@@ -168,12 +174,13 @@ def main() -> None:
         args.test_rows = min(args.test_rows, 30)
     settings = parse_settings(rest, args.quick)
     found: list[dict[str, Any]] = []
-    for seed, job, adapter in train_references(settings):
-        found += [{"seed": seed} | row for row in measure_reference(job, adapter, args)]
-        print(f"Seed {seed} measured.", flush=True)
+    similarities: dict[str, Dataset] = {}
     folder = Path(settings.arguments.output_dir or "")
-    results = {"rows": found, "machine": describe_machine()}
-    (folder / "coverage.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    for seed, job, adapter in train_references(settings):
+        found += [{"seed": seed} | row for row in measure_reference(job, adapter, args, similarities)]
+        results = {"rows": found, "machine": describe_machine()}
+        (folder / "coverage.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        print(f"Seed {seed} measured.", flush=True)
     table = summarise(found)
     print(f"\n| {' | '.join(table[0])} |\n|{'---|' * len(table[0])}")
     for line in table:

@@ -1,6 +1,6 @@
 """DataInf's own task: does influence find the training rows of the same kind as a test row?
 
-    python benchmarks/datainf_tasks.py [--quick] [--data FOLDER --model FOLDER] [--seeds 0 1 2] [--epochs 5]
+    python benchmarks/datainf_tasks.py [--quick] [--data FOLDER --model FOLDER] [--seeds 0 1 2] [--read_at 0 1 5]
 
 `FOLDER` of the data holds `train.jsonl` and `test.jsonl` with `text`, `prompt`, `answer` and the kind in `variation`,
 as in the DataInf authors' repository; by default rows and model are made on the spot (ten transformations of random
@@ -177,6 +177,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--read_at", type=int, nargs="+", default=[0, 1, 5], help="Epochs after which to read.")
+    parser.add_argument(
+        "--loss_on",
+        nargs="+",
+        choices=["whole text", "answer"],
+        default=["whole text", "answer"],
+        help="Tokens with loss.",
+    )
     parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/datainf_tasks.json"))
@@ -188,8 +195,8 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
-        for answer_only in (False, True):
-            found += run(args, seed, answer_only)
+        for loss_on in args.loss_on:
+            found += run(args, seed, loss_on == "answer")
             args.output.write_text(json.dumps({"machine": describe_machine(), "rows": found}, indent=2) + "\n")
     print("| loss on | epochs | test loss | method | AUC | recall |\n|---|---|---|---|---|---|")
     groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}

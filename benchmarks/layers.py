@@ -200,7 +200,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    # The recipe's flags pass through: `--test` is none of this parser's, however it may begin.
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="One seed, a reference of 5 steps: shows that it runs.")
     parser.add_argument("--pilot_rows", type=int, default=512)
     parser.add_argument("--timed_rows", type=int, default=128, help="Rows of the pool that the passes are timed on.")

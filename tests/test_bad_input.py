@@ -30,8 +30,9 @@ def test_empty_or_missing_data(tmp_path, pool, validation) -> None:
         make_trainer(tmp_path, pool, {})
     with pytest.raises(ValueError, match="IterableDataset"):
         make_trainer(tmp_path, pool.to_iterable_dataset(), validation)
-    with pytest.raises(ValueError, match="reserved"):
-        make_trainer(tmp_path, pool, {"rank": validation})
+    for name in ("rank", "per_query", "per_checkpoint"):
+        with pytest.raises(ValueError, match="reserved"):
+            make_trainer(tmp_path, pool, {name: validation})
 
 
 def test_missing_and_clashing_columns(tmp_path, pool, validation) -> None:

@@ -9,10 +9,16 @@ import pytest
 from recipe_runs import ROOT, make_inputs, write_config
 
 
+pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="a source distribution has no benchmarks")
+
+
 def run_benchmark(name: str, folder: Path) -> tuple[str, dict]:
-    config = write_config(folder, make_inputs(folder))
+    inputs = make_inputs(folder)
+    # Flags that begin like those of the benchmarks themselves (`--test_rows`, `--validation_tasks`).
+    test, validation = inputs.pop("test"), inputs.pop("validation")[0]
     script = ROOT / "benchmarks" / f"{name}.py"
-    flags = ["--quick", "--config", config, "--output_dir", str(folder / "run")]
+    flags = ["--quick", "--config", write_config(folder, inputs), "--output_dir", str(folder / "run")]
+    flags += ["--test", test, "--validation", validation]
     done = subprocess.run(
         [sys.executable, str(script), *flags], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
     )

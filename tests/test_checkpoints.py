@@ -14,6 +14,7 @@ from test_trainer import assert_same, make_config, make_trainer
 
 from hf_in2core import InfluenceTrainer
 from hf_in2core.checkpoints import compute_checkpoint_weights, read_checkpoints
+from hf_in2core.pools import merge_scored
 from hf_in2core.state import hash_adapter
 
 
@@ -61,7 +62,7 @@ def weigh_by_hand(run) -> np.ndarray:
 
 def test_the_average_is_that_of_separate_readings(tmp_path, run, pool, validation) -> None:
     sets = {"a": validation, "b": make_prompt_completion(3, seed=9)}
-    trainer = load(tmp_path / "all", run[1][2], pool, sets)
+    trainer = load(tmp_path / "all", run[1][1], pool, sets)
     before = copy.deepcopy(trainer.model.state_dict())
     scored = trainer.score_influence(checkpoints=run[1][::-1])  # in any order
     alone = [
@@ -78,7 +79,7 @@ def test_the_average_is_that_of_separate_readings(tmp_path, run, pool, validatio
     assert scored.select_columns(pool.column_names)[:] == pool[:]
     # The trainer is as it was.
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
-    assert_same(trainer.score_influence()["influence"], alone[2]["influence"], 1e-9)
+    assert_same(trainer.score_influence()["influence"], alone[1]["influence"], 1e-9)
 
 
 def test_validation_rows_as_queries_are_averaged_too(tmp_path, run, pool, validation) -> None:
@@ -126,6 +127,10 @@ def test_rows_without_loss_stay_null(tmp_path, run, validation) -> None:
     scored = load(tmp_path, run[1][0], rows, validation, max_length=60).score_influence(checkpoints=run[1][:2])
     for column in ("influence", "influence_rank", "influence_per_checkpoint"):
         assert [row for row, value in enumerate(scored[column]) if value is None] == [2]
+    # Readings at single checkpoints belong to one pool and are left out of a merged one.
+    merged = merge_scored([scored, scored])
+    assert merged["influence"] == scored["influence"]
+    assert "influence_per_checkpoint" not in merged.column_names
 
 
 def test_adapters_without_a_run_weigh_the_same(tmp_path, run, pool, validation, caplog) -> None:
