@@ -181,6 +181,14 @@ class InfluenceTrainer(SFTTrainer):
         self._scorer: InfluenceScorer | None = None
         self._hashes: dict[str, str] | None = None
 
+    def __repr__(self) -> str:
+        sets = ", ".join(f"{name} ({len(self._prepared[name]):,} rows)" for name in self._validation_names)
+        return (
+            f"InfluenceTrainer(reference {self.model.config._name_or_path or 'a model in memory'}, pool of "
+            f"{len(self.pool):,} rows ({len(self._prepared['']):,} with loss), validation {sets}, "
+            f"{self.state.global_step} steps trained, {'fitted' if self._scorer is not None else 'not fitted'})"
+        )
+
     def _prepare_influence_data(self, mapped: dict[str, Dataset]) -> None:
         """Take the prepared rows over from SFT, or prepare them unpacked where SFT packs them."""
         evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"validation": self.eval_dataset}
