@@ -1,10 +1,15 @@
 """When to read influence, and how: how well it finds the rows of the task along the training of the reference model.
 
-    python benchmarks/checkpoints.py [--read_at 5 10 25 50 100] [flags of recipes/in2core.py]
+    python benchmarks/checkpoints.py [--quick] [--read_at 10 50 100] [--validation_tasks A B] [flags of in2core.py]
 
 At each step given, every row's gradient is kept in memory (small models and pools only), so that many estimators are
 compared at once: AUC with which the rows whose `task_column` occurs in the validation set come first, and their share
-among the first quarter. By default on the data that the quickstart generates; needs `--task_column`.
+among the first quarter. After the last step the readings are averaged, weighted by the mean learning rate since the
+reading before (as LESS does), as they are and each divided by its standard deviation over the pool. Beside them stand
+diagnostics that know no task, to see which of them tells a good reading from a bad one: losses, how concentrated the
+squared gradient norms are, and how far halves of the validation set agree. One reference for each of `--seeds`. By
+default on the data that the quickstart generates; needs `--task_column`. Writes `checkpoints.json` and
+`checkpoints.png` into `output_dir` and prints the tables.
 """
 
 import argparse
@@ -20,32 +25,37 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))
 
 from arguments import In2CoreArguments  # noqa: E402
 from datasets import Dataset, concatenate_datasets  # noqa: E402
-from job import check  # noqa: E402
-from recipe_parser import RecipeParser  # noqa: E402
+from job import Job, check  # noqa: E402
+from recipe_parser import RecipeParser, Settings  # noqa: E402
 from run_folder import join_processes, quiet_loading, run_setup_script  # noqa: E402
 from scipy.stats import spearmanr  # noqa: E402
 from stages import make_reference_trainer  # noqa: E402
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
+from workload import describe_machine  # noqa: E402
 
-from hf_in2core import InfluenceConfig  # noqa: E402
+from hf_in2core import InfluenceConfig, InfluenceTrainer  # noqa: E402
 from hf_in2core.blocks import find_blocks  # noqa: E402
 from hf_in2core.coreset import take_round_robin  # noqa: E402
-from hf_in2core.evaluation import compute_auc  # noqa: E402
+from hf_in2core.evaluation import compute_auc, compute_confidence_interval  # noqa: E402
 from hf_in2core.fit import run_per_example_validation_pass  # noqa: E402
 from hf_in2core.losses import compute_row_losses  # noqa: E402
 from hf_in2core.passes import Passes  # noqa: E402
 from hf_in2core.preparation import Preparation, prepare_rows  # noqa: E402
 
 
-def compute_estimators(g: dict[str, np.ndarray], v: dict[str, np.ndarray], damping_scale: float) -> dict[str, Any]:
-    """
-    Columns from the gradients of the pool `[n, d]` and of the validation rows `[Q, d]`, per block; smallest first.
+Gradients = dict[str, np.ndarray]
 
-    DataInf is linear in the validation gradient: its mean over single rows is the influence on their mean.
+
+def compute_estimators(g: Gradients, v: Gradients, damping_scale: float) -> dict[str, np.ndarray]:
+    """
+    Influence `[n, Q]` by estimator, from the gradients, per block, of the pool `[n, d]` and of queries `[Q, d]`.
+
+    DataInf and the dot are linear in the validation gradient: their mean over single rows is the influence on the mean
+    loss. The cosine's mean over single rows is not the cosine with the mean gradient.
     """
     num_rows, num_queries = len(next(iter(g.values()))), len(next(iter(v.values())))
     datainf, dots = np.zeros((num_rows, num_queries)), np.zeros((num_rows, num_queries))
-    row_norms, query_norms, mean_norm = np.zeros(num_rows), np.zeros(num_queries), 0.0
+    row_norms, query_norms = np.zeros(num_rows), np.zeros(num_queries)
     for name, rows in g.items():
         square_norms, products = (rows**2).sum(1), rows @ v[name].T
         damping = damping_scale * square_norms.mean() / rows.shape[1]
@@ -54,17 +64,39 @@ def compute_estimators(g: dict[str, np.ndarray], v: dict[str, np.ndarray], dampi
         dots -= products
         row_norms += square_norms
         query_norms += (v[name] ** 2).sum(1)
-        mean_norm += float((v[name].mean(0) ** 2).sum())
     lengths = np.sqrt(row_norms)
-    cosines = dots / lengths[:, None] / np.sqrt(query_norms)
     return {
-        "DataInf": datainf.mean(1),
-        "DataInf / norm of the row's gradient": datainf.mean(1) / lengths,
-        "gradient dot": dots.mean(1),
-        "gradient cosine": dots.mean(1) / lengths / np.sqrt(mean_norm),
-        "DataInf, validation rows in turn": take_turns(datainf),
-        "DataInf / norm, validation rows in turn": take_turns(datainf / lengths[:, None]),
-        "gradient cosine, validation rows in turn": take_turns(cosines),
+        "DataInf": datainf,
+        "DataInf / norm": datainf / lengths[:, None],
+        "gradient dot": dots,
+        "gradient cosine": dots / lengths[:, None] / np.sqrt(query_norms),
+    }
+
+
+def compute_diagnostics(
+    g: Gradients, v: Gradients, datainf: np.ndarray, losses: dict[str, np.ndarray], seed: int
+) -> dict[str, float]:
+    """What can be measured about a reading without knowing any task."""
+    norms = sum((rows**2).sum(1) for rows in g.values())
+    mean_train, mean_validation = (np.concatenate([rows.mean(0) for rows in part.values()]) for part in (g, v))
+    generator = np.random.default_rng(seed)
+    agreements = []
+    for _ in range(20):
+        half, other = np.array_split(generator.permutation(datainf.shape[1]), 2)
+        agreements.append(spearmanr(datainf[:, half].mean(1), datainf[:, other].mean(1)).statistic)
+    largest = np.sort(norms)[::-1]
+    return {
+        "pool loss": float(losses["pool"].mean()),
+        "validation loss": float(losses["validation"].mean()),
+        "loss gap": float(losses["validation"].mean() - losses["pool"].mean()),
+        "rows with loss < 0.1": float((losses["pool"] < 0.1).mean()),
+        "gradient in the first tenth": float(largest[: max(len(norms) // 10, 1)].sum() / norms.sum()),
+        "effective rows": float(norms.sum() ** 2 / (norms**2).sum() / len(norms)),
+        "agreement of halves": float(np.mean(agreements)),
+        "cancelling": float(1 - np.abs(datainf.sum(1)).sum() / np.abs(datainf).sum()),
+        "train-validation cosine": float(
+            mean_train @ mean_validation / np.linalg.norm(mean_train) / np.linalg.norm(mean_validation)
+        ),
     }
 
 
@@ -75,12 +107,247 @@ def take_turns(scores: np.ndarray) -> np.ndarray:
     return turns
 
 
+def average(readings: list[np.ndarray], rates: list[float], scaled: bool) -> np.ndarray:
+    """Mean of `[n, Q]` readings weighted by learning rate; `scaled` divides each by its deviation over the pool."""
+    total = np.zeros_like(readings[0])
+    for reading, rate in zip(readings, rates, strict=True):
+        total += rate / sum(rates) * reading / (reading.mean(1).std() if scaled else 1.0)
+    return total
+
+
+class Readings:
+    """Reads one reference along its training and keeps what averaging needs."""
+
+    def __init__(self, job: Job, trainer: InfluenceTrainer, preparation: Preparation, seed: int) -> None:
+        args: In2CoreArguments = job.args
+        validation = concatenate_datasets(list(job.inputs.validation.values()))
+        self.trainer, self.seed, self.args = trainer, seed, trainer.args
+        self.prepared = {
+            name: prepare_rows(rows, preparation)
+            for name, rows in (("pool", job.inputs.pool), ("validation", validation), ("test", job.inputs.test))
+        }
+        tasks = {str(task) for task in validation[args.task_column]}
+        every = np.array([str(task) in tasks for task in job.inputs.pool[args.task_column]])
+        self.ours = every[self.prepared["pool"]["row"][:]]
+        if self.ours.all() or not self.ours.any():
+            raise ValueError(
+                f"{self.ours.sum()} of {len(self.ours)} rows are of the tasks {sorted(tasks)}: nothing is to be found."
+            )
+        self.kept: dict[str, list[np.ndarray]] = {}
+        self.weights: list[float] = []
+        self.rates: list[float] = []
+        self.rows: list[dict[str, Any]] = []
+        self.diagnostics: list[dict[str, Any]] = []
+        self.tokens = np.zeros(0)
+
+    def read(self, step: int) -> None:
+        passes = Passes(
+            self.trainer.model, find_blocks(self.trainer.model, "default"), "mean", 4096, show_progress=False
+        )
+
+        def keep(rows: Dataset) -> Gradients:
+            gradients = run_per_example_validation_pass(passes, rows)
+            return {name: value.flatten(1).double().numpy() for name, value in gradients.items()}
+
+        found = {name: compute_row_losses(self.trainer.model, rows) for name, rows in self.prepared.items()}
+        losses = {name: row.nll / row.num_loss_tokens for name, row in found.items()}
+        self.tokens = found["pool"].num_loss_tokens
+        g, v = keep(self.prepared["pool"]), keep(self.prepared["validation"])
+        estimators = compute_estimators(g, v, self.args.damping_scale)
+        test_loss = float(found["test"].nll.sum() / found["test"].num_loss_tokens.sum())
+        for name, scores in estimators.items():
+            self.kept.setdefault(name, []).append(scores)
+            self.judge(step, test_loss, name, scores)
+        self.add(step, test_loss, "highest loss", -losses["pool"])
+        self.weights.append(float(np.mean(self.rates)) if self.rates else 0.0)
+        self.rates = []
+        diagnostics = compute_diagnostics(g, v, estimators["DataInf"], losses, self.seed)
+        self.diagnostics.append({"seed": self.seed, "step": step, "test loss": test_loss} | diagnostics)
+        print(f"seed {self.seed}, step {step}: {self.diagnostics[-1]}", file=sys.stderr, flush=True)
+
+    def judge(self, step: int | str, test_loss: float, name: str, scores: np.ndarray) -> None:
+        self.add(step, test_loss, name, scores.mean(1))
+        self.add(step, test_loss, f"{name}, validation rows in turn", take_turns(scores))
+
+    def add(self, step: int | str, test_loss: float, name: str, column: np.ndarray) -> None:
+        first = np.argsort(column, kind="stable")[: len(column) // 4]
+        self.rows.append(
+            {
+                "seed": self.seed,
+                "step": step,
+                "test loss": test_loss,
+                "ranked by": name,
+                "AUC": compute_auc(-column, self.ours),
+                "quarter": float(self.ours[first].mean()),
+                "Spearman with length": float(spearmanr(column, self.tokens).statistic),
+                "tokens": float(self.tokens[first].mean()),
+            }
+        )
+
+    def judge_averages(self) -> None:
+        """Readings of all steps together; nothing where there is one alone."""
+        if len(self.weights) < 2:
+            return
+        for name, readings in self.kept.items():
+            for scaled in (False, True):
+                label = "averaged, scaled" if scaled else "averaged"
+                self.judge(label, float("nan"), name, average(readings, self.weights, scaled))
+
+
+def read_reference(settings: Settings, read_at: list[int], validation_tasks: list[str], seed: int) -> Readings:
+    """Train one reference and read it at the steps given."""
+    recipe: In2CoreArguments = settings.arguments
+    job = check(settings)
+    if validation_tasks:
+        job.inputs.validation.update(
+            {
+                name: rows.filter(lambda row: str(row[recipe.task_column]) in validation_tasks)
+                for name, rows in job.inputs.validation.items()
+            }
+        )
+    args = settings.make(InfluenceConfig, reference=True, output_dir=str(job.folder / "checkpoints"), seed=seed)
+    with quiet_loading():
+        trainer = make_reference_trainer(
+            job.reference_model, args, job.inputs.pool, job.validation, job.reference_tokenizer
+        )
+        preparation = Preparation.from_args(args, job.reference_tokenizer, job.inputs.pool)
+        readings = Readings(job, trainer, preparation, seed)
+
+    class Reader(TrainerCallback):
+        def on_step_end(
+            self, args_: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        ) -> None:
+            readings.rates.append(kwargs["lr_scheduler"].get_last_lr()[0])
+            if state.global_step in read_at:
+                training = trainer.model.training
+                readings.read(state.global_step)
+                trainer.model.train(training)
+
+    trainer.add_callback(Reader())
+    trainer.train()
+    if not readings.rows:
+        raise ValueError(f"The reference took {trainer.state.global_step} steps and met none of {read_at}.")
+    readings.judge_averages()
+    return readings
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Mean and 95 % interval over seeds, by step and estimator."""
+    groups: dict[tuple[Any, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["step"], row["ranked by"]), []).append(row)
+    table = []
+    for (step, name), found in groups.items():
+        table.append(
+            {
+                "step": str(step),
+                "test loss": ""
+                if np.isnan(found[0]["test loss"])
+                else f"{np.mean([r['test loss'] for r in found]):.2f}",
+                "ranked by": name,
+                "AUC": show([row["AUC"] for row in found], 3),
+                "quarter": show([100 * row["quarter"] for row in found], 0) + " %",
+                "Spearman with length": f"{np.mean([row['Spearman with length'] for row in found]):+.2f}",
+                "tokens": f"{np.mean([row['tokens'] for row in found]):.1f}",
+            }
+        )
+    return table
+
+
+def show(values: list[float], digits: int) -> str:
+    interval = compute_confidence_interval(values)
+    half_width = interval["half_width"]
+    return f"{interval['mean']:.{digits}f}" + ("" if half_width is None else f" ± {half_width:.{digits}f}")
+
+
+def tabulate_diagnostics(rows: list[dict[str, Any]], diagnostics: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Diagnostics by step, and last their Spearman with DataInf's AUC over all readings."""
+    steps = sorted({row["step"] for row in diagnostics})
+    names = [name for name in diagnostics[0] if name not in ("seed", "step")]
+    aucs = {(row["seed"], row["step"], row["ranked by"]): row["AUC"] for row in rows}
+    kinds = {"AUC": "DataInf", "AUC in turn": "DataInf, validation rows in turn"}
+    table = []
+    for step in steps:
+        found = [row for row in diagnostics if row["step"] == step]
+        line = {"step": str(step)}
+        line |= {
+            kind: f"{np.mean([aucs[row['seed'], step, name] for row in found]):.3f}" for kind, name in kinds.items()
+        }
+        table.append(line | {name: f"{np.mean([row[name] for row in found]):.2f}" for name in names})
+    for kind, label in kinds.items():
+        line = {"step": f"Spearman with {kind}", "AUC": "", "AUC in turn": ""}
+        outcome = [aucs[row["seed"], row["step"], label] for row in diagnostics]
+        for name in names:
+            values = [row[name] for row in diagnostics]
+            # Fewer readings than these, or a constant, correlate with anything or nothing.
+            known = len(values) >= 5 and np.ptp(values) > 0 and np.ptp(outcome) > 0
+            line[name] = f"{spearmanr(values, outcome).statistic:+.2f}" if known else ""
+        table.append(line)
+    return table
+
+
+def print_table(table: list[dict[str, str]]) -> None:
+    print(f"\n| {' | '.join(table[0])} |\n|{'---|' * len(table[0])}")
+    for line in table:
+        print(f"| {' | '.join(line.values())} |")
+
+
+def plot(rows: list[dict[str, Any]], diagnostics: list[dict[str, Any]], path: Path) -> None:
+    """AUC along the training, and the losses and the agreement of halves beside it; lines are means over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colours = {"DataInf": "#0072B2", "gradient cosine": "#009E73", "highest loss": "#E69F00"}
+    steps = sorted({row["step"] for row in diagnostics})
+    for name, colour in colours.items():
+        for suffix, style in (("", "-"), (", validation rows in turn", "--")):
+            points = {
+                step: [row["AUC"] for row in rows if (row["step"], row["ranked by"]) == (step, name + suffix)]
+                for step in steps
+            }
+            if not points[steps[0]]:
+                continue
+            left.plot(
+                steps,
+                [np.mean(points[step]) for step in steps],
+                style,
+                color=colour,
+                label=name + suffix[:0] + (" in turn" if suffix else ""),
+            )
+            for step in steps:
+                left.plot([step] * len(points[step]), points[step], "o", color=colour, alpha=0.4, markersize=3)
+    left.axhline(0.5, color="0.7", linewidth=0.8)
+    left.set_ylabel("AUC of the task's rows")
+    for name, colour in (
+        ("pool loss", "#000000"),
+        ("validation loss", "#CC79A7"),
+        ("agreement of halves", "#0072B2"),
+        ("effective rows", "#009E73"),
+    ):
+        means = [np.mean([row[name] for row in diagnostics if row["step"] == step]) for step in steps]
+        right.plot(steps, means, "o-", color=colour, markersize=3, label=name)
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set_xticks(steps, [str(step) for step in steps])
+        axes.minorticks_off()
+        axes.set_xlabel("step of the reference")
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--read_at", type=int, nargs="+", default=[5, 10, 25, 50, 100], help="Steps of the reference.")
+    parser.add_argument("--quick", action="store_true", help="One seed and 5 steps: shows that it runs.")
+    parser.add_argument("--read_at", type=int, nargs="+", default=[10, 50, 100], help="Steps of the reference.")
+    parser.add_argument("--validation_tasks", nargs="+", default=[], help="Keep the validation rows of these tasks.")
     args, rest = parser.parse_known_args()
     defaults = [] if "--config" in rest else ["--config", "recipes/quickstart/in2core.yaml"]
     defaults += [] if "--output_dir" in rest else ["--output_dir", "runs/benchmarks/checkpoints"]
+    if args.quick:
+        args.read_at = [2, 5]
+        defaults += ["--seeds", "0", "--reference_max_steps", "5", "--reference_warmup_steps", "1"]
     settings = RecipeParser(In2CoreArguments, reference=True).parse([*defaults, *rest])
     join_processes(settings)
     recipe: In2CoreArguments = settings.arguments
@@ -88,70 +355,19 @@ def main() -> None:
         raise ValueError("--task_column is not set: it names the column that tells which rows are of the task.")
     if recipe.setup_script is not None:
         run_setup_script(recipe.setup_script)
-    job = check(settings)
-    sets = list(job.inputs.validation.values())
-    validation = concatenate_datasets(sets)
-    influence_args = settings.make(InfluenceConfig, reference=True, output_dir=str(job.folder / "checkpoints"))
-    with quiet_loading():
-        trainer = make_reference_trainer(
-            job.reference_model, influence_args, job.inputs.pool, job.validation, job.reference_tokenizer
-        )
-        preparation = Preparation.from_args(influence_args, job.reference_tokenizer, job.inputs.pool)
-        prepared = {
-            name: prepare_rows(rows, preparation)
-            for name, rows in (("pool", job.inputs.pool), ("validation", validation), ("test", job.inputs.test))
-        }
-    tasks = {str(task) for task in validation[recipe.task_column]}
-    ours = np.array([str(task) in tasks for task in job.inputs.pool[recipe.task_column]])[prepared["pool"]["row"][:]]
-    if ours.all() or not ours.any():
-        raise ValueError(
-            f"{ours.sum()} of {len(ours)} rows are of the tasks {sorted(tasks)}: there is nothing to find."
-        )
-    found: list[dict[str, Any]] = []
-
-    def read(step: int) -> None:
-        passes = Passes(trainer.model, find_blocks(trainer.model, "default"), "mean", 4096, show_progress=False)
-
-        def keep(rows: Dataset) -> dict[str, np.ndarray]:
-            gradients = run_per_example_validation_pass(passes, rows)
-            return {name: value.flatten(1).double().numpy() for name, value in gradients.items()}
-
-        test = compute_row_losses(trainer.model, prepared["test"])
-        losses = compute_row_losses(trainer.model, prepared["pool"])
-        columns = compute_estimators(
-            keep(prepared["pool"]), keep(prepared["validation"]), influence_args.damping_scale
-        )
-        columns["highest loss"] = -losses.nll / losses.num_loss_tokens
-        for name, column in columns.items():
-            first = np.argsort(column, kind="stable")[: len(column) // 4]
-            row = {
-                "step": step,
-                "test loss": float(test.nll.sum() / test.num_loss_tokens.sum()),
-                "ranked by": name,
-                "AUC": compute_auc(-column, ours),
-                "of the first quarter": float(ours[first].mean()),
-                "Spearman with length": float(spearmanr(column, losses.num_loss_tokens).statistic),
-                "tokens per row of the first quarter": float(losses.num_loss_tokens[first].mean()),
-            }
-            found.append(row)
-            print(
-                f"| {' | '.join(f'{x:.3f}' if isinstance(x, float) else str(x) for x in row.values())} |", flush=True
-            )
-        (job.folder / "checkpoints.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-
-    class Reader(TrainerCallback):
-        def on_step_end(
-            self, args_: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-        ) -> None:
-            if state.global_step in args.read_at:
-                training = trainer.model.training
-                read(state.global_step)
-                trainer.model.train(training)
-
-    trainer.add_callback(Reader())
-    trainer.train()
-    if not found:
-        raise ValueError(f"The reference took {trainer.state.global_step} steps and met none of {args.read_at}.")
+    folder = Path(recipe.output_dir or "")
+    rows: list[dict[str, Any]] = []
+    diagnostics: list[dict[str, Any]] = []
+    for seed in recipe.seeds:
+        readings = read_reference(settings, args.read_at, args.validation_tasks, seed)
+        rows += readings.rows
+        diagnostics += readings.diagnostics
+        results = {"rows": rows, "diagnostics": diagnostics, "machine": describe_machine()}
+        (folder / "checkpoints.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print_table(summarise(rows))
+    print_table(tabulate_diagnostics(rows, diagnostics))
+    plot(rows, diagnostics, folder / "checkpoints.png")
+    print(json.dumps(results["machine"]))
 
 
 if __name__ == "__main__":

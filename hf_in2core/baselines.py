@@ -20,6 +20,7 @@ import torch
 from datasets import Dataset, Value
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from .batches import TokenBatch, iterate_batches, plan_batches, read_token_rows
 from .coreset import select_coreset, take_round_robin
@@ -122,13 +123,7 @@ def add_rds(
     dataset = _drop_clashes(dataset, ["rds_similarity", "rds_rank"], overwrite)
     prepared = _prepare(dataset, preparation, "dataset", least=2)
     queries = _prepare(validation, preparation, "validation set", least=1)
-    rows, targets = (
-        compute_hidden_embeddings(model, part, tokens_per_batch, autocast, f"RDS+: {name}").astype(np.float64)
-        for name, part in (("rows", prepared), ("validation rows", queries))
-    )
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    targets /= np.linalg.norm(targets, axis=1, keepdims=True)
-    similarities = targets @ rows.T
+    similarities = compute_rds_similarities(prepared, queries, model, tokens_per_batch, autocast)
     reason = "their hidden states are the same. Check that the rows differ and that the model is a trained one"
     return _add_similarities(dataset, prepared, "rds", similarities, reason)
 
@@ -160,31 +155,12 @@ def add_bm25(dataset: Dataset, validation: Dataset, preparation: Preparation, ov
         ImportError: if `bm25s` is not installed.
         ValueError: as [`add_rds`], a set of rows that share no word with the validation set included.
     """
-    try:
-        import bm25s
-    except ImportError as error:
-        raise ImportError("BM25 needs bm25s, which is not installed: `pip install hf-in2core[baselines]`.") from error
+    _import_bm25s()
     dataset = _drop_clashes(dataset, ["bm25_similarity", "bm25_rank"], overwrite)
     prepared = _prepare(dataset, preparation, "dataset", least=2)
     queries = _prepare(validation, preparation, "validation set", least=1)
 
-    def split(rows: Dataset) -> list[list[str]]:
-        texts = [str(preparation.processing_class.decode(ids, skip_special_tokens=True)) for ids in rows["input_ids"]]
-        options = {"token_pattern": r"(?u)\b\w+\b", "stopwords": None, "return_ids": False, "show_progress": False}
-        return bm25s.tokenize(texts, **options)
-
-    corpus = split(prepared)
-    similarities = np.zeros((len(queries), len(prepared)))
-    vocabulary = {word for words in corpus for word in words}
-    # bm25s cannot index a corpus without words; without a shared word every score is 0.
-    if vocabulary:
-        index = bm25s.BM25()
-        index.index(corpus, show_progress=False)
-        settings = {"unit": "row", **get_bar_settings(brief=True)}
-        for position, words in enumerate(tqdm(split(queries), "BM25: validation rows", **settings)):
-            known = [word for word in words if word in vocabulary]
-            if known:
-                similarities[position] = index.get_scores(known)
+    similarities = compute_bm25_similarities(prepared, queries, preparation.processing_class)
     reason = "they share no word, or all the same ones, with it. Use another baseline for rows that are not words"
     return _add_similarities(dataset, prepared, "bm25", similarities, reason)
 
@@ -239,6 +215,61 @@ def select_length_matched(
         for members in np.array_split(by_length, min(LENGTH_BINS, len(rows)))
     ]
     return scored.select(np.sort(rows[np.concatenate(drawn)]))
+
+
+def compute_rds_similarities(
+    prepared: Dataset,
+    queries: Dataset,
+    model: nn.Module,
+    tokens_per_batch: int = 8192,
+    autocast: torch.dtype | None = None,
+) -> np.ndarray:
+    """Cosines of the RDS+ embeddings of prepared rows with those of queries, float64 `[Q, n]`; see [`add_rds`]."""
+    rows, targets = (
+        compute_hidden_embeddings(model, part, tokens_per_batch, autocast, f"RDS+: {name}").astype(np.float64)
+        for name, part in (("rows", prepared), ("validation rows", queries))
+    )
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    targets /= np.linalg.norm(targets, axis=1, keepdims=True)
+    return targets @ rows.T
+
+
+def compute_bm25_similarities(
+    prepared: Dataset, queries: Dataset, processing_class: PreTrainedTokenizerBase
+) -> np.ndarray:
+    """BM25 scores of prepared rows for queries, float64 `[Q, n]`; see [`add_bm25`]."""
+    bm25s = _import_bm25s()
+
+    def split(rows: Dataset) -> list[list[str]]:
+        options = {"token_pattern": r"(?u)\b\w+\b", "stopwords": None, "return_ids": False, "show_progress": False}
+        return bm25s.tokenize(decode_rows(rows, processing_class), **options)
+
+    corpus = split(prepared)
+    similarities = np.zeros((len(queries), len(prepared)))
+    vocabulary = {word for words in corpus for word in words}
+    # bm25s cannot index a corpus without words; without a shared word every score is 0.
+    if vocabulary:
+        index = bm25s.BM25()
+        index.index(corpus, show_progress=False)
+        settings = {"unit": "row", **get_bar_settings(brief=True)}
+        for position, words in enumerate(tqdm(split(queries), "BM25: validation rows", **settings)):
+            known = [word for word in words if word in vocabulary]
+            if known:
+                similarities[position] = index.get_scores(known)
+    return similarities
+
+
+def decode_rows(prepared: Dataset, processing_class: PreTrainedTokenizerBase) -> list[str]:
+    """Texts of prepared rows as the model sees them, prompt included."""
+    return [str(processing_class.decode(ids, skip_special_tokens=True)) for ids in prepared["input_ids"]]
+
+
+def _import_bm25s() -> Any:
+    try:
+        import bm25s
+    except ImportError as error:
+        raise ImportError("BM25 needs bm25s, which is not installed: `pip install hf-in2core[baselines]`.") from error
+    return bm25s
 
 
 @torch.no_grad()

@@ -41,12 +41,12 @@ _CardLoader.yaml_implicit_resolvers = {
 }
 
 
-def parse_card(text: str) -> tuple[dict[str, Any], str]:
+def parse_card(text: str | bytes) -> tuple[dict[str, Any], str]:
     """
     Split a card into its front matter and its body.
 
     Args:
-        text (`str`):
+        text (`str` or `bytes`):
             The card.
 
     Returns:
@@ -55,6 +55,11 @@ def parse_card(text: str) -> tuple[dict[str, Any], str]:
     Raises:
         ValueError: the front matter is not a YAML mapping, so writing it back could lose something.
     """
+    if isinstance(text, bytes):
+        try:
+            text = text.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"The card is not UTF-8 text ({error}). Correct README.md first.") from error
     text = text.removeprefix("\ufeff")
     match = REGEX_YAML_BLOCK.search(text)
     if match is None:
@@ -136,7 +141,8 @@ def inherit_metadata(data: dict[str, Any], sources: Mapping[str, Mapping[str, An
     add_tags(data, "source_datasets", sources)
     has_license = "license" in data
     for key in _INHERITED:
-        stated = [card[key] for card in sources.values() if card.get(key) is not None]
+        # Cards of strangers: what is neither a name nor a list of names is none.
+        stated = [card[key] for card in sources.values() if _is_named(card.get(key))]
         if key.startswith("license") and (has_license or len(stated) < len(sources)):
             continue
         if key in data or not stated:
@@ -145,6 +151,10 @@ def inherit_metadata(data: dict[str, Any], sources: Mapping[str, Mapping[str, An
         if key.startswith("license_") and len(values) > 1:
             continue  # one name or link cannot stand for several licences
         data[key] = values[0] if len(values) == 1 and key.startswith("license") else values
+
+
+def _is_named(value: Any) -> bool:
+    return all(isinstance(item, str) for item in (value if isinstance(value, list) and value else [value]))
 
 
 def merge_splits(

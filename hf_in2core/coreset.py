@@ -150,7 +150,7 @@ def select_coreset(
     if strategy == "round_robin":
         set_scores = _read_set_scores(scored, rows)
     elif strategy == "round_robin_rows":
-        set_scores = _read_query_scores(scored)
+        set_scores = read_query_scores(scored)
     generator = np.random.default_rng(seed)
     if group_column is None:
         selected = _take(rows, count, strategy, influence, set_scores, generator)
@@ -275,7 +275,7 @@ def _read_set_scores(scored: Dataset, rows: np.ndarray) -> np.ndarray:
     return set_scores
 
 
-def _read_query_scores(scored: Dataset) -> np.ndarray:
+def read_query_scores(scored: Dataset) -> np.ndarray:
     """Read `influence_per_query` as float64 of shape `[Q, pool]`; NaN where the row has none."""
     if "influence_per_query" not in scored.column_names:
         raise ValueError(

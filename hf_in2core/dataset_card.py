@@ -1,5 +1,6 @@
 """The card of an influence dataset: what its rows, columns and comparison say."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, Value
 
+from hf_in2core.card_splits import Record, list_commands, say_choice
 from hf_in2core.card_text import (
     Markdown,
     escape_markdown,
@@ -21,13 +23,20 @@ from hf_in2core.card_text import (
 
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", flags=re.ASCII)
+_NO_TEMPLATE = hashlib.sha256(b"").hexdigest()
 _ARM_ORDER = ("full", "coreset", "random", "opponents")
+_CAPTIONS = {
+    "arms": "Test loss of the arms, with intervals",
+    "influence": "Histogram of influence",
+    "influence_by_length": "Influence against the number of labelled tokens",
+}
 _MEANINGS = {
     "influence": "estimated influence on the validation loss; **negative = proponent**, positive = opponent; null "
     "where the row carries no loss",
     "influence_rank": "rank in the whole pool; 0 = the strongest proponent; null where the row carries no loss",
     "num_loss_tokens": "labelled tokens of the row",
     "influence_per_query": "influence on each validation row",
+    "influence_per_checkpoint": "influence at each checkpoint of the reference run, before averaging",
 }
 
 
@@ -105,7 +114,9 @@ def render_influence_section(
     results: Mapping[str, Any] | None = None,
     stale_results: bool = False,
     plots: Sequence[str] = (),
+    page: str | None = None,
     replay: str | None = None,
+    records: Mapping[str, Record] | None = None,
 ) -> str:
     """
     The generated section of an influence dataset's card.
@@ -131,13 +142,17 @@ def render_influence_section(
             Whether the repository's `results.json` belongs to other rows.
         plots (`Sequence[str]`, *optional*):
             Pictures, by their path in the repository.
+        page (`str`, *optional*):
+            Path of the run's report in the repository.
         replay (`str`, *optional*):
             Path of the run's configuration in the repository.
+        records (`Mapping`, *optional*):
+            How the splits were made, as `splits.json` holds it; see [`card_splits`].
 
     Returns:
         `str`: Markdown between its marks.
     """
-    results, scorer = results or {}, scorer or {}
+    results, scorer, records = results or {}, scorer or {}, records or {}
     pool_rows = splits.get("train", 0)
     arguments = json.dumps(repo_id) + (f", {json.dumps(config_name)}" if config_name != "default" else "")
     verdict = results.get("verdict") or {}
@@ -152,6 +167,7 @@ def render_influence_section(
                 "name": format_code(name),
                 "rows": Markdown(f"{rows:,}"),
                 "share": Markdown(f"{100 * rows / pool_rows:.1f} %" if pool_rows else "–"),
+                "choice": Markdown("the whole pool") if name == "train" else say_choice(records.get(name, {})),
             }
             for name, rows in splits.items()
         ],
@@ -165,9 +181,13 @@ def render_influence_section(
         comparisons=list_comparisons(verdict.get("intervals") or {}),
         arms=list_arms(results.get("arms") or []),
         stale_results=stale_results,
-        plots=[{"path": Markdown(path), "caption": Path(path).stem.replace("_", " ").capitalize()} for path in plots],
+        plots=[
+            {"path": Markdown(path), "caption": _CAPTIONS.get(Path(path).stem) or Path(path).stem} for path in plots
+        ],
         provenance=list_provenance(scorer),
+        page=Markdown(page) if page else None,
         replay=Markdown(replay) if replay else None,
+        commands=list_commands({name: records[name] for name in splits if name in records}),
         scorer_folder=Markdown(scorer_folder) if scorer_folder else None,
         influence_columns=Markdown(json.dumps([name for name in features if is_influence_column(name)])),
         cost=_list_cost(results),
@@ -263,7 +283,7 @@ def list_provenance(scorer: Mapping[str, Any]) -> list[tuple[str, Markdown]]:
     lines = []
     for key, label in labels.items():
         if key in scorer:
-            value = scorer[key] if scorer[key] not in (None, "", []) else said.get(key)
+            value = scorer[key] if scorer[key] not in (None, "", [], _NO_TEMPLATE) else said.get(key)
             if key == "base_model" and str(value).startswith(("/", "~", ".")):
                 value = f"{Path(str(value)).name} (a local folder)"
             if value is not None:

@@ -294,9 +294,6 @@ def compute_dots(
     """
     Dot products of the per-example gradients of a batch with `Q` directions, summed over blocks.
 
-    With one direction `U` no per-example gradient is formed: `<U, G_k> = sum_t g_kt . (U x_kt)`, one thin matrix
-    product on the smaller side.
-
     Args:
         recorder ([`GradientRecorder`]):
             An entered recorder.
@@ -322,19 +319,46 @@ def compute_dots(
         if x.device not in per_device:
             per_device[x.device] = (dots.to(x.device), square_norms.to(x.device))
         device_dots, device_norms = per_device[x.device]
-        if num_queries == 1 and not with_norms:
-            x, grad_output = x.to(u.dtype), grad_output.to(u.dtype)
-            a_side = u.shape[1] <= u.shape[2]  # the product that ends on the smaller side
-            products = (x @ u[0].T).mul_(grad_output) if a_side else (grad_output @ u[0]).mul_(x)
-            device_dots[:, 0] += products.sum(dim=(1, 2))
-            return
-        gradients = compute_per_example_gradients(x, grad_output, u.dtype).flatten(1)
-        device_dots += gradients @ u.flatten(1).T
-        if with_norms:
-            device_norms += torch.linalg.vector_norm(gradients, dim=1).square()
+        block_dots, block_norms = compute_block_dots(x, grad_output, u, with_norms)
+        device_dots += block_dots
+        if block_norms is not None:
+            device_norms += block_norms
 
     recorder.run(batch, loss_reduction, reduce)
     # Layers of one model can lie on several devices (`device_map`).
     total_dots = torch.stack([device_dots.cpu() for device_dots, _ in per_device.values()]).sum(0)
     total_norms = torch.stack([device_norms.cpu() for _, device_norms in per_device.values()]).sum(0)
     return total_dots, total_norms if with_norms else None
+
+
+def compute_block_dots(
+    x: Tensor, grad_output: Tensor, u: Tensor, with_norms: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """
+    Dot products of the per-example gradients of one block with `Q` directions.
+
+    With one direction `U` no per-example gradient is formed: `<U, G_k> = sum_t g_kt . (U x_kt)`, one thin matrix
+    product on the smaller side.
+
+    Args:
+        x (`torch.Tensor` of shape `[B, T, in]`):
+            Input of the linear.
+        grad_output (`torch.Tensor` of shape `[B, T, out]`):
+            Gradient of the summed loss with respect to its output.
+        u (`torch.Tensor` of shape `[Q, out, in]`):
+            Directions.
+        with_norms (`bool`, *optional*, defaults to `False`):
+            Whether to return the squared norms of the per-example gradients too.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor | None]`: dots `[B, Q]` and squared norms `[B]` (or `None`), in the dtype of
+        the directions.
+    """
+    if u.shape[0] == 1 and not with_norms:
+        x, grad_output = x.to(u.dtype), grad_output.to(u.dtype)
+        a_side = u.shape[1] <= u.shape[2]  # the product that ends on the smaller side
+        products = (x @ u[0].T).mul_(grad_output) if a_side else (grad_output @ u[0]).mul_(x)
+        return products.sum(dim=(1, 2))[:, None], None
+    gradients = compute_per_example_gradients(x, grad_output, u.dtype).flatten(1)
+    dots = gradients @ u.flatten(1).T
+    return dots, torch.linalg.vector_norm(gradients, dim=1).square() if with_norms else None

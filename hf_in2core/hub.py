@@ -27,6 +27,7 @@ from huggingface_hub import CommitInfo, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.utils import RepositoryNotFoundError, RevisionNotFoundError, validate_repo_id
 
 from hf_in2core.hub_checks import PushCheck, check_can_push
+from hf_in2core.hub_silence import limited_silence
 from hf_in2core.hub_state import (
     CONFLICTS,
     Head,
@@ -51,6 +52,7 @@ __all__ = [
     "list_folder",
     "publish_files",
     "read_head",
+    "refuse_secrets",
     "upload_folder_in_one_commit",
 ]
 
@@ -61,8 +63,8 @@ Compose = Callable[[Head], tuple[dict[str, bytes], list[str]]]
 # The same 412 again and again while nobody commits is not a race: a token that may only open pull requests gets it.
 _LONELY_CONFLICTS = 4
 _MOST_CONFLICTS = 60
-_TOKEN_PATTERN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
-_TEXT_SUFFIXES = (".json", ".jsonl", ".yaml", ".yml", ".toml", ".cfg", ".txt", ".log", ".md", ".html")
+_TOKEN_PATTERN = re.compile(rb"hf_(oauth_|jwt_)?[A-Za-z0-9]{30,}")
+_TEXT_SUFFIXES = (".json", ".jsonl", ".yaml", ".yml", ".toml", ".cfg", ".txt", ".log", ".md", ".html", ".jinja")
 # Compressed or numbers: a search for a token would find nothing.
 _NOT_SEARCHED = (".parquet", ".safetensors", ".png")
 
@@ -138,9 +140,10 @@ def publish_files(
         PublicationError: the Hub reports other content than what was sent, or the branch moved on from
             `parent_commit`.
         HfHubHTTPError: the Hub refused (authentication, permission, missing repository).
+        TimeoutError: the Hub takes requests and does not answer. Publishing again goes on from there.
     """
     validate_repo_id(repo_id)
-    _refuse_secrets(files, token)
+    refuse_secrets(files, token)
     local = {path: LocalFile.read(source) for path, source in files.items()}
     api = HfApi(token=token, library_name="hf_in2core")
     if "/" not in repo_id:
@@ -169,7 +172,8 @@ def publish_files(
                 return opened
         parents.append(head.oid)
         try:
-            info = _commit(target, change, head.oid)
+            with limited_silence():
+                info = _commit(target, change, head.oid)
         except Exception as error:
             if get_status(error) == 412 and parents[-_LONELY_CONFLICTS:] == [head.oid] * _LONELY_CONFLICTS:
                 raise PermissionError(
@@ -297,7 +301,7 @@ def _check_head(head: Head, repo_id: str, private: bool | None, parent_commit: s
 
 def _compare(local: Mapping[str, LocalFile], compose: Compose | None, head: Head, token: str | None) -> _Change:
     composed, deleted = compose(head) if compose is not None else ({}, [])
-    _refuse_secrets(composed, token)
+    refuse_secrets(composed, token)
     wanted = {**local, **{path: LocalFile.read(data) for path, data in composed.items()}}
     changed = {path: file for path, file in wanted.items() if not file.equals(head.files.get(path))}
     return _Change(changed, [path for path in deleted if path in head.files and path not in wanted])
@@ -331,16 +335,17 @@ def _find_landed_commit(target: _Target, sent: Iterable[_Change], first_parent: 
 
 
 def _find_pull_request(target: _Target, sent: Iterable[_Change]) -> Publication | None:
-    """An open pull request that holds one of the contents already."""
+    """An open pull request of ours that holds one of the contents already."""
+    # Anybody may open one that claims the same content, and bring more along: it is not ours to hand on.
+    user = call_with_retries(target.api.whoami)["name"]
     kind: dict[str, Any] = {"repo_type": target.repo_type}
-    list_pulls = partial(target.api.get_repo_discussions, target.repo_id, discussion_type="pull_request", **kind)
-    for pull in call_with_retries(lambda: list(list_pulls())):
-        if pull.status not in ("open", "draft") or pull.title != target.message:
+    list_pulls = partial(target.api.get_repo_discussions, target.repo_id, author=user, **kind)
+    for pull in call_with_retries(lambda: list(list_pulls(discussion_type="pull_request"))):
+        if pull.status not in ("open", "draft") or pull.title != target.message or pull.author != user:
             continue
         read_commits = partial(target.api.list_repo_commits, target.repo_id, revision=f"refs/pr/{pull.num}", **kind)
         commit = call_with_retries(read_commits)[0]
         for change in sent:
-            # The message alone proves nothing: anybody may open a pull request that claims the same content.
             is_same = change.content_id in commit.message
             if is_same and not find_differences(
                 target.api, target.repo_id, target.repo_type, commit.commit_id, change.files
@@ -367,17 +372,30 @@ def _list_paths(change: _Change) -> tuple[str, ...]:
     return (*change.files, *change.deleted)
 
 
-def _refuse_secrets(files: Mapping[str, str | Path | bytes], token: str | None) -> None:
-    """Raise when a file holds the token in use, or a text file on disk any access token."""
+def refuse_secrets(files: Mapping[str, str | Path | bytes], token: str | None, everybodys: bool = False) -> None:
+    """
+    Raise when something to publish holds the token in use, or where nobody's data is, any access token.
+
+    Args:
+        files (`Mapping[str, str | Path | bytes]`):
+            Path → file or bytes. In text files any token counts; in bytes (a card may quote a row of the data, in
+            which somebody's token is data like any other) only the one in use does.
+        token (`str`, *optional*):
+            The token in use; the one of `HF_TOKEN` or of the login when `None`.
+        everybodys (`bool`, *optional*, defaults to `False`):
+            Whether any token counts in bytes too.
+
+    Raises:
+        ValueError: naming the path, not the token.
+    """
     secret = (token or get_token() or "").encode()
     for path, source in files.items():
         if path.endswith(_NOT_SEARCHED):
             continue
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        # Composed bytes (a card) may quote a row of the data in which somebody's token is data like any other.
-        is_file = not isinstance(source, bytes) and path.endswith(_TEXT_SUFFIXES)
-        if (secret and secret in data) or (is_file and _TOKEN_PATTERN.search(data)):
+        is_ours = everybodys if isinstance(source, bytes) else path.endswith(_TEXT_SUFFIXES)
+        if (secret and secret in data) or (is_ours and _TOKEN_PATTERN.search(data)):
             raise ValueError(
-                f"{path} holds an access token, which anyone could read after publication. Remove it from the file; "
+                f"{path} holds an access token, which anyone could read after publication. Remove it from there; "
                 "pass tokens by HF_TOKEN or token=, never in a configuration."
             )

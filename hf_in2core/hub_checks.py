@@ -223,7 +223,12 @@ def _check_namespace(account: Mapping[str, Any], repo_id: str, repo_type: str) -
     token = (account.get("auth") or {}).get("accessToken") or {}
     if _get_role(account) == "fineGrained":
         scopes = (token.get("fineGrained") or {}).get("scoped") or []
-        granted = {name for scope in scopes for name in scope["permissions"] if scope["entity"]["name"] == namespace}
+        granted = {
+            name
+            for scope in scopes
+            for name in scope.get("permissions") or []
+            if (scope.get("entity") or {}).get("name") == namespace
+        }
         if "repo.write" not in granted:
             raise PermissionError(
                 f"The fine-grained token may not write to repositories of {namespace}, so it cannot create {repo_id}. "
@@ -261,4 +266,4 @@ def _read_license(api: HfApi, source: str) -> str | None:
         raise
     card = getattr(info, "card_data", None)
     stated = card.get("license") if card is not None else None
-    return ", ".join(stated) if isinstance(stated, list) else stated
+    return ", ".join(map(str, stated)) if isinstance(stated, list) else stated

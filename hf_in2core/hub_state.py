@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,16 +31,20 @@ from huggingface_hub.utils import (
     parse_ratelimit_headers,
 )
 
+from hf_in2core import hub_silence
+
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 ATTEMPTS = 12
+_MOST_SILENCES = 4  # a Hub that does not answer is not asked as often: each time takes minutes
 CONFLICTS = (409, 412)  # another commit is in progress, or was made since the head was read
 _FIRST_WAIT, _LONGEST_WAIT, _LONGEST_RETRY_AFTER = 0.5, 30.0, 600.0
 # Pickles run code when they are loaded, and `training_args.bin` holds `hub_token` in plain text.
-_NEVER_UPLOADED = ("training_args.bin", "*.pkl", "*.pickle", "*.pt", "*.pth", "*.ckpt")
+_NEVER_UPLOADED = ("*.bin", "*.pkl", "*.pickle", "*.joblib", "*.pt", "*.pth", "*.ckpt")
+_LONGEST_TEXT = 50_000_000  # bytes of a card or a results.json that is read into memory
 
 
 class PublicationError(RuntimeError):
@@ -59,6 +64,7 @@ class RemoteFile:
 class Head:
     """A repository at one commit: its files, and `read(path)`, which gives a small file's bytes or `None`."""
 
+    repo_id: str
     oid: str
     private: bool
     files: dict[str, RemoteFile]
@@ -113,25 +119,45 @@ def call_with_retries(call: Callable[[], T]) -> T:
 
     Returns:
         What `call` returns. The last error is raised when it keeps failing, and at once when it is not of that kind.
+
+    Raises:
+        TimeoutError: the Hub takes requests and does not answer them; see [`hub_silence`].
     """
     for attempt in range(ATTEMPTS):
         try:
-            return call()
+            with hub_silence.limited_silence():
+                return call()
         except Exception as error:
             sleep_before_retry(error, attempt)
     raise AssertionError("unreachable: the last attempt raises")
 
 
 def list_folder(folder: str | Path, path_in_repo: str = "") -> dict[str, Path]:
-    """Path in the repository → file, for everything in `folder` that may be published (see
-    [`upload_folder_in_one_commit`])."""
+    """
+    Path in the repository → file, for everything in `folder` that may be published (see
+    [`upload_folder_in_one_commit`]).
+
+    Raises:
+        ValueError: a link in it leads to a file elsewhere, which nobody may have meant to publish.
+    """
     root, files = Path(folder), {}
     for path in sorted(root.rglob("*")):
         inside = path.relative_to(root)
         hidden = any(part.startswith(".") for part in inside.parts)
         if path.is_file() and not hidden and not any(fnmatch.fnmatch(path.name, name) for name in _NEVER_UPLOADED):
+            check_inside(path, root)
             files["/".join(filter(None, [path_in_repo.strip("/"), inside.as_posix()]))] = path
     return files
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """Raise `ValueError` when a file is a link to somewhere outside of `folder` and of the Hub's cache, all links."""
+    target = path.resolve()
+    if not any(target.is_relative_to(Path(root).resolve()) for root in (folder, constants.HF_HUB_CACHE)):
+        raise ValueError(
+            f"{path} is a link to {target}, outside of the folder that is published. Put a copy in its place if it is "
+            "meant to be public."
+        )
 
 
 def read_head(repo_id: str, *, repo_type: str, revision: str | None = None, token: str | None = None) -> Head:
@@ -166,6 +192,10 @@ def read_head(repo_id: str, *, repo_type: str, revision: str | None = None, toke
     def read(path: str) -> bytes | None:
         if path not in files:
             return None
+        if files[path].size > _LONGEST_TEXT:
+            raise PublicationError(
+                f"{path} of {repo_id} has {files[path].size:,} bytes, too many for what it should be."
+            )
         # Not through the cache: a failing first request would be answered from there without a word.
         url = hf_hub_url(repo_id, path, repo_type=repo_type, revision=oid)
         data = call_with_retries(lambda: _get(url, token))
@@ -175,7 +205,7 @@ def read_head(repo_id: str, *, repo_type: str, revision: str | None = None, toke
             )
         return data
 
-    return Head(oid, bool(info.private), files, read)
+    return Head(repo_id, oid, bool(info.private), files, read)
 
 
 def _get(url: str, token: str | None) -> bytes:
@@ -205,7 +235,12 @@ def get_status(error: BaseException) -> int | None:
 
 
 def sleep_before_retry(error: Exception, attempt: int, attempts: int = ATTEMPTS) -> None:
-    """Wait as long as the Hub asks, or a little longer each time; raise `error` when a retry cannot help."""
+    """
+    Wait as long as the Hub asks, or a little longer each time; raise `error` when a retry cannot help.
+
+    Raises:
+        TimeoutError: in place of `error` when the Hub was silent again and again.
+    """
     wrapped = error.__cause__ if isinstance(error, RuntimeError) else None  # as uploads do with what went wrong
     cause: BaseException = wrapped or error
     status, expired = get_status(cause), False
@@ -216,6 +251,13 @@ def sleep_before_retry(error: Exception, attempt: int, attempts: int = ATTEMPTS)
     passing = isinstance(
         cause, httpx.TimeoutException | httpx.NetworkError | httpx.RemoteProtocolError | json.JSONDecodeError
     ) or (status is not None and (status in (408, 429, *CONFLICTS) or status >= 500 or expired))
+    if isinstance(cause, httpx.TimeoutException) and (wrapped is not None or attempt + 1 >= _MOST_SILENCES):
+        # An upload has been repeated by the client itself.
+        raise TimeoutError(
+            f"The Hub at {constants.ENDPOINT} takes requests but did not answer for "
+            f"{hub_silence.LONGEST_SILENCE:.0f} s, several times in a row. Nothing is published by halves, and what "
+            "arrived is not sent again: repeat it when the Hub answers. HF_HUB_DOWNLOAD_TIMEOUT=600 waits longer."
+        ) from error
     if not passing or attempt + 1 >= attempts:
         raise error
     # A server in trouble is given time; others who publish are only to be met at another moment.
@@ -237,7 +279,7 @@ def _parse_retry_after(error: HfHubHTTPError) -> float | None:
     value = headers.get("Retry-After", "").strip()
     if not value:
         return float(limit.reset_in_seconds) if limit is not None and limit.remaining == 0 else None
-    if value.isdigit():
+    if re.fullmatch("[0-9]+", value):
         return float(value)
     try:
         return (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()

@@ -17,7 +17,7 @@ from hf_in2core.dataset_card import is_hub_id, list_arms, list_provenance, say_v
 _PLAIN = re.compile(r"[\w./:%\[\]=\", +-]+", flags=re.ASCII)
 
 
-def render_scorer_card(repo_id: str, scorer: Mapping[str, Any], existing: str | None = None) -> str:
+def render_scorer_card(repo_id: str, scorer: Mapping[str, Any], existing: str | bytes | None = None) -> str:
     """
     The card of a scorer that is a model repository of its own.
 
@@ -49,7 +49,7 @@ def render_scorer_card(repo_id: str, scorer: Mapping[str, Any], existing: str | 
 
 def render_target_model_card(
     model_name: str,
-    existing: str | None = None,
+    existing: str | bytes | None = None,
     *,
     base_model: str,
     dataset_id: str,

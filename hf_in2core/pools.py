@@ -71,7 +71,8 @@ def merge_scored(pools: Sequence[Dataset]) -> Dataset:
     merged = concatenate_datasets(parts)
     scores = {name: _read(merged, name) for name in columns if is_influence_column(name)}
     per_query = merged["influence_per_query"][:] if "influence_per_query" in columns else None
-    scores.pop("influence_per_query", None)
+    for name in ("influence_per_query", "influence_per_checkpoint"):
+        scores.pop(name, None)
     num_loss_tokens = scores.get("num_loss_tokens")
     if num_loss_tokens is not None:
         scores["num_loss_tokens"] = num_loss_tokens.astype(np.int64)
@@ -186,7 +187,7 @@ def _score(scorer: InfluenceScorer, passes: Passes, sample: Dataset, directions:
 def _read(pool: Dataset, name: str) -> np.ndarray:
     if name not in pool.column_names:
         raise ValueError(f"A pool has no column {name!r} (it has {', '.join(pool.column_names)}). Score it first.")
-    if name == "influence_per_query":
+    if name in ("influence_per_query", "influence_per_checkpoint"):
         return np.zeros(0)
     values = pool.with_format(None)[name][:]
     return np.array([np.nan if value is None else value for value in values], dtype=np.float64)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -236,6 +237,31 @@ def prepare_batch(batch: dict[str, list], preparation: Preparation) -> Dataset:
 
 def _number_row(row: dict[str, Any], index: int) -> dict[str, Any]:
     return {ROW_COLUMN: index}
+
+
+def find_shared_rows(prepared: Dataset, others: Iterable[Dataset]) -> np.ndarray:
+    """
+    Which prepared rows also stand in other datasets, judged by their tokens and labels.
+
+    Args:
+        prepared (`datasets.Dataset`):
+            Rows from [`prepare_rows`].
+        others (`Iterable[datasets.Dataset]`):
+            Other prepared rows, such as validation sets.
+
+    Returns:
+        `numpy.ndarray` of shape `[n]`, bool.
+    """
+
+    def list_keys(dataset: Dataset) -> Iterator[bytes]:
+        for start in range(0, len(dataset), 10_000):
+            rows = read_token_rows(dataset, start, min(start + 10_000, len(dataset)))
+            for first, last in zip(rows.offsets[:-1], rows.offsets[1:], strict=True):
+                tokens = np.concatenate([rows.input_ids[first:last], rows.labels[first:last]])
+                yield hashlib.sha256(tokens.tobytes()).digest()
+
+    known = {key for dataset in others for key in list_keys(dataset)}
+    return np.fromiter((key in known for key in list_keys(prepared)), dtype=bool, count=len(prepared))
 
 
 def hash_tokenizer(processing_class: PreTrainedTokenizerBase) -> str:

@@ -1,9 +1,6 @@
 """[`push_influence_dataset`]: a scored pool, its coresets and everything that explains them, in one commit."""
 
-import fnmatch
-import json
 import logging
-import math
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -11,25 +8,29 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
+import yaml
 from datasets import Dataset, Features
 from datasets.utils.py_utils import convert_file_size_to_int
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HfHubHTTPError
 
-from hf_in2core.card_metadata import (
-    SplitFacts,
-    add_tags,
-    inherit_metadata,
-    join_card,
-    merge_splits,
-    parse_card,
-    replace_section,
+from hf_in2core.card_composer import (
+    CARD,
+    PAGE,
+    PLOTS,
+    REPLAY,
+    RESULTS,
+    SCORER,
+    Composer,
+    Configuration,
 )
-from hf_in2core.dataset_card import is_hub_id, render_influence_section, summarise_influence
-from hf_in2core.hub import Head, Publication, is_main_process, list_folder, publish_files
+from hf_in2core.card_metadata import SplitFacts, merge_splits, parse_card
+from hf_in2core.card_splits import Record, recognise_choice, record_choice
+from hf_in2core.coreset import select_coreset
+from hf_in2core.dataset_card import summarise_influence
+from hf_in2core.hub import Head, Publication, is_main_process, list_folder, publish_files, refuse_secrets
 from hf_in2core.hub_checks import check_can_push, check_names, get_data_folder
-from hf_in2core.hub_state import LocalFile, call_with_retries, get_status
+from hf_in2core.hub_state import call_with_retries, check_inside, get_status
 
 
 if TYPE_CHECKING:
@@ -37,17 +38,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CARD, _RESULTS, _REPLAY, _SCORER, _PLOTS = "README.md", "results.json", "config.yaml", "scorer", "plots"
-_PAGE = "report.html"
-_SIZES = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M")]
-_SIZES += [(10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B")]
-
 
 def push_influence_dataset(
     repo_id: str,
     scored: Dataset,
     *,
-    coresets: Mapping[str, Dataset] | None = None,
+    coresets: Mapping[str, Dataset | Mapping[str, Any]] | None = None,
     scorer: "InfluenceScorer | str | Path | None" = None,
     report: str | Path | None = None,
     validation: Dataset | Mapping[str, Dataset] | None = None,
@@ -60,6 +56,7 @@ def push_influence_dataset(
     token: str | None = None,
     max_shard_size: int | str = "500MB",
     commit_message: str = "Publish influence",
+    command: str | None = None,
 ) -> Publication | None:
     """
     Publish a scored pool to the Hub in one commit, with a card that explains it.
@@ -81,8 +78,10 @@ def push_influence_dataset(
             Dataset repository, `"user/name"`; created when it does not exist.
         scored (`datasets.Dataset`):
             The annotated pool: its own columns and `influence` (float; null or NaN where a row carries no loss).
-        coresets (`Mapping[str, datasets.Dataset]`, *optional*):
-            Split name → rows, with the pool's columns. Random controls and opponents are given here too.
+        coresets (`Mapping[str, datasets.Dataset | Mapping]`, *optional*):
+            Split name → rows with the pool's columns, or the arguments of [`select_coreset`] that choose them, as in
+            `{"coreset_50": {"fraction": 0.5}}`. Random controls and opponents are given here too. The card tells how
+            each was chosen; of rows that are given as they are, as far as their influence shows it.
         scorer ([`InfluenceScorer`], `str` or `Path`, *optional*):
             The fitted scorer, or the folder it was saved in; published under `scorer/`.
         report (`str` or `Path`, *optional*):
@@ -110,6 +109,8 @@ def push_influence_dataset(
             (`TMPDIR`) first.
         commit_message (`str`, *optional*, defaults to `"Publish influence"`):
             First line of the commit message.
+        command (`str`, *optional*):
+            Commands that made the splits, one a line, for the card.
 
     Returns:
         [`Publication`] or `None`: the commit, verified by the hashes that the Hub reports for it; `None` in every
@@ -121,13 +122,14 @@ def push_influence_dataset(
     """
     if not is_main_process():
         return None
-    splits = {"train": scored, **(coresets or {})}
+    if command is not None:
+        refuse_secrets({"command": command.encode()}, token, everybodys=True)
     if coresets is not None and "train" in coresets:
         raise ValueError(
             "A coreset cannot be called 'train': that split is the whole pool. Call it 'coreset_50' or so."
         )
-    check_names(splits, config_name)
-    splits = {name: _align_columns(name, dataset, scored) for name, dataset in splits.items()}
+    check_names(["train", *(coresets or {})], config_name)
+    splits, records = _choose_splits(scored, coresets or {}, command)
     sets = {"validation": validation} if isinstance(validation, Dataset) else dict(validation or {})
     validation_config = "validation" if config_name == "default" else f"{config_name}-validation"
     if sets:
@@ -150,14 +152,14 @@ def push_influence_dataset(
     prefix = "" if config_name == "default" else f"{config_name}/"
 
     with tempfile.TemporaryDirectory(prefix="in2core-") as folder:
-        configs = [_Config(config_name, splits)] + ([_Config(validation_config, sets)] if sets else [])
+        configs = [Configuration(config_name, splits)] + ([Configuration(validation_config, sets)] if sets else [])
         files: dict[str, Path | str | bytes] = {}
         for config in configs:
             files |= config.write(Path(folder), max_bytes)
-        files |= _list_scorer(scorer, Path(folder), f"{prefix}{_SCORER}")
-        files |= _list_report(report, prefix)
+        files |= _list_scorer(scorer, Path(folder), f"{prefix}{SCORER}")
+        files |= _list_report(report, prefix, Path(folder))
         sources = _read_sources(source_datasets, token)
-        composer = _Composer(repo_id, configs, files, prefix, summarise_influence(scored), sources)
+        composer = Composer(configs, files, prefix, summarise_influence(scored), sources, records)
         return publish_files(
             repo_id,
             files,
@@ -189,125 +191,26 @@ def check_published_columns(head: Head | None, features: Features, splits: Seque
     Raises:
         ValueError: its card is not valid, or splits that stay there have other columns.
     """
-    card = head.read(_CARD) if head is not None else None
+    card = head.read(CARD) if head is not None else None
     if card is not None:
-        data, _ = parse_card(card.decode())
+        data, _ = parse_card(card)
         facts = dict.fromkeys(splits, SplitFacts(0, 0))
         merge_splits(data, config_name, get_data_folder(config_name), features, facts, {})
 
 
-class _Config:
-    """A configuration to publish: its splits, and what is known of them once they are written."""
-
-    def __init__(self, name: str, splits: Mapping[str, Dataset]) -> None:
-        self.name, self.splits = name, splits
-        self.folder = get_data_folder(name)
-        self.features = next(iter(splits.values())).features
-        self.facts: dict[str, SplitFacts] = {}
-        for split, dataset in splits.items():
-            if dataset.features != self.features:
-                raise ValueError(
-                    f"The splits {next(iter(splits))!r} and {split!r} of {name!r} have different columns "
-                    f"({list(self.features)} and {dataset.column_names}); load_dataset needs the same in both."
-                )
-
-    def write(self, folder: Path, max_bytes: int) -> dict[str, Path]:
-        """Write every split as parquet files below `folder`; path in the repository → file."""
-        written: dict[str, Path] = {}
-        for split, dataset in self.splits.items():
-            # A selection of rows still refers to the whole table: count its share only.
-            size = dataset.data.nbytes * len(dataset) / max(dataset.data.num_rows, 1)
-            count = min(max(1, math.ceil(size / max_bytes)), len(dataset))
-            num_bytes = 0
-            for index in range(count):
-                path = f"{self.folder}/{split}-{index:05d}-of-{count:05d}.parquet"
-                local = folder / path
-                local.parent.mkdir(parents=True, exist_ok=True)
-                dataset.shard(num_shards=count, index=index, contiguous=True).to_parquet(local)
-                metadata = pq.read_metadata(local)
-                num_bytes += sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
-                written[path] = local
-            self.facts[split] = SplitFacts(len(dataset), num_bytes)
-        return written
-
-
-class _Composer:
-    """Merges the card with the one at the head, and finds the files that the new ones replace."""
-
-    def __init__(
-        self,
-        repo_id: str,
-        configs: Sequence[_Config],
-        files: Mapping[str, Path | str | bytes],
-        prefix: str,
-        summary: Mapping[str, Any],
-        sources: Mapping[str, Mapping[str, Any]],
-    ) -> None:
-        self.repo_id, self.configs, self.files, self.prefix = repo_id, configs, files, prefix
-        self.summary, self.sources = summary, sources
-        self.sizes = {
-            path: len(source) if isinstance(source, bytes) else Path(source).stat().st_size
-            for path, source in files.items()
-        }
-
-    def __call__(self, head: Head) -> tuple[dict[str, bytes], list[str]]:
-        """The card, and the parquet files of an earlier publication of the same splits."""
-        main = self.configs[0]
-        patterns = [f"{config.folder}/{split}-*" for config in self.configs for split in config.splits]
-        replaced = [
-            path
-            for path in head.files
-            if path not in self.files and any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
-        ]
-        held = {path: file.size for path, file in head.files.items() if path not in replaced} | self.sizes
-        existing = head.read(_CARD)
-        name = self.repo_id.split("/")[-1]
-        data, body = parse_card(existing.decode()) if existing is not None else ({}, f"\n# {name}\n")
-        inherit_metadata(data, self.sources)
-        rows: dict[str, int] = {}
-        for config in self.configs:
-            known = merge_splits(data, config.name, config.folder, config.features, config.facts, held)
-            rows = rows or known
-        add_tags(data, "tags", ["in2core", "influence", *(["coreset"] if len(rows) > 1 else [])])
-        if data.get("size_categories", [])[1:] == []:  # several were written by hand
-            data["size_categories"] = [_name_size(max(rows["train"], _count_rows(data)))]
-
-        scorer = self._read_json(head, f"{_SCORER}/config.json") or {}
-        if is_hub_id(str(scorer.get("base_model") or "")):
-            add_tags(data, "base_model", [scorer["base_model"]])
-        results = self._read_json(head, _RESULTS)
-        stale = results is not None and f"{self.prefix}{_RESULTS}" not in self.files and not self._holds_pool(head)
-        section = render_influence_section(
-            self.repo_id,
-            features=main.features,
-            splits=rows,
-            config_name=main.name,
-            summary=self.summary,
-            scorer=scorer,
-            scorer_folder=f"{self.prefix}{_SCORER}" if scorer else None,
-            results=None if stale else results,
-            stale_results=stale,
-            plots=[] if stale else sorted(p for p in held if p.startswith(f"{self.prefix}{_PLOTS}/")),
-            replay=f"{self.prefix}{_REPLAY}" if f"{self.prefix}{_REPLAY}" in held and not stale else None,
-        )
-        return {_CARD: join_card(data, replace_section(body, main.name, section)).encode()}, replaced
-
-    def _holds_pool(self, head: Head) -> bool:
-        """Whether the pool at the head is the one to publish, so that what is said of it there still holds."""
-        shards = fnmatch.filter(self.files, f"{self.configs[0].folder}/train-*")
-        return all(LocalFile.read(self.files[path]).equals(head.files.get(path)) for path in shards)
-
-    def _read_json(self, head: Head, path: str) -> dict[str, Any] | None:
-        path = f"{self.prefix}{path}"
-        source = self.files.get(path)
-        if isinstance(source, bytes):
-            content: bytes | None = source
+def _choose_splits(
+    scored: Dataset, coresets: Mapping[str, Dataset | Mapping[str, Any]], command: str | None
+) -> tuple[dict[str, Dataset], dict[str, Record]]:
+    """Rows of every split, and what is known of how they were chosen."""
+    splits, records = {"train": _align_columns("train", scored, scored)}, {"train": Record()}
+    for name, given in coresets.items():
+        if isinstance(given, Mapping):
+            splits[name] = _align_columns(name, select_coreset(scored, **given), scored)
+            records[name] = record_choice(given)
         else:
-            content = Path(source).read_bytes() if source is not None else head.read(path)
-        if content is None:
-            return None
-        value = json.loads(content)
-        return value if isinstance(value, dict) else None
+            splits[name] = _align_columns(name, given, scored)
+            records[name] = recognise_choice(name, splits[name], scored)
+    return splits, {name: record | ({"command": command} if command else {}) for name, record in records.items()}
 
 
 def _align_columns(name: str, dataset: Dataset, scored: Dataset) -> Dataset:
@@ -345,25 +248,40 @@ def _list_scorer(scorer: "InfluenceScorer | str | Path | None", folder: Path, pr
     return list_folder(scorer, prefix)
 
 
-def _list_report(report: str | Path | None, prefix: str) -> dict[str, Path]:
+def _list_report(report: str | Path | None, prefix: str, temporary: Path) -> dict[str, Path]:
     if report is None:
         return {}
     folder = Path(report)
     if not folder.is_dir():
         raise ValueError(f"report={folder.name!r} is not a folder. Give the run's folder, which holds results.json.")
-    names = (_RESULTS, _REPLAY, _PAGE)
+    names = (RESULTS, REPLAY, PAGE)
     found = {f"{prefix}{name}": folder / name for name in names if (folder / name).is_file()}
+    for path in [*found.values(), *folder.glob("*.png")]:
+        check_inside(path, folder)
     for plot in sorted(folder.glob("*.png")):
         if not re.fullmatch(r"[\w.-]+", plot.name, flags=re.ASCII):
             raise ValueError(
                 f"{plot.name!r} cannot be shown in a card. Rename it with letters, digits, '_', '-', '.'."
             )
-        found[f"{prefix}{_PLOTS}/{plot.name}"] = plot
+        found[f"{prefix}{PLOTS}/{plot.name}"] = plot
     if not found:
         raise ValueError(
             f"{folder.name} holds no results.json, config.yaml or *.png to publish. Give the run's folder."
         )
+    if f"{prefix}{REPLAY}" in found:
+        found[f"{prefix}{REPLAY}"] = _write_replay(folder / REPLAY, temporary)
     return found
+
+
+def _write_replay(config: Path, temporary: Path) -> Path:
+    """The run's settings without where it is published: whoever runs it again may write elsewhere, or nowhere."""
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict) or "hub_id" not in settings:
+        return config
+    replay = temporary / REPLAY
+    del settings["hub_id"]
+    replay.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return replay
 
 
 def _read_sources(source_datasets: Sequence[str], token: str | None) -> dict[str, dict[str, Any]]:
@@ -380,14 +298,3 @@ def _read_sources(source_datasets: Sequence[str], token: str | None) -> dict[str
             continue
         cards[source] = info.card_data.to_dict() if info.card_data is not None else {}
     return cards
-
-
-def _count_rows(data: Mapping[str, Any]) -> int:
-    """Rows of the largest pool that a card states."""
-    infos = data.get("dataset_info") or []
-    splits = [split for info in (infos if isinstance(infos, list) else [infos]) for split in info.get("splits") or []]
-    return max((int(split["num_examples"]) for split in splits if split["name"] == "train"), default=0)
-
-
-def _name_size(rows: int) -> str:
-    return next((name for limit, name in _SIZES if rows < limit), "n>10B")

@@ -27,7 +27,7 @@ from .report_arms import (
     summarize_tasks,
 )
 from .report_page import write_report
-from .report_plots import plot_arms, plot_influence
+from .report_plots import plot_arms, plot_influence, plot_length
 from .report_run import ReportError
 
 
@@ -35,6 +35,7 @@ __all__ = [
     "ReportError",
     "plot_arms",
     "plot_influence",
+    "plot_length",
     "print_results",
     "print_table",
     "print_tasks",

@@ -229,7 +229,8 @@ def _collect_rows(
     scored = run.scored
     assert scored is not None
     sets = find_set_columns(scored)
-    added = ("influence", "influence_rank", "num_loss_tokens", "influence_per_query", *sets)
+    lists = ("influence_per_query", "influence_per_checkpoint")
+    added = ("influence", "influence_rank", "num_loss_tokens", *lists, *sets)
     others = [name for name in scored.column_names if name not in added and name not in text_columns]
     cells, cut, limit = read_cells(scored, rows, [*text_columns, *others])
     masks, note = compute_masks(run, scored, pool, choose_mask_rows(pool, rows))

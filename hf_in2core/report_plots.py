@@ -148,6 +148,26 @@ def draw_influence(
     return figure, "; ".join(notes)
 
 
+def plot_length(
+    influence: np.ndarray, num_loss_tokens: np.ndarray, in_coreset: np.ndarray, path: str | PathLike[str]
+) -> None:
+    """
+    Draw influence against length and write the picture; arguments as of [`draw_length`].
+
+    Args:
+        influence, num_loss_tokens, in_coreset (`np.ndarray` of shape `[n]`):
+            Of the rows that carry loss.
+        path (`str` or `PathLike`):
+            File to write; its ending chooses the format (`.png`, `.svg`, `.pdf`).
+
+    Raises:
+        `ImportError`: matplotlib is not installed.
+    """
+    figure = draw_length(influence, num_loss_tokens, in_coreset)
+    figure.suptitle("Influence against the length of the row", fontsize=11)
+    figure.savefig(path, dpi=150)
+
+
 def draw_length(influence: np.ndarray, num_loss_tokens: np.ndarray, in_coreset: np.ndarray) -> "Figure":
     """
     Draw influence against the number of loss tokens: a sample of the rows, and the median of all by tenth of length.

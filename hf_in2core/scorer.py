@@ -360,8 +360,7 @@ class InfluenceScorer:
             return None
 
         def compose(head: Head) -> tuple[dict[str, bytes], list[str]]:
-            existing = head.read("README.md")
-            card = render_scorer_card(repo_id, vars(self.config), existing.decode() if existing is not None else None)
+            card = render_scorer_card(head.repo_id, vars(self.config), head.read("README.md"))
             return {"README.md": card.encode()}, []
 
         with tempfile.TemporaryDirectory() as folder:

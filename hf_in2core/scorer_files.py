@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from huggingface_hub import snapshot_download
+from huggingface_hub import resolve_revision, snapshot_download
 from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .blocks import Blocks
 from .config import ESTIMATORS, LOSS_REDUCTIONS
+from .hub_silence import limited_silence
 from .preparation import Preparation
 
 
@@ -245,14 +246,38 @@ def download_scorer(repo_id: str, revision: str | None, token: str | None, repo_
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     patterns = [prefix + pattern for pattern in SCORER_PATTERNS]
     try:
-        return Path(
-            snapshot_download(repo_id, revision=revision, token=token, repo_type=repo_type, allow_patterns=patterns)
-        )
+        with limited_silence():
+            return Path(
+                snapshot_download(
+                    repo_id, revision=revision, token=token, repo_type=repo_type, allow_patterns=patterns
+                )
+            )
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise FileNotFoundError(
             f"{repo_id!r} is neither a folder nor a {repo_type} repository that can be seen with this token. For the "
             'scorer beside a published pool pass `repo_type="dataset", subfolder="scorer"`.'
         ) from error
+
+
+def find_revision(name: str, revision: str | None = None) -> str | None:
+    """
+    Commit on the Hub that a model was loaded from, as the local cache has it.
+
+    Args:
+        name (`str`):
+            Hub id or folder.
+        revision (`str`, *optional*):
+            Branch, tag or commit that was asked for; the default branch when `None`.
+
+    Returns:
+        `str` or `None`: the commit; `None` for a folder, and for what was never loaded from the Hub.
+    """
+    if not name or Path(name).exists():
+        return None
+    try:
+        return resolve_revision(name, revision=revision, local_files_only=True).resolved
+    except (OSError, ValueError):  # not in the cache, or no id at all
+        return None
 
 
 def load_base_model(config: ScorerConfig, name: str) -> PreTrainedModel:

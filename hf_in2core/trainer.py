@@ -4,9 +4,11 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from importlib.metadata import version
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from . import __version__, batches, blocks, datainf, fit, gradients, losses, pas
 from .annotate import add_influence_columns, add_query_column, make_top_rows, spread
 from .batches import read_token_rows
 from .blocks import Blocks, count_elements, find_blocks, select_blocks
+from .checkpoints import score_checkpoints
 from .columns import apply_columns
 from .config import InfluenceConfig
 from .fit import FitResult, fit_directions, read_fit, write_fit
@@ -37,7 +40,7 @@ from .preparation import (
     prepare_mapped,
 )
 from .scorer import AUTOCAST_DTYPES, InfluenceScorer
-from .scorer_files import ScorerConfig
+from .scorer_files import ScorerConfig, find_revision
 from .scoring import run_score_pass
 from .state import hash_adapter, hash_base, hash_json, hash_prepared, remove_leftovers
 from .store import GradientStore, choose_store_dtype
@@ -361,6 +364,7 @@ class InfluenceTrainer(SFTTrainer):
 
     def _make_scorer(self, result: FitResult, job: Passes, identity: dict[str, Any]) -> InfluenceScorer:
         config = self.model.config
+        asked = (self.args.model_init_kwargs or {}).get("revision")  # type: ignore[union-attr]
         return InfluenceScorer(
             model=job.model,  # type: ignore[arg-type]
             preparation=self.preparation,
@@ -379,7 +383,8 @@ class InfluenceTrainer(SFTTrainer):
                 autocast=self._autocast(),
                 tokens_per_batch=self.args.tokens_per_batch,
                 base_model=config._name_or_path or "",
-                base_model_revision=getattr(config, "_commit_hash", None),
+                base_model_revision=getattr(config, "_commit_hash", None)
+                or find_revision(config._name_or_path, asked),
                 base_model_dtype=str(self.model.dtype).removeprefix("torch."),
                 base_model_hash=identity["base_model"],
                 adapter_hash=identity["adapter"],
@@ -390,7 +395,12 @@ class InfluenceTrainer(SFTTrainer):
             ),
         )
 
-    def score_influence(self, overwrite: bool = False, top_k: int | None = None) -> Dataset:
+    def score_influence(
+        self,
+        overwrite: bool = False,
+        top_k: int | None = None,
+        checkpoints: Sequence[str | PathLike] | None = None,
+    ) -> Dataset:
         """
         Score every row of the pool; fits first if needed.
 
@@ -400,6 +410,11 @@ class InfluenceTrainer(SFTTrainer):
             top_k (`int`, *optional*):
                 After `fit_influence(per_example=True)`: keep the `top_k` strongest proponents and opponents of every
                 validation row, in `trainer.top_rows`, instead of a column of `Q` numbers per row of the pool.
+            checkpoints (`Sequence[str or os.PathLike]`, *optional*):
+                Folders of checkpoints of the reference run (`output_dir/checkpoint-50`), at each of which influence is
+                read instead of at the current adapter. The columns are their average, weighted by the mean learning
+                rate logged on the way to each as in LESS (arXiv 2402.04333), and `influence_per_checkpoint` (a list of
+                float64 in the order of the steps) is added. The adapter is put back as it was.
 
         Returns:
             [`~datasets.Dataset`]: the pool's own rows in their order, with `influence` (float64, negative = proponent;
@@ -409,7 +424,8 @@ class InfluenceTrainer(SFTTrainer):
             `Q` float64, one per validation row), unless `top_k` is given. The same on every process.
 
         Raises:
-            ValueError: if the pool already has such a column and `overwrite` is not set.
+            ValueError: if the pool already has such a column and `overwrite` is not set, or if a checkpoint is none of
+                this adapter's.
         """
         per_example = self._scorer is not None and self._scorer.config.per_example
         if top_k is not None and not per_example:
@@ -417,6 +433,13 @@ class InfluenceTrainer(SFTTrainer):
                 f"`top_k={top_k}` asks for the strongest rows of every validation row, but the scorer knows only "
                 "their mean. Call `fit_influence(per_example=True)` first."
             )
+        if checkpoints is not None:
+            if top_k is not None:
+                raise ValueError(
+                    f"`top_k={top_k}` keeps other rows at every checkpoint, so that they have no average. Leave out "
+                    "one of the two."
+                )
+            return score_checkpoints(self, checkpoints, overwrite, per_example)
         names = ["influence", "influence_rank", "num_loss_tokens"]
         names += ["influence_per_query"] if per_example and top_k is None else []
         if self._validation_names != ["validation"]:

@@ -72,7 +72,7 @@ def check_datasets(
             raise ValueError(f"`{name}` is empty: it has no rows. Check its source or the split's name.")
         if {"image", "images"} & set(dataset.column_names):
             raise ValueError(f"`{name}` has images: vision models are not supported. Pass text rows.")
-    reserved = {"rank", "per_query", ""} & set(validation)
+    reserved = {"rank", "per_query", "per_checkpoint", ""} & set(validation)
     if reserved:
         raise ValueError(f"A validation set is named {sorted(reserved)}, which is reserved. Give it another name.")
     return validation

@@ -1,5 +1,8 @@
 """Settings of each recipe of its own, as dataclasses. Imports nothing heavy, so that `--help` answers at once."""
 
+import os
+import re
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -287,3 +290,11 @@ def check_fraction(fraction: float) -> None:
     """Raise if a fraction is not one."""
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction {fraction} is outside (0, 1]: half of the rows is 0.5")
+
+
+def describe_command() -> str:
+    """The command of this process as it was typed, for what it makes to tell; no folder of the user's home in it."""
+    launcher = "accelerate launch" if "ACCELERATE_DYNAMO_BACKEND" in os.environ else "python"
+    home = re.escape(str(Path.home()))
+    flags = re.sub(rf"(?<![^ =]){home}(?=/)", "~", shlex.join(sys.argv[1:]))
+    return f"{launcher} recipes/{Path(sys.argv[0]).name} {flags}"

@@ -2,8 +2,6 @@
 
 import os
 import platform
-import shlex
-import sys
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -13,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from arguments import In2CoreArguments
+from arguments import In2CoreArguments, describe_command
 from datasets import Dataset
 from run_folder import write_json
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +20,7 @@ from hf_in2core import select_coreset
 from hf_in2core.columns import apply_columns
 from hf_in2core.evaluation import compute_auc, judge
 from hf_in2core.lengths import MIN_ROWS, compare_lengths
-from hf_in2core.report import plot_arms, plot_influence, print_results, write_report
+from hf_in2core.report import plot_arms, plot_influence, plot_length, print_results, write_report
 from hf_in2core.report_run import RESULTS_VERSION
 
 
@@ -100,7 +98,7 @@ def build_results(
         "base": base,
         **findings,
         "machine": describe_machine(),
-        "command": shlex.join(sys.argv),
+        "command": describe_command(),
         "config": settings_values,
     }
 
@@ -121,14 +119,21 @@ def write_results(run: Path, results: dict[str, Any], scored: Dataset) -> None:
 
 
 def draw_results(run: Path, results: dict[str, Any], scored: Dataset) -> None:
-    """Draw the arms and the influence of a complete comparison."""
+    """Draw the arms of a complete comparison, and the influence of the pool, also against the length of its rows."""
     plot_arms(results, run / "arms.png")
     headline = next((fraction for fraction in results["config"]["fractions"] if fraction < 1), None)
     # Only the coreset of the smallest influence ends at a cut.
     cut = None
     if headline is not None and results["config"]["strategy"] == "top":
         cut = max(select_coreset(scored, fraction=headline)["influence"])
-    plot_influence(read_influence(scored), run / "influence.png", cut=cut)
+    influence = read_influence(scored)
+    plot_influence(influence, run / "influence.png", cut=cut)
+    kept = np.zeros(len(scored), dtype=bool)
+    if headline is not None:
+        kept[Arm("coreset", headline, 0, "").select(scored, results["config"]["strategy"])] = True
+    carries_loss = np.isfinite(influence)
+    lengths = np.array(scored.with_format(None)["num_loss_tokens"][:])
+    plot_length(influence[carries_loss], lengths[carries_loss], kept[carries_loss], run / "influence_by_length.png")
 
 
 def describe_machine() -> dict[str, Any]:

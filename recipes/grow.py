@@ -4,14 +4,15 @@
     python recipes/grow.py --hub_id user/alpaca-in2core --combine other/alpaca-in2core
 
 Nothing is fitted again. Rows that the pool holds already are left out, so the same command adds nothing a second time.
-Coresets (`coreset_25`) and random controls (`random_25`) are selected anew. Negative influence = proponent.
+Coresets and random controls are selected anew as they were (`splits.json`; else by their names, as `coreset_25` and
+`random_25`). Negative influence = proponent.
 """
 
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
-import arguments  # noqa: F401  (puts the scripts' own folder last on the path)
+from arguments import describe_command
 from recipe_parser import RecipeParser, Settings
 
 
@@ -64,7 +65,7 @@ def main(settings: Settings) -> None:
 
     from hf_in2core import push_influence_dataset, select_coreset
     from hf_in2core.data import find_hub_id
-    from hf_in2core.hub import check_can_push, read_head
+    from hf_in2core.hub import check_can_push
     from hf_in2core.pools import merge_scored
 
     args: GrowArguments = settings.arguments
@@ -73,9 +74,12 @@ def main(settings: Settings) -> None:
     assert args.hub_id is not None
     sources = [hub_id for source in args.rows or [] if (hub_id := find_hub_id(source))] + (args.combine or [])
     # Everything is read at one commit, and published only if that is still the newest.
-    head = agree(lambda: read_head(args.hub_id or "", repo_type="dataset", revision=args.revision).oid)
+    head, records = agree(lambda: read_published(args))
     published = load_dataset(args.hub_id, args.config_name, revision=head)
-    splits = choose_splits(list(published), args.fractions)
+    splits = choose_splits(list(published), args.fractions, records)
+    for choice in splits.values():
+        # What the repository says of its splits is not ours: what cannot be selected fails before the work.
+        select_coreset(published["train"], **choice)
     if PartialState().is_main_process:
         found = check_can_push(
             args.hub_id,
@@ -88,7 +92,9 @@ def main(settings: Settings) -> None:
         for warning in found.warnings:
             warn(warning)
         for name in sorted(set(published) - {"train"} - set(splits)):
-            warn(f"the split {name!r} is neither coreset_* nor random_*: its rows keep their rank of the old pool.")
+            warn(f"how the split {name!r} was chosen is not known: its rows keep their rank of the old pool.")
+        for name in sorted(set(published) & set(splits) - set(records)):
+            warn(f"how the split {name!r} was chosen is not recorded: by its name, it is taken as {splits[name]}.")
 
     pool = published["train"]
     others = load_others(args, head)
@@ -105,16 +111,14 @@ def main(settings: Settings) -> None:
     publication = push_influence_dataset(
         args.hub_id,
         grown,
-        coresets={
-            name: select_coreset(grown, fraction=fraction, strategy=strategy)
-            for name, (strategy, fraction) in splits.items()
-        },
+        coresets=splits,
         source_datasets=sources,
         config_name=args.config_name,
         revision=args.revision,
         create_pr=args.create_pr,
         parent_commit=head,
         commit_message=message,
+        command="\n".join(filter(None, [records.get("train", {}).get("command"), describe_command()])),
     )
     assert publication is not None
     say(f"published {len(grown):,} rows: {publication.url}\ncommit: {publication.commit}")
@@ -181,16 +185,33 @@ def get_prefix(args: GrowArguments) -> str:
     return "" if args.config_name == "default" else f"{args.config_name}/"
 
 
-def choose_splits(published: list[str], fractions: list[float] | None) -> dict[str, tuple[str, float]]:
-    """Split → strategy and fraction, for those that can be selected anew from a grown pool."""
+def read_published(args: GrowArguments) -> tuple[str, dict[str, dict[str, Any]]]:
+    """Commit of the repository, and how its splits were made."""
+    from hf_in2core.card_splits import read_records
+    from hf_in2core.hub import read_head
+
+    head = read_head(args.hub_id or "", repo_type="dataset", revision=args.revision)
+    return head.oid, read_records(head.read(f"{get_prefix(args)}splits.json"))
+
+
+def choose_splits(
+    published: list[str], fractions: list[float] | None, records: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Split → arguments of `select_coreset`, for those that can be selected anew from a grown pool."""
+    known = {
+        name: {key: value for key, value in record.items() if key != "command"}
+        for name, record in records.items()
+        if "strategy" in record and name in published
+    }
     if fractions is not None:
-        return {f"coreset_{100 * fraction:g}": ("top", fraction) for fraction in fractions}
-    strategies = {"coreset": "top", "random": "random"}
-    return {
-        name: (strategies[match[1]], float(match[2]) / 100)
+        named = {f"coreset_{100 * fraction:g}": fraction for fraction in fractions}
+        return {name: known.get(name, {}) | {"fraction": fraction} for name, fraction in named.items()}
+    by_name = {
+        name: {"strategy": "random" if match[1] == "random" else "top", "fraction": float(match[2]) / 100}
         for name in published
         if (match := re.fullmatch(r"(coreset|random)_(\d+(?:\.\d+)?)", name)) and 0 < float(match[2]) <= 100
     }
+    return {name: (by_name | known)[name] for name in published if name in by_name | known}
 
 
 def read_scorer_hash(repo_id: str, revision: str | None, prefix: str = "") -> str:

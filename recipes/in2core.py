@@ -2,8 +2,8 @@
 
     accelerate launch recipes/in2core.py --config recipes/quickstart/in2core.yaml
 
-The run folder gets config.yaml, reference/ (adapter), scorer/, scored/ (the annotated pool), arms/, results.json, two
-pictures and report.html. The same command into the same folder resumes. Negative influence = proponent.
+The run folder gets config.yaml, reference/ (adapter), scorer/, scored/ (the annotated pool), arms/, results.json,
+three pictures and report.html. The same command into the same folder resumes. Negative influence = proponent.
 """
 
 import gc

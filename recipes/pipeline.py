@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
+from arguments import describe_command
 from comparison import Arm, find_equal_run, plan_arms
 from datasets import Dataset
 from inputs import take_fraction
@@ -25,7 +26,7 @@ from stages import (
 )
 from trl import SFTConfig
 
-from hf_in2core import InfluenceConfig, push_influence_dataset, select_coreset
+from hf_in2core import InfluenceConfig, push_influence_dataset
 from hf_in2core.data import hash_value
 from hf_in2core.plan import plan_influence
 from hf_in2core.preparation import Preparation, prepare_rows
@@ -235,7 +236,7 @@ def publish(job: Job, scored: Dataset) -> None:
     if PartialState().is_main_process:
         say(f"Publishing to {args.hub_id}.")
         coresets = {
-            name: select_coreset(scored, fraction=fraction, strategy=args.strategy)
+            name: {"strategy": args.strategy, "fraction": fraction}
             for name, fraction in zip(name_coresets(args), args.fractions, strict=True)
         }
         try:
@@ -247,6 +248,7 @@ def publish(job: Job, scored: Dataset) -> None:
                 report=job.folder,
                 source_datasets=find_sources(args),
                 private=job.settings.values["hub_private_repo"],
+                command=describe_command(),
             )
         except Exception:
             warn(

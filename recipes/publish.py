@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import arguments  # noqa: F401  (puts the scripts' own folder last on the path)
 import yaml
+from arguments import describe_command
 from recipe_parser import RecipeParser, Settings
 
 
@@ -46,7 +46,7 @@ def main(settings: Settings) -> None:
     """Check everything that can be checked, then publish, from the main process only."""
     from datasets import load_from_disk
 
-    from hf_in2core import push_influence_dataset, select_coreset
+    from hf_in2core import push_influence_dataset
     from hf_in2core.hub import check_can_push, is_main_process
 
     args: PublishArguments = settings.arguments
@@ -81,12 +81,11 @@ def main(settings: Settings) -> None:
 
     scored = load_from_disk(str(run / "scored"))
     strategy = read_config(run).get("strategy", "top")
-    coresets = {
-        name: select_coreset(scored, fraction=share, strategy=strategy)
-        for name, share in zip(names, fractions, strict=True)
+    coresets: dict[str, dict[str, Any]] = {
+        name: {"strategy": strategy, "fraction": share} for name, share in zip(names, fractions, strict=True)
     }
     for name, share in zip(controls, fractions, strict=False):
-        coresets[name] = select_coreset(scored, fraction=share, strategy="random", seed=args.seed)
+        coresets[name] = {"strategy": "random", "fraction": share, "seed": args.seed}
     published = push_influence_dataset(
         args.hub_id,
         scored,
@@ -98,6 +97,7 @@ def main(settings: Settings) -> None:
         private=private,
         revision=args.revision,
         create_pr=args.create_pr,
+        command="\n".join(filter(None, [read_results(run).get("command"), describe_command()])),
     )
     if published is not None:
         done = "published" if published.changed else "nothing new to publish"
@@ -106,10 +106,14 @@ def main(settings: Settings) -> None:
 
 def read_fractions(run: Path) -> list[float]:
     """Fractions of the coreset arms in the run's results, largest last."""
-    if not (run / "results.json").is_file():
-        return []
-    arms = json.loads((run / "results.json").read_text(encoding="utf-8")).get("arms") or []
+    arms = read_results(run).get("arms") or []
     return sorted({float(arm["fraction"]) for arm in arms if arm.get("arm") == "coreset"})
+
+
+def read_results(run: Path) -> dict[str, Any]:
+    """The run's results, if it compared anything."""
+    path = run / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def read_config(run: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ scored pool (`--dataset_name RUN/scored`), `--fraction` selects the strongest pr
 lm-eval) judge the model, `--hub_id user/repo` publishes it.
 """
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -78,8 +77,7 @@ def main(settings: Settings) -> None:
         if args.hub_id is not None:
 
             def compose(head: Head) -> tuple[dict[str, bytes], list[str]]:
-                existing = head.read("README.md")
-                return {"README.md": render_card(existing.decode() if existing is not None else None).encode()}, []
+                return {"README.md": render_card(head.read("README.md")).encode()}, []
 
             # Checkpoints, in folders of their own, stay here.
             files = {path: file for path, file in list_folder(folder).items() if "/" not in path}
@@ -91,8 +89,11 @@ def main(settings: Settings) -> None:
     say(f"{trained['rows']:,} rows, {trained['steps']:,} steps, {trained['seconds']:.0f} s: {args.output_dir}")
 
 
-def prepare_card(args: SftCoresetArguments, run: dict[str, Any], revision: str | None) -> Callable[[str | None], str]:
+def prepare_card(
+    args: SftCoresetArguments, run: dict[str, Any], revision: str | None
+) -> Callable[[bytes | None], str]:
     """The model's card as a function of the one that is there, with the comparison published beside its rows."""
+    from hf_in2core.card_composer import read_results
     from hf_in2core.data import find_hub_id
     from hf_in2core.hub import read_head
     from hf_in2core.model_card import add_task_results, render_target_model_card
@@ -102,8 +103,7 @@ def prepare_card(args: SftCoresetArguments, run: dict[str, Any], revision: str |
     results: dict[str, Any] = {}
     if hub_id is not None:
         split = split or (source.split(":")[-1] if ":" in source else "train")
-        published = read_head(hub_id, repo_type="dataset", revision=revision).read("results.json")
-        results = json.loads(published) if published else {}
+        results = read_results(read_head(hub_id, repo_type="dataset", revision=revision).read("results.json"))
     arm = {"coreset": "coreset", "random": "random", "train": "full"}.get((split or "").split("_")[0], "–")
     model_name = (args.hub_id or args.output_dir or "").rstrip("/").split("/")[-1]
     render = partial(

@@ -33,6 +33,7 @@ from hf_in2core.evaluation import TokenAccuracy, TokenPerplexity
 from hf_in2core.losses import compute_row_losses
 from hf_in2core.preparation import Preparation
 from hf_in2core.progress import make_bar
+from hf_in2core.scorer_files import find_revision
 
 
 def make_model_kwargs(model_args: ModelConfig, training_args: InfluenceConfig) -> dict[str, Any]:
@@ -57,6 +58,8 @@ def load_model(model_args: ModelConfig, training_args: InfluenceConfig, adapter:
     model = create_model_from_path(model_args.model_name_or_path or "", **kwargs)
     if quantization is None and not hasattr(model, "hf_device_map"):
         model = model.to(PartialState().device)
+    # A loaded model does not tell which revision it is of, and a scorer names its base model's.
+    model.config._commit_hash = find_revision(model_args.model_name_or_path or "", kwargs["revision"])
     return model if adapter is None else PeftModel.from_pretrained(model, adapter, is_trainable=True)
 
 

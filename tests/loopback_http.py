@@ -26,8 +26,8 @@ class Fault:
 
     `action` is "status" (answer `status` with `headers`, made at that moment where they are a function, and do
     nothing), "reset" (read half of the body, then reset the connection), "lost" (do what was asked, then reset instead
-    of answering), "misanswer" (do what was asked, then answer `status`), "slow" (wait `seconds`, go on) or "call" (run
-    `call(hub)` first, go on).
+    of answering), "misanswer" (do what was asked, then answer `status`), "slow" (wait `seconds`, go on), "call" (run
+    `call(hub)` first, go on) or "silent" (do nothing and never answer, until the Hub is closed).
     """
 
     action: str
@@ -190,6 +190,9 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer(
                 request, Answer(fault.status, page, fault.headers() if callable(fault.headers) else fault.headers)
             )
+        if fault is not None and fault.action == "silent":
+            hub.closed.wait()
+            return self._reset()
         if fault is not None and fault.action == "slow":
             time.sleep(fault.seconds)
         if fault is not None and fault.action == "call":

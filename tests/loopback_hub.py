@@ -116,6 +116,7 @@ class LoopbackHub:
         self.errors: list[str] = []
         self.counts: dict[str, itertools.count] = {}
         self.lock = threading.RLock()
+        self.closed = threading.Event()
 
     def __enter__(self) -> "LoopbackHub":
         self.servers = [self._serve("hub"), self._serve("store")]
@@ -123,6 +124,7 @@ class LoopbackHub:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.closed.set()
         for server in self.servers:
             server.shutdown()
             server.server_close()

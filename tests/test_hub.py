@@ -145,7 +145,7 @@ def test_a_new_coreset_keeps_everything_that_was_there(hub, client) -> None:
         """,
         repo_id="ada/grow",
     )
-    assert sorted(changed) == ["README.md", "data/coreset_25-00000-of-00001.parquet"]
+    assert sorted(changed) == ["README.md", "data/coreset_25-00000-of-00001.parquet", "splits.json"]
     metadata, body = read_card(repo)
     assert metadata["my_key"] == {"nested": [1, 2]} and metadata["license"] == "mit" and "mine" in metadata["tags"]
     assert "Written by hand, {{ kept }}." in body and body.endswith("\nAfterword.\n")

@@ -8,6 +8,8 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -109,9 +111,17 @@ def count_requests(hub: LoopbackHub, client: HubClient, existing: bool) -> int:
     return len(hub.requests(owner=cases.names["clean"]))
 
 
-def sweep(hub: LoopbackHub, client: HubClient, kinds: list, every_kind: bool) -> tuple[int, int]:
-    """Publish once per request and kind of fault; returns how many ended complete and how many untouched."""
-    complete = untouched = 0
+@dataclass
+class Tally:
+    """Publications that met a fault, by how they ended; every untouched one was completed by the same call again."""
+
+    complete: int = 0
+    untouched: int = 0
+
+
+def sweep(hub: LoopbackHub, client: HubClient, kinds: list, every_kind: bool) -> dict[str, Tally]:
+    """Publish once per request and kind of fault, to a new repository and to an existing one; how they ended."""
+    tallies = {label: Tally() for label, _ in kinds}
     for existing in (False, True):
         cases, faults = Cases(hub), {}
         for number in range(count_requests(hub, client, existing)):
@@ -124,39 +134,106 @@ def sweep(hub: LoopbackHub, client: HubClient, kinds: list, every_kind: bool) ->
         again = []
         for name, outcome in outcomes.items():
             assert faults[name].hits == 1, name
-            repo = cases.get_repo(name)
+            repo, tally = cases.get_repo(name), tallies[name.split(" at ")[0]]
             if "error" not in outcome:
                 assert repo is not None and is_complete(repo, existing), (name, outcome)
                 assert SHA.fullmatch(outcome["commit"]) and outcome["commit"] == repo.resolve("main").oid, name
-                complete += 1
+                tally.complete += 1
             else:
                 # A refusal to be asked what it holds, after the commit, is an error over a complete publication.
                 done = repo is not None and is_complete(repo, existing)
                 assert done or is_untouched(repo, existing), name
                 again += [] if done else [name]
-                complete, untouched = complete + done, untouched + (not done)
+                tally.complete, tally.untouched = tally.complete + done, tally.untouched + (not done)
         # Nothing was lost: the same call afterwards completes every one of them.
         for name, outcome in cases.run(client).items():
             repo = cases.get_repo(name)
             assert repo is not None and is_complete(repo, existing), (name, outcome)
             assert (outcome["changed"] == []) == (name not in again), (name, outcome)
-    return complete, untouched
+    return tallies
 
 
 @pytest.mark.parametrize("every_kind", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_passing_fault_at_any_request_does_not_stop_a_publication(hub, client, every_kind) -> None:
-    complete, untouched = sweep(hub, client, PASSING, every_kind)
-    print(f"{complete} faults in passing, all ended complete")
-    assert untouched == 0 and complete >= 25
+    tallies = sweep(hub, client, PASSING, every_kind)
+    assert sum(tally.complete for tally in tallies.values()) >= 25
+    assert not any(tally.untouched for tally in tallies.values())
 
 
 @pytest.mark.parametrize("every_kind", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_refusal_at_any_request_leaves_all_or_nothing(hub, client, every_kind) -> None:
-    complete, untouched = sweep(hub, client, REFUSING, every_kind)
-    print(
-        f"{complete + untouched} refusals: {complete} ended complete, {untouched} untouched and complete when repeated"
+    tallies = sweep(hub, client, REFUSING, every_kind)
+    assert sum(tally.untouched for tally in tallies.values()) >= 20
+
+
+# A Hub that takes a request and never answers it
+
+SILENT: list[tuple[str, dict]] = [("silent", {"action": "silent"})]
+SET_LIMIT = """
+from hf_in2core import hub_silence
+usual, hub_silence.LONGEST_SILENCE = hub_silence.LONGEST_SILENCE, limit
+result = usual
+"""
+
+
+@contextmanager
+def short_patience(client: HubClient, seconds: float) -> Iterator[None]:
+    """The client process waits only so long for an answer; the usual limit is minutes."""
+    usual = client.run(SET_LIMIT, limit=seconds)
+    try:
+        yield
+    finally:
+        client.run(SET_LIMIT, limit=usual)
+
+
+@pytest.mark.slow
+def test_a_silence_at_any_request_does_not_stop_a_publication(hub, client) -> None:
+    with short_patience(client, 4.0):
+        tallies = sweep(hub, client, SILENT, every_kind=True)
+    assert tallies["silent"].complete >= 25 and not tallies["silent"].untouched
+
+
+@pytest.mark.parametrize("kinds", [["info", "commit"], pytest.param(["upload"], marks=pytest.mark.slow)])
+def test_a_hub_that_stays_silent_ends_in_an_error_and_a_rerun_goes_on(hub, client, kinds) -> None:
+    cases = Cases(hub)
+    silences = {kind: Fault("silent", kind, times=1000) for kind in kinds}
+    for kind, silence in silences.items():
+        cases.add(kind, [silence], existing=True)
+    with short_patience(client, 1.5):
+        outcomes = cases.run(client)
+    arrived = {}
+    for kind, outcome in outcomes.items():
+        assert outcome["error"] == "TimeoutError", outcome
+        assert "did not answer for 2 s" in outcome["message"] and "is not sent again" in outcome["message"]
+        repo = cases.get_repo(kind)
+        assert repo is not None and is_untouched(repo, existing=True)
+        arrived[kind] = len(repo.objects), len(hub.requests(cases.names[kind], "upload"))
+        silences[kind].times = 0
+    assert {kind: objects for kind, (objects, _) in arrived.items()} == {k: 2 if k == "commit" else 0 for k in kinds}
+    outcomes = cases.run(client)
+    for kind, (objects, sent) in arrived.items():
+        repo = cases.get_repo(kind)
+        assert repo is not None and is_complete(repo, existing=True), outcomes[kind]
+        assert len(hub.requests(cases.names[kind], "upload")) - sent == 2 - objects
+
+
+def test_only_requests_without_a_limit_get_one_and_only_meanwhile(hub, client) -> None:
+    """A part of another library's that has a limit, or that asks when nothing is published, keeps what it has."""
+    limits = client.run(
+        """
+        from huggingface_hub.utils import get_session
+        from hf_in2core.hub_silence import limited_silence
+        session = get_session()
+        hooks = list(session.event_hooks["request"])
+        read = lambda **limit: session.get(url, **limit).request.extensions["timeout"]["read"]
+        before = read()
+        with limited_silence(), limited_silence():
+            during = [read(), read(timeout=None), read(timeout=7)]
+        result = [before, during, read(), session.event_hooks["request"] == hooks]
+        """,
+        url=f"{hub.endpoint}/api/datasets/no/where",
     )
-    assert untouched >= 20
+    assert limits == [None, [120.0, 120.0, 7], None, True]
 
 
 # Single cases, run as one batch

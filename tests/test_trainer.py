@@ -10,9 +10,10 @@ from conftest import add_trained_adapter, make_model, make_prompt_completion, ma
 from datasets import Dataset
 from naive import compute_datainf, compute_gradients, compute_loss
 
-from hf_in2core import InfluenceConfig, InfluenceTrainer
+from hf_in2core import InfluenceConfig, InfluenceTrainer, fit
 from hf_in2core.batches import collate, read_token_rows
 from hf_in2core.blocks import find_blocks
+from hf_in2core.fit import PILOT_ROWS
 from hf_in2core.gradients import GradientRecorder, compute_gradient_sum
 from hf_in2core.preparation import Preparation, prepare_rows
 
@@ -45,7 +46,7 @@ def assert_same(actual, expected, tolerance: float) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
 def test_influence_equals_a_batch_size_1_loop(tmp_path, pool, validation, dtype, tolerance, loss_reduction) -> None:
-    # The pilot covers 16 of 23 rows, so its damping is not the exact one; the stated bound must cover the difference.
+    # The pilot covers a few rows, so its damping is not the exact one; the stated bound must cover the difference.
     trainer = make_trainer(tmp_path, pool, validation, dtype, loss_reduction=loss_reduction, tokens_per_batch=100)
     scored = trainer.score_influence()
     model = trainer.model.double()
@@ -59,9 +60,12 @@ def test_influence_equals_a_batch_size_1_loop(tmp_path, pool, validation, dtype,
     assert scored["influence_rank"] == np.argsort(np.argsort(scored["influence"], kind="stable")).tolist()
 
 
-def test_exact_damping_gives_the_loop_to_float64(tmp_path, pool, validation) -> None:
-    # With at most 16 rows the pilot is the whole pool, so its damping is the exact one.
-    rows = pool.select(range(14))
+@pytest.mark.parametrize("refit", [False, True])
+def test_exact_damping_gives_the_loop_to_float64(tmp_path, pool, validation, monkeypatch, refit) -> None:
+    # The damping is exact where the pilot is the whole pool, or where a second fit pass takes it from the first.
+    rows = pool if refit else pool.select(range(PILOT_ROWS))
+    if refit:
+        monkeypatch.setattr(fit, "MAX_INNER_DAMPING_ERROR", 0.0)
     trainer = make_trainer(tmp_path, rows, validation, tokens_per_batch=64)
     scored = trainer.score_influence()
     assert trainer.fit_influence().config.inner_damping_error < 1e-12
@@ -109,19 +113,19 @@ def test_batching_chunking_and_checkpointing_change_nothing(tmp_path, pool, vali
     assert_same(changed.score_influence()["influence"], reference.score_influence()["influence"], 1e-9)
 
 
-def test_row_order_and_padding_side_change_nothing(tmp_path, pool, validation) -> None:
+def test_row_order_and_padding_side_change_nothing(tmp_path, pool, validation, monkeypatch) -> None:
     model = add_trained_adapter(make_model())
     tokenizer = make_tokenizer()
     tokenizer.padding_side = "left"
     order = np.random.default_rng(0).permutation(len(pool))
-    # The pilot rows are chosen by position, so use a pool that is all pilot.
-    rows, order = pool.select(range(16)), order[order < 16]
-    reference = make_trainer(tmp_path / "a", rows, validation, model=copy.deepcopy(model)).score_influence()
+    # The pilot rows are chosen by position: fit again with the exact damping, whatever they are.
+    monkeypatch.setattr(fit, "MAX_INNER_DAMPING_ERROR", 0.0)
+    reference = make_trainer(tmp_path / "a", pool, validation, model=copy.deepcopy(model)).score_influence()
     shuffled = make_trainer(
-        tmp_path / "b", rows.select(order), validation.select(range(6, -1, -1)), model=model, tokenizer=tokenizer
+        tmp_path / "b", pool.select(order), validation.select(range(6, -1, -1)), model=model, tokenizer=tokenizer
     )
     scored = shuffled.score_influence()
-    assert scored["id"] == rows.select(order)["id"]
+    assert scored["id"] == pool.select(order)["id"]
     assert_same(scored["influence"], np.array(reference["influence"])[order], 1e-9)
 
 

@@ -1,0 +1,64 @@
+"""The benchmarks that read a trained reference run on anybody's files and write what they print."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from recipe_runs import ROOT, make_inputs, write_config
+
+
+def run_benchmark(name: str, folder: Path) -> tuple[str, dict]:
+    config = write_config(folder, make_inputs(folder))
+    script = ROOT / "benchmarks" / f"{name}.py"
+    flags = ["--quick", "--config", config, "--output_dir", str(folder / "run")]
+    done = subprocess.run(
+        [sys.executable, str(script), *flags], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (folder / "run" / f"{name}.png").stat().st_size > 5000
+    return done.stdout, json.loads((folder / "run" / f"{name}.json").read_text())
+
+
+@pytest.mark.slow
+def test_layers(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    table, found = run_benchmark("layers", tmp_path)
+    sets = {(row["chosen"], row["count"]): row for row in found["sets"]}
+    assert set(sets) == {(name, 1) for name in ("first", "last", "middle", "spread", "greedy", "best")}
+    # With one layer at a time, trying all of them is what adding the best one does.
+    assert sets["best", 1]["spearman"] == sets["greedy", 1]["spearman"] >= sets["last", 1]["spearman"]
+    assert f"{sets['last', 1]['spearman']:.3f}" in table
+    assert set(found["seconds"]) == {"all", "first 1", "last 1", "middle 1", "spread 1"}
+
+
+@pytest.mark.slow
+def test_coverage(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("bm25s")
+    table, found = run_benchmark("coverage", tmp_path)
+    assert {row["method"] for row in found["rows"]} == {
+        "influence (DataInf)",
+        "gradient cosine",
+        "RDS+",
+        "BM25",
+        "number of loss tokens",
+    }
+    # One task: within tasks is among all rows.
+    by_place = {
+        (row["method"], row["coverage"], row["outcome"], row["among"]): row["estimate"] for row in found["rows"]
+    }
+    for (method, coverage, outcome, among), estimate in by_place.items():
+        assert estimate == pytest.approx(by_place[method, coverage, outcome, "within tasks"]), among
+    assert "share of proponents" in table
+
+
+@pytest.mark.slow
+def test_checkpoints(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    table, found = run_benchmark("checkpoints", tmp_path)
+    assert [row["step"] for row in found["diagnostics"]] == [2, 5]
+    assert {row["step"] for row in found["rows"]} == {2, 5, "averaged", "averaged, scaled"}
+    assert all(0 <= row["AUC"] <= 1 for row in found["rows"])
+    assert "agreement of halves" in table
