@@ -388,7 +388,6 @@ def test_results_of_any_shape_give_a_page_or_a_message(tmp_path: Path, monkeypat
         "complete": True,
         "base": {"tasks": TASKS},
     }
-    results["arms"][0]["tasks"] = TASKS
     folder = write_run(tmp_path / "run", make_scored(12, task=["a", "b"] * 6), results)
     num_pages = 0
     for path in list_paths(results)[1:]:
