@@ -19,12 +19,14 @@ import numpy as np
 import torch
 from datasets import Dataset, Value
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .batches import TokenBatch, iterate_batches, plan_batches, read_token_rows
 from .coreset import select_coreset, take_round_robin
 from .losses import compute_row_losses, frozen_eval_mode
 from .preparation import Preparation, prepare_rows
+from .progress import get_bar_settings, make_bar
 
 
 LENGTH_BINS = 20
@@ -69,7 +71,7 @@ def add_loss(
     """
     dataset = _drop_clashes(dataset, ["loss"], overwrite)
     prepared = _prepare(dataset, preparation, "dataset", least=2)
-    losses = compute_row_losses(model, prepared, tokens_per_batch, autocast)
+    losses = compute_row_losses(model, prepared, tokens_per_batch, autocast, "Loss")
     return _add_columns(dataset, prepared, {"loss": losses.nll / losses.num_loss_tokens})
 
 
@@ -224,8 +226,8 @@ def compute_rds_similarities(
 ) -> np.ndarray:
     """Cosines of the RDS+ embeddings of prepared rows with those of queries, float64 `[Q, n]`; see [`add_rds`]."""
     rows, targets = (
-        compute_hidden_embeddings(model, part, tokens_per_batch, autocast).astype(np.float64)
-        for part in (prepared, queries)
+        compute_hidden_embeddings(model, part, tokens_per_batch, autocast, f"RDS+: {name}").astype(np.float64)
+        for name, part in (("rows", prepared), ("validation rows", queries))
     )
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     targets /= np.linalg.norm(targets, axis=1, keepdims=True)
@@ -249,7 +251,8 @@ def compute_bm25_similarities(
     if vocabulary:
         index = bm25s.BM25()
         index.index(corpus, show_progress=False)
-        for position, words in enumerate(split(queries)):
+        settings = {"unit": "row", **get_bar_settings(brief=True)}
+        for position, words in enumerate(tqdm(split(queries), "BM25: validation rows", **settings)):
             known = [word for word in words if word in vocabulary]
             if known:
                 similarities[position] = index.get_scores(known)
@@ -271,7 +274,11 @@ def _import_bm25s() -> Any:
 
 @torch.no_grad()
 def compute_hidden_embeddings(
-    model: nn.Module, prepared: Dataset, tokens_per_batch: int = 8192, autocast: torch.dtype | None = None
+    model: nn.Module,
+    prepared: Dataset,
+    tokens_per_batch: int = 8192,
+    autocast: torch.dtype | None = None,
+    description: str | None = None,
 ) -> np.ndarray:
     """
     Position-weighted mean of each row's last hidden states, the input of the output head.
@@ -285,6 +292,8 @@ def compute_hidden_embeddings(
             Token budget of a batch, padding included.
         autocast (`torch.dtype`, *optional*):
             Mixed precision of the forward.
+        description (`str`, *optional*):
+            What a progress bar says; there is none by default.
 
     Returns:
         `numpy.ndarray` of shape `[n, hidden]`, float32.
@@ -300,12 +309,14 @@ def compute_hidden_embeddings(
 
     handle = head.register_forward_pre_hook(keep_hidden)
     device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+    bar = make_bar(len(token_rows), description or "", shown=description is not None, brief=True)
     try:
-        with frozen_eval_mode(model):
+        with frozen_eval_mode(model), bar:
             # A vocabulary of 1: no logits bound the batches.
             for batch in iterate_batches(token_rows, plan_batches(token_rows, tokens_per_batch, vocab_size=1)):
                 found.clear()
                 embeddings[batch.indices] = _embed(model, batch.to(device), autocast, found)
+                bar.update(len(batch.rows))
     finally:
         handle.remove()
     return embeddings

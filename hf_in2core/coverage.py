@@ -221,7 +221,8 @@ def _check_top_k(top_k: int, num_rows: int) -> None:
 def _describe_tests(trainer: "InfluenceTrainer", tests: dict[str, Dataset]) -> dict[str, Iterable[Any]]:
     autocast = AUTOCAST_DTYPES[trainer._autocast()]
     model = trainer.accelerator.unwrap_model(trainer.model)
-    losses = [compute_row_losses(model, test, trainer.args.tokens_per_batch, autocast) for test in tests.values()]
+    size = trainer.args.tokens_per_batch
+    losses = [compute_row_losses(model, test, size, autocast, f"Loss: {name}") for name, test in tests.items()]
     return {
         "test_set": [name for name, test in tests.items() for _ in range(len(test))],
         "test_row": np.concatenate([test.with_format("numpy")["row"][:] for test in tests.values()]),

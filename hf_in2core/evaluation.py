@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .intervals import compare_arms, compute_confidence_interval
+from .notebook import Verdict
 from .verdict import get_outcome, say_headline, say_verdict
 
 
@@ -84,7 +85,7 @@ def judge(
     fractions: Sequence[float] | None = None,
     margin: float = 0.01,
     level: float = 0.95,
-) -> dict[str, Any]:
+) -> Verdict:
     r"""
     Judge a run: did the coreset beat random rows beyond noise, did it match the full pool, and did selecting it pay?
 
@@ -107,7 +108,7 @@ def judge(
             Confidence level of every interval.
 
     Returns:
-        `dict`, ready for JSON:
+        `dict`, ready for JSON, which a notebook shows as a table:
 
         - `text` (`str`): the verdict in a few sentences; `headline` (`str`): in a few words.
         - `beats_random` (`bool`): the whole interval of coreset - random is below 0.
@@ -148,20 +149,20 @@ def judge(
     # A run of the full arm alone has nothing to compare; its results must not be lost over that.
     head = by_fraction[0] if by_fraction else _judge_fraction({}, math.nan, "steps", margin, level)
     cost = _compute_cost(runs, selection, head["fraction"], by_fraction)
-    return {
-        "text": say_verdict(by_fraction, cost, margin),
-        "headline": say_headline(head),
-        "beats_random": head["beats_random"],
-        "matches_full": head["matches_full"],
-        "beats_full": head["beats_full"],
-        "fraction": head["fraction"] if by_fraction else None,
-        "budget": head["budget"] if by_fraction else None,
-        "margin": margin,
-        "level": level,
-        "intervals": head["intervals"],
-        "by_fraction": by_fraction,
-        "cost": cost,
-    }
+    return Verdict(
+        text=say_verdict(by_fraction, cost, margin),
+        headline=say_headline(head),
+        beats_random=head["beats_random"],
+        matches_full=head["matches_full"],
+        beats_full=head["beats_full"],
+        fraction=head["fraction"] if by_fraction else None,
+        budget=head["budget"] if by_fraction else None,
+        margin=margin,
+        level=level,
+        intervals=head["intervals"],
+        by_fraction=by_fraction,
+        cost=cost,
+    )
 
 
 # Loss and seconds by seed of one arm at one budget; the full arm's fraction is None. A diverged loss is NaN.

@@ -63,7 +63,7 @@ def run_validation_pass(passes: Passes, prepared: Dataset, name: str, descriptio
     return {key: value / len(prepared) for key, value in sums.items()}
 
 
-def run_per_example_validation_pass(passes: Passes, prepared: Dataset) -> dict[str, Tensor]:
+def run_per_example_validation_pass(passes: Passes, prepared: Dataset, description: str) -> dict[str, Tensor]:
     """
     Gradient of every validation row on its own.
 
@@ -72,7 +72,10 @@ def run_per_example_validation_pass(passes: Passes, prepared: Dataset) -> dict[s
     """
     queries: dict[str, Tensor] = {}
     token_rows = read_token_rows(prepared)
-    with GradientRecorder(passes.model, passes.blocks, passes.autocast) as recorder:
+    with (
+        GradientRecorder(passes.model, passes.blocks, passes.autocast) as recorder,
+        passes.progress(len(token_rows), description) as bar,
+    ):
         for key, block in passes.blocks.items():
             queries[key] = make_zeros(block.tensor, (len(token_rows),), recorder.accumulation_dtype)
 
@@ -83,6 +86,7 @@ def run_per_example_validation_pass(passes: Passes, prepared: Dataset) -> dict[s
 
             recorder.run(batch, passes.loss_reduction, reduce)
             check_finite((query[torch.from_numpy(batch.indices)].flatten(1) for query in queries.values()), batch)
+            bar.update(len(batch.rows))
 
         run_batches(passes, token_rows, step)
     return queries
@@ -287,10 +291,10 @@ def fit_directions(
         v = {key: torch.stack([mean[key] for mean in means]) for key in passes.blocks}
         results.append(_precondition(passes, pool, v, config, "fit"))
     else:
-        for index, rows in enumerate(validation.values()):
+        for index, (set_name, rows) in enumerate(validation.items()):
             for start in range(0, len(rows), queries_per_block):
                 queries = rows.select(range(start, min(start + queries_per_block, len(rows))))
-                v = run_per_example_validation_pass(passes, queries)
+                v = run_per_example_validation_pass(passes, queries, f"Influence: validation set {set_name}")
                 result = _precondition(passes, pool, v, config, f"fit-{index}-{start}", is_stored=bool(results))
                 result.ihvp = {key: value.cpu() for key, value in result.ihvp.items()}
                 results.append(result)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
+from tqdm import tqdm
 
 from .batches import TokenBatch, read_token_rows
 from .fit import fit_directions
@@ -218,7 +219,7 @@ def compute_layer_scores(trainer: "InfluenceTrainer", pilot_rows: int | None = N
         loss_reduction=trainer.args.loss_reduction,
         tokens_per_batch=trainer.args.tokens_per_batch,
         autocast=AUTOCAST_DTYPES[trainer._autocast()],
-        show_progress=False,
+        show_progress=not trainer.args.disable_tqdm,
     )
     pilot = prepared.select(rows)
     directions = fit_directions(passes, pilot, validation, trainer.args).ihvp
@@ -234,7 +235,7 @@ def _score_by_layer(
     parts = np.zeros((len(token_rows), num_sets, len(layers)))
     square_norms = np.zeros((len(token_rows), len(layers)))
 
-    def make_step(recorder: GradientRecorder) -> Callable[[TokenBatch], None]:
+    def make_step(recorder: GradientRecorder, bar: tqdm) -> Callable[[TokenBatch], None]:
         def step(batch: TokenBatch) -> None:
             dots = torch.zeros(len(batch.rows), num_sets, len(layers), dtype=torch.float64)
             norms = torch.zeros(len(batch.rows), len(layers), dtype=torch.float64)
@@ -248,11 +249,15 @@ def _score_by_layer(
             recorder.run(batch, passes.loss_reduction, reduce)
             check_finite([dots.flatten(1)], batch)
             parts[batch.indices], square_norms[batch.indices] = -dots.numpy(), norms.numpy()
+            bar.update(len(batch.rows))
 
         return step
 
-    with GradientRecorder(passes.model, passes.blocks, passes.autocast) as recorder:
-        run_batches(passes, token_rows, make_step(recorder))
+    with (
+        GradientRecorder(passes.model, passes.blocks, passes.autocast) as recorder,
+        passes.progress(len(token_rows), "Influence by layer") as bar,
+    ):
+        run_batches(passes, token_rows, make_step(recorder, bar))
     elements, direction_norms = [0] * len(layers), np.zeros((num_sets, len(layers)))
     for name, block in passes.blocks.items():
         elements[column[name]] += block.tensor.numel()

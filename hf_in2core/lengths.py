@@ -1,12 +1,11 @@
 """How far influence goes with length: raw influence favours long or short rows, whatever they say."""
 
-from typing import Any
-
 import numpy as np
 from datasets import Dataset
 from scipy.stats import ks_2samp, spearmanr
 
 from .coreset import read_scores
+from .notebook import Lengths
 
 
 # A coreset whose lengths differ by more is warned of: a gap of 0.25 means that at least a quarter of its rows would
@@ -15,7 +14,7 @@ MAX_LENGTH_GAP = 0.25
 MIN_ROWS = 10
 
 
-def compare_lengths(scored: Dataset, coreset: Dataset, column: str = "influence") -> dict[str, Any]:
+def compare_lengths(scored: Dataset, coreset: Dataset, column: str = "influence") -> Lengths:
     r"""
     Compare the lengths of a coreset's rows with those of the pool, and tell how the ranking goes with length.
 
@@ -33,7 +32,7 @@ def compare_lengths(scored: Dataset, coreset: Dataset, column: str = "influence"
             What they were selected by.
 
     Returns:
-        `dict`:
+        `dict`, which a notebook shows as a table:
 
         - `spearman` (`float` or `None`): rank correlation of `column` with `num_loss_tokens` over the pool. For
           influence (negative = proponent) below 0 means that long rows come first. `None` if either is constant.
@@ -68,14 +67,14 @@ def compare_lengths(scored: Dataset, coreset: Dataset, column: str = "influence"
         )
     constant = np.ptp(tokens) == 0 or np.ptp(scores) == 0
     gap = float(ks_2samp(kept, tokens, method="asymp").statistic)
-    result: dict[str, Any] = {
-        "spearman": None if constant else float(spearmanr(scores, tokens).statistic),
-        "pool_tokens": float(tokens.mean()),
-        "coreset_tokens": float(kept.mean()),
-        "ratio": float(kept.mean() / tokens.mean()),
-        "gap": gap,
-        "warning": None,
-    }
+    result = Lengths(
+        spearman=None if constant else float(spearmanr(scores, tokens).statistic),
+        pool_tokens=float(tokens.mean()),
+        coreset_tokens=float(kept.mean()),
+        ratio=float(kept.mean() / tokens.mean()),
+        gap=gap,
+        warning=None,
+    )
     if gap > MAX_LENGTH_GAP:
         result["warning"] = (
             f"The coreset's rows are {'longer' if result['ratio'] > 1 else 'shorter'} than the pool's: "

@@ -9,9 +9,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from .batches import TokenBatch, iterate_batches, plan_batches, read_token_rows
+from .progress import make_bar
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def compute_row_losses(
     rows: Dataset,
     tokens_per_batch: int = 8192,
     autocast: torch.dtype | None = None,
-    progress: bool = False,
+    description: str | None = None,
 ) -> RowLosses:
     """
     Summed negative log-likelihood of every prepared row; a forward pass only.
@@ -110,8 +110,8 @@ def compute_row_losses(
             Token budget of a batch, padding included.
         autocast (`torch.dtype`, *optional*):
             Mixed precision of the forward.
-        progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a progress bar.
+        description (`str`, *optional*):
+            What a progress bar says; there is none by default.
 
     Returns:
         [`RowLosses`]
@@ -121,11 +121,13 @@ def compute_row_losses(
     batches = plan_batches(token_rows, tokens_per_batch, vocab_size)
     nll, correct = np.zeros(len(token_rows)), np.zeros(len(token_rows), dtype=np.int64)
     device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
-    with frozen_eval_mode(model):
-        for batch in tqdm(iterate_batches(token_rows, batches), "Loss", total=len(batches), disable=not progress):
+    bar = make_bar(len(token_rows), description or "", shown=description is not None, brief=True)
+    with frozen_eval_mode(model), bar:
+        for batch in iterate_batches(token_rows, batches):
             token_nll, logits = compute_token_nll(model, batch.to(device), autocast)
             row_of_target = batch.row_of_target.numpy()
             np.add.at(nll, batch.indices[row_of_target], token_nll.double().cpu().numpy())
             hits = logits.argmax(dim=-1).cpu() == batch.targets
             np.add.at(correct, batch.indices[row_of_target], hits.numpy().astype(np.int64))
+            bar.update(len(batch.rows))
     return RowLosses(nll, token_rows.num_loss_tokens, correct)

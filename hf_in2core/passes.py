@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .batches import TokenBatch, TokenRows, collate, plan_batches, read_token_rows
 from .blocks import Blocks
 from .gradients import GradientRecorder
+from .progress import make_bar
 from .state import read_tensors, write_tensors
 from .store import GradientStore, StoredChunk
 
@@ -53,7 +53,7 @@ class Passes:
         fingerprint (`str`):
             Identity of the run, written into every state file.
         show_progress (`bool`):
-            Whether to show a progress bar (main process only).
+            Whether to show progress bars (on the main process, unless the libraries' switches are off).
         store ([`GradientStore`], *optional*):
             Where the fit pass keeps the gradients of the whole pool.
     """
@@ -105,15 +105,8 @@ class Passes:
         return int(flags["flag"]) == self.world_size
 
     def progress(self, total: int, description: str, initial: int = 0) -> tqdm:
-        """Progress bar over rows with an ETA, on the main process; one line a minute outside a terminal."""
-        return tqdm(
-            total=total,
-            initial=initial,
-            desc=description,
-            unit="row",
-            disable=self.rank != 0 or not self.show_progress,
-            mininterval=0.2 if sys.stderr.isatty() else 60.0,
-        )
+        """Progress bar over rows with an ETA, on the main process."""
+        return make_bar(total, description, shown=self.rank == 0 and self.show_progress, initial=initial)
 
 
 def run_batches(passes: Passes, token_rows: TokenRows, step: Callable[[TokenBatch], None]) -> None:

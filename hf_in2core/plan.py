@@ -13,6 +13,7 @@ from datasets import Dataset
 from .batches import TokenBatch, TokenRows, plan_batches, read_token_rows
 from .fit import PILOT_ROWS
 from .gradients import GradientRecorder, accumulation_dtype, compute_dots, compute_fit_terms, compute_gradient_sum
+from .notebook import render_html
 from .passes import Passes, make_zeros, run_batches
 
 
@@ -30,7 +31,7 @@ class PassPlan:
     seconds: float
 
 
-@dataclass
+@dataclass(repr=False)
 class InfluencePlan:
     """
     What fitting and scoring will take; see [`plan_influence`].
@@ -73,7 +74,7 @@ class InfluencePlan:
         """All passes together."""
         return sum(item.seconds for item in self.passes)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lengths = "  ".join(f"{low}-{high}: {rows:,}" for low, high, rows in self.length_histogram)
         lines = [
             f"Pool: {self.rows:,} rows, {self.tokens:,} tokens, {self.loss_tokens:,} of them with loss.",
@@ -90,6 +91,12 @@ class InfluencePlan:
         if self.num_processes > 1:
             lines.append(f"Summed over processes: {self.reduced / 1e9:.3f} GB handed in by each.")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = [(item.name, f"{item.rows:,}", f"{item.tokens:,}", _show_seconds(item.seconds)) for item in self.passes]
+        columns = ["pass of each process", "rows", "padded tokens", "about"]
+        first, *others = str(self).splitlines()
+        return render_html(first, rows, columns=columns, notes=others[2 + len(rows) :])
 
 
 def _show_seconds(seconds: float) -> str:

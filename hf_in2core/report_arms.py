@@ -134,7 +134,7 @@ def _describe_task(task: str, found: Mapping[str, Any]) -> str:
     if errors:
         parts.append(f"standard error of one model over questions {errors[0]:.3f}")
     if cut := read_number("cut_prompts"):
-        parts.append(f"{cut:,.0f} prompts cut to the model's context")
+        parts.append(f"{cut:,.0f} prompt{'' if cut == 1 else 's'} cut to the model's context")
     return f"{task}: {', '.join(parts)}." if parts else f"{task}."
 
 

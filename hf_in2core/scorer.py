@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from .batches import read_token_rows
 from .blocks import Blocks, find_blocks, trainable_adapter
 from .gradients import GradientRecorder
+from .notebook import render_html
 from .passes import Passes
 from .preparation import Preparation, hash_template, hash_tokenizer, prepare_batch
 from .scorer_files import (
@@ -88,6 +89,25 @@ class InfluenceScorer:
             f"InfluenceScorer({self.config.estimator}, reference {base}, validation {sets}, fitted on "
             f"{self.config.num_fit_examples} rows; negative = proponent)"
         )
+
+    def _repr_html_(self) -> str:
+        config = self.config
+        layers = config.influence_layers
+        rows = [
+            ("estimator", f"{config.estimator}, {config.loss_reduction} of a row's labelled tokens"),
+            ("reference model", config.base_model or "a model in memory"),
+            ("its revision", config.base_model_revision or "\N{EN DASH}"),
+            *((f"validation set {name}", f"{rows:,} rows") for name, rows in config.validation_sets.items()),
+            ("queries", "every validation row" if config.per_example else "the mean of each validation set"),
+            ("fitted on", f"{config.num_fit_examples:,} rows"),
+            (
+                "layers",
+                "all" if layers is None else layers if isinstance(layers, str) else ", ".join(map(str, layers)),
+            ),
+            ("blocks", f"{len(self.directions)} tensors"),
+        ]
+        note = "Negative influence = proponent: training on the row lowers the validation loss."
+        return render_html("InfluenceScorer", rows, notes=[note, "dataset.map(scorer, batched=True) scores rows."])
 
     @property
     def blocks(self) -> Blocks:

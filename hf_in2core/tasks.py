@@ -6,7 +6,6 @@ lm-eval comes with the extra `eval`. It is imported where it is used, which take
 import difflib
 import logging
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -19,6 +18,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .progress import get_bar_settings
 
 
 logger = logging.getLogger(__name__)
@@ -251,9 +252,7 @@ def _quiet_lm_eval(show_progress: bool) -> Iterator[list[str]]:
     from lm_eval.models import huggingface
 
     def show(*args: Any, **kwargs: Any) -> tqdm:
-        terminal = sys.stderr.isatty()
-        waits = {"mininterval": 0.2 if terminal else 60.0, "delay": 0.0 if terminal else 60.0}
-        return tqdm(*args, **kwargs | waits | {"disable": not show_progress or bool(kwargs.get("disable"))})
+        return tqdm(*args, **kwargs | get_bar_settings(show_progress and not kwargs.get("disable"), brief=True))
 
     cut_prompts: list[str] = []
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
@@ -11,7 +12,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from datasets import Dataset
@@ -44,6 +44,7 @@ from .scorer_files import ScorerConfig, find_revision
 from .scoring import run_score_pass
 from .state import hash_adapter, hash_base, hash_json, hash_prepared, remove_leftovers
 from .store import GradientStore, choose_store_dtype
+from .tracking import report, summarize_influence
 from .trainer_checks import (
     check_datasets,
     check_settings,
@@ -183,6 +184,14 @@ class InfluenceTrainer(SFTTrainer):
         self._scorer: InfluenceScorer | None = None
         self._hashes: dict[str, str] | None = None
 
+    def __repr__(self) -> str:
+        sets = ", ".join(f"{name} ({len(self._prepared[name]):,} rows)" for name in self._validation_names)
+        return (
+            f"InfluenceTrainer(reference {self.model.config._name_or_path or 'a model in memory'}, pool of "
+            f"{len(self.pool):,} rows ({len(self._prepared['']):,} with loss), validation {sets}, "
+            f"{self.state.global_step} steps trained, {'fitted' if self._scorer is not None else 'not fitted'})"
+        )
+
     def _prepare_influence_data(self, mapped: dict[str, Dataset]) -> None:
         """Take the prepared rows over from SFT, or prepare them unpacked where SFT packs them."""
         evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"validation": self.eval_dataset}
@@ -281,7 +290,7 @@ class InfluenceTrainer(SFTTrainer):
             accelerator=self.accelerator,
             folder=folder,
             fingerprint=fingerprint,
-            show_progress=not self.args.disable_tqdm and datasets.utils.is_progress_bar_enabled(),
+            show_progress=not self.args.disable_tqdm,
             store=None if store_dtype is None else GradientStore(folder, fingerprint, elements, store_dtype),
         )
 
@@ -317,7 +326,9 @@ class InfluenceTrainer(SFTTrainer):
             (job.folder / "identity.json").write_text(json.dumps(identity, indent=2), encoding="utf-8")
         self.accelerator.wait_for_everyone()
         result = read_fit(job)
+        seconds = None
         if result is None:
+            started = time.perf_counter()
             check_store(job, len(self._prepared[""]), self.args.gradient_store_gb)
             verify_gradients(job, self._prepared[""])
             validation = {name: self._prepared[name] for name in self._validation_names}
@@ -332,9 +343,18 @@ class InfluenceTrainer(SFTTrainer):
             if self.accelerator.is_local_main_process:
                 write_fit(job, result)
             self.accelerator.wait_for_everyone()
+            seconds = time.perf_counter() - started
         check_zero_blocks(result.damping, blocks, warn=self.is_world_process_zero())
         self._scorer = self._make_scorer(result, job, identity)
         self._fingerprint = fingerprint
+        if seconds is not None:
+            fitted = {
+                "influence/fit_rows": float(result.num_examples),
+                "influence/validation_rows": float(sum(self._scorer.config.validation_sets.values())),
+                "influence/inner_damping_error": result.inner_damping_error,
+                "influence/fit_seconds": seconds,
+            }
+            report(self, fitted)
         return self._scorer
 
     def _count_queries_per_block(self, blocks: Blocks) -> int:
@@ -436,6 +456,7 @@ class InfluenceTrainer(SFTTrainer):
         blocks = self._selected_blocks()
         prepared = self._prepared[""]
         job = self._make_passes(blocks, self._fingerprint)
+        started = time.perf_counter()
         scores = run_score_pass(
             job,
             prepared,
@@ -454,9 +475,11 @@ class InfluenceTrainer(SFTTrainer):
         for start in range(0, len(prepared), 10_000):
             token_rows = read_token_rows(prepared, start, min(start + 10_000, len(prepared)))
             num_loss_tokens[token_rows.row] = token_rows.num_loss_tokens
-        scored = add_influence_columns(
-            pool, scorer.make_columns(spread(scores.influence, rows, len(pool)), num_loss_tokens)
-        )
+        columns = scorer.make_columns(spread(scores.influence, rows, len(pool)), num_loss_tokens)
+        scored = add_influence_columns(pool, columns)
+        named = {name: values for name, values in columns.items() if name != "num_loss_tokens"}
+        statistics = summarize_influence(named, num_loss_tokens)
+        report(self, statistics | {"influence/score_seconds": time.perf_counter() - started})
         if scores.per_query is not None:
             scored = add_query_column(scored, spread(scores.per_query, rows, len(pool)))
         if scores.top is not None:

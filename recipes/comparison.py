@@ -171,11 +171,15 @@ def find_examples(
         extra (`list[str]`): Columns to show beside the text.
 
     Returns:
-        `dict`: `proponents`, the strongest first, and `opponents`, the strongest first.
+        `dict`: `proponents` (influence below 0), the strongest first, and `opponents` (above 0), the strongest first.
     """
     influence = read_influence(scored)
     order = np.argsort(influence, kind="stable")[: int((~np.isnan(influence)).sum())]
-    found = {"proponents": order[:NUM_EXAMPLES], "opponents": order[::-1][:NUM_EXAMPLES]}
+    # Among the last of a pool that helps throughout there are proponents too.
+    found = {
+        "proponents": order[influence[order] < 0][:NUM_EXAMPLES],
+        "opponents": order[influence[order] > 0][::-1][:NUM_EXAMPLES],
+    }
     shown = ["influence", "influence_rank", "num_loss_tokens", *extra]
     examples: dict[str, list[dict[str, Any]]] = {}
     for name, positions in found.items():

@@ -144,7 +144,7 @@ def compute_reference_losses(job: Job, adapter: str) -> np.ndarray:
     with quiet_loading():
         prepared = prepare_rows(job.inputs.pool, preparation)
         model = load_model(job.reference_model, training_args, adapter)
-    nll, tokens, _ = compute_losses(model, prepared, training_args, training_args.tokens_per_batch)
+    nll, tokens, _ = compute_losses(model, prepared, training_args, training_args.tokens_per_batch, "Loss of the pool")
     losses = np.full(len(job.inputs.pool), np.nan)
     losses[prepared.with_format("numpy")["row"][:]] = nll / tokens
     return losses

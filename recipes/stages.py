@@ -1,6 +1,5 @@
 """What the recipes do, one function per stage; in2core.py and the stage recipes call the same ones."""
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from datasets import Dataset
 from peft import PeftModel
 from recipe_parser import Settings
 from run_folder import quiet_loading, write_json
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,6 +32,7 @@ from hf_in2core.columns import apply_columns
 from hf_in2core.evaluation import TokenAccuracy, TokenPerplexity
 from hf_in2core.losses import compute_row_losses
 from hf_in2core.preparation import Preparation
+from hf_in2core.progress import make_bar
 from hf_in2core.scorer_files import find_revision
 
 
@@ -74,17 +74,8 @@ class StepProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar."""
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self.label,
-            unit="step",
-            leave=False,
-            disable=args.disable_tqdm or not state.is_world_process_zero,
-            mininterval=0.2 if terminal else 60,
-            delay=0 if terminal else 60,
-        )
+        shown = not args.disable_tqdm
+        self.bar = make_bar(state.max_steps, self.label, "step", shown=shown, initial=state.global_step, brief=True)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -214,13 +205,15 @@ def make_influence_trainer(
 ) -> InfluenceTrainer:
     """An InfluenceTrainer for a trained adapter."""
     with quiet_loading():
-        return InfluenceTrainer(
+        trainer = InfluenceTrainer(
             model=load_model(model_args, influence_args, adapter),
             args=influence_args,
             train_dataset=pool,
             eval_dataset=validation,
             processing_class=tokenizer,
         )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def compute_influence(
@@ -269,7 +262,11 @@ def score_with(scorer: InfluenceScorer, pool: Dataset) -> Dataset:
 
 
 def compute_losses(
-    model: PreTrainedModel, prepared: Dataset, training_args: InfluenceConfig, tokens_per_batch: int
+    model: PreTrainedModel,
+    prepared: Dataset,
+    training_args: InfluenceConfig,
+    tokens_per_batch: int,
+    description: str = "Test set",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     Losses of prepared rows, shared out among the processes.
@@ -283,7 +280,10 @@ def compute_losses(
     autocast = None
     if model.dtype == torch.float32 and (training_args.bf16 or training_args.fp16):
         autocast = torch.bfloat16 if training_args.bf16 else torch.float16
-    rows = list(zip(*compute_row_losses(model, shard, tokens_per_batch, autocast), strict=True)) if len(shard) else []
+    rows = []
+    if len(shard):
+        shown = None if training_args.disable_tqdm else description
+        rows = list(zip(*compute_row_losses(model, shard, tokens_per_batch, autocast, shown), strict=True))
     if state.num_processes > 1:
         rows = gather_object(rows)
     nll, tokens, correct = zip(*rows, strict=True)

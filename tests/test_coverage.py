@@ -35,8 +35,9 @@ def naive_coverage(strengths: list[float], top_k: int) -> dict[str, float]:
     }
 
 
-def test_coverage_equals_a_loop_over_naive_influence(tmp_path, validation, model) -> None:
-    rows = make_prompt_completion(14, seed=0)  # at most 16: the pilot's damping is the exact one
+def test_coverage_equals_a_loop_over_naive_influence(tmp_path, validation, model, monkeypatch) -> None:
+    rows = make_prompt_completion(14, seed=0)
+    monkeypatch.setattr("hf_in2core.fit.PILOT_ROWS", len(rows))  # the pilot's damping is then the exact one
     trainer = make_trainer(tmp_path, rows, validation, model=copy.deepcopy(model))
     coverage = compute_coverage(trainer, top_k=3)
     train, tests = (compute_gradients(trainer.model, prepare(part)) for part in (rows, validation))

@@ -77,7 +77,10 @@ def test_results_have_every_arm_and_its_figures(finished: Path) -> None:
     assert results["selection"]["seconds"] > 0 and results["selection"]["reference_seconds"] > 0
     assert results["selection"]["rows"] == NUM_POOL
     assert {"text", "beats_random", "matches_full", "intervals"} <= results["verdict"].keys()
-    assert len(results["examples"]["proponents"]) == len(results["examples"]["opponents"]) == 10
+    scored = load_from_disk(str(finished / "run" / "scored"))["influence"][:]
+    examples = {kind: [row["influence"] for row in rows] for kind, rows in results["examples"].items()}
+    assert examples["proponents"] == sorted(value for value in scored if value < 0)[:10]
+    assert examples["opponents"] == sorted((value for value in scored if value > 0), reverse=True)[:10]
     pool_tokens = [row["num_loss_tokens"] for row in load_from_disk(str(finished / "run" / "scored"))]
     assert results["lengths"]["pool_tokens"] == pytest.approx(np.mean(pool_tokens))
     assert "config" in results and "command" in results and results["machine"]["torch"] == torch.__version__

@@ -77,10 +77,12 @@ def test_every_arm_is_one_row_with_its_interval(show: Any) -> None:
     assert "over 3 seeds" in output and "nats per labelled token, lower is better" in " ".join(output.split())
 
 
-@pytest.mark.parametrize("width", [20, 44, 80, 200])
+@pytest.mark.parametrize("width", [20, 44, 60, 80, 120, 200])
 def test_nothing_is_lost_or_too_wide_at_any_width(show: Any, width: int) -> None:
     results = make_results()
     results["auc"] = {"tasks of interest": {"influence": 0.97, "loss": 0.61}}
+    tasks = {"metrics": {"acc": 0.3125}, "stderr": {"acc": 0.01}, "questions": 14_042, "num_fewshot": 5}
+    results["base"] = {"tasks": {"mmlu": tasks, "arc_challenge": tasks | {"metrics": {"acc_norm": 0.4375}}}}
     results["examples"] = {"proponents": [{"influence": -2.5, "influence_rank": 0, "text": "word " * 30}]}
     output = show(results, width)
     assert max(map(len, output.splitlines())) <= width
@@ -90,6 +92,7 @@ def test_nothing_is_lost_or_too_wide_at_any_width(show: Any, width: int) -> None
         e["test_loss"] for e in results["arms"] if (e["arm"], e["budget"], e["fraction"]) == ("coreset", "steps", 0.5)
     ]
     assert f"{np.mean(losses):.3f} ±" in words and "76,170" in words and "0.970" in words
+    assert "0.312" in words and "0.438" in words and "mmlu: 14,042 questions, 5 examples before each" in words
     assert words.count("word ") + words.endswith("word") == 30
     assert "…" not in output
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import scipy.stats
 from conftest import make_prompt_completion
 from datasets import Dataset
 from report_runs import HOSTILE, NUM_ROWS, get_scored_run, make_pool, make_scored, write_run
@@ -80,6 +81,19 @@ def page(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
 @pytest.fixture(scope="session")
 def scored(run: Path) -> Dataset:
     return Dataset.load_from_disk(str(run / "scored"))
+
+
+TASKS = {
+    "mmlu": {
+        "metrics": {"acc": 0.3125},
+        "stderr": {"acc": 0.0456},
+        "questions": 1200,
+        "num_fewshot": 5,
+        "limit": 10.0,
+        "cut_prompts": 3,
+        "subtasks": {},
+    }
+}
 
 
 def plain(folder: Path, scored: Dataset, results: dict[str, Any] | None = None) -> Page:
@@ -303,6 +317,22 @@ def test_without_matplotlib_there_are_no_pictures(tmp_path: Path, monkeypatch: p
     assert len(page.data["rows"]) == 20
 
 
+def test_benchmarks_are_means_over_the_seeds_that_were_evaluated(tmp_path: Path) -> None:
+    results = make_results(seeds=3, budgets=("steps",)) | {"base": {"tasks": TASKS}}
+    assert "Benchmarks" not in plain(tmp_path / "none", make_scored(20), make_results()).words
+    for entry in results["arms"]:
+        if entry["arm"] == "coreset" and entry["fraction"] == 0.25 and entry["seed"] < 2:
+            score = {"metrics": {"acc": 0.25 + 0.5 * entry["seed"], "<b>f1": 0.125}}
+            entry["tasks"] = {"mmlu": TASKS["mmlu"] | score}
+    page = plain(tmp_path / "run", make_scored(20), results)
+    low, high = scipy.stats.t.interval(0.95, 1, 0.5, scipy.stats.sem([0.25, 0.75]))
+    assert f"before training 0.312 - coreset 0.25 0.500 ± {(high - low) / 2:.3f} 0.125" in page.words
+    assert "mmlu acc mmlu <b>f1" in page.words
+    note = "mmlu: 1,200 questions (a part: limit 10 per task), 5 examples before each, standard error of one model "
+    assert note + "over questions 0.046, 3 prompts cut to the model's context." in page.words
+    assert "random 0.25 0.500" not in page.words
+
+
 # --- folders that are no runs ---
 
 
@@ -356,6 +386,7 @@ def test_results_of_any_shape_give_a_page_or_a_message(tmp_path: Path, monkeypat
         "machine": {"cpu": "c", "cores": 2, "gpu": None, "processes": 1, "torch": "2"},
         "command": "c",
         "complete": True,
+        "base": {"tasks": TASKS},
     }
     folder = write_run(tmp_path / "run", make_scored(12, task=["a", "b"] * 6), results)
     num_pages = 0

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import string
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -290,7 +291,10 @@ def pretrain_model(texts: Sequence[str], tokenizer: Any, settings: Settings) -> 
     optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAIN_LEARNING_RATE, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, 20, settings.pretrain_steps)
     batches = iterate_batches(encoded, PRETRAIN_BATCH_SIZE)
-    progress = tqdm(batches, desc="Pretraining the quickstart model", total=settings.pretrain_steps, unit="step")
+    interval = 0.2 if sys.stderr.isatty() else 60
+    progress = tqdm(
+        batches, "Pretraining the quickstart model", settings.pretrain_steps, unit="step", mininterval=interval
+    )
     for batch in progress:
         inputs = tokenizer.pad({"input_ids": batch}, padding_side="right", return_tensors="pt")
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)

@@ -1,0 +1,45 @@
+"""Progress bars of every pass: on the main process, sensible in a log, silenced by the libraries' own switches."""
+
+import os
+import sys
+from typing import Any
+
+import datasets
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+
+def get_bar_settings(shown: bool = True, brief: bool = False) -> dict[str, Any]:
+    """
+    How a bar of `tqdm` shows, as keyword arguments.
+
+    Nothing shows on other processes than the main one, nor after `datasets.disable_progress_bars()` or
+    `transformers.logging.disable_progress_bar()`. Outside a terminal a bar writes one line a minute.
+
+    Args:
+        shown (`bool`, *optional*, defaults to `True`):
+            Whether it is wanted.
+        brief (`bool`, *optional*, defaults to `False`):
+            For one of many short passes: the bar goes when it ends, and a pass of less than a minute leaves nothing in
+            a log.
+    """
+    terminal = sys.stderr.isatty()
+    wanted = datasets.is_progress_bar_enabled() and transformers_logging.is_progress_bar_enabled()
+    return {
+        "leave": not brief,
+        "disable": not (shown and wanted) or os.environ.get("RANK", "0") != "0",
+        "mininterval": 0.2 if terminal else 60.0,
+        "delay": 60.0 if brief and not terminal else 0.0,
+    }
+
+
+def make_bar(
+    total: int, description: str, unit: str = "row", *, shown: bool = True, initial: int = 0, brief: bool = False
+) -> tqdm:
+    """
+    A bar over `total` items with an ETA, of which an earlier run has done `initial`; see [`get_bar_settings`].
+
+    Returns:
+        `tqdm.tqdm`, to be updated by hand.
+    """
+    return tqdm(total=total, initial=initial, desc=description, unit=unit, **get_bar_settings(shown, brief))

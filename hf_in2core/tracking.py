@@ -1,0 +1,59 @@
+"""Statistics of influence for the trackers that `report_to` names (TensorBoard, trackio, wandb, …), beside SFT's."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from scipy.stats import spearmanr
+from transformers import Trainer
+from transformers.integrations import get_reporting_integration_callbacks
+
+
+QUANTILES = {"minimum": 0.0, "quantile_05": 0.05, "median": 0.5, "quantile_95": 0.95, "maximum": 1.0}
+
+
+def summarize_influence(columns: Mapping[str, np.ndarray], num_loss_tokens: np.ndarray) -> dict[str, float]:
+    """
+    Statistics of a scored pool.
+
+    Args:
+        columns (`Mapping[str, np.ndarray]`):
+            `influence` and `influence_<name>` of each of several validation sets, float64 `[n]`; negative = proponent,
+            NaN where a row carries no loss.
+        num_loss_tokens (`np.ndarray` of shape `[n]`):
+            Loss tokens of each row.
+
+    Returns:
+        `dict[str, float]`: `influence/rows` and `influence/rows_without_loss`; for each column (`influence/median`,
+        `influence_math/median`) `minimum`, `quantile_05`, `median`, `quantile_95`, `maximum`, `mean` and `proponents`,
+        the share of rows below 0 among those that carry loss; and `influence/length_correlation`, the rank correlation
+        of influence and loss tokens, where both vary.
+    """
+    has_loss = ~np.isnan(columns["influence"])
+    statistics = {"influence/rows": float(len(has_loss)), "influence/rows_without_loss": float((~has_loss).sum())}
+    if not has_loss.any():
+        return statistics
+    for name, column in columns.items():
+        values = column[has_loss]
+        found = dict(zip(QUANTILES, np.quantile(values, list(QUANTILES.values())), strict=True))
+        found |= {"mean": values.mean(), "proponents": (values < 0).mean()}
+        statistics |= {f"{name}/{key}": float(value) for key, value in found.items()}
+    tokens = num_loss_tokens[has_loss]
+    if np.ptp(tokens) > 0 and np.ptp(columns["influence"][has_loss]) > 0:
+        correlation = spearmanr(columns["influence"][has_loss], tokens).statistic
+        statistics["influence/length_correlation"] = float(correlation)
+    return statistics
+
+
+def report(trainer: Trainer, statistics: dict[str, float]) -> None:
+    """
+    Log statistics as the trainer logs its losses: into its history, to its callbacks and to its trackers.
+
+    Trackers open their run when training begins and may close it when it ends; without a training, or after one, they
+    are told to open it (again) first. What has a run already goes on in it: TensorBoard in its folder, wandb in its
+    run, trackio in the run of the same `run_name`.
+    """
+    trackers = tuple(get_reporting_integration_callbacks(trainer.args.report_to))
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, trackers):
+            callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    trainer.log(statistics)
