@@ -5,7 +5,8 @@
 A redundant pool holds every distinct row four times: as copies, or reworded (the quickstart's rows in its own phrasings,
 others behind different first words). A reference is trained on it, 10 % are kept in several ways, and targets are
 trained on them for the same steps (a plain loop that equals TRL's trainer, see retraining.py). By default the
-quickstart's data, of which the last pool is taken as it is, to show what caution costs where nothing repeats itself.
+quickstart's data and a small sibling of its model; the last pool is taken as it is, to show what caution costs where
+nothing repeats itself.
 ± is the 95 % interval over seeds, each with its own pool, reference and target.
 """
 
@@ -27,6 +28,7 @@ from plain_training import (
     compute_test_loss,
     load_adapter,
     make_quickstart_inputs,
+    make_sized_model,
     print_table,
     show,
     train_on,
@@ -129,7 +131,9 @@ def run_seed(args: argparse.Namespace, kind: str, seed: int, data: dict[str, Any
 
 def prepare(rows: list[dict[str, Any]], preparation: Preparation) -> Dataset:
     """Tokens of the rows; all of them must carry loss, so that positions stay."""
-    prepared = prepare_rows(Dataset.from_list([{k: row[k] for k in ("prompt", "completion")} for row in rows]), preparation)
+    prepared = prepare_rows(
+        Dataset.from_list([{k: row[k] for k in ("prompt", "completion")} for row in rows]), preparation
+    )
     if len(prepared) < len(rows):
         raise ValueError(f"{len(rows) - len(prepared)} rows carry no loss within 256 tokens. Leave them out first.")
     return prepared
@@ -202,13 +206,17 @@ def main() -> None:
         if any(sources):
             raise ValueError("Give all of --model, --pool, --validation and --test, or none of them.")
         inputs = make_quickstart_inputs()
-        args.model = inputs / "model"
-        args.pool, args.validation, args.test = (str(inputs / f"{part}.jsonl") for part in ("pool", "validation", "test"))
+        args.model = make_sized_model(inputs, hidden_size=48, num_layers=2)
+        args.pool, args.validation, args.test = (
+            str(inputs / f"{part}.jsonl") for part in ("pool", "validation", "test")
+        )
     preparation = Preparation(AutoTokenizer.from_pretrained(args.model), completion_only_loss=True, max_length=512)
     parts = {name: load_rows(getattr(args, name), name).to_list() for name in ("pool", "validation", "test")}
     for name, rows in parts.items():
         if args.task_column not in rows[0]:
-            raise ValueError(f"The {name} has no column {args.task_column!r}, only {list(rows[0])}: see --task_column.")
+            raise ValueError(
+                f"The {name} has no column {args.task_column!r}, only {list(rows[0])}: see --task_column."
+            )
     data = {"pool": parts["pool"], "preparation": preparation}
     data["tasks"] = sorted({str(row[args.task_column]) for row in parts["validation"]})
     data |= {name: prepare(parts[name], preparation) for name in ("validation", "test")}

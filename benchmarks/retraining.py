@@ -145,7 +145,12 @@ def measure_pool(job: Retraining, args: argparse.Namespace, pool_seed: int) -> l
     return found
 
 
-COLUMNS = ("LDS, per validation row", "LDS, mean loss", "leave-one-out, per validation row", "leave-one-out, mean loss")
+COLUMNS = (
+    "LDS, per validation row",
+    "LDS, mean loss",
+    "leave-one-out, per validation row",
+    "leave-one-out, mean loss",
+)
 
 
 def summarise(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -155,7 +160,10 @@ def summarise(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         by_score.setdefault(row["score"], []).append(row)
     anything = next(iter(by_score.values()))
     lines = []
-    for label, suffix in (("*ceiling: a perfect score*", ": ceiling"), ("*two seeds of retraining*", ": seed agreement")):
+    for label, suffix in (
+        ("*ceiling: a perfect score*", ": ceiling"),
+        ("*two seeds of retraining*", ": seed agreement"),
+    ):
         line: dict[str, Any] = {"score": label}
         for column in COLUMNS:
             values = [row[column + suffix] for row in anything]
