@@ -2,11 +2,11 @@
 
     python benchmarks/exact.py [--quick] [--model FOLDER --pool FILE --validation FILE]
 
-By default the quickstart's rows and a small sibling of its model. Adapters of several LoRA ranks are trained for a few
-steps; the influence of n rows on the mean validation loss is then taken by DataInf, by the exact damped inverse of each
-block (dense algebra in float64, see hf_in2core/curvature.py) and by the plain dot product, for several n and dampings.
+By default the quickstart's rows and a small sibling of its model. Adapters of several LoRA ranks are trained a little;
+the influence of n rows on the mean validation loss is then taken by DataInf, by the exact damped inverse of each
+block (dense algebra in float64, hf_in2core/curvature.py) and by the plain dot product, for several n and dampings.
 Spearman correlations with the exact answer; ± is the 95 % interval over seeds (adapter, order and rows).
-`agreement on 64 rows` is what the library measures after a fit and warns of below 0.7.
+The agreement on 64 rows is what the library measures after a fit and warns of below 0.7.
 """
 
 import argparse
@@ -19,9 +19,8 @@ import torch
 from datasets import disable_progress_bars
 from plain_training import (
     Schedule,
+    find_sources,
     keep_gradients,
-    make_quickstart_inputs,
-    make_sized_model,
     print_table,
     show,
     train_on,
@@ -60,6 +59,29 @@ def compare(grams: list[tuple[torch.Tensor, torch.Tensor, int]], n: int, damping
     }
 
 
+def group(found: list[dict[str, Any]]) -> dict[tuple[int, int, float], list[dict[str, Any]]]:
+    """The seeds of every setting (rank, rows, damping)."""
+    groups: dict[tuple[int, int, float], list[dict[str, Any]]] = {}
+    for row in found:
+        groups.setdefault((row["rank"], row["rows"], row["damping_scale"]), []).append(row)
+    return groups
+
+
+def summarise(groups: dict[tuple[int, int, float], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One line per setting."""
+    smallest = min(n for _, n, _ in groups)
+    lines = []
+    for (rank, n, scale), rows in groups.items():
+        line: dict[str, Any] = {"rank": rank, "rows": n, "damping_scale": f"{scale:g}"}
+        line |= {name: show([row[name] for row in rows]) for name in ("DataInf", "gradient dot")}
+        pilot = groups[rank, smallest, scale]
+        line[f"DataInf on {smallest} rows"] = f"{np.mean([row['DataInf'] for row in pilot]):.2f}"
+        for name, pattern in (("DataInf with weighted dot", "{:.3f}"), ("effective directions", "{:.0f}")):
+            line[name] = pattern.format(np.mean([row[name] for row in rows]))
+        lines.append(line)
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="One seed, few rows and steps: shows that it runs.")
@@ -79,12 +101,7 @@ def main() -> None:
         raise ValueError(f"--rows {args.rows}: fewer than 10 rows say nothing about a rank correlation.")
     torch.set_num_threads(1)
     disable_progress_bars()
-    if not (args.model and args.pool and args.validation):
-        if args.model or args.pool or args.validation:
-            raise ValueError("Give all of --model, --pool and --validation, or none of them.")
-        inputs = make_quickstart_inputs()
-        args.model = make_sized_model(inputs, hidden_size=48, num_layers=2)
-        args.pool, args.validation = str(inputs / "pool.jsonl"), str(inputs / "validation.jsonl")
+    find_sources(args, "model", ("pool", "validation"))
     preparation = Preparation(AutoTokenizer.from_pretrained(args.model), completion_only_loss=True, max_length=256)
     everything, validation = (
         prepare_rows(load_rows(source, name).select_columns(["prompt", "completion"]), preparation)
@@ -112,19 +129,8 @@ def main() -> None:
         print(f"seed {seed} done", flush=True)
         text = json.dumps({"machine": describe_machine(), "rows": found}, indent=2)
         (args.output / "exact.json").write_text(text + "\n")
-    groups: dict[tuple[int, int, float], list[dict[str, Any]]] = {}
-    for row in found:
-        groups.setdefault((row["rank"], row["rows"], row["damping_scale"]), []).append(row)
-    lines = []
-    for (rank, n, scale), rows in groups.items():
-        pilot = groups[rank, min(args.rows), scale]
-        line: dict[str, Any] = {"rank": rank, "rows": n, "damping_scale": f"{scale:g}"}
-        line |= {name: show([row[name] for row in rows]) for name in ("DataInf", "gradient dot")}
-        line["agreement on 64 rows"] = f"{np.mean([row['DataInf'] for row in pilot]):.2f}"
-        for name, pattern in (("DataInf with weighted dot", "{:.3f}"), ("effective directions", "{:.0f}")):
-            line[name] = pattern.format(np.mean([row[name] for row in rows]))
-        lines.append(line)
-    print_table("Spearman with the exact damped inverse", lines)
+    groups = group(found)
+    print_table("Spearman with the exact damped inverse", summarise(groups))
     plot(groups, args.output / "exact.png")
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/groups.py [--quick] [--model FOLDER --pool FILE --validation FILE --test FILE --task_column NAME]
 
-A redundant pool holds every distinct row four times: as copies, or reworded (the quickstart's rows in its own phrasings,
-others behind different first words). A reference is trained on it, 10 % are kept in several ways, and targets are
+A redundant pool holds every row four times: as copies, or reworded (the quickstart's rows in its own phrasings, others
+behind different first words). A reference is trained on it, 10 % are kept in several ways, and targets are
 trained on them for the same steps (a plain loop that equals TRL's trainer, see retraining.py). By default the
 quickstart's data and a small sibling of its model; the last pool is taken as it is, to show what caution costs where
 nothing repeats itself.
@@ -26,9 +26,8 @@ from plain_training import (
     compute_query_influence,
     compute_similarities,
     compute_test_loss,
+    find_sources,
     load_adapter,
-    make_quickstart_inputs,
-    make_sized_model,
     print_table,
     show,
     train_on,
@@ -201,15 +200,7 @@ def main() -> None:
         args.kinds, args.rows, args.steps, args.reference_steps, args.seeds = ["reworded"], 80, 4, 4, [0]
     torch.set_num_threads(1)
     disable_progress_bars()
-    sources = (args.model, args.pool, args.validation, args.test)
-    if not all(sources):
-        if any(sources):
-            raise ValueError("Give all of --model, --pool, --validation and --test, or none of them.")
-        inputs = make_quickstart_inputs()
-        args.model = make_sized_model(inputs, hidden_size=48, num_layers=2)
-        args.pool, args.validation, args.test = (
-            str(inputs / f"{part}.jsonl") for part in ("pool", "validation", "test")
-        )
+    find_sources(args, "model", ("pool", "validation", "test"))
     preparation = Preparation(AutoTokenizer.from_pretrained(args.model), completion_only_loss=True, max_length=512)
     parts = {name: load_rows(getattr(args, name), name).to_list() for name in ("pool", "validation", "test")}
     for name, rows in parts.items():

@@ -6,6 +6,7 @@ trainings fit into minutes; `check_against_trl` shows that both end at the same 
 loss: training with some rows left out keeps every other row in its place.
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -52,7 +53,7 @@ def make_quickstart_inputs() -> Path:
 
 
 def make_sized_model(inputs: Path, hidden_size: int, num_layers: int, seed: int = 0) -> Path:
-    """Another size of the quickstart's model, pretrained as its generator does and on the same texts (`seed` aside)."""
+    """Another size of the quickstart's model, pretrained as its generator does, on the same texts."""
     sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes/quickstart"))
     from generate import Settings, make_splits, pretrain_model
 
@@ -63,6 +64,29 @@ def make_sized_model(inputs: Path, hidden_size: int, num_layers: int, seed: int 
         pretrain_model(texts, tokenizer, Settings(seed=seed), hidden_size, num_layers).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def find_sources(args: argparse.Namespace, model: str, data: tuple[str, ...]) -> Path | None:
+    """
+    Set `args.<model>` and the sources of the `data` to a small sibling of the quickstart's model and to its rows,
+    unless they are given; returns the quickstart's folder if it is used.
+
+    Raises:
+        ValueError: if some are given and others are not.
+    """
+    given = [name for name in (model, *data) if getattr(args, name) is not None]
+    if len(given) == 1 + len(data):
+        return None
+    if given:
+        flags = ", ".join(f"--{name}" for name in (model, *data))
+        raise ValueError(
+            f"Only {', '.join(f'--{name}' for name in given)} given: give all of {flags}, or none of them."
+        )
+    inputs = make_quickstart_inputs()
+    setattr(args, model, make_sized_model(inputs, hidden_size=48, num_layers=2))
+    for name in data:
+        setattr(args, name, str(inputs / f"{name}.jsonl"))
+    return inputs
 
 
 def load_adapter(model: str | Path, rank: int, seed: int) -> PeftModel:

@@ -22,11 +22,10 @@ from plain_training import (
     Schedule,
     check_against_trl,
     compute_similarities,
+    find_sources,
     keep_gradients,
     load_adapter,
     make_batches,
-    make_quickstart_inputs,
-    make_sized_model,
     plan_steps,
     print_table,
     show,
@@ -48,7 +47,7 @@ ESTIMATORS = ("DataInf", "exact damped inverse", "gradient dot", "gradient cosin
 
 
 def compute_influence(g: dict[str, np.ndarray], v: dict[str, np.ndarray], damping_scale: float) -> dict[str, Any]:
-    """Influence `[n, Q]` by estimator, from the gradients of the rows `[n, d]` and validation rows `[Q, d]` per block."""
+    """Influence `[n, Q]` by estimator, from the gradients of rows `[n, d]` and validation rows `[Q, d]` per block."""
     num_rows, num_queries = len(next(iter(g.values()))), len(next(iter(v.values())))
     found = {name: np.zeros((num_rows, num_queries)) for name in ESTIMATORS}
     row_norms, query_norms = np.zeros(num_rows), np.zeros(num_queries)
@@ -205,7 +204,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="Folder of a causal language model.")
     parser.add_argument("--pool", help="Rows with prompt and completion: a .jsonl, a folder or a Hub id.")
     parser.add_argument("--validation", help="Likewise.")
-    parser.add_argument("--pools", type=int, default=3, help="Pools to draw.")
+    parser.add_argument("--pool_seeds", type=int, nargs="+", default=[0, 1, 2], help="One pool is drawn by each.")
     parser.add_argument("--rows", type=int, default=64, help="Rows of a pool.")
     parser.add_argument("--subsets", type=int, default=40, help="Random halves of each pool.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="Of references and leave-one-out.")
@@ -217,15 +216,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/retraining"))
     args = parser.parse_args()
     if args.quick:
-        args.pools, args.rows, args.subsets, args.seeds, args.subset_seeds, args.epochs = 1, 16, 10, [0, 1], [0, 1], 1
+        args.pool_seeds, args.rows, args.subsets = [0], 16, 10
+        args.seeds, args.subset_seeds, args.epochs = [0, 1], [0, 1], 1
     torch.set_num_threads(1)
     disable_progress_bars()
-    if args.model is None or args.pool is None or args.validation is None:
-        if args.model or args.pool or args.validation:
-            raise ValueError("Give all of --model, --pool and --validation, or none of them.")
-        inputs = make_quickstart_inputs()
-        args.model = make_sized_model(inputs, hidden_size=48, num_layers=2)
-        args.pool, args.validation = str(inputs / "pool.jsonl"), str(inputs / "validation.jsonl")
+    find_sources(args, "model", ("pool", "validation"))
     preparation = Preparation(AutoTokenizer.from_pretrained(args.model), completion_only_loss=True, max_length=256)
     everything, validation = (
         prepare_rows(load_rows(source, name).select_columns(["prompt", "completion"]), preparation)
@@ -235,17 +230,24 @@ def main() -> None:
         raise ValueError(f"--rows {args.rows} is more than the {len(everything)} rows of {args.pool}.")
     steps = args.epochs * -(-args.rows // args.batch_size)
     schedule = Schedule(steps, args.batch_size, args.learning_rate, warmup_steps=max(steps // 10, 1))
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / "retraining.json"
+    harmless = ("output", "pool_seeds", "quick")
+    settings = {name: str(value) for name, value in vars(args).items() if name not in harmless}
+    stored = json.loads(path.read_text()) if path.is_file() else {}
+    found: list[dict[str, Any]] = stored["rows"] if stored.get("settings") == settings else []
     difference = check_against_trl(args.model, everything.select(range(args.rows)), schedule)
     print(f"This loop and TRL's trainer end at adapters that differ by {difference:.0e} of the largest weight.")
-    found: list[dict[str, Any]] = []
-    args.output.mkdir(parents=True, exist_ok=True)
-    for pool_seed in range(args.pools):
+    for pool_seed in args.pool_seeds:
+        if any(row["pool"] == pool_seed for row in found):
+            continue
         drawn = np.sort(np.random.default_rng(pool_seed).choice(len(everything), args.rows, replace=False))
         job = Retraining(args.model, everything.select(drawn), validation, schedule, args.seeds)
         found += measure_pool(job, args, pool_seed)
-        text = json.dumps({"machine": describe_machine(), "trl_difference": difference, "rows": found}, indent=2)
-        (args.output / "retraining.json").write_text(text + "\n")
-    print_table(f"{args.pools} pools of {args.rows} rows, {steps} steps", summarise(found))
+        state = {"machine": describe_machine(), "settings": settings, "trl_difference": difference, "rows": found}
+        path.write_text(json.dumps(state, indent=2) + "\n")
+    found = [row for row in found if row["pool"] in args.pool_seeds]
+    print_table(f"{len(args.pool_seeds)} pools of {args.rows} rows, {steps} steps", summarise(found))
     plot(found, args.output / "retraining.png")
 
 

@@ -1,6 +1,6 @@
 """Transfer: does the influence of another, smaller or barely trained reference choose rows for the target?
 
-    python benchmarks/transfer.py [--quick] [--target FOLDER --references NAME=FOLDER … --pool F --validation F --test F]
+    python benchmarks/transfer.py [--quick] [--target DIR --references NAME=DIR … --pool F --validation F --test F]
 
 By default models that the quickstart's generator pretrains: the target, the same size from another seed, a smaller and
 a larger one. Each reference is trained on the pool (or on a share of it, `target 10%`), the pool is scored, and the
@@ -23,8 +23,8 @@ from plain_training import (
     compute_query_influence,
     compute_similarities,
     compute_test_loss,
+    find_sources,
     load_adapter,
-    make_quickstart_inputs,
     make_sized_model,
     print_table,
     show,
@@ -189,21 +189,13 @@ def main() -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
     args.references = {name: Path(folder) for name, _, folder in (item.partition("=") for item in args.references)}
-    sources = (args.target, args.pool, args.validation, args.test)
-    if not all(sources):
-        if any(sources):
-            raise ValueError("Give all of --target, --pool, --validation and --test, or none of them.")
-        inputs = make_quickstart_inputs()
-        args.target = make_sized_model(inputs, 48, 2)
-        if not args.quick:
-            args.references = {
-                "same size, pretrained from another seed": make_sized_model(inputs, 48, 2, seed=1),
-                "smaller (hidden 24, 1 layer)": make_sized_model(inputs, 24, 1),
-                "larger (hidden 96, 4 layers)": inputs / "model",
-            }
-        args.pool, args.validation, args.test = (
-            str(inputs / f"{part}.jsonl") for part in ("pool", "validation", "test")
-        )
+    inputs = find_sources(args, "target", ("pool", "validation", "test"))
+    if inputs is not None and not args.quick:
+        args.references = {
+            "same size, pretrained from another seed": make_sized_model(inputs, 48, 2, seed=1),
+            "smaller (hidden 24, 1 layer)": make_sized_model(inputs, 24, 1),
+            "larger (hidden 96, 4 layers)": inputs / "model",
+        }
     found: list[dict[str, Any]] = []
     args.output.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:

@@ -80,8 +80,8 @@ def compare_leave_one_out(
         influence (`numpy.ndarray` of shape `[n]` or `[n, Q]`):
             As in [`compute_lds`]; negative = proponent.
         left_out (`numpy.ndarray` of shape `[n, seeds]` or `[n, seeds, Q]`):
-            Validation loss (nats) after training on all rows but one, for each row and seed. What the loss was with all
-            rows does not matter, it is the same for every row. The influence of a row is compared with minus this.
+            Validation loss (nats) after training on all rows but one, for each row and seed. The loss with all rows is
+            the same for every row and does not matter. Influence is compared with minus this loss.
         level (`float`, *optional*, defaults to `0.95`):
             Confidence level of the interval.
         seed (`int`, *optional*, defaults to `0`):

@@ -11,8 +11,8 @@ def take_greedy(influence: np.ndarray, candidates: np.ndarray, count: int) -> np
     r"""
     Let each validation row in turn take the row that helps it most, given all rows taken before.
 
-    Plain influence is that of a row added to the pool on its own: two copies of a row have the same, though training on
-    one leaves little to learn from the other. Here the curvature of the chosen rows is added as they are chosen, so
+    Plain influence is that of a row added to the pool on its own: two copies of a row have the same, though training
+    on one leaves little to learn from the other. Here the curvature of the chosen rows is added as they are chosen, so
     that gradients along directions that they cover count for less. All of it happens in the space of the Q validation
     rows, where a row i of the pool is `a_i = -influence_per_query_i / s`, with `s` the root mean square of each
     validation row's influence over the pool (each weighs the same). There the pool's damped curvature is

@@ -162,8 +162,8 @@ def measure_curvature(passes: Passes, prepared: Dataset, result: FitResult, damp
     """
     Rank correlation of DataInf with the exact damped inverse on a seeded sample of 64 rows, fitted and scored on it.
 
-    The sample has fewer directions than the pool: with a large pool and rank the agreement on all of it is lower still
-    (`benchmarks/exact.py`). In the place of the validation gradient `v` stands `damping * u`, which ranks nearly alike.
+    In `benchmarks/exact.py` it is within 0.2 of the agreement on 384 rows, at LoRA ranks of 1 to 16 and any damping.
+    `damping * u` stands for the validation gradient `v`: it ranks nearly alike, and `v` is not kept.
 
     Args:
         passes ([`Passes`]):
@@ -209,7 +209,7 @@ def warn_of_curvature(agreement: float, damping_scale: float) -> None:
     if agreement < MIN_CURVATURE_AGREEMENT:
         logger.warning(
             "DataInf is far from the exact damped inverse here: on a sample of the pool their rankings agree by %.2f "
-            "(Spearman; 1 = the same). It then ranks nearly as a gradient dot product does, weighted by block. A larger "
+            "(Spearman; 1 = the same). It ranks nearly as a gradient dot product weighted by block does. A larger "
             "`damping_scale` (now %s) brings both together, a smaller LoRA rank too; see benchmarks/RESULTS.md.",
             agreement,
             damping_scale,
