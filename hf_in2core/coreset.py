@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 
+from .greedy import take_greedy
 
-STRATEGIES = ("top", "bottom", "random", "round_robin", "round_robin_rows")
+
+STRATEGIES = ("top", "bottom", "random", "round_robin", "round_robin_rows", "greedy")
 GROUP_QUOTAS = ("proportional", "equal")
 ORDERS = ("influence", "original")
 
@@ -68,6 +70,9 @@ def select_coreset(
             - `"round_robin_rows"`: the same with every validation row as a set of its own, for a pool scored after
               `trainer.fit_influence(per_example=True)` (column `influence_per_query`). For a validation set of several
               tasks: their mean gradient is mostly that of the task with the largest gradients.
+            - `"greedy"`: likewise, but each takes the row that helps it most given all rows taken before, so that
+              copies and paraphrases of a chosen row count for less ([`greedy.take_greedy`] has the equations). For
+              pools that repeat themselves. With another size it may choose other rows altogether.
         column (`str`, *optional*, defaults to `"influence"`):
             Numeric column to select by in place of `influence`, such as those of [`baselines`]. Whatever it holds,
             `"top"` takes its smallest values first and `"bottom"` its largest, and null or NaN marks rows that are
@@ -114,7 +119,7 @@ def select_coreset(
     if group_column is not None and group_column not in scored.column_names:
         raise ValueError(f"group_column={group_column!r} is not a column of the dataset: {scored.column_names}.")
     _check_request(fraction, size)
-    if column != "influence" and (proponents_only or strategy.startswith("round_robin")):
+    if column != "influence" and (proponents_only or strategy.startswith(("round_robin", "greedy"))):
         asked = "proponents_only=True" if proponents_only else f"strategy={strategy!r}"
         raise ValueError(
             f"{asked} needs influence, whose sign means something, but column={column!r} is to select. Leave out one "
@@ -149,8 +154,8 @@ def select_coreset(
     set_scores = None
     if strategy == "round_robin":
         set_scores = _read_set_scores(scored, rows)
-    elif strategy == "round_robin_rows":
-        set_scores = read_query_scores(scored)
+    elif strategy in ("round_robin_rows", "greedy"):
+        set_scores = read_query_scores(scored, strategy)
     generator = np.random.default_rng(seed)
     if group_column is None:
         selected = _take(rows, count, strategy, influence, set_scores, generator)
@@ -186,6 +191,8 @@ def _take(
     if strategy == "random":
         return generator.permutation(rows)[:count]
     assert set_scores is not None
+    if strategy == "greedy":
+        return take_greedy(set_scores.T, rows, count)
     return take_round_robin(rows, count, set_scores)
 
 
@@ -275,11 +282,11 @@ def _read_set_scores(scored: Dataset, rows: np.ndarray) -> np.ndarray:
     return set_scores
 
 
-def read_query_scores(scored: Dataset) -> np.ndarray:
+def read_query_scores(scored: Dataset, strategy: str = "round_robin_rows") -> np.ndarray:
     """Read `influence_per_query` as float64 of shape `[Q, pool]`; NaN where the row has none."""
     if "influence_per_query" not in scored.column_names:
         raise ValueError(
-            "strategy='round_robin_rows' needs the column influence_per_query, but the dataset has "
+            f"strategy={strategy!r} needs the column influence_per_query, but the dataset has "
             f"{scored.column_names}. Call `trainer.fit_influence(per_example=True)` before scoring, or use "
             'strategy="top".'
         )

@@ -51,7 +51,9 @@ from .trainer_checks import (
     check_store,
     check_zero_blocks,
     load_tokenizer,
+    measure_curvature,
     stand_in_template,
+    warn_of_curvature,
 )
 from .verification import verify_gradients
 
@@ -339,6 +341,9 @@ class InfluenceTrainer(SFTTrainer):
                 self.args,
                 queries_per_block=self._count_queries_per_block(blocks) if per_example else None,
             )
+            if self.args.estimator == "datainf" and self.is_world_process_zero():
+                scale = self.args.damping_scale
+                warn_of_curvature(measure_curvature(job, self._prepared[""], result, scale, self.args.seed), scale)
             # Every process holds the same sums; on one file system the last rename wins with the same bytes.
             if self.accelerator.is_local_main_process:
                 write_fit(job, result)

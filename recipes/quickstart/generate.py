@@ -264,7 +264,13 @@ def iterate_batches(encoded: Sequence[list[int]], batch_size: int) -> Iterator[l
         yield from batches
 
 
-def pretrain_model(texts: Sequence[str], tokenizer: Any, settings: Settings) -> Any:
+def pretrain_model(
+    texts: Sequence[str],
+    tokenizer: Any,
+    settings: Settings,
+    hidden_size: int = HIDDEN_SIZE,
+    num_layers: int = NUM_LAYERS,
+) -> Any:
     """One pass over the texts, loss on every token and on `</s>` after the last; returns a `LlamaForCausalLM`."""
     import torch
     from tqdm.auto import tqdm
@@ -276,9 +282,9 @@ def pretrain_model(texts: Sequence[str], tokenizer: Any, settings: Settings) -> 
         model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=len(tokenizer),
-                hidden_size=HIDDEN_SIZE,
-                intermediate_size=HIDDEN_SIZE * 8 // 3,
-                num_hidden_layers=NUM_LAYERS,
+                hidden_size=hidden_size,
+                intermediate_size=hidden_size * 8 // 3,
+                num_hidden_layers=num_layers,
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 tie_word_embeddings=True,

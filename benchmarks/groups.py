@@ -1,0 +1,226 @@
+"""Groups: selection that accounts for what is chosen already, on pools that repeat themselves.
+
+    python benchmarks/groups.py [--quick] [--model FOLDER --pool FILE --validation FILE --test FILE --task_column NAME]
+
+A redundant pool holds every row four times: as copies, or reworded (the quickstart's rows in its own phrasings, others
+behind different first words). A reference is trained on it, 10 % are kept in several ways, and targets are
+trained on them for the same steps (a plain loop that equals TRL's trainer, see retraining.py). By default the
+quickstart's data and a small sibling of its model; the last pool is taken as it is, to show what caution costs where
+nothing repeats itself.
+± is the 95 % interval over seeds, each with its own pool, reference and target.
+"""
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, disable_progress_bars
+from plain_training import (
+    Schedule,
+    compute_query_influence,
+    compute_similarities,
+    compute_test_loss,
+    find_sources,
+    load_adapter,
+    print_table,
+    show,
+    train_on,
+)
+from transformers import AutoTokenizer
+from workload import describe_machine
+
+from hf_in2core import select_coreset
+from hf_in2core.coreset import take_round_robin
+from hf_in2core.data import load_rows
+from hf_in2core.evaluation import compare_arms
+from hf_in2core.preparation import Preparation, prepare_rows
+
+
+COPIES = 4
+OPENINGS = ("", "Please: ", "Now this one. ", "Question: ")
+
+
+def reword(row: dict[str, Any], number: int) -> str:
+    """The prompt of a row in other words: the quickstart's own phrasings, else another beginning."""
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes/quickstart"))
+    from generate import TASKS
+
+    text = row["prompt"].removeprefix("Instruction: ").removesuffix("\nResponse:")
+    for template in TASKS[row["task"]][1] if row.get("task") in TASKS else ():
+        before, after = template.split("{}")
+        if text.startswith(before) and text.endswith(after):
+            content = text[len(before) : len(text) - len(after)]
+            phrasings = [*TASKS[row["task"]][1], f"Please: {TASKS[row['task']][1][0]}"]
+            return f"Instruction: {phrasings[number].format(content)}\nResponse:"
+    return OPENINGS[number] + row["prompt"]
+
+
+def make_pool(rows: list[dict[str, Any]], kind: str, size: int, seed: int) -> list[dict[str, Any]]:
+    """`size` rows, four of each distinct one but for `as it is`; `origin` tells which belong together."""
+    rng = random.Random(seed)
+    if kind == "as it is":
+        pool = [row | {"origin": index} for index, row in enumerate(rng.sample(rows, size))]
+    else:
+        pool = [
+            row | {"origin": index, "prompt": reword(row, number) if kind == "reworded" else row["prompt"]}
+            for index, row in enumerate(rng.sample(rows, size // COPIES))
+            for number in range(COPIES)
+        ]
+    rng.shuffle(pool)
+    return pool
+
+
+def choose(scores: dict[str, np.ndarray], origin: np.ndarray, fraction: float, seed: int) -> dict[str, np.ndarray]:
+    """Positions kept by each method."""
+    n = len(origin)
+    size = round(fraction * n)
+
+    def select(influence: np.ndarray, strategy: str) -> np.ndarray:
+        columns = {"influence": influence.mean(1), "influence_per_query": list(influence), "row": np.arange(n)}
+        chosen = select_coreset(Dataset.from_dict(columns), size=size, strategy=strategy, order="original", seed=seed)
+        return np.array(chosen["row"])
+
+    datainf, cosine = scores["DataInf"], scores["gradient cosine"]
+    scaled = datainf / np.sqrt((datainf**2).mean(0))
+    order = np.argsort(datainf.mean(1), kind="stable")
+    first = np.sort(np.unique(origin[order], return_index=True)[1])
+    return {
+        "random": select(datainf, "random"),
+        "influence, top": select(datainf, "top"),
+        "influence, top, one of each origin (oracle)": order[first][:size],
+        "influence, each validation row scaled, top": select(scaled, "top"),
+        "influence, largest over validation rows": np.argsort(scaled.min(1), kind="stable")[:size],
+        "influence, in turn": select(datainf, "round_robin_rows"),
+        "influence, greedy": select(datainf, "greedy"),
+        "cosine, in turn": select(cosine, "round_robin_rows"),
+        "cosine, greedy": select(cosine, "greedy"),
+        "RDS+": take_round_robin(np.arange(n), size, scores["RDS+"].T),
+    }
+
+
+def run_seed(args: argparse.Namespace, kind: str, seed: int, data: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = make_pool(data["pool"], kind, args.rows, seed)
+    pool = prepare(rows, data["preparation"])
+    origin, task = np.array([row["origin"] for row in rows]), np.array([str(row[args.task_column]) for row in rows])
+    ours = np.isin(task, data["tasks"])
+    start = time.process_time()
+    reference = train_on(args.model, pool, np.arange(len(pool)), Schedule(args.reference_steps, 16), seed)
+    scores = {
+        "DataInf": compute_query_influence(reference, pool, data["validation"]),
+        "gradient cosine": compute_query_influence(reference, pool, data["validation"], "gradient_cosine"),
+        "RDS+": -compute_similarities(load_adapter(args.model, 8, 0), pool, data["validation"]),
+    }
+    found = []
+    for method, chosen in choose(scores, origin, args.fraction, seed).items():
+        if args.methods and method not in args.methods:
+            continue
+        target = train_on(args.model, pool, np.sort(chosen), Schedule(args.steps, args.batch_size), seed)
+        row = {"pool": kind, "seed": seed, "kept by": method, "test_loss": compute_test_loss(target, data["test"])}
+        row |= {"distinct": len(set(origin[chosen])), "task": len(set(origin[chosen][ours[chosen]]))}
+        found.append(row | {"rows": len(chosen), "of the task": float(ours[chosen].mean())})
+    print(f"{kind}, seed {seed}: {time.process_time() - start:.0f} CPU s", flush=True)
+    return found
+
+
+def prepare(rows: list[dict[str, Any]], preparation: Preparation) -> Dataset:
+    """Tokens of the rows; all of them must carry loss, so that positions stay."""
+    prepared = prepare_rows(
+        Dataset.from_list([{k: row[k] for k in ("prompt", "completion")} for row in rows]), preparation
+    )
+    if len(prepared) < len(rows):
+        raise ValueError(f"{len(rows) - len(prepared)} rows carry no loss within 256 tokens. Leave them out first.")
+    return prepared
+
+
+def summarise(found: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """One line per method, lowest loss first."""
+    losses: dict[str, dict[int, float]] = {}
+    for row in found:
+        if row["pool"] == kind:
+            losses.setdefault(row["kept by"], {})[row["seed"]] = row["test_loss"]
+    lines = []
+    for method in sorted(losses, key=lambda name: float(np.mean(list(losses[name].values())))):
+        rows = [row for row in found if row["pool"] == kind and row["kept by"] == method]
+        line: dict[str, Any] = {"kept by": method, "test loss": show(losses[method].values())}
+        for other in ("influence, top", "random"):
+            difference = compare_arms(losses[method], losses[other])
+            half = "" if difference["half_width"] is None else f" ± {difference['half_width']:.3f}"
+            line[f"minus {other.split(', ')[-1]}"] = "" if method == other else f"{difference['mean']:+.3f}{half}"
+        line["distinct rows"] = f"{np.mean([row['distinct'] for row in rows]):.0f} of {rows[0]['rows']}"
+        line["distinct of the task"] = f"{np.mean([row['task'] for row in rows]):.0f}"
+        lines.append(line | {"of the task": f"{np.mean([row['of the task'] for row in rows]):.0%}"})
+    return lines
+
+
+def plot(found: list[dict[str, Any]], path: Path) -> None:
+    """Test loss by method, one panel for each pool; points are seeds."""
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(row["pool"] for row in found))
+    figure = Figure(figsize=(7.5, 0.6 + 2.6 * len(kinds)), layout="constrained")
+    for axes, kind in zip(np.atleast_1d(figure.subplots(len(kinds), 1)), kinds, strict=True):
+        order = [line["kept by"] for line in summarise(found, kind)][::-1]
+        for height, method in enumerate(order):
+            values = [row["test_loss"] for row in found if row["pool"] == kind and row["kept by"] == method]
+            colour = "#D55E00" if "greedy" in method else "#E69F00" if method == "random" else "#0072B2"
+            axes.plot(values, [height] * len(values), "o", color=colour, alpha=0.4, markersize=4)
+            axes.plot(np.mean(values), height, "|", color=colour, markersize=12)
+        axes.set_yticks(range(len(order)), order, fontsize=8)
+        axes.set_title(f"Pool: {kind}", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("Test loss, nats per token (left is better)")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="One small pool, few steps: shows that it runs.")
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--pool")
+    parser.add_argument("--validation")
+    parser.add_argument("--test")
+    parser.add_argument("--task_column", default="task", help="Column that tells the task of a row.")
+    parser.add_argument("--kinds", nargs="+", default=["copies", "reworded", "as it is"])
+    parser.add_argument("--methods", nargs="+", help="Some of the methods of the table; all by default.")
+    parser.add_argument("--rows", type=int, default=1600, help="Rows of a pool, copies included.")
+    parser.add_argument("--fraction", type=float, default=0.1)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--reference_steps", type=int, default=100)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/groups"))
+    args = parser.parse_args()
+    if args.quick:
+        args.kinds, args.rows, args.steps, args.reference_steps, args.seeds = ["reworded"], 80, 4, 4, [0]
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    find_sources(args, "model", ("pool", "validation", "test"))
+    preparation = Preparation(AutoTokenizer.from_pretrained(args.model), completion_only_loss=True, max_length=512)
+    parts = {name: load_rows(getattr(args, name), name).to_list() for name in ("pool", "validation", "test")}
+    for name, rows in parts.items():
+        if args.task_column not in rows[0]:
+            raise ValueError(
+                f"The {name} has no column {args.task_column!r}, only {list(rows[0])}: see --task_column."
+            )
+    data = {"pool": parts["pool"], "preparation": preparation}
+    data["tasks"] = sorted({str(row[args.task_column]) for row in parts["validation"]})
+    data |= {name: prepare(parts[name], preparation) for name in ("validation", "test")}
+    found: list[dict[str, Any]] = []
+    args.output.mkdir(parents=True, exist_ok=True)
+    for kind in args.kinds:
+        for seed in args.seeds:
+            found += run_seed(args, kind, seed, data)
+            text = json.dumps({"machine": describe_machine(), "rows": found}, indent=2)
+            (args.output / "groups.json").write_text(text + "\n")
+        print_table(f"Pool: {kind}, {args.fraction:.0%} kept", summarise(found, kind))
+    plot(found, args.output / "groups.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""What the evidence benchmarks share: SFT of a small adapter by a plain loop, gradients kept in memory, tables.
+
+The loop does what TRL's `SFTTrainer` does with the default optimiser (AdamW, linear decay after a warm-up, gradients
+clipped at norm 1, mean loss over the labelled tokens of a batch) without its constant cost, so that hundreds of
+trainings fit into minutes; `check_against_trl` shows that both end at the same adapter. A row of weight 0 carries no
+loss: training with some rows left out keeps every other row in its place.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
+
+from hf_in2core.baselines import compute_hidden_embeddings
+from hf_in2core.batches import TokenBatch, collate, read_token_rows
+from hf_in2core.blocks import find_blocks
+from hf_in2core.evaluation import compute_confidence_interval
+from hf_in2core.fit import run_fit_pass, run_per_example_validation_pass
+from hf_in2core.losses import compute_row_losses, compute_token_nll
+from hf_in2core.passes import Passes
+from hf_in2core.scoring import run_score_pass
+
+
+QUICKSTART = Path("runs/quickstart/inputs")
+MODELS = Path("runs/benchmarks/models")
+
+
+@dataclass
+class Schedule:
+    """How an adapter is trained."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float = 3e-3
+    warmup_steps: int = 10
+    rank: int = 8
+
+
+def make_quickstart_inputs() -> Path:
+    """The quickstart's model and data, generated where the demo has them if they are not there."""
+    script = Path(__file__).resolve().parent.parent / "recipes/quickstart/generate.py"
+    subprocess.run([sys.executable, str(script), "--output_dir", str(QUICKSTART)], check=True)
+    return QUICKSTART
+
+
+def make_sized_model(inputs: Path, hidden_size: int, num_layers: int, seed: int = 0) -> Path:
+    """Another size of the quickstart's model, pretrained as its generator does, on the same texts."""
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes/quickstart"))
+    from generate import Settings, make_splits, pretrain_model
+
+    folder = MODELS / f"hidden-{hidden_size}-layers-{num_layers}-seed-{seed}"
+    if not (folder / "tokenizer.json").is_file():
+        texts = make_splits(Settings())[1]
+        tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
+        pretrain_model(texts, tokenizer, Settings(seed=seed), hidden_size, num_layers).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def find_sources(args: argparse.Namespace, model: str, data: tuple[str, ...]) -> Path | None:
+    """
+    Set `args.<model>` and the sources of the `data` to a small sibling of the quickstart's model and to its rows,
+    unless they are given; returns the quickstart's folder if it is used.
+
+    Raises:
+        ValueError: if some are given and others are not.
+    """
+    given = [name for name in (model, *data) if getattr(args, name) is not None]
+    if len(given) == 1 + len(data):
+        return None
+    if given:
+        flags = ", ".join(f"--{name}" for name in (model, *data))
+        raise ValueError(
+            f"Only {', '.join(f'--{name}' for name in given)} given: give all of {flags}, or none of them."
+        )
+    inputs = make_quickstart_inputs()
+    setattr(args, model, make_sized_model(inputs, hidden_size=48, num_layers=2))
+    for name in data:
+        setattr(args, name, str(inputs / f"{name}.jsonl"))
+    return inputs
+
+
+def load_adapter(model: str | Path, rank: int, seed: int) -> PeftModel:
+    """A base model with a fresh LoRA adapter on every linear, seeded."""
+    base = AutoModelForCausalLM.from_pretrained(model)
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
+    return get_peft_model(base, config)
+
+
+def plan_steps(num_rows: int, schedule: Schedule, seed: int) -> list[np.ndarray]:
+    """Rows of each step: a fresh random order for every epoch, cut into batches; the last of an epoch may be short."""
+    generator = np.random.default_rng(seed)
+    batches: list[np.ndarray] = []
+    while len(batches) < schedule.steps:
+        order = generator.permutation(num_rows)
+        batches += [order[start : start + schedule.batch_size] for start in range(0, num_rows, schedule.batch_size)]
+    return batches[: schedule.steps]
+
+
+def train_adapter(
+    model: PeftModel, batches: list[TokenBatch], schedule: Schedule, weights: np.ndarray | None = None
+) -> None:
+    """
+    Train the adapter in place, one step per batch.
+
+    `weights` (`[n]`, indexed by the batches' `indices`) is 0 for rows that are left out and 1 for the others; a batch
+    of left-out rows alone has a zero gradient.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=0.0)
+    scheduler = get_linear_schedule_with_warmup(optimizer, schedule.warmup_steps, schedule.steps)
+    model.train()
+    for batch in batches:
+        nll = compute_token_nll(model, batch)[0]
+        if weights is None:
+            loss = nll.mean()
+        else:
+            kept = torch.from_numpy(weights[batch.indices]).to(nll.dtype)[batch.row_of_target]
+            loss = (nll * kept).sum() / kept.sum().clamp(min=1.0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def make_batches(prepared: Dataset, steps: list[np.ndarray]) -> list[TokenBatch]:
+    """Collated batches of the rows of each step."""
+    token_rows = read_token_rows(prepared)
+    return [collate(token_rows, rows) for rows in steps]
+
+
+def train_on(
+    model_path: str | Path, prepared: Dataset, positions: np.ndarray, schedule: Schedule, seed: int
+) -> PeftModel:
+    """A fresh adapter trained on the rows at `positions`, seeded."""
+    model = load_adapter(model_path, schedule.rank, seed)
+    steps = plan_steps(len(positions), schedule, seed)
+    train_adapter(model, make_batches(prepared, [positions[rows] for rows in steps]), schedule)
+    return model
+
+
+def keep_gradients(model: PeftModel, prepared: Dataset) -> dict[str, np.ndarray]:
+    """Per-example gradients of the mean token loss, float64 `[n, d]` per block."""
+    passes = Passes(model, find_blocks(model, "default"), "mean", 4096, show_progress=False)
+    gradients = run_per_example_validation_pass(passes, prepared)
+    return {name: value.flatten(1).double().numpy() for name, value in gradients.items()}
+
+
+def compute_query_influence(
+    model: PeftModel, pool: Dataset, validation: Dataset, estimator: str = "datainf", damping_scale: float = 0.1
+) -> np.ndarray:
+    """Influence of every row on every validation row, float64 `[n, Q]`, by the library's own passes."""
+    passes = Passes(model, find_blocks(model, "default"), "mean", 4096, chunk_size=10**6, show_progress=False)
+    directions = run_per_example_validation_pass(passes, validation)
+    if estimator == "datainf":
+        fitted = run_fit_pass(passes, pool, directions, damping_scale, None, 0)
+        directions = {name: value.float() for name, value in fitted.ihvp.items()}
+    return run_score_pass(passes, pool, directions, cosine=estimator == "gradient_cosine").influence
+
+
+def compute_test_loss(model: PeftModel, prepared: Dataset) -> float:
+    """Mean negative log-likelihood per labelled token, nats."""
+    losses = compute_row_losses(model, prepared)
+    return float(losses.nll.sum() / losses.num_loss_tokens.sum())
+
+
+def compute_similarities(model: PeftModel, prepared: Dataset, queries: Dataset) -> np.ndarray:
+    """Cosine of hidden states (RDS+), `[n, Q]`."""
+    rows, targets = (compute_hidden_embeddings(model, part).astype(np.float64) for part in (prepared, queries))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    targets /= np.linalg.norm(targets, axis=1, keepdims=True)
+    return rows @ targets.T
+
+
+def check_against_trl(model_path: str | Path, prepared: Dataset, schedule: Schedule, seed: int = 0) -> float:
+    """Largest difference between the adapters of this loop and of TRL's trainer, relative to the largest weight."""
+    from trl import SFTConfig, SFTTrainer
+
+    steps = plan_steps(len(prepared), schedule, seed)
+    ours = load_adapter(model_path, schedule.rank, seed)
+    train_adapter(ours, make_batches(prepared, steps), schedule)
+    theirs = load_adapter(model_path, schedule.rank, seed)
+    # The same rows in the same places: every epoch written out, taken in order.
+    rows = prepared.select(np.concatenate(steps)).select_columns(["input_ids", "labels"])
+    with tempfile.TemporaryDirectory() as folder:
+        args = SFTConfig(
+            folder,
+            max_steps=schedule.steps,
+            per_device_train_batch_size=schedule.batch_size,
+            learning_rate=schedule.learning_rate,
+            warmup_steps=schedule.warmup_steps,
+            lr_scheduler_type="linear",
+            train_sampling_strategy="sequential",
+            activation_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_strategy="no",
+        )
+        SFTTrainer(
+            model=theirs, args=args, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(model_path)
+        ).train()
+    pairs = [
+        (p, q)
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True)
+        if p.requires_grad or q.requires_grad
+    ]
+    largest = max(float(p.detach().abs().max()) for p, _ in pairs)
+    return max(float((p - q).detach().abs().max()) for p, q in pairs) / largest
+
+
+def show(values: Any, pattern: str = "{:.3f}") -> str:
+    """Mean ± half-width of the 95 % Student-t interval over independent values."""
+    interval = compute_confidence_interval(list(values))
+    mean = pattern.format(interval["mean"])
+    return mean if interval["half_width"] is None else f"{mean} ± {pattern.format(interval['half_width']).lstrip('+')}"
+
+
+def print_table(title: str, rows: list[dict[str, Any]]) -> None:
+    """A Markdown table."""
+    print(f"\n### {title}\n\n| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
+    for row in rows:
+        print(f"| {' | '.join(str(value) for value in row.values())} |", flush=True)
