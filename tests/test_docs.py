@@ -78,6 +78,18 @@ def test_every_command_and_snippet_runs(document: Path, place: Place, reader: Hu
         run_block(block, document, place, reader)
 
 
+@pytest.mark.slow
+def test_the_space_arrives_whole(place: Place) -> None:
+    """What its README says to type puts every file of its folder where the Hub looks for them."""
+    folder = ROOT / "recipes" / "space"
+    for block in read_blocks(folder / "README.md"):
+        for command in read_commands(block):
+            place.run_once(command)
+    files = place.hub.repos["space", "user/in2core-explorer"].files()
+    own = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert {name: data for name, data in files.items() if name != ".gitattributes"} == own
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_every_block_is_one_that_is_run_or_shown(document: Path) -> None:
     for block in read_blocks(document):
