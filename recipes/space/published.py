@@ -273,8 +273,8 @@ def read_sample(files: list[pq.ParquetFile], columns: list[str], notes: list[str
         budget, rows = budget - size, rows - count
     if not taken:
         raise CannotShow(
-            f"Each row group of the pool has more than {MAX_BYTES:,} bytes or {MAX_INFLUENCES:,} rows. Publish it again "
-            "with `push_influence_dataset`, which writes smaller ones."
+            f"Each row group of the pool has more than {MAX_BYTES:,} bytes or {MAX_INFLUENCES:,} rows. Publish it "
+            "again with `push_influence_dataset`, which writes smaller ones."
         )
     parts = []
     for number, index, first, count, _ in (groups[position] for position in sorted(taken)):
