@@ -112,7 +112,9 @@ class Place:
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
         path = os.pathsep.join([str(Path(sys.executable).parent), str(programs), os.environ["PATH"]])
-        self.env = make_env(hub, root / "home", TOKEN, PATH=path, ACCELERATE_USE_CPU="true", **QUIET)
+        # Passive: threads that wait for each other by spinning take minutes where cores are shared.
+        own = {"PATH": path, "ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "passive"}
+        self.env = make_env(hub, root / "home", TOKEN, **own, **QUIET)
         self.done: set[str] = set()
         self._fill(root)
 
@@ -185,7 +187,7 @@ class Place:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=500,
+            timeout=900,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}"
         return done.stdout
