@@ -43,7 +43,7 @@ def reader(place: Place) -> Iterator[HubClient]:
 
 @pytest.fixture(scope="module")
 def mine(place: Place) -> None:
-    """A finished run in `runs/mine`, which several guides take for granted."""
+    """A finished run in `runs/my_run`, which several guides take for granted."""
     place.run_once(shorten("accelerate launch recipes/in2core.py --config my_run.yaml"))
 
 
