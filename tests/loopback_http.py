@@ -71,8 +71,8 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-REPO = r"/api/(?P<type>model|dataset)s/(?P<id>[^/]+/[^/]+?)"
-GIT = r"/(?P<prefix>datasets/)?(?P<id>[^/]+/[^/]+?)"
+REPO = r"/api/(?P<type>model|dataset|space)s/(?P<id>[^/]+/[^/]+?)"
+GIT = r"/(?P<prefix>datasets/|spaces/)?(?P<id>[^/]+/[^/]+?)"
 ROUTES = [
     (method, kind, re.compile(pattern))
     for method, kind, pattern in [
@@ -94,8 +94,8 @@ ROUTES = [
         ("POST", "lfs_verify", GIT + r"\.git/info/lfs/verify"),
         ("GET", "resolve", GIT + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
         ("HEAD", "resolve", GIT + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
-        ("PUT", "upload", r"/store/(?P<type>model|dataset)/(?P<id>[^/]+/[^/]+)/(?P<oid>\w+)"),
-        ("GET", "download", r"/store/(?P<type>model|dataset)/(?P<id>[^/]+/[^/]+)/(?P<oid>\w+)"),
+        ("PUT", "upload", r"/store/(?P<type>model|dataset|space)/(?P<id>[^/]+/[^/]+)/(?P<oid>\w+)"),
+        ("GET", "download", r"/store/(?P<type>model|dataset|space)/(?P<id>[^/]+/[^/]+)/(?P<oid>\w+)"),
     ]
 ]
 

@@ -155,7 +155,7 @@ class LoopbackHub:
     # What each route does. `user` is None for an anonymous request; `p` holds the route's named parts.
 
     def _repo(self, user: dict | None, p: dict, write: bool = False, content: bool = False) -> Repo:
-        repo_type = p.get("type") or ("dataset" if p.get("prefix") else "model")
+        repo_type = p.get("type") or (p.get("prefix") or "models/").removesuffix("s/")
         repo = self.repos.get((repo_type, p["id"]))
         owns = user is not None and p["id"].split("/")[0] in (user["name"], *user["orgs"])
         if repo is None or (repo.private and not owns):
@@ -179,7 +179,7 @@ class LoopbackHub:
             raise HubError(401, "Invalid username or password.")
         owner, repo_type = body.get("organization") or user["name"], body.get("type") or "model"
         repo_id = f"{owner}/{body['name']}"
-        url = f"{self.endpoint}/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
+        url = f"{self.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
         if owner not in (user["name"], *user["orgs"]) or user["role"] != "write":
             raise HubError(403, f'You don\'t have the rights to create a {repo_type} under the namespace "{owner}"')
         with self.lock:
@@ -301,7 +301,7 @@ class LoopbackHub:
                     target = quote(f"{repo.type}/{repo.id}", safe="")
                     complete = f"{self.endpoint}/api/complete?repo={target}&oid={oid}&{signed}"
                     upload = {"href": complete, "header": {"chunk_size": str(self.multipart_above)} | parts}
-                prefix = "datasets/" if repo.type == "dataset" else ""
+                prefix = "" if repo.type == "model" else f"{repo.type}s/"
                 verify = {"href": f"{self.endpoint}/{prefix}{repo.id}.git/info/lfs/verify", "header": {}}
                 entry["actions"] = {"upload": upload, "verify": verify}
             objects.append(entry)
