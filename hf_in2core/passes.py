@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from .batches import TokenBatch, TokenRows, collate, plan_batches, read_token_rows
 from .blocks import Blocks
+from .forwards import checkpointed_layers, find_checkpointable_layers
 from .gradients import GradientRecorder
 from .state import read_tensors, write_tensors
 from .store import GradientStore, StoredChunk
@@ -42,6 +43,9 @@ class Passes:
             `"mean"` or `"sum"`.
         tokens_per_batch (`int`):
             Token budget, halved in place when memory runs out.
+        checkpointed_tokens (`int`, *optional*):
+            Batches of more tokens than this, padding included, run with activation checkpointing; 0 for all of them,
+            none by default. Set in place when one row alone does not fit in memory.
         chunk_size (`int`):
             Rows per resumable chunk.
         autocast (`torch.dtype`, *optional*):
@@ -62,6 +66,7 @@ class Passes:
     blocks: Blocks
     loss_reduction: str
     tokens_per_batch: int
+    checkpointed_tokens: int | None = None
     chunk_size: int = 1024
     autocast: torch.dtype | None = None
     accelerator: Accelerator | None = None
@@ -104,6 +109,10 @@ class Passes:
         flags = self.sum_over_processes({"flag": torch.tensor(int(flag), device=self.device)})
         return int(flags["flag"]) == self.world_size
 
+    def is_checkpointed(self, batch: TokenBatch) -> bool:
+        """Whether a batch runs with activation checkpointing."""
+        return self.checkpointed_tokens is not None and batch.input_ids.numel() > self.checkpointed_tokens
+
     def progress(self, total: int, description: str, initial: int = 0) -> tqdm:
         """Progress bar over rows with an ETA, on the main process; one line a minute outside a terminal."""
         return tqdm(
@@ -120,16 +129,20 @@ def run_batches(passes: Passes, token_rows: TokenRows, step: Callable[[TokenBatc
     """
     Run `step` on token batches of some rows; when memory runs out, halve the budget and go on from the same batch.
 
+    Half the budget costs hardly any time, activation checkpointing costs another forward: it comes last, where one
+    row alone does not fit, and then for the rows more than half as long as that one.
+
     Args:
         passes ([`Passes`]):
-            The pass; its `tokens_per_batch` is lowered in place when memory runs out.
+            The pass; its `tokens_per_batch` and `checkpointed_tokens` are set in place when memory runs out.
         token_rows ([`TokenRows`]):
             The rows.
         step (`Callable`):
             Work on one batch; it must change nothing until it cannot fail any more.
 
     Raises:
-        RuntimeError: if one row alone does not fit in memory; it is named with its length.
+        RuntimeError: if one row alone does not fit in memory, with activation checkpointing; it is named with its
+            length.
     """
     vocab_size = passes.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
     pending = plan_batches(token_rows, passes.tokens_per_batch, vocab_size)[::-1]
@@ -139,22 +152,36 @@ def run_batches(passes: Passes, token_rows: TokenRows, step: Callable[[TokenBatc
         if batch.input_ids.numel() > passes.tokens_per_batch and len(indices) > 1:
             pending += [indices[len(indices) // 2 :], indices[: len(indices) // 2]]
             continue
+        tokens, is_checkpointed = batch.input_ids.numel(), passes.is_checkpointed(batch)
         try:
-            step(batch)
+            with checkpointed_layers(passes.model) if is_checkpointed else nullcontext():
+                step(batch)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-            if len(indices) == 1:
+            if len(indices) > 1:
+                passes.tokens_per_batch = max(tokens // 2, 1)
+                logger.warning(
+                    "Out of memory on a batch of %d tokens: going on with `tokens_per_batch=%d`.",
+                    tokens,
+                    passes.tokens_per_batch,
+                )
+            elif not is_checkpointed and find_checkpointable_layers(passes.model):
+                passes.checkpointed_tokens = tokens // 2
+                passes.tokens_per_batch = max(min(passes.tokens_per_batch, tokens // 2), 1)
+                logger.warning(
+                    "Out of memory on row %d alone, with %d tokens: going on with activation checkpointing for rows "
+                    "of more than %d tokens.",
+                    batch.rows[0],
+                    tokens,
+                    passes.checkpointed_tokens,
+                )
+            else:
                 raise RuntimeError(
-                    f"Row {batch.rows[0]} alone, with {batch.input_ids.shape[1]} tokens, does not fit in memory. "
-                    "Lower `max_length`, drop the row, or use fewer layers (`influence_layers`)."
+                    f"Row {batch.rows[0]} alone, with {tokens} tokens, does not fit in memory"
+                    f"{', even with activation checkpointing' if is_checkpointed else ''}. Lower `max_length`, drop "
+                    "the row, or use fewer layers (`influence_layers`)."
                 ) from error
-            passes.tokens_per_batch = max(batch.input_ids.numel() // 2, 1)
-            logger.warning(
-                "Out of memory on a batch of %d tokens: going on with `tokens_per_batch=%d`.",
-                batch.input_ids.numel(),
-                passes.tokens_per_batch,
-            )
             pending.append(indices)
         else:
             continue

@@ -77,6 +77,9 @@ class InfluenceScorer:
         self.preparation = preparation
         self.directions = directions
         self.config = config
+        # What scoring has learnt about the memory here; not saved.
+        self.tokens_per_batch = config.tokens_per_batch
+        self.checkpointed_tokens: int | None = None
         identity = {name: value for name, value in vars(config).items() if name != "tokens_per_batch"}
         self.fingerprint = hash_json([identity, list(config.validation_sets), hash_tensors(directions)])
         _live_scorers.add(self)
@@ -102,7 +105,8 @@ class InfluenceScorer:
             model=self.model,
             blocks=self.blocks,
             loss_reduction=self.config.loss_reduction,
-            tokens_per_batch=self.config.tokens_per_batch,
+            tokens_per_batch=self.tokens_per_batch,
+            checkpointed_tokens=self.checkpointed_tokens,
             autocast=AUTOCAST_DTYPES[self.config.autocast],
             show_progress=False,
         )
@@ -146,6 +150,7 @@ class InfluenceScorer:
                 influence[token_rows.row] = score_token_rows(
                     passes, recorder, token_rows, self.directions, self.config.estimator == "gradient_cosine"
                 )
+            self.tokens_per_batch, self.checkpointed_tokens = passes.tokens_per_batch, passes.checkpointed_tokens
             num_loss_tokens[token_rows.row] = token_rows.num_loss_tokens
         if not self.config.per_example:
             columns = self.make_columns(influence, num_loss_tokens)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from . import __version__, batches, blocks, datainf, fit, gradients, losses, passes, scoring, store
+from . import __version__, batches, blocks, datainf, fit, forwards, gradients, losses, passes, scoring, store
 from .annotate import add_influence_columns, add_query_column, make_top_rows, spread
 from .batches import read_token_rows
 from .blocks import Blocks, count_elements, find_blocks, select_blocks
@@ -43,6 +43,7 @@ from .state import hash_adapter, hash_base, hash_json, hash_prepared, remove_lef
 from .store import GradientStore, choose_store_dtype
 from .trainer_checks import (
     check_datasets,
+    check_model,
     check_settings,
     check_store,
     check_zero_blocks,
@@ -55,7 +56,7 @@ from .verification import verify_gradients
 logger = logging.getLogger(__name__)
 
 # A change in any of these may change a score, so their source is part of a run's fingerprint.
-ENGINE = (batches, blocks, datainf, fit, gradients, losses, passes, scoring, store)
+ENGINE = (batches, blocks, datainf, fit, forwards, gradients, losses, passes, scoring, store)
 LIBRARIES = ["torch", "transformers", "trl", "peft", "datasets", "accelerate"]
 
 
@@ -164,11 +165,7 @@ class InfluenceTrainer(SFTTrainer):
             raise ValueError("The model has no PEFT adapter. Pass `peft_config=LoraConfig(...)`.")
         # Fails here, before any training, if a tensor cannot be accounted for.
         find_blocks(self.model, self.model.active_adapter)
-        if self.aux_loss_enabled:
-            raise ValueError(
-                "The model adds a load-balancing loss to the SFT loss, which influence leaves out. Set "
-                "`router_aux_loss_coef=0.0`."
-            )
+        check_model(self.model, args, self.aux_loss_enabled)
         # TRL's own decisions, made while its constructor prepared the data.
         self.preparation = replace(
             preparation,
@@ -179,6 +176,7 @@ class InfluenceTrainer(SFTTrainer):
         self._prepare_influence_data(mapped)
         self._scorer: InfluenceScorer | None = None
         self._hashes: dict[str, str] | None = None
+        self._last_passes: Passes | None = None
 
     def _prepare_influence_data(self, mapped: dict[str, Dataset]) -> None:
         """Take the prepared rows over from SFT, or prepare them unpacked where SFT packs them."""
@@ -268,11 +266,20 @@ class InfluenceTrainer(SFTTrainer):
         folder = Path(str(self.args.output_dir)) / "influence" / fingerprint
         elements = {name: block.tensor.numel() for name, block in blocks.items()}
         store_dtype = self._store_dtype(blocks)
-        return Passes(
+        # What an earlier pass learnt about the memory is not learnt again.
+        last = self._last_passes
+        tokens_per_batch, checkpointed_tokens = self.args.tokens_per_batch, None
+        if last is not None:
+            tokens_per_batch = min(tokens_per_batch, last.tokens_per_batch)
+            checkpointed_tokens = last.checkpointed_tokens
+        if self.args.influence_activation_checkpointing:
+            checkpointed_tokens = 0
+        self._last_passes = Passes(
             model=self.accelerator.unwrap_model(self.model),
             blocks=blocks,
             loss_reduction=self.args.loss_reduction,
-            tokens_per_batch=self.args.tokens_per_batch,
+            tokens_per_batch=tokens_per_batch,
+            checkpointed_tokens=checkpointed_tokens,
             chunk_size=self.args.chunk_size,
             autocast=AUTOCAST_DTYPES[self._autocast()],
             accelerator=self.accelerator,
@@ -281,6 +288,7 @@ class InfluenceTrainer(SFTTrainer):
             show_progress=not self.args.disable_tqdm and datasets.utils.is_progress_bar_enabled(),
             store=None if store_dtype is None else GradientStore(folder, fingerprint, elements, store_dtype),
         )
+        return self._last_passes
 
     def fit_influence(self, per_example: bool = False) -> InfluenceScorer:
         """
@@ -341,7 +349,7 @@ class InfluenceTrainer(SFTTrainer):
 
     def _make_scorer(self, result: FitResult, job: Passes, identity: dict[str, Any]) -> InfluenceScorer:
         config = self.model.config
-        return InfluenceScorer(
+        scorer = InfluenceScorer(
             model=job.model,  # type: ignore[arg-type]
             preparation=self.preparation,
             directions=result.ihvp,
@@ -369,6 +377,8 @@ class InfluenceTrainer(SFTTrainer):
                 libraries={"hf_in2core": __version__, **identity["libraries"]},
             ),
         )
+        scorer.tokens_per_batch, scorer.checkpointed_tokens = job.tokens_per_batch, job.checkpointed_tokens
+        return scorer
 
     def score_influence(self, overwrite: bool = False, top_k: int | None = None) -> Dataset:
         """

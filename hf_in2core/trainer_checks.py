@@ -12,6 +12,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .blocks import Blocks, count_elements
 from .config import InfluenceConfig
+from .forwards import find_checkpointable_layers
 from .passes import Passes
 
 
@@ -76,6 +77,20 @@ def check_datasets(
     if reserved:
         raise ValueError(f"A validation set is named {sorted(reserved)}, which is reserved. Give it another name.")
     return validation
+
+
+def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool) -> None:
+    """Refuse a model that the settings do not fit; its trainable tensors are [`find_blocks`]' business."""
+    if aux_loss_enabled:
+        raise ValueError(
+            "The model adds a load-balancing loss to the SFT loss, which influence leaves out. Set "
+            "`router_aux_loss_coef=0.0`."
+        )
+    if args.influence_activation_checkpointing and not find_checkpointable_layers(model):
+        raise ValueError(
+            f"`influence_activation_checkpointing=True`, but {type(model.get_base_model()).__name__} has no layer "
+            "that Transformers can checkpoint. Leave it out, and lower `tokens_per_batch` instead."
+        )
 
 
 def load_tokenizer(model: str | PreTrainedModel | PeftModel, args: InfluenceConfig) -> PreTrainedTokenizerBase:

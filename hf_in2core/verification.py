@@ -1,5 +1,7 @@
 """A check, before the first pass, that the recorded gradients are those of automatic differentiation."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import torch
 from datasets import Dataset
@@ -7,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .batches import collate, read_token_rows
+from .forwards import checkpointed_layers
 from .gradients import GradientRecorder, compute_per_example_gradients, frozen_eval_mode
 from .passes import Passes
 
@@ -43,7 +46,8 @@ def verify_gradients(passes: Passes, prepared: Dataset) -> None:
         def reduce(name: str, x: Tensor, grad_output: Tensor) -> None:
             recorded[name] = compute_per_example_gradients(x, grad_output, dtype)
 
-        recorder.run(batch, passes.loss_reduction, reduce)
+        with checkpointed_layers(passes.model) if passes.is_checkpointed(batch) else nullcontext():
+            recorder.run(batch, passes.loss_reduction, reduce)
         device = recorder.device
     for index, row in enumerate(chosen):
         alone = collate(rows, np.array([row])).to(device)
