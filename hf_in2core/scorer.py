@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .batches import read_token_rows
-from .blocks import Blocks, find_blocks, trainable_adapter
+from .blocks import Blocks, check_not_offloaded, find_blocks, trainable_adapter
 from .gradients import GradientRecorder
 from .passes import Passes
 from .preparation import Preparation, hash_template, hash_tokenizer, prepare_batch
@@ -258,7 +258,8 @@ class InfluenceScorer:
         Raises:
             FileNotFoundError: if there is no such repository, or the folder is no scorer's.
             ValueError: if a file is from a newer version, damaged or has unknown keys, or if the base model, adapter,
-                tokenizer, template or directions are not those it was fitted with (the message says which).
+                tokenizer, template or directions are not those it was fitted with (the message says which), or if
+                weights of `model` are offloaded.
         """
         path = Path(name_or_path)
         if not path.is_dir():
@@ -277,6 +278,7 @@ class InfluenceScorer:
                 "(`peft_model.unload()`)."
             )
         base = load_base_model(config, str(name_or_path)) if model is None else model
+        check_not_offloaded(base)
         tokenizer = processing_class or AutoTokenizer.from_pretrained(path / TOKENIZER_FOLDER, trust_remote_code=False)
         try:
             peft_model = PeftModel.from_pretrained(base, str(path / ADAPTER_FOLDER))

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
-from .blocks import Blocks, count_elements
+from .blocks import Blocks, check_not_offloaded, count_elements
 from .config import InfluenceConfig
 from .forwards import find_checkpointable_layers
 from .passes import Passes
@@ -81,6 +81,7 @@ def check_datasets(
 
 def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool) -> None:
     """Refuse a model that the settings do not fit; its trainable tensors are [`find_blocks`]' business."""
+    check_not_offloaded(model)
     if aux_loss_enabled:
         raise ValueError(
             "The model adds a load-balancing loss to the SFT loss, which influence leaves out. Set "
