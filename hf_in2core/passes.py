@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 
 from .batches import TokenBatch, TokenRows, collate, plan_batches, read_token_rows
@@ -109,6 +111,18 @@ class Passes:
         flags = self.sum_over_processes({"flag": torch.tensor(int(flag), device=self.device)})
         return int(flags["flag"]) == self.world_size
 
+    @cached_property
+    def is_sharded(self) -> bool:
+        """Whether the base weights are sharded over the processes (`fully_shard`): each forward then needs all."""
+        return any(isinstance(module, FSDPModule) for module in self.model.modules())
+
+    def start_round(self, has_batch: bool) -> bool:
+        """Whether any process has a batch to run, once all have asked; where weights are sharded they run together."""
+        if not self.is_sharded or self.world_size == 1:
+            return has_batch
+        working = self.sum_over_processes({"working": torch.tensor(int(has_batch), device=self.device)})
+        return int(working["working"]) > 0
+
     def is_checkpointed(self, batch: TokenBatch) -> bool:
         """Whether a batch runs with activation checkpointing."""
         return self.checkpointed_tokens is not None and batch.input_ids.numel() > self.checkpointed_tokens
@@ -141,8 +155,8 @@ def run_batches(passes: Passes, token_rows: TokenRows, step: Callable[[TokenBatc
             Work on one batch; it must change nothing until it cannot fail any more.
 
     Raises:
-        RuntimeError: if one row alone does not fit in memory, with activation checkpointing; it is named with its
-            length.
+        RuntimeError: if one row alone does not fit in memory, with activation checkpointing (it is named with its
+            length), or if memory runs out where base weights are sharded.
     """
     vocab_size = passes.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
     pending = plan_batches(token_rows, passes.tokens_per_batch, vocab_size)[::-1]
@@ -153,12 +167,19 @@ def run_batches(passes: Passes, token_rows: TokenRows, step: Callable[[TokenBatc
             pending += [indices[len(indices) // 2 :], indices[: len(indices) // 2]]
             continue
         tokens, is_checkpointed = batch.input_ids.numel(), passes.is_checkpointed(batch)
+        passes.start_round(True)
         try:
             with checkpointed_layers(passes.model) if is_checkpointed else nullcontext():
                 step(batch)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
+            if passes.is_sharded:
+                raise RuntimeError(
+                    f"Out of memory on a batch of {tokens} tokens. The base weights are sharded, so that all "
+                    "processes run their batches together and none can try again alone. Lower `tokens_per_batch` "
+                    f"({passes.tokens_per_batch}), or set `influence_activation_checkpointing=True`."
+                ) from error
             if len(indices) > 1:
                 passes.tokens_per_batch = max(tokens // 2, 1)
                 logger.warning(
@@ -189,6 +210,18 @@ def run_batches(passes: Passes, token_rows: TokenRows, step: Callable[[TokenBatc
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def finish_together(passes: Passes, recorder: GradientRecorder) -> None:
+    """Where base weights are sharded: take part in the batches that other processes still have, adding nothing."""
+    one = np.ones(1, dtype=np.int64)
+    row = TokenRows(row=one, offsets=np.array([0, 2]), input_ids=np.array([0, 0]), labels=np.array([-100, 0]))
+
+    def ignore(name: str, x: Tensor, grad_output: Tensor) -> None:
+        pass
+
+    while passes.start_round(False):
+        recorder.run(collate(row, np.array([0])), passes.loss_reduction, ignore)
 
 
 def accumulate(
@@ -272,6 +305,7 @@ def accumulate(
                     run_batches(passes, token_rows, step_and_report)
                 next_row = chunk_end
                 save()
+        finish_together(passes, recorder)
     return passes.sum_over_processes(sums)
 
 

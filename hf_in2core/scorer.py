@@ -126,7 +126,7 @@ class InfluenceScorer:
 
         Raises:
             ValueError: if the rows' columns do not fit the scorer's preparation, already carry the columns to be
-                added, or the map is not batched.
+                added, the map is not batched, or the base weights are sharded over processes.
         """
         if not all(isinstance(values, list) for values in batch.values()):
             raise ValueError(
@@ -146,6 +146,11 @@ class InfluenceScorer:
         if len(prepared):
             token_rows = read_token_rows(prepared)
             passes = self.make_passes()
+            if passes.is_sharded:
+                raise ValueError(
+                    "The base weights are sharded over processes, which would have to score in step. Use "
+                    "`trainer.score_influence()`, or save the scorer and load it with a whole base model."
+                )
             with GradientRecorder(self.model, passes.blocks, passes.autocast) as recorder:
                 influence[token_rows.row] = score_token_rows(
                     passes, recorder, token_rows, self.directions, self.config.estimator == "gradient_cosine"

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
@@ -33,7 +34,9 @@ def check_settings(args: InfluenceConfig, kwargs: dict[str, Any]) -> None:
         "skip_prepare_dataset": bool(_as_dict(args.dataset_kwargs).get("skip_prepare_dataset"))
         and "`skip_prepare_dataset`",
         "deepspeed": args.deepspeed and "DeepSpeed (train with it if you like, then score the adapter without it)",
-        "fsdp": args.fsdp and "FSDP (train with it if you like, then score the adapter without it)",
+        "fsdp": args.fsdp
+        and "`fsdp` (train with it if you like; then score the adapter without it, or shard the frozen weights alone "
+        "with `torch.distributed.fsdp.fully_shard(layer, ignored_params=...)`)",
         "use_liger_kernel": args.use_liger_kernel and "`use_liger_kernel`",
     }
     for reason in refused.values():
@@ -82,6 +85,13 @@ def check_datasets(
 def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool) -> None:
     """Refuse a model that the settings do not fit; its trainable tensors are [`find_blocks`]' business."""
     check_not_offloaded(model)
+    sharded = [name for name, p in model.named_parameters() if p.requires_grad and isinstance(p, DTensor)]
+    if sharded:
+        raise ValueError(
+            f"{len(sharded)} tensors of the adapter are sharded over the processes, first `{sharded[0]}`, but each "
+            "process takes gradients of its own rows for all of them. Shard the frozen weights only: "
+            "`fully_shard(layer, ignored_params={p for p in model.parameters() if p.requires_grad})`."
+        )
     if aux_loss_enabled:
         raise ValueError(
             "The model adds a load-balancing loss to the SFT loss, which influence leaves out. Set "
