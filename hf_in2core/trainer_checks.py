@@ -35,7 +35,7 @@ def check_settings(args: InfluenceConfig, kwargs: dict[str, Any]) -> None:
         and "`skip_prepare_dataset`",
         "deepspeed": args.deepspeed and "DeepSpeed (train with it if you like, then score the adapter without it)",
         "fsdp": args.fsdp
-        and "`fsdp` (train with it if you like; then score the adapter without it, or shard the frozen weights alone "
+        and "FSDP by `fsdp` (train with it if you like; then score the adapter without, or shard the frozen weights alone "
         "with `torch.distributed.fsdp.fully_shard(layer, ignored_params=...)`)",
         "use_liger_kernel": args.use_liger_kernel and "`use_liger_kernel`",
     }

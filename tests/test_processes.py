@@ -67,6 +67,16 @@ def test_a_failing_rank_stops_the_others_with_its_error(tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_a_rank_failing_in_a_pass_stops_those_that_wait_for_it(tmp_path) -> None:
+    start = time.monotonic()
+    done = launch(tmp_path, "fails", 2, num_rows=19, check=False, fail_rank=1, fail_in_pass=True)
+    assert done.returncode != 0
+    assert "merged or disabled" in done.stderr
+    assert not list(tmp_path.glob("fails.*.json"))
+    assert time.monotonic() - start < 120
+
+
+@pytest.mark.slow
 def test_two_machines_equal_one_process(tmp_path) -> None:
     """Two `accelerate launch` commands that meet on the loopback address, as on two nodes."""
     one = launch(tmp_path, "one", 1, num_rows=19)[0]
