@@ -164,8 +164,8 @@ class InfluenceTrainer(SFTTrainer):
         if not isinstance(self.model, PeftModel):
             raise ValueError("The model has no PEFT adapter. Pass `peft_config=LoraConfig(...)`.")
         # Fails here, before any training, if a tensor cannot be accounted for.
-        check_model(self.model, args, self.aux_loss_enabled)
         find_blocks(self.model, self.model.active_adapter)
+        check_model(self.model, args, self.aux_loss_enabled)
         # TRL's own decisions, made while its constructor prepared the data.
         self.preparation = replace(
             preparation,

@@ -35,8 +35,8 @@ def check_settings(args: InfluenceConfig, kwargs: dict[str, Any]) -> None:
         and "`skip_prepare_dataset`",
         "deepspeed": args.deepspeed and "DeepSpeed (train with it if you like, then score the adapter without it)",
         "fsdp": args.fsdp
-        and "FSDP by `fsdp` (train with it if you like; then score the adapter without, or shard the frozen weights alone "
-        "with `torch.distributed.fsdp.fully_shard(layer, ignored_params=...)`)",
+        and "FSDP by `fsdp` (train with it if you like; then score the adapter without, or shard the frozen weights "
+        "alone with `torch.distributed.fsdp.fully_shard(layer, ignored_params=...)`)",
         "use_liger_kernel": args.use_liger_kernel and "`use_liger_kernel`",
     }
     for reason in refused.values():
