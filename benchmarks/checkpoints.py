@@ -146,7 +146,7 @@ class Readings:
         )
 
         def keep(rows: Dataset) -> Gradients:
-            gradients = run_per_example_validation_pass(passes, rows)
+            gradients = run_per_example_validation_pass(passes, rows, "queries")
             return {name: value.flatten(1).double().numpy() for name, value in gradients.items()}
 
         found = {name: compute_row_losses(self.trainer.model, rows) for name, rows in self.prepared.items()}

@@ -112,7 +112,7 @@ def measure(influence: np.ndarray, same: np.ndarray) -> dict[str, float]:
 def score(model: Any, train: Dataset, test: Dataset) -> dict[str, np.ndarray]:
     """Influence `[n, Q]` of every training row on every test row, by method; negative = proponent."""
     passes = Passes(model, find_blocks(model, "default"), "mean", 4096, chunk_size=10**6, show_progress=False)
-    v = run_per_example_validation_pass(passes, test)
+    v = run_per_example_validation_pass(passes, test, "queries")
     u = {name: value.float() for name, value in run_fit_pass(passes, train, v, 0.1, None, 0).ihvp.items()}
     found = {
         "DataInf": run_score_pass(passes, train, u, cosine=False).influence,

@@ -79,7 +79,7 @@ TOKENS_PER_BATCH = 4096
 def compute_queries(passes: Passes, queries: Dataset, mean: bool) -> dict[str, Tensor]:
     """Gradients of the queries, `[Q, out, in]` per block, or their mean, `[1, out, in]`."""
     if not mean:
-        return run_per_example_validation_pass(passes, queries)
+        return run_per_example_validation_pass(passes, queries, "queries")
     return {name: v[None] for name, v in run_validation_pass(passes, queries, "v", "v").items()}
 
 

@@ -154,7 +154,7 @@ def train_on(
 def keep_gradients(model: PeftModel, prepared: Dataset) -> dict[str, np.ndarray]:
     """Per-example gradients of the mean token loss, float64 `[n, d]` per block."""
     passes = Passes(model, find_blocks(model, "default"), "mean", 4096, show_progress=False)
-    gradients = run_per_example_validation_pass(passes, prepared)
+    gradients = run_per_example_validation_pass(passes, prepared, "queries")
     return {name: value.flatten(1).double().numpy() for name, value in gradients.items()}
 
 
@@ -163,7 +163,7 @@ def compute_query_influence(
 ) -> np.ndarray:
     """Influence of every row on every validation row, float64 `[n, Q]`, by the library's own passes."""
     passes = Passes(model, find_blocks(model, "default"), "mean", 4096, chunk_size=10**6, show_progress=False)
-    directions = run_per_example_validation_pass(passes, validation)
+    directions = run_per_example_validation_pass(passes, validation, "queries")
     if estimator == "datainf":
         fitted = run_fit_pass(passes, pool, directions, damping_scale, None, 0)
         directions = {name: value.float() for name, value in fitted.ihvp.items()}

@@ -87,6 +87,23 @@ def find_blocks(model: nn.Module, adapter_name: str | None = None) -> Blocks:
     return blocks
 
 
+def check_not_offloaded(model: nn.Module) -> None:
+    """
+    Refuse a model with weights offloaded to the CPU or to the disk (`device_map`).
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    offloaded = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    if offloaded:
+        raise ValueError(
+            f"{len(offloaded)} weights are offloaded to the CPU or the disk by the `device_map`, first "
+            f"`{offloaded[0]}`: a backward pass keeps every weight that it has loaded, so offloading saves it no "
+            "memory, and PEFT puts an adapter there without values. Spread the model over devices that hold all of "
+            "it, quantise it, or use a smaller reference model."
+        )
+
+
 def _find_unsupported_parents(model: nn.Module) -> dict[str, str]:
     """PEFT layers that use their linears in another way than calling them on the layer's input."""
     parents = {}

@@ -10,6 +10,7 @@ twice. The backward stops below the lowest block, and layers below it run withou
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from .batches import TokenBatch
 from .blocks import Blocks
 from .datainf import compute_coefficients
+from .forwards import replaced_forwards
 from .losses import compute_token_nll, compute_token_weights, frozen_eval_mode
 
 
@@ -87,17 +89,14 @@ class GradientRecorder:
         by_module: dict[nn.Linear, list[str]] = {}
         for name, block in self.blocks.items():
             by_module.setdefault(block.module, []).append(name)
-        self._mode = frozen_eval_mode(self.model)
-        self._mode.__enter__()
-        self._patched = list(by_module)
-        for module, names in by_module.items():
-            module.forward = self._make_forward(module, names)  # type: ignore[method-assign, assignment]
+        self._entered = ExitStack()
+        self._entered.enter_context(frozen_eval_mode(self.model))
+        forwards = {module: self._make_forward(module, names) for module, names in by_module.items()}
+        self._entered.enter_context(replaced_forwards(forwards))  # type: ignore[arg-type]
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for module in self._patched:
-            del module.forward  # back to the class's own
-        self._mode.__exit__(None, None, None)
+        self._entered.close()
 
     def _make_forward(self, module: nn.Linear, names: list[str]) -> Callable[[Tensor], Tensor]:
         def record(x: Tensor, grad_output: Tensor) -> None:

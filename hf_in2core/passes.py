@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from .batches import TokenBatch, TokenRows, collate, plan_batches, read_token_rows
 from .blocks import Blocks
+from .forwards import checkpointed_layers, find_checkpointable_layers
 from .gradients import GradientRecorder
 from .progress import make_bar
 from .state import read_tensors, write_tensors
@@ -42,6 +45,9 @@ class Passes:
             `"mean"` or `"sum"`.
         tokens_per_batch (`int`):
             Token budget, halved in place when memory runs out.
+        checkpointed_tokens (`int`, *optional*):
+            Batches of more tokens than this, padding included, run with activation checkpointing; 0 for all of them,
+            none by default. Set in place when one row alone does not fit in memory.
         chunk_size (`int`):
             Rows per resumable chunk.
         autocast (`torch.dtype`, *optional*):
@@ -62,6 +68,7 @@ class Passes:
     blocks: Blocks
     loss_reduction: str
     tokens_per_batch: int
+    checkpointed_tokens: int | None = None
     chunk_size: int = 1024
     autocast: torch.dtype | None = None
     accelerator: Accelerator | None = None
@@ -104,6 +111,22 @@ class Passes:
         flags = self.sum_over_processes({"flag": torch.tensor(int(flag), device=self.device)})
         return int(flags["flag"]) == self.world_size
 
+    @cached_property
+    def is_sharded(self) -> bool:
+        """Whether the base weights are sharded over the processes (`fully_shard`): each forward then needs all."""
+        return any(isinstance(module, FSDPModule) for module in self.model.modules())
+
+    def start_round(self, has_batch: bool) -> bool:
+        """Whether any process has a batch to run, once all have asked; where weights are sharded they run together."""
+        if not self.is_sharded or self.world_size == 1:
+            return has_batch
+        working = self.sum_over_processes({"working": torch.tensor(int(has_batch), device=self.device)})
+        return int(working["working"]) > 0
+
+    def is_checkpointed(self, batch: TokenBatch) -> bool:
+        """Whether a batch runs with activation checkpointing."""
+        return self.checkpointed_tokens is not None and batch.input_ids.numel() > self.checkpointed_tokens
+
     def progress(self, total: int, description: str, initial: int = 0) -> tqdm:
         """Progress bar over rows with an ETA, on the main process."""
         return make_bar(total, description, shown=self.rank == 0 and self.show_progress, initial=initial)
@@ -113,16 +136,20 @@ def run_batches(passes: Passes, token_rows: TokenRows, step: Callable[[TokenBatc
     """
     Run `step` on token batches of some rows; when memory runs out, halve the budget and go on from the same batch.
 
+    Half the budget costs hardly any time, activation checkpointing costs another forward: it comes last, where one
+    row alone does not fit, and then for the rows more than half as long as that one.
+
     Args:
         passes ([`Passes`]):
-            The pass; its `tokens_per_batch` is lowered in place when memory runs out.
+            The pass; its `tokens_per_batch` and `checkpointed_tokens` are set in place when memory runs out.
         token_rows ([`TokenRows`]):
             The rows.
         step (`Callable`):
             Work on one batch; it must change nothing until it cannot fail any more.
 
     Raises:
-        RuntimeError: if one row alone does not fit in memory; it is named with its length.
+        RuntimeError: if one row alone does not fit in memory, with activation checkpointing (it is named with its
+            length), or if memory runs out where base weights are sharded.
     """
     vocab_size = passes.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
     pending = plan_batches(token_rows, passes.tokens_per_batch, vocab_size)[::-1]
@@ -132,22 +159,43 @@ def run_batches(passes: Passes, token_rows: TokenRows, step: Callable[[TokenBatc
         if batch.input_ids.numel() > passes.tokens_per_batch and len(indices) > 1:
             pending += [indices[len(indices) // 2 :], indices[: len(indices) // 2]]
             continue
+        tokens, is_checkpointed = batch.input_ids.numel(), passes.is_checkpointed(batch)
+        passes.start_round(True)
         try:
-            step(batch)
+            with checkpointed_layers(passes.model) if is_checkpointed else nullcontext():
+                step(batch)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-            if len(indices) == 1:
+            if passes.is_sharded:
                 raise RuntimeError(
-                    f"Row {batch.rows[0]} alone, with {batch.input_ids.shape[1]} tokens, does not fit in memory. "
-                    "Lower `max_length`, drop the row, or use fewer layers (`influence_layers`)."
+                    f"Out of memory on a batch of {tokens} tokens. The base weights are sharded, so that all "
+                    "processes run their batches together and none can try again alone. Lower `tokens_per_batch` "
+                    f"({passes.tokens_per_batch}), or set `influence_activation_checkpointing=True`."
                 ) from error
-            passes.tokens_per_batch = max(batch.input_ids.numel() // 2, 1)
-            logger.warning(
-                "Out of memory on a batch of %d tokens: going on with `tokens_per_batch=%d`.",
-                batch.input_ids.numel(),
-                passes.tokens_per_batch,
-            )
+            if len(indices) > 1:
+                passes.tokens_per_batch = max(tokens // 2, 1)
+                logger.warning(
+                    "Out of memory on a batch of %d tokens: going on with `tokens_per_batch=%d`.",
+                    tokens,
+                    passes.tokens_per_batch,
+                )
+            elif not is_checkpointed and find_checkpointable_layers(passes.model):
+                passes.checkpointed_tokens = tokens // 2
+                passes.tokens_per_batch = max(min(passes.tokens_per_batch, tokens // 2), 1)
+                logger.warning(
+                    "Out of memory on row %d alone, with %d tokens: going on with activation checkpointing for rows "
+                    "of more than %d tokens.",
+                    batch.rows[0],
+                    tokens,
+                    passes.checkpointed_tokens,
+                )
+            else:
+                raise RuntimeError(
+                    f"Row {batch.rows[0]} alone, with {tokens} tokens, does not fit in memory"
+                    f"{', even with activation checkpointing' if is_checkpointed else ''}. Lower `max_length`, drop "
+                    "the row, or use fewer layers (`influence_layers`)."
+                ) from error
             pending.append(indices)
         else:
             continue
@@ -155,6 +203,18 @@ def run_batches(passes: Passes, token_rows: TokenRows, step: Callable[[TokenBatc
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def finish_together(passes: Passes, recorder: GradientRecorder) -> None:
+    """Where base weights are sharded: take part in the batches that other processes still have, adding nothing."""
+    one = np.ones(1, dtype=np.int64)
+    row = TokenRows(row=one, offsets=np.array([0, 2]), input_ids=np.array([0, 0]), labels=np.array([-100, 0]))
+
+    def ignore(name: str, x: Tensor, grad_output: Tensor) -> None:
+        pass
+
+    while passes.start_round(False):
+        recorder.run(collate(row, np.array([0])), passes.loss_reduction, ignore)
 
 
 def accumulate(
@@ -238,6 +298,7 @@ def accumulate(
                     run_batches(passes, token_rows, step_and_report)
                 next_row = chunk_end
                 save()
+        finish_together(passes, recorder)
     return passes.sum_over_processes(sums)
 
 

@@ -14,7 +14,7 @@ from .batches import TokenBatch, TokenRows, plan_batches, read_token_rows
 from .fit import PILOT_ROWS
 from .gradients import GradientRecorder, accumulation_dtype, compute_dots, compute_fit_terms, compute_gradient_sum
 from .notebook import render_html
-from .passes import Passes, make_zeros, run_batches
+from .passes import Passes, finish_together, make_zeros, run_batches
 
 
 if TYPE_CHECKING:
@@ -236,6 +236,7 @@ def _time_batches(
         validation = [seconds_per_token(*found, validate) for found in zip(datasets[1:], shapes[1:], strict=True)]
         fit_seconds = seconds_per_token(pool, shape, fit) if estimator == "datainf" else 0.0
         score_seconds = seconds_per_token(pool, shape, score)
+        finish_together(passes, recorder)
         return _Timings(validation, fit_seconds, score_seconds, num_batches)
 
 

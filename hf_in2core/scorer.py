@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .batches import read_token_rows
-from .blocks import Blocks, find_blocks, trainable_adapter
+from .blocks import Blocks, check_not_offloaded, find_blocks, trainable_adapter
 from .gradients import GradientRecorder
 from .notebook import render_html
 from .passes import Passes
@@ -78,6 +78,9 @@ class InfluenceScorer:
         self.preparation = preparation
         self.directions = directions
         self.config = config
+        # What scoring has learnt about the memory here; not saved.
+        self.tokens_per_batch = config.tokens_per_batch
+        self.checkpointed_tokens: int | None = None
         identity = {name: value for name, value in vars(config).items() if name != "tokens_per_batch"}
         self.fingerprint = hash_json([identity, list(config.validation_sets), hash_tensors(directions)])
         _live_scorers.add(self)
@@ -122,7 +125,8 @@ class InfluenceScorer:
             model=self.model,
             blocks=self.blocks,
             loss_reduction=self.config.loss_reduction,
-            tokens_per_batch=self.config.tokens_per_batch,
+            tokens_per_batch=self.tokens_per_batch,
+            checkpointed_tokens=self.checkpointed_tokens,
             autocast=AUTOCAST_DTYPES[self.config.autocast],
             show_progress=False,
         )
@@ -142,7 +146,7 @@ class InfluenceScorer:
 
         Raises:
             ValueError: if the rows' columns do not fit the scorer's preparation, already carry the columns to be
-                added, or the map is not batched.
+                added, the map is not batched, or the base weights are sharded over processes.
         """
         if not all(isinstance(values, list) for values in batch.values()):
             raise ValueError(
@@ -162,10 +166,16 @@ class InfluenceScorer:
         if len(prepared):
             token_rows = read_token_rows(prepared)
             passes = self.make_passes()
+            if passes.is_sharded:
+                raise ValueError(
+                    "The base weights are sharded over processes, which would have to score in step. Use "
+                    "`trainer.score_influence()`, or save the scorer and load it with a whole base model."
+                )
             with GradientRecorder(self.model, passes.blocks, passes.autocast) as recorder:
                 influence[token_rows.row] = score_token_rows(
                     passes, recorder, token_rows, self.directions, self.config.estimator == "gradient_cosine"
                 )
+            self.tokens_per_batch, self.checkpointed_tokens = passes.tokens_per_batch, passes.checkpointed_tokens
             num_loss_tokens[token_rows.row] = token_rows.num_loss_tokens
         if not self.config.per_example:
             columns = self.make_columns(influence, num_loss_tokens)
@@ -273,7 +283,8 @@ class InfluenceScorer:
         Raises:
             FileNotFoundError: if there is no such repository, or the folder is no scorer's.
             ValueError: if a file is from a newer version, damaged or has unknown keys, or if the base model, adapter,
-                tokenizer, template or directions are not those it was fitted with (the message says which).
+                tokenizer, template or directions are not those it was fitted with (the message says which), or if
+                weights of `model` are offloaded.
         """
         path = Path(name_or_path)
         if not path.is_dir():
@@ -292,6 +303,7 @@ class InfluenceScorer:
                 "(`peft_model.unload()`)."
             )
         base = load_base_model(config, str(name_or_path)) if model is None else model
+        check_not_offloaded(base)
         tokenizer = processing_class or AutoTokenizer.from_pretrained(path / TOKENIZER_FOLDER, trust_remote_code=False)
         try:
             peft_model = PeftModel.from_pretrained(base, str(path / ADAPTER_FOLDER))

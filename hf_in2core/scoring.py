@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .batches import TokenBatch, TokenRows, read_token_rows
 from .gradients import GradientRecorder, compute_dots
-from .passes import Passes, check_finite, run_batches
+from .passes import Passes, check_finite, finish_together, run_batches
 from .state import read_tensors, write_tensors
 from .store import StoredChunk
 
@@ -236,6 +236,7 @@ def run_score_pass(
             if passes.folder is not None:
                 metadata = {"fingerprint": passes.fingerprint, "start": str(first), "end": str(last)}
                 write_tensors(passes.folder / f"{prefix}-{first:09d}-{last:09d}.safetensors", tensors, metadata)
+        finish_together(passes, recorder)
     kept[:start], kept[end:] = 0.0, 0.0
     total = (
         passes.sum_over_processes({"influence": torch.from_numpy(kept).to(passes.device)})["influence"].cpu().numpy()

@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .batches import read_token_rows
 from .blocks import adapter_tensors
@@ -66,7 +67,9 @@ def hash_base_weights(model: nn.Module, adapter_names: set[int]) -> str:
     for tensor in model.parameters():
         if id(tensor) in adapter_names:
             continue
-        flat = tensor.detach().flatten()
+        # Whole, one at a time, where it is sharded over processes: all of them get the hash of the whole model.
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        flat = whole.detach().flatten()
         step = max(len(flat) // 1024, 1)
         sample = flat[::step][:1024].cpu()
         sample = sample if sample.dtype == torch.uint8 else sample.double()

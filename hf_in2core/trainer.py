@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from . import __version__, batches, blocks, datainf, fit, gradients, losses, passes, scoring, store
+from . import __version__, batches, blocks, datainf, fit, forwards, gradients, losses, passes, scoring, store
 from .annotate import add_influence_columns, add_query_column, make_top_rows, spread
 from .batches import read_token_rows
 from .blocks import Blocks, count_elements, find_blocks, select_blocks
@@ -47,6 +47,7 @@ from .store import GradientStore, choose_store_dtype
 from .tracking import report, summarize_influence
 from .trainer_checks import (
     check_datasets,
+    check_model,
     check_settings,
     check_store,
     check_zero_blocks,
@@ -61,7 +62,7 @@ from .verification import verify_gradients
 logger = logging.getLogger(__name__)
 
 # A change in any of these may change a score, so their source is part of a run's fingerprint.
-ENGINE = (batches, blocks, datainf, fit, gradients, losses, passes, scoring, store)
+ENGINE = (batches, blocks, datainf, fit, forwards, gradients, losses, passes, scoring, store)
 LIBRARIES = ["torch", "transformers", "trl", "peft", "datasets", "accelerate"]
 
 
@@ -170,11 +171,7 @@ class InfluenceTrainer(SFTTrainer):
             raise ValueError("The model has no PEFT adapter. Pass `peft_config=LoraConfig(...)`.")
         # Fails here, before any training, if a tensor cannot be accounted for.
         find_blocks(self.model, self.model.active_adapter)
-        if self.aux_loss_enabled:
-            raise ValueError(
-                "The model adds a load-balancing loss to the SFT loss, which influence leaves out. Set "
-                "`router_aux_loss_coef=0.0`."
-            )
+        check_model(self.model, args, self.aux_loss_enabled)
         # TRL's own decisions, made while its constructor prepared the data.
         self.preparation = replace(
             preparation,
@@ -185,6 +182,7 @@ class InfluenceTrainer(SFTTrainer):
         self._prepare_influence_data(mapped)
         self._scorer: InfluenceScorer | None = None
         self._hashes: dict[str, str] | None = None
+        self._last_passes: Passes | None = None
 
     def __repr__(self) -> str:
         sets = ", ".join(f"{name} ({len(self._prepared[name]):,} rows)" for name in self._validation_names)
@@ -282,11 +280,20 @@ class InfluenceTrainer(SFTTrainer):
         folder = Path(str(self.args.output_dir)) / "influence" / fingerprint
         elements = {name: block.tensor.numel() for name, block in blocks.items()}
         store_dtype = self._store_dtype(blocks)
-        return Passes(
+        # What an earlier pass learnt about the memory is not learnt again.
+        last = self._last_passes
+        tokens_per_batch, checkpointed_tokens = self.args.tokens_per_batch, None
+        if last is not None:
+            tokens_per_batch = min(tokens_per_batch, last.tokens_per_batch)
+            checkpointed_tokens = last.checkpointed_tokens
+        if self.args.influence_activation_checkpointing:
+            checkpointed_tokens = 0
+        self._last_passes = Passes(
             model=self.accelerator.unwrap_model(self.model),
             blocks=blocks,
             loss_reduction=self.args.loss_reduction,
-            tokens_per_batch=self.args.tokens_per_batch,
+            tokens_per_batch=tokens_per_batch,
+            checkpointed_tokens=checkpointed_tokens,
             chunk_size=self.args.chunk_size,
             autocast=AUTOCAST_DTYPES[self._autocast()],
             accelerator=self.accelerator,
@@ -295,6 +302,7 @@ class InfluenceTrainer(SFTTrainer):
             show_progress=not self.args.disable_tqdm,
             store=None if store_dtype is None else GradientStore(folder, fingerprint, elements, store_dtype),
         )
+        return self._last_passes
 
     def fit_influence(self, per_example: bool = False) -> InfluenceScorer:
         """
@@ -341,9 +349,12 @@ class InfluenceTrainer(SFTTrainer):
                 self.args,
                 queries_per_block=self._count_queries_per_block(blocks) if per_example else None,
             )
-            if self.args.estimator == "datainf" and self.is_world_process_zero():
+            if self.args.estimator == "datainf":
+                # On every process: they would wait for the first, and sharded weights need all of them.
                 scale = self.args.damping_scale
-                warn_of_curvature(measure_curvature(job, self._prepared[""], result, scale, self.args.seed), scale)
+                agreement = measure_curvature(job, self._prepared[""], result, scale, self.args.seed)
+                if self.is_world_process_zero():
+                    warn_of_curvature(agreement, scale)
             # Every process holds the same sums; on one file system the last rename wins with the same bytes.
             if self.accelerator.is_local_main_process:
                 write_fit(job, result)
@@ -370,7 +381,7 @@ class InfluenceTrainer(SFTTrainer):
     def _make_scorer(self, result: FitResult, job: Passes, identity: dict[str, Any]) -> InfluenceScorer:
         config = self.model.config
         asked = (self.args.model_init_kwargs or {}).get("revision")  # type: ignore[union-attr]
-        return InfluenceScorer(
+        scorer = InfluenceScorer(
             model=job.model,  # type: ignore[arg-type]
             preparation=self.preparation,
             directions=result.ihvp,
@@ -399,6 +410,8 @@ class InfluenceTrainer(SFTTrainer):
                 libraries={"hf_in2core": __version__, **identity["libraries"]},
             ),
         )
+        scorer.tokens_per_batch, scorer.checkpointed_tokens = job.tokens_per_batch, job.checkpointed_tokens
+        return scorer
 
     def score_influence(
         self,

@@ -11,14 +11,16 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from scipy.stats import spearmanr
+from torch.distributed.tensor import DTensor
 from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
-from .blocks import Blocks, count_elements
+from .blocks import Blocks, check_not_offloaded, count_elements
 from .config import InfluenceConfig
 from .curvature import score_fitted_rows
 from .datainf import compute_damping
 from .fit import FitResult, run_per_example_validation_pass
+from .forwards import find_checkpointable_layers
 from .passes import Passes
 
 
@@ -46,7 +48,9 @@ def check_settings(args: InfluenceConfig, kwargs: dict[str, Any]) -> None:
         "skip_prepare_dataset": bool(_as_dict(args.dataset_kwargs).get("skip_prepare_dataset"))
         and "`skip_prepare_dataset`",
         "deepspeed": args.deepspeed and "DeepSpeed (train with it if you like, then score the adapter without it)",
-        "fsdp": args.fsdp and "FSDP (train with it if you like, then score the adapter without it)",
+        "fsdp": args.fsdp
+        and "FSDP by `fsdp` (train with it if you like; then score the adapter without, or shard the frozen weights "
+        "alone with `torch.distributed.fsdp.fully_shard(layer, ignored_params=...)`)",
         "use_liger_kernel": args.use_liger_kernel and "`use_liger_kernel`",
     }
     for reason in refused.values():
@@ -90,6 +94,28 @@ def check_datasets(
     if reserved:
         raise ValueError(f"A validation set is named {sorted(reserved)}, which is reserved. Give it another name.")
     return validation
+
+
+def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool) -> None:
+    """Refuse a model that the settings do not fit; its trainable tensors are [`find_blocks`]' business."""
+    check_not_offloaded(model)
+    sharded = [name for name, p in model.named_parameters() if p.requires_grad and isinstance(p, DTensor)]
+    if sharded:
+        raise ValueError(
+            f"{len(sharded)} tensors of the adapter are sharded over the processes, first `{sharded[0]}`, but each "
+            "process takes gradients of its own rows for all of them. Shard the frozen weights only: "
+            "`fully_shard(layer, ignored_params={p for p in model.parameters() if p.requires_grad})`."
+        )
+    if aux_loss_enabled:
+        raise ValueError(
+            "The model adds a load-balancing loss to the SFT loss, which influence leaves out. Set "
+            "`router_aux_loss_coef=0.0`."
+        )
+    if args.influence_activation_checkpointing and not find_checkpointable_layers(model):
+        raise ValueError(
+            f"`influence_activation_checkpointing=True`, but {type(model.get_base_model()).__name__} has no layer "
+            "that Transformers can checkpoint. Leave it out, and lower `tokens_per_batch` instead."
+        )
 
 
 def load_tokenizer(model: str | PreTrainedModel | PeftModel, args: InfluenceConfig) -> PreTrainedTokenizerBase:
@@ -191,7 +217,9 @@ def measure_curvature(passes: Passes, prepared: Dataset, result: FitResult, damp
     if not chosen:
         return float("nan")
     sample = replace(passes, blocks={name: passes.blocks[name] for name in chosen}, folder=None, store=None)
-    gradients = run_per_example_validation_pass(sample, prepared.select(rows))
+    gradients = run_per_example_validation_pass(
+        sample, prepared.select(rows), "Influence: sample for the exact inverse"
+    )
     totals = torch.zeros(2, count, dtype=torch.float64)
     for name in chosen:
         g = gradients.pop(name).flatten(1).double()

@@ -1,5 +1,7 @@
 """A check, before the first pass, that the recorded gradients are those of automatic differentiation."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import torch
 from datasets import Dataset
@@ -7,12 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .batches import collate, read_token_rows
+from .forwards import checkpointed_layers
 from .gradients import GradientRecorder, compute_per_example_gradients, frozen_eval_mode
 from .passes import Passes
 
 
 # Relative error accepted between two ways of computing the same gradient, by precision of the forward.
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1, torch.int8: 0.1}
 
 
 def verify_gradients(passes: Passes, prepared: Dataset) -> None:
@@ -43,15 +46,20 @@ def verify_gradients(passes: Passes, prepared: Dataset) -> None:
         def reduce(name: str, x: Tensor, grad_output: Tensor) -> None:
             recorded[name] = compute_per_example_gradients(x, grad_output, dtype)
 
-        recorder.run(batch, passes.loss_reduction, reduce)
+        with checkpointed_layers(passes.model) if passes.is_checkpointed(batch) else nullcontext():
+            recorder.run(batch, passes.loss_reduction, reduce)
         device = recorder.device
+    # The coarsest precision counts. TRL keeps the adapter of a quantised model in bfloat16, and weights in 8 bits
+    # round their inputs to as many.
+    dtypes = {passes.autocast or _model_dtype(passes)}
+    dtypes |= {torch.int8} & {parameter.dtype for parameter in passes.model.parameters()}
     for index, row in enumerate(chosen):
         alone = collate(rows, np.array([row])).to(device)
         expected = _differentiate(passes, alone.input_ids, alone.targets, alone.positions)
         total_norm = torch.stack([gradient.norm().double().cpu() for gradient in expected.values()]).norm()
         for name, gradient in expected.items():
             difference = (recorded[name][index] - gradient.view_as(recorded[name][index])).norm()
-            tolerance = TOLERANCES[passes.autocast or _model_dtype(passes)]
+            tolerance = max(TOLERANCES[dtype] for dtype in (*dtypes, passes.blocks[name].tensor.dtype))
             # A block with hardly any gradient is all rounding, and adds as little to the influence.
             if not float(difference) <= tolerance * max(float(gradient.norm()), 0.01 * float(total_norm)):
                 raise ValueError(

@@ -38,9 +38,10 @@ Every flag of trl.SFTConfig and hf_in2core.InfluenceConfig is accepted too (lear
 per_device_train_batch_size, gradient_accumulation_steps, warmup_steps, lr_scheduler_type, max_length,
 completion_only_loss, assistant_only_loss, chat_template_path, bf16, gradient_checkpointing, report_to, seed, …;
 damping_scale, estimator, loss_reduction, influence_layers, tokens_per_batch, fit_examples, chunk_size,
-gradient_store_gb).  Defaults are theirs, but for bf16 (on where the accelerator has it, off on the CPU) and
-save_strategy ("no": what is finished is kept anyway).  dtype is that of the frozen weights (float32 by default); LoRA
-has r 16, alpha 32, dropout 0.05 on PEFT's default modules (q_proj and v_proj of a Llama; `all-linear` for all)."""
+gradient_store_gb, influence_activation_checkpointing).  Defaults are theirs, but for bf16 (on where the accelerator
+has it, off on the CPU) and save_strategy ("no": what is finished is kept anyway).  dtype is that of the frozen weights
+(float32 by default); LoRA has r 16, alpha 32, dropout 0.05 on PEFT's default modules (q_proj and v_proj of a Llama;
+`all-linear` for all)."""
 REFERENCE_HELP = """
 They hold for the targets and for the reference model. Where the reference differs, give them a prefix:
 --reference_learning_rate 1e-4 --reference_num_train_epochs 1 --reference_lora_r 8 …"""

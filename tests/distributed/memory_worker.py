@@ -17,11 +17,14 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     logging.basicConfig(level=logging.WARNING)
     free_mib = options.pop("free_mib")
-    long_row = options.pop("long_row", 0)
-    pool = make_prompt_completion(400, seed=0)
+    long_index = options.pop("long_index", 7)
+    long_row, num_layers = options.pop("long_row", 0), options.pop("num_layers", 2)
+    pool = make_prompt_completion(options.pop("num_rows", 400), seed=0)
     if long_row:
-        pool = pool.map(lambda row, i: {"completion": " cat" * long_row} if i == 7 else row, with_indices=True)
-    model = add_trained_adapter(make_model(hidden_size=64, num_layers=2))
+        pool = pool.map(
+            lambda row, i: {"completion": " cat" * long_row} if i == long_index else row, with_indices=True
+        )
+    model = add_trained_adapter(make_model(hidden_size=64, num_layers=num_layers))
     trainer = make_trainer(
         options.pop("output_dir"), pool, make_prompt_completion(2, seed=1), torch.float32, model=model, **options
     )
