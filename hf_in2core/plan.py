@@ -15,6 +15,7 @@ from .fit import PILOT_ROWS
 from .gradients import GradientRecorder, accumulation_dtype, compute_dots, compute_fit_terms, compute_gradient_sum
 from .notebook import render_html
 from .passes import Passes, finish_together, make_zeros, run_batches
+from .trainer_checks import CURVATURE_ROWS, MIN_CURVATURE_ROWS
 
 
 if TYPE_CHECKING:
@@ -155,6 +156,10 @@ def plan_influence(
     pilot = min(PILOT_ROWS, len(pool))
     rows, tokens = int(share * shape.shard_rows) + pilot, int(share * shape.padded_tokens + pilot * shape.mean_width)
     plans += [PassPlan("fit", rows, tokens, timings.fit * tokens)] * (num_fits if datainf else 0)
+    rows = min(CURVATURE_ROWS, len(pool))
+    if datainf and rows >= MIN_CURVATURE_ROWS:
+        tokens = int(rows * shape.mean_width)
+        plans.append(PassPlan("check", rows, tokens, timings.fit * tokens))
     rows, tokens = shape.shard_rows, shape.padded_tokens
     plans += [PassPlan("score", rows, tokens, timings.score * tokens)] * num_scores
 

@@ -349,16 +349,16 @@ class InfluenceTrainer(SFTTrainer):
                 self.args,
                 queries_per_block=self._count_queries_per_block(blocks) if per_example else None,
             )
+            # Every process holds the same sums; on one file system the last rename wins with the same bytes.
+            if self.accelerator.is_local_main_process:
+                write_fit(job, result)
+            self.accelerator.wait_for_everyone()
             if self.args.estimator == "datainf":
                 # On every process: they would wait for the first, and sharded weights need all of them.
                 scale = self.args.damping_scale
                 agreement = measure_curvature(job, self._prepared[""], result, scale, self.args.seed)
                 if self.is_world_process_zero():
                     warn_of_curvature(agreement, scale)
-            # Every process holds the same sums; on one file system the last rename wins with the same bytes.
-            if self.accelerator.is_local_main_process:
-                write_fit(job, result)
-            self.accelerator.wait_for_everyone()
             seconds = time.perf_counter() - started
         check_zero_blocks(result.damping, blocks, warn=self.is_world_process_zero())
         self._scorer = self._make_scorer(result, job, identity)

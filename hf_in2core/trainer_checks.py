@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Rows on which DataInf is compared with the exact damped inverse; fewer say nothing about a rank correlation.
 CURVATURE_ROWS, MIN_CURVATURE_ROWS = 64, 32
-# Elements of their gradients in memory: as many blocks are looked at as fit.
-MAX_CURVATURE_ELEMENTS = 2**27
+# Elements of their gradients in memory, or those of four adapters if more: as many blocks are looked at as fit.
+MAX_CURVATURE_ELEMENTS = 2**24
 # Below this, ranks by DataInf and by the exact damped inverse have less than half of their variance in common.
 MIN_CURVATURE_AGREEMENT = 0.7
 
@@ -212,8 +212,9 @@ def measure_curvature(passes: Passes, prepared: Dataset, result: FitResult, damp
     rows = np.sort(np.random.default_rng(seed).choice(len(prepared), count, replace=False))
     active = [name for name, value in result.damping.items() if value > 0]
     # Evenly over the layers, as many as fit.
-    needed = count * count_elements({name: passes.blocks[name] for name in active})
-    chosen = active[:: max(-(-needed // MAX_CURVATURE_ELEMENTS), 1)]
+    elements = count_elements({name: passes.blocks[name] for name in active})
+    most = max(MAX_CURVATURE_ELEMENTS, 4 * elements)
+    chosen = active[:: max(-(-count * elements // most), 1)]
     if not chosen:
         return float("nan")
     sample = replace(passes, blocks={name: passes.blocks[name] for name in chosen}, folder=None, store=None)

@@ -8,6 +8,7 @@ from recipe_runs import NUM_POOL, make_inputs, run_recipe, write_config
 from test_trainer import make_trainer, prepare
 from transformers import AutoModelForCausalLM
 
+from hf_in2core.fit import PILOT_ROWS
 from hf_in2core.plan import plan_influence
 
 
@@ -28,7 +29,7 @@ def test_counts_are_those_of_the_data(tmp_path, pool, validation) -> None:
         assert rows == ((lengths >= low) & (lengths <= high)).sum()
     assert sum(rows for *_, rows in plan.length_histogram) == 23
     assert [item.name for item in plan.passes] == ["validation", "validation", "fit", "score"]
-    assert [item.rows for item in plan.passes] == [7, 7, 23 + 16, 23]
+    assert [item.rows for item in plan.passes] == [7, 7, 23 + PILOT_ROWS, 23]
     assert all(item.seconds > 0 and item.tokens >= item.rows for item in plan.passes)
     assert plan.passes[-1].tokens >= plan.tokens  # padding comes on top
     assert plan.reduced == 0
