@@ -40,8 +40,8 @@ def compute_coverage(trainer: "InfluenceTrainer", *, top_k: int = 10) -> Dataset
     >>> trainer = InfluenceTrainer(model, args, train_dataset=pool, eval_dataset=test)
     >>> trainer.train()
     >>> coverage = compute_coverage(trainer)
-    >>> worst = coverage.sort("coverage_share").select(range(10))
-    >>> correlate_coverage(coverage)["coverage_share"]
+    >>> worst = coverage.sort("coverage_top_k").select(range(10))
+    >>> correlate_coverage(coverage)["coverage_top_k"]
     ```
 
     Args:
