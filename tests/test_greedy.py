@@ -19,7 +19,7 @@ def oracle_greedy(influence: np.ndarray, candidates: list[int], count: int) -> l
     scored = np.array([row for row in influence if not np.isnan(row).any()])
     a = -influence / np.sqrt((scored**2).mean(axis=0))
     rows = [row for row in a if not np.isnan(row).any()]
-    pool = sum(np.outer(row, row) for row in rows) / len(rows)
+    pool = np.mean([np.outer(row, row) for row in rows], axis=0)
     m = pool + DAMPING_SCALE * np.trace(pool) / len(pool) * np.eye(len(pool))
     taken: list[int] = []
     for step in range(count):
