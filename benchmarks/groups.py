@@ -11,7 +11,6 @@ nothing repeats itself.
 """
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 from plain_training import (
+    Found,
     Schedule,
     compute_query_influence,
     compute_similarities,
@@ -33,7 +33,6 @@ from plain_training import (
     train_on,
 )
 from transformers import AutoTokenizer
-from workload import describe_machine
 
 from hf_in2core import select_coreset
 from hf_in2core.coreset import take_round_robin
@@ -211,15 +210,15 @@ def main() -> None:
     data = {"pool": parts["pool"], "preparation": preparation}
     data["tasks"] = sorted({str(row[args.task_column]) for row in parts["validation"]})
     data |= {name: prepare(parts[name], preparation) for name in ("validation", "test")}
-    found: list[dict[str, Any]] = []
-    args.output.mkdir(parents=True, exist_ok=True)
+    found = Found(args.output / "groups.json", args, ("output", "kinds", "seeds", "quick"))
     for kind in args.kinds:
         for seed in args.seeds:
-            found += run_seed(args, kind, seed, data)
-            text = json.dumps({"machine": describe_machine(), "rows": found}, indent=2)
-            (args.output / "groups.json").write_text(text + "\n")
-        print_table(f"Pool: {kind}, {args.fraction:.0%} kept", summarise(found, kind))
-    plot(found, args.output / "groups.png")
+            if not found.has(pool=kind, seed=seed):
+                found.add(run_seed(args, kind, seed, data))
+        rows = [row for row in found.rows if row["seed"] in args.seeds]
+        print_table(f"Pool: {kind}, {args.fraction:.0%} kept", summarise(rows, kind))
+    rows = [row for row in found.rows if row["seed"] in args.seeds and row["pool"] in args.kinds]
+    plot(rows, args.output / "groups.png")
 
 
 if __name__ == "__main__":

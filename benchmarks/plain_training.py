@@ -7,6 +7,7 @@ loss: training with some rows left out keeps every other row in its place.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
+from workload import describe_machine
 
 from hf_in2core.baselines import compute_hidden_embeddings
 from hf_in2core.batches import TokenBatch, collate, read_token_rows
@@ -221,6 +223,27 @@ def check_against_trl(model_path: str | Path, prepared: Dataset, schedule: Sched
     ]
     largest = max(float(p.detach().abs().max()) for p, _ in pairs)
     return max(float((p - q).detach().abs().max()) for p, q in pairs) / largest
+
+
+class Found:
+    """Rows of results in a JSON file, kept after every unit of work: the same command goes on where it stopped."""
+
+    def __init__(self, path: Path, args: argparse.Namespace, harmless: tuple[str, ...]) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.settings = {name: str(value) for name, value in vars(args).items() if name not in harmless}
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.rows: list[dict[str, Any]] = stored["rows"] if stored.get("settings") == self.settings else []
+
+    def has(self, **unit: Any) -> bool:
+        """Whether a unit of work is done."""
+        return any(all(row[name] == value for name, value in unit.items()) for row in self.rows)
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Keep the rows of a finished unit."""
+        self.rows += rows
+        state = {"machine": describe_machine(), "settings": self.settings, "rows": self.rows}
+        self.path.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
 def show(values: Any, pattern: str = "{:.3f}") -> str:

@@ -10,7 +10,6 @@ validation row (then averaged) and for the mean validation loss; ± is the 95 % 
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 from plain_training import (
+    Found,
     Schedule,
     check_against_trl,
     compute_similarities,
@@ -32,7 +32,6 @@ from plain_training import (
     train_adapter,
 )
 from transformers import AutoTokenizer
-from workload import describe_machine
 
 from hf_in2core.batches import read_token_rows
 from hf_in2core.curvature import compute_exact_ihvp
@@ -230,25 +229,17 @@ def main() -> None:
         raise ValueError(f"--rows {args.rows} is more than the {len(everything)} rows of {args.pool}.")
     steps = args.epochs * -(-args.rows // args.batch_size)
     schedule = Schedule(steps, args.batch_size, args.learning_rate, warmup_steps=max(steps // 10, 1))
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / "retraining.json"
-    harmless = ("output", "pool_seeds", "quick")
-    settings = {name: str(value) for name, value in vars(args).items() if name not in harmless}
-    stored = json.loads(path.read_text()) if path.is_file() else {}
-    found: list[dict[str, Any]] = stored["rows"] if stored.get("settings") == settings else []
+    found = Found(args.output / "retraining.json", args, ("output", "pool_seeds", "quick"))
     difference = check_against_trl(args.model, everything.select(range(args.rows)), schedule)
     print(f"This loop and TRL's trainer end at adapters that differ by {difference:.0e} of the largest weight.")
     for pool_seed in args.pool_seeds:
-        if any(row["pool"] == pool_seed for row in found):
-            continue
-        drawn = np.sort(np.random.default_rng(pool_seed).choice(len(everything), args.rows, replace=False))
-        job = Retraining(args.model, everything.select(drawn), validation, schedule, args.seeds)
-        found += measure_pool(job, args, pool_seed)
-        state = {"machine": describe_machine(), "settings": settings, "trl_difference": difference, "rows": found}
-        path.write_text(json.dumps(state, indent=2) + "\n")
-    found = [row for row in found if row["pool"] in args.pool_seeds]
-    print_table(f"{len(args.pool_seeds)} pools of {args.rows} rows, {steps} steps", summarise(found))
-    plot(found, args.output / "retraining.png")
+        if not found.has(pool=pool_seed):
+            drawn = np.sort(np.random.default_rng(pool_seed).choice(len(everything), args.rows, replace=False))
+            job = Retraining(args.model, everything.select(drawn), validation, schedule, args.seeds)
+            found.add(measure_pool(job, args, pool_seed))
+    rows = [row for row in found.rows if row["pool"] in args.pool_seeds]
+    print_table(f"{len(args.pool_seeds)} pools of {args.rows} rows, {steps} steps", summarise(rows))
+    plot(rows, args.output / "retraining.png")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ agree. ± is the 95 % interval over seeds; rank correlations are with the target
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 from plain_training import (
+    Found,
     Schedule,
     compute_query_influence,
     compute_similarities,
@@ -32,7 +32,6 @@ from plain_training import (
 )
 from scipy.stats import spearmanr
 from transformers import AutoTokenizer
-from workload import describe_machine
 
 from hf_in2core import select_coreset
 from hf_in2core.data import load_rows
@@ -196,14 +195,13 @@ def main() -> None:
             "smaller (hidden 24, 1 layer)": make_sized_model(inputs, 24, 1),
             "larger (hidden 96, 4 layers)": inputs / "model",
         }
-    found: list[dict[str, Any]] = []
-    args.output.mkdir(parents=True, exist_ok=True)
+    found = Found(args.output / "transfer.json", args, ("output", "seeds", "quick"))
     for seed in args.seeds:
-        found += run_seed(args, seed)
-        text = json.dumps({"machine": describe_machine(), "rows": found}, indent=2)
-        (args.output / "transfer.json").write_text(text + "\n")
-    print_table(f"{args.fraction:.0%} of the pool kept", summarise(found))
-    plot(found, args.output / "transfer.png")
+        if not found.has(seed=seed):
+            found.add(run_seed(args, seed))
+    rows = [row for row in found.rows if row["seed"] in args.seeds]
+    print_table(f"{args.fraction:.0%} of the pool kept", summarise(rows))
+    plot(rows, args.output / "transfer.png")
 
 
 if __name__ == "__main__":

@@ -137,12 +137,12 @@ def compare_scores(
     first, second = first[both], second[both]
     result = _measure_agreement(first, second[:, None], "rows with both scores", level, seed)
     count = max(round(fraction * len(first)), 1)
-    kept, wanted = (np.argsort(scores, kind="stable")[:count] for scores in (first, second))
+    kept, other = (np.argsort(scores, kind="stable")[:count] for scores in (first, second))
     return {
         "spearman": result["lds"],
         "low": result["low"],
         "high": result["high"],
-        "overlap": len(np.intersect1d(kept, wanted)) / count,
+        "overlap": len(np.intersect1d(kept, other)) / count,
         "rows": len(first),
     }
 

@@ -16,7 +16,9 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 
 ARMS = ("full", "coreset", "random", "opponents")
 BUDGETS = ("steps", "epochs")
-COMPARED_STRATEGIES = ("top", "round_robin", "round_robin_rows")
+COMPARED_STRATEGIES = ("top", "round_robin", "round_robin_rows", "greedy")
+# These read the influence on every validation row.
+STRATEGIES_BY_ROW = ("round_robin_rows", "greedy")
 
 
 @dataclass
@@ -62,7 +64,8 @@ class In2CoreArguments(DataArguments):
         default="top",
         metadata={
             "help": "How the coreset is chosen: `top` by the influence on the mean validation loss, `round_robin` in "
-            "turn by named validation sets, `round_robin_rows` in turn by single validation rows.",
+            "turn by named validation sets, `round_robin_rows` in turn by single validation rows, `greedy` likewise "
+            "but given the rows chosen before (for pools that repeat themselves).",
             "choices": list(COMPARED_STRATEGIES),
         },
     )
@@ -186,7 +189,9 @@ class SelectCoresetArguments:
     )
     fraction: float | None = field(default=None, metadata={"help": "Fraction of the rows that carry loss, in (0, 1]."})
     size: int | None = field(default=None, metadata={"help": "Number of rows, instead of a fraction."})
-    strategy: str = field(default="top", metadata={"help": "`top`, `bottom`, `random` or `round_robin`."})
+    strategy: str = field(
+        default="top", metadata={"help": "`top`, `bottom`, `random`, `round_robin`, `round_robin_rows` or `greedy`."}
+    )
     proponents_only: bool = field(default=False, metadata={"help": "Drop rows with influence >= 0 first."})
     group_column: str | None = field(default=None, metadata={"help": "Select within each value of this column."})
     group_quota: str = field(default="proportional", metadata={"help": "`proportional` or `equal`."})

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from arguments import describe_command
+from arguments import STRATEGIES_BY_ROW, describe_command
 from comparison import Arm, find_equal_run, plan_arms
 from datasets import Dataset
 from inputs import take_fraction
@@ -43,7 +43,7 @@ def plan_run(job: Job) -> None:
             trainer = make_reference_trainer(job.reference_model, influence_args, *inputs)
         rows = round(job.args.reference_fraction * len(job.inputs.pool))
         say(f"Reference: to be trained on {rows:,} rows. A rerun with --reference_adapter takes a trained one.")
-    say(str(plan_influence(trainer, job.args.strategy == "round_robin_rows")))
+    say(str(plan_influence(trainer, job.args.strategy in STRATEGIES_BY_ROW)))
     plan = plan_arms(job.args)
     say(f"Targets: {len(plan)} trainings and evaluations after that: {', '.join(arm.name for arm in plan)}.")
 
@@ -91,7 +91,7 @@ def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, A
         `dict`: the `selection` of `results.json`.
     """
     sets = {name: job.identities[f"validation {name}".strip()] for name in job.inputs.validation}
-    per_example = job.args.strategy == "round_robin_rows"
+    per_example = job.args.strategy in STRATEGIES_BY_ROW
     identity = job.identify(
         True, InfluenceConfig, reference["identity"], sets, job.identities["pool"], *(["per example"] * per_example)
     )

@@ -63,9 +63,9 @@ def fit_and_measure(trainer, caplog) -> tuple[float, list[str]]:
     texts = [record.getMessage() for record in caplog.records]
     caplog.clear()
     job = trainer._make_passes(trainer._selected_blocks(), trainer._fingerprint)
-    fitted = read_fit(job)
-    assert fitted is not None
-    agreement = measure_curvature(job, trainer._prepared[""], fitted, trainer.args.damping_scale, 42)
+    result = read_fit(job)
+    assert result is not None
+    agreement = measure_curvature(job, trainer._prepared[""], result, trainer.args.damping_scale, trainer.args.seed)
     return agreement, [text for text in texts if "exact damped inverse" in text]
 
 

@@ -172,14 +172,15 @@ def test_several_validation_sets_a_given_adapter_and_another_target(finished: Pa
     assert results["base"]["test_loss"] == pytest.approx(loss, rel=1e-5)
 
 
-def test_a_coreset_in_turn_over_validation_rows(inputs: Inputs, tmp_path: Path) -> None:
-    changes = {"arms": ["coreset", "opponents"], "budgets": ["steps"], "max_steps": 2, "strategy": "round_robin_rows"}
+@pytest.mark.parametrize("strategy", ["round_robin_rows", "greedy"])
+def test_a_coreset_in_turn_over_validation_rows(inputs: Inputs, tmp_path: Path, strategy: str) -> None:
+    changes = {"arms": ["coreset", "opponents"], "budgets": ["steps"], "max_steps": 2, "strategy": strategy}
     run_recipe(
         "in2core", "--config", write_config(tmp_path, inputs[1] | {"output_dir": str(tmp_path / "run")} | changes)
     )
     scored = load_from_disk(str(tmp_path / "run" / "scored"))
     assert {len(row) for row in scored["influence_per_query"]} == {NUM_VALIDATION}
-    coreset = select_coreset(scored, fraction=0.25, strategy="round_robin_rows")
+    coreset = select_coreset(scored, fraction=0.25, strategy=strategy)
     tokens = {arm["arm"]: arm["loss_tokens"] for arm in read_results(tmp_path)["arms"]}
     assert tokens == {
         "coreset": sum(coreset["num_loss_tokens"]),
