@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -188,6 +189,13 @@ def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
         for name, tensor in model.named_parameters()
         if f".{adapter}." in name
     }
+
+
+def read_adapter_settings(model: PeftModel) -> dict[str, Any]:
+    """Settings of the active adapter that change what its tensors do, as in its `adapter_config.json`."""
+    settings = model.peft_config[model.active_adapter].to_dict()
+    names = ("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora")
+    return json.loads(json.dumps({name: settings.get(name) for name in names}, default=str))
 
 
 def count_elements(blocks: Blocks) -> int:

@@ -8,12 +8,12 @@ over checkpoints `t` of the run, weighted by the mean learning rate `eta_t` of t
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, List, Value
@@ -24,18 +24,13 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .annotate import add_influence_columns, add_query_column
+from .blocks import read_adapter_settings
 from .coreset import read_query_scores, read_scores
-
-
-if TYPE_CHECKING:
-    from .trainer import InfluenceTrainer
 
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_COLUMN = "influence_per_checkpoint"
-# Settings of the adapter that change what its tensors do; its shape is seen from the tensors themselves.
-ADAPTER_SETTINGS = ("peft_type", "lora_alpha", "use_rslora", "use_dora")
 
 
 @dataclass
@@ -99,17 +94,20 @@ def read_checkpoints(checkpoints: Sequence[str | PathLike], model: PeftModel) ->
 
 
 def _read_checkpoint(folder: Path, model: PeftModel) -> Checkpoint:
-    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file() or not (folder / CONFIG_NAME).is_file():
+    name = model.active_adapter
+    # PEFT saves every adapter but the one named `default` into a folder of its own.
+    inner = folder / name if name != "default" and (folder / name).is_dir() else folder
+    if not (inner / SAFETENSORS_WEIGHTS_NAME).is_file() or not (inner / CONFIG_NAME).is_file():
         raise ValueError(
-            f"{folder} holds no adapter ({SAFETENSORS_WEIGHTS_NAME} and {CONFIG_NAME}). Give folders such as "
+            f"{inner} holds no adapter ({SAFETENSORS_WEIGHTS_NAME} and {CONFIG_NAME}). Give folders such as "
             '`output_dir/checkpoint-50`, which `save_strategy="steps"` keeps.'
         )
-    adapter = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-    expected = get_peft_model_state_dict(model)
+    adapter = load_file(inner / SAFETENSORS_WEIGHTS_NAME)
+    expected = get_peft_model_state_dict(model, adapter_name=name)
     shapes = {name: tuple(tensor.shape) for name, tensor in adapter.items()}
-    settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    ours = json.loads(json.dumps(model.peft_config[model.active_adapter].to_dict(), default=str))
-    different = [name for name in ADAPTER_SETTINGS if settings.get(name) != ours.get(name)]
+    settings = json.loads((inner / CONFIG_NAME).read_text(encoding="utf-8"))
+    ours = read_adapter_settings(model)
+    different = [name for name in ours if settings.get(name) != ours[name]]
     if different or shapes != {name: tuple(tensor.shape) for name, tensor in expected.items()}:
         raise ValueError(
             f"{folder} holds another adapter than the model's "
@@ -159,49 +157,24 @@ def compute_checkpoint_weights(checkpoints: list[Checkpoint]) -> np.ndarray:
     return np.array(weights) / total
 
 
-def score_checkpoints(
-    trainer: "InfluenceTrainer", checkpoints: Sequence[str | PathLike], overwrite: bool, per_example: bool
-) -> Dataset:
-    """
-    Score the pool at every checkpoint and average; what `InfluenceTrainer.score_influence(checkpoints=...)` does.
-
-    Each checkpoint is a fit and a score pass with a state of its own under `output_dir/influence/`, so that an
-    interrupted call goes on where it stopped. The trainer's adapter and scorer are put back afterwards.
-
-    Returns:
-        [`~datasets.Dataset`]: as `score_influence`, with the averages, and `influence_per_checkpoint` (list of `C`
-        float64 in the order of the steps; null where a row carries no loss).
-
-    Raises:
-        ValueError: as [`read_checkpoints`] and [`compute_checkpoint_weights`].
-    """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    found = read_checkpoints(checkpoints, model)
-    weights = compute_checkpoint_weights(found)
-    if CHECKPOINT_COLUMN in trainer.pool.column_names and not overwrite:
-        raise ValueError(
-            f"The pool already has the column {CHECKPOINT_COLUMN}. Pass `overwrite=True` to replace it, or rename it."
-        )
-    readings: list[Dataset] = []
-    with kept_adapter(trainer, model):
-        for checkpoint in found:
-            logger.info("Influence at %s.", checkpoint.folder)
-            set_peft_model_state_dict(model, checkpoint.adapter, adapter_name=model.active_adapter)
-            names = trainer.fit_influence(per_example).column_names
-            readings.append(trainer.score_influence(overwrite))
-    return average_readings(trainer.pool, readings, names, weights)
-
-
 @contextmanager
-def kept_adapter(trainer: "InfluenceTrainer", model: PeftModel) -> Iterator[None]:
-    """Put the trainer's adapter and scorer back as they were."""
-    adapter = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
-    scorer, fingerprint = trainer._scorer, trainer._fingerprint
+def kept_adapter(model: PeftModel) -> Iterator[Callable[[Checkpoint], None]]:
+    """Yields what puts a checkpoint's tensors into the active adapter; afterwards its own are put back."""
+    name = model.active_adapter
+    own = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items()}
+
+    def put(checkpoint: Checkpoint) -> None:
+        set_peft_model_state_dict(model, checkpoint.adapter, adapter_name=name)
+
     try:
-        yield
+        yield put
     finally:
-        set_peft_model_state_dict(model, adapter, adapter_name=model.active_adapter)
-        trainer._scorer, trainer._fingerprint = scorer, fingerprint
+        set_peft_model_state_dict(model, own, adapter_name=name)
+
+
+def list_set_columns(names: list[str]) -> list[str]:
+    """Of a scorer's columns those with one number per row: `influence`, and that of each named validation set."""
+    return [name for name in names if name.startswith("influence") and name != "influence_per_query"]
 
 
 def average_readings(pool: Dataset, readings: list[Dataset], names: list[str], weights: np.ndarray) -> Dataset:
@@ -210,7 +183,7 @@ def average_readings(pool: Dataset, readings: list[Dataset], names: list[str], w
 
     Args:
         pool ([`~datasets.Dataset`]):
-            Raw rows.
+            Raw rows, whose columns of the same names are replaced.
         readings (`list[Dataset]`):
             The pool as `score_influence` returned it at each of `C` checkpoints.
         names (`list[str]`):
@@ -219,10 +192,12 @@ def average_readings(pool: Dataset, readings: list[Dataset], names: list[str], w
             Shares that sum to 1.
 
     Returns:
-        [`~datasets.Dataset`]: as [`score_checkpoints`].
+        [`~datasets.Dataset`]: as `score_influence` returns it, with the averages, and `influence_per_checkpoint` (list
+        of `C` float64 in the order of the steps; null where a row carries no loss).
     """
-    set_names = [name for name in names if name.startswith("influence") and name != "influence_per_query"]
-    per_checkpoint = {name: np.stack([read_scores(one, name) for one in readings], axis=1) for name in set_names}
+    per_checkpoint = {
+        name: np.stack([read_scores(one, name) for one in readings], axis=1) for name in list_set_columns(names)
+    }
     columns: dict[str, np.ndarray] = {name: values @ weights for name, values in per_checkpoint.items()}
     columns["num_loss_tokens"] = np.array(readings[0]["num_loss_tokens"][:], dtype=np.int64)
     replaced = [name for name in [*names, "influence_rank", CHECKPOINT_COLUMN] if name in pool.column_names]

@@ -6,7 +6,7 @@ product for every layer gives the influence through any set of layers exactly, a
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,6 @@ from .gradients import GradientRecorder, compute_block_dots
 from .intervals import compute_rank_correlation
 from .passes import Passes, check_finite, run_batches
 from .preparation import find_shared_rows
-from .scorer_files import AUTOCAST_DTYPES
 
 
 if TYPE_CHECKING:
@@ -213,14 +212,8 @@ def compute_layer_scores(trainer: "InfluenceTrainer", pilot_rows: int | None = N
             f"a validation set), but their ranking says something from {MIN_PILOT_ROWS} on. Raise `pilot_rows` or use "
             "a larger pool."
         )
-    passes = Passes(
-        model=trainer.accelerator.unwrap_model(trainer.model),
-        blocks=blocks,
-        loss_reduction=trainer.args.loss_reduction,
-        tokens_per_batch=trainer.args.tokens_per_batch,
-        autocast=AUTOCAST_DTYPES[trainer._autocast()],
-        show_progress=not trainer.args.disable_tqdm,
-    )
+    # By every process alike, with what the trainer knows of the memory, and leaving nothing behind.
+    passes = replace(trainer._make_passes(blocks, ""), accelerator=None, folder=None, store=None)
     pilot = prepared.select(rows)
     directions = fit_directions(passes, pilot, validation, trainer.args).ihvp
     return _score_by_layer(passes, pilot, directions, layers, trainer.args.estimator == "gradient_cosine")

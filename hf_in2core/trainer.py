@@ -1,13 +1,11 @@
 """[`InfluenceTrainer`]: SFT of the reference model, then the influence of its training rows on validation sets."""
 
-import hashlib
 import json
 import logging
 import time
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
-from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,29 +18,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
-from . import __version__, batches, blocks, datainf, fit, forwards, gradients, losses, passes, scoring, store
+from . import __version__
 from .annotate import add_influence_columns, add_query_column, make_top_rows, spread
-from .batches import read_token_rows
 from .blocks import Blocks, count_elements, find_blocks, select_blocks
-from .checkpoints import score_checkpoints
+from .checkpoints import (
+    CHECKPOINT_COLUMN,
+    average_readings,
+    compute_checkpoint_weights,
+    kept_adapter,
+    list_set_columns,
+    read_checkpoints,
+)
 from .columns import apply_columns
 from .config import InfluenceConfig
+from .coreset import read_scores
 from .fit import FitResult, fit_directions, read_fit, write_fit
 from .gradients import accumulation_dtype
+from .identity import identify_run
 from .passes import Passes
-from .preparation import (
-    ROW_COLUMN,
-    Preparation,
-    add_row_column,
-    hash_template,
-    hash_tokenizer,
-    keep_token_columns,
-    prepare_mapped,
-)
+from .preparation import Preparation, add_row_column, hash_template, hash_tokenizer
 from .scorer import AUTOCAST_DTYPES, InfluenceScorer
 from .scorer_files import ScorerConfig, find_revision
 from .scoring import run_score_pass
-from .state import hash_adapter, hash_base, hash_json, hash_prepared, remove_leftovers
+from .state import hash_json, hash_prepared, remove_leftovers
 from .store import GradientStore, choose_store_dtype
 from .tracking import report, summarize_influence
 from .trainer_checks import (
@@ -56,14 +54,11 @@ from .trainer_checks import (
     stand_in_template,
     warn_of_curvature,
 )
+from .trainer_data import count_loss_tokens, take_over_rows
 from .verification import verify_gradients
 
 
 logger = logging.getLogger(__name__)
-
-# A change in any of these may change a score, so their source is part of a run's fingerprint.
-ENGINE = (batches, blocks, datainf, fit, forwards, gradients, losses, passes, scoring, store)
-LIBRARIES = ["torch", "transformers", "trl", "peft", "datasets", "accelerate"]
 
 
 class InfluenceTrainer(SFTTrainer):
@@ -197,41 +192,9 @@ class InfluenceTrainer(SFTTrainer):
         evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"validation": self.eval_dataset}
         self._prepared: dict[str, Dataset] = {}
         for name, dataset in {"": self.train_dataset, **evaluation}.items():
-            if ROW_COLUMN not in dataset.column_names:
-                dataset = prepare_mapped(mapped[name], self.preparation)
-            self._prepared[name] = keep_token_columns(dataset)
             what = f"validation set `{name}`" if name else "pool"
-            if len(self._prepared[name]) == 0:
-                raise ValueError(
-                    f"No row of the {what} ({len(mapped[name])} rows) carries a loss token after preparation with "
-                    f"`max_length={self.args.max_length}`: the prompts may fill it, or the loss masks hide every "
-                    "token. Raise `max_length` or check the completions."
-                )
-            lost = len(mapped[name]) - len(self._prepared[name])
-            if lost and self.is_world_process_zero():
-                logger.warning(
-                    "%d of %d rows of the %s carry no loss token (cut at `max_length=%s`, or empty); their influence "
-                    "is null.",
-                    lost,
-                    len(mapped[name]),
-                    what,
-                    self.args.max_length,
-                )
-            self._warn_of_cut_rows(self._prepared[name], what)
-
-    def _warn_of_cut_rows(self, prepared: Dataset, what: str) -> None:
-        lengths = [
-            read_token_rows(prepared, start, min(start + 10_000, len(prepared))).lengths
-            for start in range(0, len(prepared), 10_000)
-        ]
-        cut = int((np.concatenate(lengths) == self.args.max_length).sum())
-        if cut and self.is_world_process_zero():
-            logger.warning(
-                "%d rows of the %s have the full `max_length=%d` tokens and were cut unless they are exactly that "
-                "long; their influence is that of the part kept, as in training.",
-                cut,
-                what,
-                self.args.max_length,
+            self._prepared[name] = take_over_rows(
+                dataset, mapped[name], self.preparation, what, self.args.max_length, self.is_world_process_zero()
             )
 
     def _selected_blocks(self) -> Blocks:
@@ -247,26 +210,15 @@ class InfluenceTrainer(SFTTrainer):
         """Everything that shapes u and the scores; their fingerprint is its hash."""
         if self._hashes is None:
             self._hashes = {name: hash_prepared(prepared) for name, prepared in self._prepared.items()}
-        source = b"".join(Path(str(module.__file__)).read_bytes() for module in ENGINE)
-        args = self.args
-        return {
-            "version": __version__,
-            "source": hashlib.sha256(source).hexdigest(),
-            "libraries": {library: version(library) for library in LIBRARIES},
-            "data": self._hashes,
-            "adapter": hash_adapter(self.model),
-            "base_model": hash_base(self.model),
-            "blocks": list(blocks),
-            "autocast": self._autocast(),
-            "estimator": args.estimator,
-            "loss_reduction": args.loss_reduction,
-            "damping_scale": args.damping_scale,
-            "fit_examples": args.fit_examples,
-            "seed": args.seed,
-            "per_example": per_example,
-            # In float32 a store changes nothing but rounding.
-            "gradient_store": "bfloat16" if self._store_dtype(blocks) is torch.bfloat16 else None,
-        }
+        return identify_run(
+            self.model,
+            blocks,
+            self.args,
+            self._hashes,
+            autocast=self._autocast(),
+            per_example=per_example,
+            store_dtype=self._store_dtype(blocks),
+        )
 
     def _store_dtype(self, blocks: Blocks) -> torch.dtype | None:
         """Precision of the gradient store, `None` without one."""
@@ -451,25 +403,25 @@ class InfluenceTrainer(SFTTrainer):
                 f"`top_k={top_k}` asks for the strongest rows of every validation row, but the scorer knows only "
                 "their mean. Call `fit_influence(per_example=True)` first."
             )
+        names = ["influence", "influence_rank", "num_loss_tokens"]
+        names += ["influence_per_query"] if per_example and top_k is None else []
+        names += [CHECKPOINT_COLUMN] if checkpoints is not None else []
+        if self._validation_names != ["validation"]:
+            names += [f"influence_{name}" for name in self._validation_names]
+        clashes = [name for name in names if name in self.pool.column_names]
+        if clashes and not overwrite:
+            raise ValueError(
+                f"The pool already has the column(s) {', '.join(clashes)}. Pass `overwrite=True` to replace them, or "
+                "rename them."
+            )
         if checkpoints is not None:
             if top_k is not None:
                 raise ValueError(
                     f"`top_k={top_k}` keeps other rows at every checkpoint, so that they have no average. Leave out "
                     "one of the two."
                 )
-            return score_checkpoints(self, checkpoints, overwrite, per_example)
-        names = ["influence", "influence_rank", "num_loss_tokens"]
-        names += ["influence_per_query"] if per_example and top_k is None else []
-        if self._validation_names != ["validation"]:
-            names += [f"influence_{name}" for name in self._validation_names]
-        pool = self.pool
-        clashes = [name for name in names if name in pool.column_names]
-        if clashes and not overwrite:
-            raise ValueError(
-                f"The pool already has the column(s) {', '.join(clashes)}. Pass `overwrite=True` to replace them, or "
-                "rename them."
-            )
-        pool = pool.remove_columns(clashes)
+            return self._score_checkpoints(checkpoints, per_example)
+        pool = self.pool.remove_columns(clashes)
         scorer = self.fit_influence(per_example)
         blocks = self._selected_blocks()
         prepared = self._prepared[""]
@@ -489,10 +441,7 @@ class InfluenceTrainer(SFTTrainer):
             if self.accelerator.is_local_main_process:
                 job.store.remove()
         rows = prepared.with_format("numpy")["row"][:]
-        num_loss_tokens = np.zeros(len(pool), dtype=np.int64)
-        for start in range(0, len(prepared), 10_000):
-            token_rows = read_token_rows(prepared, start, min(start + 10_000, len(prepared)))
-            num_loss_tokens[token_rows.row] = token_rows.num_loss_tokens
+        num_loss_tokens = count_loss_tokens(prepared, len(pool))
         columns = scorer.make_columns(spread(scores.influence, rows, len(pool)), num_loss_tokens)
         scored = add_influence_columns(pool, columns)
         named = {name: values for name, values in columns.items() if name != "num_loss_tokens"}
@@ -502,4 +451,25 @@ class InfluenceTrainer(SFTTrainer):
             scored = add_query_column(scored, spread(scores.per_query, rows, len(pool)))
         if scores.top is not None:
             self.top_rows = make_top_rows(scores.top, {name: self._prepared[name] for name in self._validation_names})
+        return scored
+
+    def _score_checkpoints(self, checkpoints: Sequence[str | PathLike], per_example: bool) -> Dataset:
+        """A fit and a score pass at each checkpoint, with a state of its own, and their average."""
+        model = self.accelerator.unwrap_model(self.model)
+        found = read_checkpoints(checkpoints, model)
+        weights = compute_checkpoint_weights(found)
+        readings: list[Dataset] = []
+        scorer, fingerprint = self._scorer, self._fingerprint
+        try:
+            with kept_adapter(model) as put_adapter:
+                for checkpoint in found:
+                    logger.info("Influence at %s.", checkpoint.folder)
+                    put_adapter(checkpoint)
+                    names = self.fit_influence(per_example).column_names
+                    readings.append(self.score_influence(overwrite=True))
+        finally:
+            self._scorer, self._fingerprint = scorer, fingerprint
+        scored = average_readings(self.pool, readings, names, weights)
+        columns = {name: read_scores(scored, name) for name in list_set_columns(names)}
+        report(self, summarize_influence(columns, np.array(scored["num_loss_tokens"][:])))
         return scored

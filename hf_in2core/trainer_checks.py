@@ -209,15 +209,14 @@ def measure_curvature(passes: Passes, prepared: Dataset, result: FitResult, damp
     if len(prepared) < MIN_CURVATURE_ROWS:
         return float("nan")
     count = min(CURVATURE_ROWS, len(prepared))
-    rows = np.sort(np.random.default_rng(seed).choice(len(prepared), count, replace=False))
-    active = [name for name, value in result.damping.items() if value > 0]
-    # Evenly over the layers, as many as fit.
-    elements = count_elements({name: passes.blocks[name] for name in active})
-    most = max(MAX_CURVATURE_ELEMENTS, 4 * elements)
-    chosen = active[:: max(-(-count * elements // most), 1)]
-    if not chosen:
+    generator = np.random.default_rng(seed)
+    rows = np.sort(generator.choice(len(prepared), count, replace=False))
+    active = {name: passes.blocks[name] for name, value in result.damping.items() if value > 0}
+    if not active:
         return float("nan")
-    sample = replace(passes, blocks={name: passes.blocks[name] for name in chosen}, folder=None, store=None)
+    most = max(MAX_CURVATURE_ELEMENTS, 4 * count_elements(active))
+    chosen = draw_blocks(active, most // count, generator)
+    sample = replace(passes, blocks=chosen, folder=None, store=None)
     gradients = run_per_example_validation_pass(
         sample, prepared.select(rows), "Influence: sample for the exact inverse"
     )
@@ -231,6 +230,19 @@ def measure_curvature(passes: Passes, prepared: Dataset, result: FitResult, damp
             totals += torch.stack(score_fitted_rows(gram, g @ v, damping)).cpu()
     datainf, exact = totals.numpy()
     return float("nan") if np.ptp(datainf) == 0 or np.ptp(exact) == 0 else float(spearmanr(datainf, exact).statistic)
+
+
+def draw_blocks(blocks: Blocks, max_elements: int, generator: np.random.Generator) -> Blocks:
+    """
+    Draw blocks at random, as many as `max_elements` hold and one at least; in their order.
+
+    Not every so many of them: their order has a period (`lora_A`, `lora_B`, projection by projection), so that all
+    would be of one kind.
+    """
+    names = generator.permutation(list(blocks))
+    fits = np.cumsum([blocks[name].tensor.numel() for name in names]) <= max_elements
+    kept = {str(name) for name in names[: max(int(fits.sum()), 1)]}
+    return {name: block for name, block in blocks.items() if name in kept}
 
 
 def warn_of_curvature(agreement: float, damping_scale: float) -> None:

@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from hf_in2core import InfluenceTrainer
 from hf_in2core.batches import TokenBatch, read_token_rows
 from hf_in2core.gradients import GradientRecorder, compute_gradient_sum
+from hf_in2core.layers import compute_layer_scores
 from hf_in2core.passes import run_batches
 
 
@@ -97,3 +98,15 @@ def test_a_model_without_checkpointable_layers_is_refused(tmp_path, pool, valida
             eval_dataset=validation,
             processing_class=make_tokenizer(),
         )
+
+
+def test_the_scores_by_layer_run_so_too(tmp_path, validation) -> None:
+    trainer = make_trainer(
+        tmp_path, make_prompt_completion(31, seed=2), validation, influence_activation_checkpointing=True
+    )
+    runs: Counter[str] = Counter()
+    last = trainer.model.base_model.model.model.layers[-1].self_attn
+    last.register_forward_pre_hook(lambda *_: runs.update(["forward"]))
+    last.o_proj.base_layer.register_full_backward_hook(lambda *_: runs.update(["backward"]))
+    compute_layer_scores(trainer)
+    assert runs["forward"] == 2 * runs["backward"] > 0

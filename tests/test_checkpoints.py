@@ -169,5 +169,29 @@ def test_what_is_no_checkpoint_of_the_run_is_refused_before_work(tmp_path, run, 
     with pytest.raises(ValueError, match="keeps other rows at every checkpoint"):
         trainer.score_influence(checkpoints=run[1], top_k=3)
     named = make_trainer(tmp_path / "named", pool.add_column("influence_per_checkpoint", [0.0] * 23), validation)
-    with pytest.raises(ValueError, match="already has the column influence_per_checkpoint"):
+    with pytest.raises(ValueError, match=r"already has the column\(s\) influence_per_checkpoint"):
         named.score_influence(checkpoints=run[1])
+    scored = make_trainer(tmp_path / "scored", pool.add_column("influence", [0.0] * 23), validation)
+    with pytest.raises(ValueError, match=r"already has the column\(s\) influence\."):
+        scored.score_influence(checkpoints=run[1])
+    assert not (tmp_path / "scored" / "influence").exists()
+
+
+def test_an_adapter_of_another_name_is_read_where_peft_saves_it(tmp_path, run, pool, validation) -> None:
+    model = PeftModel.from_pretrained(make_model(), run[1][0], adapter_name="ref", is_trainable=True)
+    trainer = make_trainer(tmp_path / "out", pool, validation, model=model)
+    before = hash_adapter(trainer.model)
+    trainer.model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "ref").is_dir()
+    expected = load(tmp_path / "alone", run[1][1], pool, validation).score_influence()["influence"]
+    assert_same(trainer.score_influence(checkpoints=[run[1][1]])["influence"], expected, 1e-9)
+    assert hash_adapter(trainer.model) == before
+    here = trainer.score_influence(checkpoints=[tmp_path / "saved"])["influence"]
+    assert_same(here, trainer.score_influence()["influence"], 1e-12)
+
+
+def test_the_average_is_what_the_history_ends_with(tmp_path, run, pool, validation) -> None:
+    trainer = load(tmp_path / "out", run[1][2], pool, validation)
+    scored = trainer.score_influence(checkpoints=run[1][:2])
+    told = [entry["influence/median"] for entry in trainer.state.log_history if "influence/median" in entry]
+    assert told[-1] == pytest.approx(np.median(scored["influence"]), rel=1e-12)

@@ -12,9 +12,10 @@ from naive import compute_dense_ihvp, compute_gradients
 from scipy.stats import spearmanr
 from test_trainer import make_trainer, prepare
 
+from hf_in2core.blocks import count_elements
 from hf_in2core.curvature import compute_exact_ihvp, score_fitted_rows
 from hf_in2core.fit import read_fit
-from hf_in2core.trainer_checks import measure_curvature, warn_of_curvature
+from hf_in2core.trainer_checks import draw_blocks, measure_curvature, warn_of_curvature
 
 
 def draw(n: int, d: int, q: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,3 +103,17 @@ def test_few_rows_or_no_curvature_conclude_nothing(tmp_path, validation, caplog,
     assert np.isnan(agreement) and not warnings
     warn_of_curvature(float("nan"), 0.1)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.0, 1.0])
+def test_blocks_that_fit_are_of_every_kind(tmp_path, pool, validation, share) -> None:
+    blocks = make_trainer(tmp_path, pool, validation)._selected_blocks()
+    most = int(share * count_elements(blocks))
+    chosen = draw_blocks(blocks, most, np.random.default_rng(0))
+    assert list(chosen) == [name for name in blocks if name in chosen]
+    if share in (0.0, 1.0):
+        assert len(chosen) == (len(blocks) if share else 1)
+        return
+    largest = max(block.tensor.numel() for block in blocks.values())
+    assert most - largest < count_elements(chosen) <= most
+    assert all(any(kind in name for name in chosen) for kind in ("lora_A", "lora_B", "mlp", "self_attn"))

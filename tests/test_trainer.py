@@ -304,3 +304,12 @@ def test_bfloat16_models_accumulate_in_float32(tmp_path, pool, validation, autoc
     assert 0 < np.linalg.norm(actual - expected) < 0.1 * np.linalg.norm(expected)
     ranks = [np.argsort(np.argsort(values)) for values in (expected, actual)]
     assert np.corrcoef(ranks[0], ranks[1])[0, 1] > 0.98
+
+
+def test_the_same_tensors_at_another_scaling_are_another_run(tmp_path, pool, validation) -> None:
+    readings = []
+    for alpha in (8, 16):
+        model = add_trained_adapter(make_model(), lora_alpha=alpha)
+        readings.append(make_trainer(tmp_path / "one", pool, validation, model=model).score_influence())
+    fresh = make_trainer(tmp_path / "two", pool, validation, model=add_trained_adapter(make_model(), lora_alpha=16))
+    assert readings[1]["influence"] == fresh.score_influence()["influence"] != readings[0]["influence"]
