@@ -134,7 +134,8 @@ def evaluate_tasks(
         tasks (`Mapping[str, Mapping]`):
             From [`load_tasks`]; the same for every model that is compared.
         limit (`float`, *optional*):
-            The first so many questions of each task (of each subject of a group), or a share of them in (0, 1].
+            The first so many questions of each task (of each subject of a group; 1 is one question), or a share of
+            them in (0, 1).
         batch_size (`int`, *optional*, defaults to `8`):
             Questions (or answers, where they are longer than a token) in a batch of a process.
         autocast (`torch.dtype`, *optional*):

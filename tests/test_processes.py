@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_trainer import assert_same
@@ -48,6 +49,25 @@ def test_two_processes_equal_one(tmp_path) -> None:
     assert two[0]["influence"] == two[1]["influence"]
     assert two[0]["id"] == one["id"]
     assert_same(to_floats(two[0]["influence"]), to_floats(one["influence"]), 1e-5)
+
+
+@pytest.mark.slow
+def test_layers_checkpoints_and_coverage_are_the_same_on_two_processes(tmp_path) -> None:
+    """With the check of the curvature (from 32 rows on) and a gradient store."""
+    options: dict[str, Any] = {
+        "num_rows": 35,
+        "chunk_size": 4,
+        "gradient_store_gb": 1,
+        "analyse": True,
+        "dtype": "float64",
+    }
+    one = launch(tmp_path, "one", 1, **options)[0]
+    two = launch(tmp_path, "two", 2, **options)
+    for name in ("layers", "averaged", "coverage", "loss"):
+        assert two[0][name] == two[1][name]
+        assert_same(two[0][name], one[name], 1e-9)
+    assert_same(two[0]["averaged"], to_floats(one["influence"]), 1e-9)
+    assert not list(tmp_path.glob("*-run/influence/*/gradients-*"))
 
 
 @pytest.mark.slow
