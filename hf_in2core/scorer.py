@@ -146,7 +146,8 @@ class InfluenceScorer:
 
         Raises:
             ValueError: if the rows' columns do not fit the scorer's preparation, already carry the columns to be
-                added, the map is not batched, or the base weights are sharded over processes.
+                added, the map is not batched, the base weights are sharded over processes, or the adapter has changed
+                since the fit.
         """
         if not all(isinstance(values, list) for values in batch.values()):
             raise ValueError(
@@ -166,6 +167,11 @@ class InfluenceScorer:
         if len(prepared):
             token_rows = read_token_rows(prepared)
             passes = self.make_passes()
+            if hash_adapter(self.model) != self.config.adapter_hash:
+                raise ValueError(
+                    "The adapter is no longer the one that the scorer was fitted with: it was trained further, or "
+                    "another was put in its place. Save a scorer before training on and load it, or fit again."
+                )
             if passes.is_sharded:
                 raise ValueError(
                     "The base weights are sharded over processes, which would have to score in step. Use "

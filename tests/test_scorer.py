@@ -196,3 +196,13 @@ def test_misuse_is_explained(trainer, pool) -> None:
         pool.add_column("influence", [0.0] * len(pool)).map(scorer, batched=True)
     with pytest.raises(ValueError, match="none of TRL's formats"):
         Dataset.from_dict({"question": ["a"], "answer": ["b"]}).map(scorer, batched=True)
+
+
+def test_a_reference_trained_further_is_refused(tmp_path, pool, validation) -> None:
+    trainer = make_trainer(tmp_path, pool, validation, max_steps=1, learning_rate=1e-2)
+    scorer = trainer.fit_influence()
+    assert len(scorer(pool[:2])["influence"]) == 2
+    trainer.train()
+    with pytest.raises(ValueError, match="no longer the one that the scorer was fitted with"):
+        scorer(pool[:2])
+    assert len(trainer.fit_influence()(pool[:2])["influence"]) == 2
