@@ -57,12 +57,12 @@ def show_layers(run: Run) -> dict[str, Any] | None:
         f"{values['held_out_spearman']:+.3f}, and the choices of the halves share {_percent(values['overlap'])} of "
         "their layers with it (100 % = every half chooses the same).",
         f"What it means: with influence_layers={chosen} the gradient store and the directions of the scorer take "
-        f"{_percent(values['memory'])} of the memory, for a ranking that is so much like this run's; the backward "
-        f"pass still goes down through {values['backward_layers']} layers, which is where time is saved or not.",
+        f"{_percent(values['memory'])} of the memory, and rows are ranked about as above; the backward pass goes down "
+        f"through {values['backward_layers']} layers, and that is what decides over the time.",
     ]
     if at_last is not None and last != chosen:
         sentences[2] += (
-            f" As many layers at the end ({_name_layers(last)}) have Spearman {at_last['spearman']:+.3f} and a "
+            f" As many at the end ({_name_layers(last)}) have Spearman {at_last['spearman']:+.3f} and a "
             f"backward pass through {at_last['backward_layers']}."
         )
     return {
@@ -225,7 +225,7 @@ def _is_within(value: Any, low: float, high: float) -> bool:
 
 
 def _percent(share: float) -> str:
-    return f"{share:.0%}".replace("%", " %")
+    return f"{share:.0%}".replace("%", "\N{NO-BREAK SPACE}%")
 
 
 def _name_layers(layers: Sequence[int]) -> str:
