@@ -183,6 +183,9 @@ def find_examples(
     shown = ["influence", "influence_rank", "num_loss_tokens", *extra]
     examples: dict[str, list[dict[str, Any]]] = {}
     for name, positions in found.items():
+        if len(positions) == 0:  # a dataset without rows has no columns left to map
+            examples[name] = []
+            continue
         rows = scored.select(positions)
         texts = apply_columns(pool.select(positions), columns, tokenizer)
         examples[name] = [

@@ -120,3 +120,9 @@ def pool() -> Dataset:
 @pytest.fixture
 def validation() -> Dataset:
     return make_prompt_completion(7, seed=1)
+
+
+@pytest.fixture
+def exact_damping(monkeypatch) -> None:
+    """A second fit pass takes the exact damping from the first, whatever the bound on the pilot's error says."""
+    monkeypatch.setattr("hf_in2core.fit.MAX_INNER_DAMPING_ERROR", 0.0)

@@ -12,19 +12,19 @@ from recipe_runs import ROOT, make_inputs, write_config
 pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="a source distribution has no benchmarks")
 
 
-def run_benchmark(name: str, folder: Path) -> tuple[str, dict]:
+def run_benchmark(name: str, folder: Path, *more: str, results: str | None = None) -> tuple[str, dict]:
     inputs = make_inputs(folder)
     # Flags that begin like those of the benchmarks themselves (`--test_rows`, `--validation_tasks`).
     test, validation = inputs.pop("test"), inputs.pop("validation")[0]
     script = ROOT / "benchmarks" / f"{name}.py"
     flags = ["--quick", "--config", write_config(folder, inputs), "--output_dir", str(folder / "run")]
-    flags += ["--test", test, "--validation", validation]
+    flags += ["--test", test, "--validation", validation, *more]
     done = subprocess.run(
         [sys.executable, str(script), *flags], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (folder / "run" / f"{name}.png").stat().st_size > 5000
-    return done.stdout, json.loads((folder / "run" / f"{name}.json").read_text())
+    return done.stdout, json.loads((folder / "run" / (results or f"{name}.json")).read_text())
 
 
 @pytest.mark.slow
@@ -68,3 +68,16 @@ def test_checkpoints(tmp_path: Path) -> None:
     assert {row["step"] for row in found["rows"]} == {2, 5, "averaged", "averaged, scaled"}
     assert all(0 <= row["AUC"] <= 1 for row in found["rows"])
     assert "agreement of halves" in table
+
+
+@pytest.mark.slow
+def test_selection(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("bm25s")
+    methods = ["random", "coreset", "turns", "bm25", "length"]
+    table, found = run_benchmark("selection", tmp_path, "--methods", *methods, results="selection_results.json")
+    assert [arm["arm"] for arm in found["arms"]] == methods * (len(found["arms"]) // len(methods))
+    losses = {arm["arm"]: arm["test_loss"] for arm in found["arms"]}
+    # Equal losses would be arms that trained on the same rows.
+    assert len(set(losses.values())) == len(methods)
+    assert "influence, validation rows in turn" in table

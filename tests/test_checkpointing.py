@@ -17,6 +17,7 @@ from hf_in2core.gradients import GradientRecorder, compute_gradient_sum
 from hf_in2core.passes import run_batches
 
 
+@pytest.mark.usefixtures("exact_damping")
 def test_scores_are_those_of_the_loop_and_bit_for_bit_those_without(tmp_path, validation) -> None:
     rows = make_prompt_completion(14, seed=2)
     model = add_trained_adapter(make_model(), lora_dropout=0.5)

@@ -14,6 +14,7 @@ from recipe_runs import (
     NUM_TEST,
     compute_naive_loss,
     get_finished_run,
+    load_recipe,
     make_rows,
     read_results,
     run_recipe,
@@ -93,6 +94,27 @@ def test_coverage_is_of_the_test_rows(finished: Path, config: dict[str, Any], an
     assert least[0]["coverage"] == pytest.approx(-np.sort(influence)[:10].mean(), rel=1e-3)
     strongest = [row for row in np.argsort(influence)[:3].tolist() if influence[row] < 0]
     assert [pair["row"] for pair in least[0]["proponents"]] == strongest
+
+
+def test_of_many_test_rows_a_sample_is_analysed(
+    finished: Path, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished / "run", tmp_path / "run", symlinks=True)
+    load_recipe("in2core")
+    monkeypatch.setattr("analyses.MAX_TEST_ROWS", NUM_TEST - 1)
+    changed = config | {"output_dir": str(tmp_path / "run"), "analyses": ["coverage"]}
+    run_recipe("in2core", "--config", write_config(tmp_path, changed))
+    coverage = read_results(tmp_path)["coverage"]
+    chosen = coverage["points"]["row"]
+    assert len(set(chosen)) == NUM_TEST - 1 and coverage["test_rows"] == NUM_TEST
+    assert chosen != list(range(NUM_TEST - 1))  # not the first ones, whose positions would tell nothing
+    base = AutoModelForCausalLM.from_pretrained(finished / "model")
+    reference = PeftModel.from_pretrained(base, finished / "run" / "reference").eval()
+    rows = make_rows("reverse", NUM_TEST, seed=4)
+    losses = [compute_naive_loss(reference, finished, [rows[row]])[0] for row in chosen]
+    assert coverage["points"]["loss"] == pytest.approx(losses, rel=1e-4)
+    for entry in coverage["least_covered"]:
+        assert entry["text"] == rows[entry["row"]]["prompt"] + rows[entry["row"]]["completion"]
 
 
 def test_a_rerun_keeps_them_and_computes_nothing(analysed: Path, config: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ SUPPORTED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("exact_damping")
 @pytest.mark.parametrize("variant", SUPPORTED)
 def test_supported_adapters_equal_the_loop(tmp_path, validation, variant) -> None:
     rows = make_prompt_completion(12, seed=2)

@@ -10,7 +10,7 @@ from conftest import add_trained_adapter, make_model, make_prompt_completion, ma
 from datasets import Dataset
 from naive import compute_datainf, compute_gradients, compute_loss
 
-from hf_in2core import InfluenceConfig, InfluenceTrainer, fit
+from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.batches import collate, read_token_rows
 from hf_in2core.blocks import find_blocks
 from hf_in2core.fit import PILOT_ROWS
@@ -61,11 +61,11 @@ def test_influence_equals_a_batch_size_1_loop(tmp_path, pool, validation, dtype,
 
 
 @pytest.mark.parametrize("refit", [False, True])
-def test_exact_damping_gives_the_loop_to_float64(tmp_path, pool, validation, monkeypatch, refit) -> None:
+def test_exact_damping_gives_the_loop_to_float64(tmp_path, pool, validation, request, refit) -> None:
     # The damping is exact where the pilot is the whole pool, or where a second fit pass takes it from the first.
     rows = pool if refit else pool.select(range(PILOT_ROWS))
     if refit:
-        monkeypatch.setattr(fit, "MAX_INNER_DAMPING_ERROR", 0.0)
+        request.getfixturevalue("exact_damping")
     trainer = make_trainer(tmp_path, rows, validation, tokens_per_batch=64)
     scored = trainer.score_influence()
     assert trainer.fit_influence().config.inner_damping_error < 1e-12
@@ -113,13 +113,12 @@ def test_batching_chunking_and_checkpointing_change_nothing(tmp_path, pool, vali
     assert_same(changed.score_influence()["influence"], reference.score_influence()["influence"], 1e-9)
 
 
-def test_row_order_and_padding_side_change_nothing(tmp_path, pool, validation, monkeypatch) -> None:
+@pytest.mark.usefixtures("exact_damping")  # the pilot rows are chosen by position
+def test_row_order_and_padding_side_change_nothing(tmp_path, pool, validation) -> None:
     model = add_trained_adapter(make_model())
     tokenizer = make_tokenizer()
     tokenizer.padding_side = "left"
     order = np.random.default_rng(0).permutation(len(pool))
-    # The pilot rows are chosen by position: fit again with the exact damping, whatever they are.
-    monkeypatch.setattr(fit, "MAX_INNER_DAMPING_ERROR", 0.0)
     reference = make_trainer(tmp_path / "a", pool, validation, model=copy.deepcopy(model)).score_influence()
     shuffled = make_trainer(
         tmp_path / "b", pool.select(order), validation.select(range(6, -1, -1)), model=model, tokenizer=tokenizer
