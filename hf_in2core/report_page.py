@@ -21,7 +21,9 @@ import numpy as np
 from markupsafe import Markup
 from scipy.stats import spearmanr
 
-from .report_arms import ARM_COLUMNS, BUDGETS, LEVEL, count_seeds, format_arm, summarize_arms, summarize_tasks
+from .report_analyses import show_coverage, show_layers
+from .report_arms import summarize_tasks
+from .report_results import show_arms, show_auc, show_comparisons, show_cost, show_provenance, show_verdict
 from .report_rows import (
     Groups,
     Pool,
@@ -33,13 +35,12 @@ from .report_rows import (
     read_pool,
     summarize_groups,
 )
-from .report_run import Run, get_value, is_number, read_numbers, read_run
+from .report_run import Run, read_numbers, read_run
 from .report_tokens import choose_mask_rows, compute_masks, find_query_rows
 
 
 PAGE = "report.html"
 ASSETS = "report_assets"
-OUTCOMES = {"better": "lower loss", "worse": "higher loss", "no worse": "no worse", "inconclusive": "inconclusive"}
 
 
 def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
@@ -74,14 +75,12 @@ def render_page(run: Run) -> str:
     notes = run.notes
     if find_spec("matplotlib") is None:
         notes.append("There are no pictures: matplotlib is not installed (`pip install hf-in2core[report]`).")
-    values: dict[str, Any] = {"pool": None, "groups": [], "queries": 0, "data": {}}
+    values: dict[str, Any] = {"pool": None, "groups": [], "queries": 0, "shown": set(), "data": {}}
+    layers, coverage = show_layers(run), show_coverage(run)
     if run.scored is not None:
-        values |= _show_pool(run, plots)
+        values |= _show_pool(run, plots, coverage)
     if find_spec("matplotlib") is not None:
-        from .report_plots import PAGE_WIDTH, draw_arms
-
-        label = "Test loss of each arm, mean and interval over seeds"
-        _add_plot(plots, "arms", draw_arms, label, run.results, "", PAGE_WIDTH)
+        _draw_results(run, layers, coverage, plots)
     style, script = load_asset("page.css"), load_asset("page.js")
     data = json.dumps(values.pop("data"), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     environment = jinja2.Environment(
@@ -94,18 +93,36 @@ def render_page(run: Run) -> str:
         policy=make_policy(style, script),
         data=Markup(escape_json(data)),
         name=run.name,
-        verdict=_show_verdict(run),
-        arms=_show_arms(run),
-        comparisons=_show_comparisons(run),
+        verdict=show_verdict(run),
+        arms=show_arms(run),
+        comparisons=show_comparisons(run),
         tasks=summarize_tasks(run.results),
-        auc=_show_auc(run),
-        cost=_show_cost(run),
-        provenance=_show_provenance(run),
+        auc=show_auc(run),
+        layers=layers,
+        coverage=coverage,
+        cost=show_cost(run),
+        provenance=show_provenance(run),
         config=json.dumps(run.get("config"), indent=2, ensure_ascii=False) if run.get("config") else "",
         plots=plots,
         notes=notes,
         **values,
     )
+
+
+def _draw_results(
+    run: Run, layers: dict[str, Any] | None, coverage: dict[str, Any] | None, plots: dict[str, Markup]
+) -> None:
+    """Draw what needs results.json alone."""
+    from .report_plots import PAGE_WIDTH, draw_arms, draw_coverage, draw_layers
+
+    label = "Test loss of each arm, mean and interval over seeds"
+    _add_plot(plots, "arms", draw_arms, label, run.results, "", PAGE_WIDTH)
+    if layers is not None and "candidates" in layers:
+        label = "Rank correlation with all layers against the share of gradient memory"
+        _add_plot(plots, "layers", draw_layers, label, layers["candidates"], layers["chosen"])
+    if coverage is not None and "loss" in coverage:
+        label = "Loss of test rows against their coverage by the pool"
+        _add_plot(plots, "coverage", draw_coverage, label, coverage["coverage"], coverage["loss"], coverage["top_k"])
 
 
 def load_asset(name: str) -> str:
@@ -126,11 +143,6 @@ def make_policy(style: str, script: str) -> str:
     )
 
 
-def show_number(value: Any, form: str) -> str:
-    """A number by a format; a dash for what is none."""
-    return format(value, form) if is_number(value) else "\N{EN DASH}"
-
-
 def format_influence(value: float) -> str:
     """Influence with its sign and four digits, as the table of examples shows it."""
     if value != 0 and not 1e-3 <= abs(value) < 1e7:
@@ -146,8 +158,8 @@ def escape_json(text: str) -> str:
 # --- the pool ---
 
 
-def _show_pool(run: Run, plots: dict[str, Markup]) -> dict[str, Any]:
-    """What the page says of the scored pool, and the rows of its table."""
+def _show_pool(run: Run, plots: dict[str, Markup], coverage: dict[str, Any] | None) -> dict[str, Any]:
+    """What the page says of the scored pool, and the rows of its table, those that cover test rows among them."""
     scored = run.scored
     assert scored is not None
     pool = read_pool(run, scored)
@@ -158,7 +170,9 @@ def _show_pool(run: Run, plots: dict[str, Markup]) -> dict[str, Any]:
     text_columns = find_text_columns(run, scored)
     groups = find_groups(run, scored, text_columns)
     queries = find_query_rows(run, scored, run.notes)
-    rows = choose_rows(pool, {pair[0] for query in queries for pair in (*query["proponents"], *query["opponents"])})
+    linked = {pair[0] for query in queries for pair in (*query["proponents"], *query["opponents"])}
+    helpers = {pair["row"] for row in (coverage or {}).get("rows", []) for pair in row["proponents"]}
+    rows = choose_rows(pool, linked | {row for row in helpers if row < len(pool.influence)})
     data = _collect_rows(run, pool, rows, text_columns, groups)
     data["queries"] = queries
     if len(rows) < len(pool.influence):
@@ -186,6 +200,7 @@ def _show_pool(run: Run, plots: dict[str, Markup]) -> dict[str, Any]:
         },
         "groups": summaries,
         "queries": len(queries),
+        "shown": set(rows.tolist()),
         "data": data,
     }
 
@@ -258,148 +273,3 @@ def _to_list(values: np.ndarray, whole: bool = False) -> list[float | int | None
         None if not math.isfinite(value) else int(value) if whole else float(f"{value:.6g}")
         for value in values.tolist()
     ]
-
-
-# --- what results.json says ---
-
-
-def _show_verdict(run: Run) -> dict[str, Any]:
-    """The verdict in a sentence, the paragraph, and how to look at it."""
-    text, headline = run.get("verdict", "text"), run.get("verdict", "headline")
-    text = text if isinstance(text, str) else "The results hold no verdict."
-    finished = run.get("complete") is not False
-    if not isinstance(headline, str):
-        headline = "No verdict" if finished else "The comparison is not finished"
-    beats, matches = run.get("verdict", "beats_random"), run.get("verdict", "matches_full")
-    is_warning = "WARNING" in text
-    good = beats is True and matches is True and not is_warning
-    return {
-        "headline": headline,
-        "text": text,
-        "kind": "warning" if is_warning else "good" if good else "open",
-        "checks": [
-            {"label": "beats random rows beyond noise", "value": beats},
-            {"label": "matches the full pool", "value": matches},
-        ]
-        if isinstance(beats, bool) and isinstance(matches, bool)
-        else [],
-    }
-
-
-def _show_arms(run: Run) -> dict[str, Any]:
-    """The arms as tables, one for each budget."""
-    rows = summarize_arms(run.results)
-    budgets = list(dict.fromkeys(row["budget"] for row in rows))
-    return {
-        "columns": ARM_COLUMNS,
-        "tables": [
-            {
-                "budget": BUDGETS.get(budget, budget),
-                "rows": [{"arm": row["arm"], "cells": format_arm(row)} for row in rows if row["budget"] == budget],
-            }
-            for budget in budgets
-        ],
-        "note": f"Means over {count_seeds(rows)}, ± half of the {LEVEL * 100:g} % Student-t interval.",
-    }
-
-
-def _show_comparisons(run: Run) -> list[dict[str, str]]:
-    """Differences between arms with their intervals, for every fraction and budget."""
-    lines = []
-    entries = run.get("verdict", "by_fraction")
-    for entry in entries if isinstance(entries, list) else []:
-        intervals = get_value(entry, "intervals")
-        for name, interval in (intervals if isinstance(intervals, dict) else {}).items():
-            mean, low, high = (get_value(interval, key) for key in ("mean", "low", "high"))
-            if not is_number(mean):
-                continue
-            budget = str(get_value(entry, "budget"))
-            lines.append(
-                {
-                    "name": str(name).replace("_", " ").replace(" minus ", " − "),
-                    "where": f"{show_number(get_value(entry, 'fraction'), 'g')}, {BUDGETS.get(budget, budget)}",
-                    "mean": show_number(mean, "+.3f"),
-                    "interval": f"{low:+.3f} to {high:+.3f}" if is_number(low) and is_number(high) else "none",
-                    "seeds": show_number(get_value(interval, "n"), ".0f"),
-                    "outcome": OUTCOMES.get(str(get_value(interval, "outcome")), "no interval"),
-                }
-            )
-    return lines
-
-
-def _show_auc(run: Run) -> dict[str, Any]:
-    """How well scores find the rows that are looked for."""
-    auc = run.get("auc")
-    auc = auc if isinstance(auc, dict) else {}
-    by_kind = {str(kind): scores for kind, scores in auc.items() if isinstance(scores, dict)}
-    scores = list(dict.fromkeys(str(score) for found in by_kind.values() for score in found))
-    return {
-        "scores": scores,
-        "lines": [
-            {
-                "kind": kind,
-                "rows": show_number(run.get("auc_rows", kind), ",.0f"),
-                "values": [show_number(found.get(score), ".3f") for score in scores],
-            }
-            for kind, found in by_kind.items()
-        ],
-    }
-
-
-def _show_cost(run: Run) -> list[tuple[str, str]]:
-    """What the run cost, in words."""
-
-    def seconds(value: Any) -> str:
-        return f"{show_number(value, ',.1f')} s" if is_number(value) else ""
-
-    trained = {(arm["arm"], arm["fraction"], arm["seed"], arm.get("seconds")) for arm in run.results["arms"]}
-    spent = [entry[3] for entry in trained if is_number(entry[3])]
-    resumed = " (of the last part alone: the run was resumed)" if run.get("selection", "resumed") is True else ""
-    runs = run.get("verdict", "cost", "break_even_runs")
-    lines = [
-        ("Training the reference", seconds(run.get("selection", "reference_seconds"))),
-        ("Computing influence", seconds(run.get("selection", "seconds")) + resumed),
-        ("Training and testing the arms", f"{seconds(sum(spent))} for {len(spent)} runs" if spent else ""),
-        ("Saved by each target run at equal epochs", seconds(run.get("verdict", "cost", "saving_per_run"))),
-        ("Target runs until selecting has paid", show_number(runs, ",") if is_number(runs) else str(runs or "")),
-    ]
-    return [(label, value) for label, value in lines if value]
-
-
-def _show_provenance(run: Run) -> list[tuple[str, str]]:
-    """What the figures were made from and with."""
-    sets = get_value(run.scorer, "validation_sets")
-    machine = run.get("machine")
-    machine = machine if isinstance(machine, dict) else {}
-    hardware = [machine.get("gpu") or machine.get("cpu"), f"{machine.get('processes', 1)} process(es)"]
-    hardware += [f"{machine['cores']} cores"] if machine.get("cores") else []
-    libraries = [f"{name} {machine[name]}" for name in machine if name in LIBRARIES]
-    revision = get_value(run.scorer, "base_model_revision")
-    lines = [
-        ("Reference model", run.get("config", "model_name_or_path") or get_value(run.scorer, "base_model")),
-        ("Its revision", revision),
-        ("Target model", run.get("config", "target_model_name_or_path") or run.get("config", "model_name_or_path")),
-        ("Pool", run.get("config", "pool")),
-        ("Validation (selects)", _join(run.get("config", "validation"))),
-        ("Rows of the validation sets", _join(sets)),
-        ("Test (judges)", run.get("config", "test")),
-        ("Estimator", get_value(run.scorer, "estimator") or run.get("selection", "estimator")),
-        ("Loss of a row", f"{get_value(run.scorer, 'loss_reduction')} over its labelled tokens" if run.scorer else ""),
-        ("Damping scale", get_value(run.scorer, "damping_scale")),
-        ("Layers", (get_value(run.scorer, "influence_layers") or "all") if run.scorer else ""),
-        ("Rows the scorer was fitted on", get_value(run.scorer, "num_fit_examples")),
-        ("Machine", ", ".join(str(part) for part in hardware if part) if machine else ""),
-        ("Libraries", ", ".join(libraries)),
-        ("Command", run.get("command")),
-    ]
-    return [(label, str(value)) for label, value in lines if value not in (None, "", [])]
-
-
-LIBRARIES = ("python", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
-
-
-def _join(value: Any) -> str:
-    """A list or a dictionary in one line."""
-    if isinstance(value, dict):
-        value = [f"{name}: {item:,}" if isinstance(item, int) else f"{name}: {item}" for name, item in value.items()]
-    return ", ".join(str(item) for item in value) if isinstance(value, list) else ""

@@ -1,4 +1,4 @@
-"""Pictures of a run: arms, influence, influence against length and by group; matplotlib figures.
+"""Pictures of a run: arms, influence, also against length and by group, layers, coverage; matplotlib figures.
 
 Sign: negative influence = proponent (training on the row lowers the validation loss), positive = opponent.
 """
@@ -244,6 +244,90 @@ def draw_groups(groups: Sequence[Mapping[str, Any]]) -> "Figure":
     panel.set_ylim(len(groups) - 0.5, -0.5)
     panel.axvline(0, color="#444444", linewidth=1, linestyle=":")
     panel.set_xlabel(INFLUENCE_LABEL)
+    panel.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw_layers(candidates: Sequence[Mapping[str, Any]], chosen: Sequence[int]) -> "Figure":
+    """
+    Draw how well sets of layers rank the rows: Spearman with all layers against their share of gradient memory.
+
+    Args:
+        candidates (`Sequence[Mapping[str, Any]]`):
+            Sets of layers: `layers`, `name` (its first word is how they were picked), `memory` in (0, 1] and
+            `spearman`.
+        chosen (`Sequence[int]`):
+            The layers to mark.
+
+    Returns:
+        `matplotlib.figure.Figure`
+    """
+    figure = _make_figure(width=PAGE_WIDTH, height=4.0)
+    panel = figure.subplots()
+    kinds = {
+        "first": ("<", REST_COLOUR),
+        "last": (">", COLOURS["random"]),
+        "middle": ("D", COLOURS["opponents"]),
+        "spread": ("s", OTHER_COLOUR),
+        "greedy": ("o", COLOURS["coreset"]),
+        "all": ("*", COLOURS["full"]),
+    }
+    for kind, (marker, colour) in kinds.items():
+        members = [entry for entry in candidates if entry["name"].partition(" ")[0] == kind]
+        if members:
+            memory, spearman = [entry["memory"] for entry in members], [entry["spearman"] for entry in members]
+            panel.plot(memory, spearman, marker, color=colour, markersize=6, label=kind)
+    for entry in candidates:
+        if list(entry["layers"]) == list(chosen):
+            panel.plot(
+                [entry["memory"]],
+                [entry["spearman"]],
+                "o",
+                markersize=13,
+                markerfacecolor="none",
+                markeredgecolor=COLOURS["full"],
+                label="chosen",
+            )
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    panel.set_xlim(0, 1.04)
+    panel.set_xlabel("share of the gradient memory of all layers\n(left = less memory)")
+    panel.set_ylabel("Spearman with all layers\n(1 = the same order of the rows)")
+    panel.grid(axis="y", color="#dddddd", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def draw_coverage(coverage: Sequence[float], loss: Sequence[float], top_k: int) -> "Figure":
+    """
+    Draw the loss of test rows against how well the pool covers them.
+
+    Args:
+        coverage (`Sequence[float]` of length `Q`):
+            Mean of `-influence` over the `top_k` strongest proponents of each test row; larger = better covered.
+        loss (`Sequence[float]` of length `Q`):
+            Nats per labelled token.
+        top_k (`int`):
+            For the label.
+
+    Returns:
+        `matplotlib.figure.Figure`
+    """
+    figure = _make_figure(width=PAGE_WIDTH, height=4.0)
+    panel = figure.subplots()
+    panel.plot(coverage, loss, "o", color=COLOURS["coreset"], markersize=4, alpha=0.7)
+    if min(coverage) > 0 and max(coverage) > 20 * min(coverage):
+        panel.set_xscale("log")
+    else:
+        panel.axvline(0, color="#444444", linewidth=1, linestyle=":")
+    panel.set_xlabel(
+        f"coverage: mean of \N{MINUS SIGN}influence of the {top_k} strongest proponents\n"
+        "(no unit; negative influence = proponent)   better covered \N{RIGHTWARDS ARROW}"
+    )
+    panel.set_ylabel("loss of the test row\n(nats per labelled token, lower is better)")
+    panel.grid(axis="y", color="#dddddd", linewidth=0.6)
+    panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -146,6 +146,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
+def show_number(value: Any, form: str) -> str:
+    """A number by a format; a dash for what is none."""
+    return format(value, form) if is_number(value) else "\N{EN DASH}"
+
+
 def read_json(path: Path) -> Any:
     """Read JSON; `None` where there is no whole file."""
     try:

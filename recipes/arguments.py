@@ -16,6 +16,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 
 ARMS = ("full", "coreset", "random", "opponents")
 BUDGETS = ("steps", "epochs")
+ANALYSES = ("layers", "coverage")
 COMPARED_STRATEGIES = ("top", "round_robin", "round_robin_rows", "greedy")
 # These read the influence on every validation row.
 STRATEGIES_BY_ROW = ("round_robin_rows", "greedy")
@@ -101,6 +102,15 @@ class In2CoreArguments(DataArguments):
     wrong_column: str | None = field(
         default=None, metadata={"help": "Column that is true for wrong answers: how influence ranks them (AUC)."}
     )
+    analyses: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "What to add to the results and the report: `layers`, how few decoder layers would rank the pool "
+            "alike (a pilot sample); `coverage`, how well the pool covers the test rows (each a query over the pool). "
+            "None by default.",
+            "choices": list(ANALYSES),
+        },
+    )
     setup_script: str | None = field(
         default=None, metadata={"help": "Python script with its arguments, run first (the quickstart makes its data)."}
     )
@@ -128,6 +138,8 @@ class In2CoreArguments(DataArguments):
             values = getattr(self, name)
             if not values:
                 raise ValueError(f"--{name} is empty. Give at least one value.")
+        for name in ("fractions", "seeds", "arms", "budgets", "analyses"):
+            values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise ValueError(f"--{name} has a value twice: {values}. Give each once.")
 

@@ -21,6 +21,7 @@ def make_parser() -> RecipeParser:
 def main(settings: Settings) -> None:
     """Run the pipeline; everything that is finished already is taken as it is."""
     # Imported here, so that `--help` and a wrong flag are answered without them.
+    from analyses import analyse_run
     from comparison import build_results, compute_aucs, find_examples, find_lengths, plan_arms, write_results
     from datasets import load_from_disk
     from job import check
@@ -62,6 +63,7 @@ def main(settings: Settings) -> None:
     if args.task_column is not None or args.wrong_column is not None:
         losses = compute_reference_losses(job, adapter)
         findings |= compute_aucs(scored, losses, job.inputs.validation, args.task_column, args.wrong_column)
+    findings |= analyse_run(job, adapter, reference)
 
     # The targets: the same training on the rows of each arm, judged on the test set.
     plan = plan_arms(args)

@@ -46,7 +46,7 @@ HARMLESS = {
         "wrong_column",
     ),
     # Results are kept by arm, so that arms can be added.
-    *("fractions", "seeds", "arms", "budgets"),
+    *("fractions", "seeds", "arms", "budgets", "analyses"),
     # Compared by content.
     *("pool", "validation", "test"),
     *("report_to", "run_name", "project", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node"),

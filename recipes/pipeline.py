@@ -44,6 +44,8 @@ def plan_run(job: Job) -> None:
         rows = round(job.args.reference_fraction * len(job.inputs.pool))
         say(f"Reference: to be trained on {rows:,} rows. A rerun with --reference_adapter takes a trained one.")
     say(str(plan_influence(trainer, job.args.strategy in STRATEGIES_BY_ROW)))
+    if job.args.analyses:
+        say(f"Analyses ({', '.join(job.args.analyses)}): passes of their own after it, which are not in this plan.")
     plan = plan_arms(job.args)
     say(f"Targets: {len(plan)} trainings and evaluations after that: {', '.join(arm.name for arm in plan)}.")
 

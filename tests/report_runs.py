@@ -1,6 +1,7 @@
 """Run folders for the tests of the report page: a small pool that is really scored, with hostile rows in it."""
 
 import json
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from datasets import Dataset
 from test_report import make_results
 from test_trainer import make_trainer
 from transformers import AutoModelForCausalLM
+
+from hf_in2core.coverage import correlate_coverage
+from hf_in2core.layers import LayerScores, choose_layers
 
 
 NUM_ROWS = 120
@@ -35,6 +39,48 @@ def make_pool() -> Dataset:
     for number, (name, text) in enumerate(HOSTILE.items()):
         rows[10 * number] |= {"id": f"hostile-{name}", "completion": f" {text}", "task": "<i>$hostile$</i>"}
     return Dataset.from_list(rows)
+
+
+def make_analyses() -> dict[str, Any]:
+    """Layers and coverage as the recipe records them, of made-up scores; the least covered test rows are hostile."""
+    generator = np.random.default_rng(0)
+    parts = generator.normal(size=(200, 1, 6)) * np.array([0.1, 3.0, 0.2, 2.0, 0.3, 0.1])
+    scores = LayerScores(list(range(6)), [10] * 6, np.arange(200), parts)
+    choice = asdict(choose_layers(scores, budget=0.5))
+    candidates = choose_layers(scores, budget=1.0).candidates
+    layers = choice | {"budget": 0.5, "rows": 200, "all_layers": scores.layers, "candidates": candidates}
+    coverage = Dataset.from_dict(
+        {
+            "coverage_top_k": (values := generator.lognormal(size=80)),
+            "coverage_sum": 3 * values,
+            "coverage_mean": generator.normal(size=80),
+            "coverage_share": np.full(80, 0.5),
+            "loss": (losses := 2 - 0.4 * np.log(values) + 0.2 * generator.normal(size=80)),
+        }
+    )
+    least = [
+        {
+            "row": 7 + number,
+            "coverage": 0.001 * number,
+            "loss": 1.5,
+            "num_loss_tokens": 4,
+            "text": f"{name}: {text}",
+            # The last is of another pool.
+            "proponents": [{"row": row, "influence": -0.5 / (row + 1)} for row in (10 * number, 3, 10**6)],
+        }
+        for number, (name, text) in enumerate(HOSTILE.items())
+    ]
+    return {
+        "layers": layers,
+        "coverage": {
+            "top_k": 10,
+            "estimator": "datainf",
+            "test_rows": 1234,
+            "correlations": correlate_coverage(coverage),
+            "points": {"row": list(range(80)), "coverage": values.tolist(), "loss": losses.tolist()},
+            "least_covered": least,
+        },
+    }
 
 
 def write_run(folder: Path, scored: Dataset, results: dict[str, Any]) -> Path:
@@ -65,6 +111,7 @@ def get_scored_run(session_folder: Path, model_folder: str) -> Path:
     results["selection"]["rows"] = NUM_ROWS
     validation.to_json(str(root / "validation.jsonl"))
     results["config"] = {"task_column": "task", "validation": [str(root / "validation.jsonl")]}
+    results |= make_analyses()
     results["command"] = "in2core.py --pool '</script>'"
     folder = write_run(root / "run", scored, results)
     scorer.save_pretrained(folder / "scorer")

@@ -79,9 +79,10 @@ def wait_for_count(page: Any, text: str) -> None:
 def test_loads_and_fits_the_screen(open_page: Any, address: str, viewport: Any, scheme: Any) -> None:
     page = open_page(address, viewport, color_scheme=scheme)
     assert page.locator("#rows tbody tr").count() == 50
-    assert page.locator("svg[role=img]").count() == 4
+    assert page.locator("svg[role=img]").count() == 6
     assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
-    for box in (page.locator("main > section").nth(n).bounding_box() for n in range(4)):
+    sections = page.locator("main > section")
+    for box in (sections.nth(n).bounding_box() for n in range(sections.count())):
         assert box["x"] >= 0 and box["x"] + box["width"] <= viewport["width"]
     brightness = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0]")
     assert brightness > 200 if scheme == "light" else brightness < 60
@@ -223,6 +224,28 @@ def test_a_validation_row_names_who_helps_it(open_page: Any, address: str) -> No
     assert page.inner_text("#reader-title") == f"Row {target}"
     page.locator("dialog .steps button").click()
     assert page.inner_text("#reader-title") == "Validation row 4 (validation)"
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE])
+def test_a_least_covered_row_leads_to_its_proponents(open_page: Any, address: str, viewport: Any) -> None:
+    page = open_page(address, viewport)
+    cells = page.locator("#coverage .texts tbody tr").nth(2).locator("td")
+    assert cells.nth(2).inner_text() == f"html: {HOSTILE['html']}"
+    link = cells.nth(3).locator("a").first
+    link.focus()
+    page.keyboard.press("Enter")
+    assert page.inner_text("#reader-title") == "Row 20"
+    page.keyboard.press("Escape")
+    assert page.locator("dialog[open]").count() == 0 and "#" not in page.url
+    assert link.evaluate("link => link === document.activeElement")
+    link.click()  # the same again
+    assert page.inner_text("#reader-title") == "Row 20"
+    page.locator("dialog .close").click()
+    # Nothing of the sections is wider than the screen; tables scroll in themselves.
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    page.locator("#layers summary").click()
+    assert page.locator("#layers tbody tr").count() == 6
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
 
 
 def test_thousands_of_rows(open_page: Any, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 import scipy.stats
 from conftest import make_prompt_completion
 from datasets import Dataset
-from report_runs import HOSTILE, NUM_ROWS, get_scored_run, make_pool, make_scored, write_run
+from report_runs import HOSTILE, NUM_ROWS, get_scored_run, make_analyses, make_pool, make_scored, write_run
 from test_report import make_results
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -113,7 +113,7 @@ def test_the_page_says_what_the_run_found(page: Page, run: Path) -> None:
     ]
     assert f"{np.mean(losses):.3f} ±" in page.words
     pictures = [attributes["aria-label"] for tag, attributes in page.elements if tag == "svg"]
-    assert len(pictures) == 4 and all(pictures)  # arms, influence, length, tasks
+    assert len(pictures) == 6 and all(pictures)  # arms, influence, length, tasks, layers, coverage
 
 
 def test_rows_are_those_of_the_pool(page: Page, scored: Dataset) -> None:
@@ -387,6 +387,7 @@ def test_results_of_any_shape_give_a_page_or_a_message(tmp_path: Path, monkeypat
         "command": "c",
         "complete": True,
         "base": {"tasks": TASKS},
+        **make_analyses(),
     }
     folder = write_run(tmp_path / "run", make_scored(12, task=["a", "b"] * 6), results)
     num_pages = 0

@@ -325,6 +325,7 @@
   const content = byId("reader-content");
   let opened = null;
   let cameFrom = null; // the validation row through which a row was opened
+  let opener = null; // the link outside the table that opened a row, which has the focus afterwards
 
   function openReader(title, parts) {
     const close = make("button", { type: "button", class: "close", "aria-label": "Close", text: "✕", onclick: () => reader.close() });
@@ -452,8 +453,9 @@
   reader.addEventListener("close", () => {
     setAddress("");
     const row = opened === null ? null : body.querySelector(`tr[data-row="${opened}"]`);
-    if (row && cameFrom === null) focusRow([...body.rows].indexOf(row));
-    opened = cameFrom = null;
+    if (opener) opener.focus();
+    else if (row && cameFrom === null) focusRow([...body.rows].indexOf(row));
+    opened = cameFrom = opener = null;
   });
 
   // --- start ---
@@ -467,6 +469,15 @@
   drawFilters();
   byId("filters").hidden = table.hidden = byId("pages").hidden = false;
   refresh();
-  const linked = /^#row-(\d+)$/.exec(location.hash);
-  if (linked) openRow(Number(linked[1]));
+  function openLinked() {
+    const linked = /^#row-(\d+)$/.exec(location.hash);
+    if (linked) openRow(Number(linked[1]));
+  }
+
+  openLinked();
+  addEventListener("hashchange", () => {
+    const link = document.activeElement;
+    opener = link && link.classList.contains("row-link") ? link : null;
+    openLinked();
+  });
 })();
