@@ -129,6 +129,7 @@ def test_a_run_without_analyses_says_nothing_of_them(tmp_path: Path, no_pictures
 @pytest.mark.parametrize("name", ["layers", "coverage"])
 def test_an_unknown_shape_is_left_out_with_a_note(name: str) -> None:
     show = {"layers": show_layers, "coverage": show_coverage}[name]
+    wrong: Any
     for wrong in ("x", [], 7, {}, {"points": {"loss": [1.0]}}, {"candidates": "x"}, {"refused": 3}):
         run = make_run(**{name: wrong})
         assert show(run) is None
