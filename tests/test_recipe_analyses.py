@@ -22,6 +22,7 @@ from recipe_runs import (
     write_config,
     write_rows,
 )
+from test_recipe_launch import launch
 from test_report_page import Page
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -155,6 +156,23 @@ def test_what_cannot_be_analysed_is_said_and_the_run_is_finished(
     assert "warning: No layers in the results: 29 rows" in capsys.readouterr().err
     words = Page(tmp_path / "run" / "report.html").words
     assert "Not computed. 29 rows are left" in words and "Not computed. the test set has 9 rows" in words
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same(finished: Path, config: dict[str, Any], analysed: Path, tmp_path: Path) -> None:
+    changed = config | {
+        "output_dir": str(tmp_path / "run"),
+        "reference_adapter": str(finished / "run" / "reference"),
+        "analyses": ["layers", "coverage"],
+    }
+    flags = ("--arms", "coreset", "random", "--budgets", "epochs", "--max_steps", "1")
+    answer = launch("recipes/in2core.py", "--config", write_config(tmp_path, changed), *flags, processes=2)
+    assert answer.stdout.count("Coverage: 11 test rows") == 1
+    one, two = read_results(analysed), read_results(tmp_path)
+    for name in ("coverage", "loss"):
+        assert two["coverage"]["points"][name] == pytest.approx(one["coverage"]["points"][name], rel=1e-4)
+    assert two["layers"]["layers"] == one["layers"]["layers"]
+    assert two["layers"]["spearman"] == pytest.approx(one["layers"]["spearman"], abs=1e-3)
 
 
 def test_names_of_analyses_are_checked(config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

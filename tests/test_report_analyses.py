@@ -129,6 +129,7 @@ def test_a_run_without_analyses_says_nothing_of_them(tmp_path: Path, no_pictures
 @pytest.mark.parametrize("name", ["layers", "coverage"])
 def test_an_unknown_shape_is_left_out_with_a_note(name: str) -> None:
     show = {"layers": show_layers, "coverage": show_coverage}[name]
+    wrong: Any
     for wrong in ("x", [], 7, {}, {"points": {"loss": [1.0]}}, {"candidates": "x"}, {"refused": 3}):
         run = make_run(**{name: wrong})
         assert show(run) is None
@@ -141,4 +142,9 @@ def test_an_unknown_shape_is_left_out_with_a_note(name: str) -> None:
                 parent = parent[key]
             parent[path[-1]] = wrong
             run = make_run(**{name: damaged})
-            assert (show(run) is None) == bool(run.notes), (path, wrong)
+            shown = show(run)
+            assert (shown is None) == bool(run.notes), (path, wrong)
+            if shown is not None:  # what is left can be drawn
+                drawn = [shown[key] for key in ("coverage", "loss") if key in shown]
+                drawn += [[entry["memory"], entry["spearman"]] for entry in shown.get("candidates", [])]
+                assert all(type(value) in (int, float) and abs(value) < 1e300 for part in drawn for value in part)
