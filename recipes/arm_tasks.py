@@ -1,5 +1,6 @@
 """Tasks of lm-eval on the models of a run: evaluated once, kept beside each adapter, merged into `results.json`."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def evaluate_run(args: EvaluateArguments, batch_size: int) -> None:
     files = hash_folder(args.include_path, (".yaml", ".py", ".json", ".jsonl", ".csv")) if args.include_path else ""
     for number, (name, folder) in enumerate({"base": run / "arms" / "base", **folders}.items(), 1):
         model_identity = (read_json(folder / "result.json") or {}).get("identity")
-        identity = hash_value([model_identity, files, args.num_fewshot, args.limit])
+        identity = hash_value([model_identity, files, args.num_fewshot, args.limit, version("lm_eval")])
         before = agree(lambda folder=folder: read_json(folder / "tasks.json")) or {}  # type: ignore[misc]
         missing = {task: found for task, found in loaded.items() if before.get(task, {}).get("identity") != identity}
         if missing:
