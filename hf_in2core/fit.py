@@ -32,8 +32,8 @@ from .store import GradientStore, StoredChunk
 logger = logging.getLogger(__name__)
 
 FITTED_FILE = "fitted.safetensors"
-# A few suffice: the damping inside the fraction is tiny beside the squared norms, and the bound below is checked.
-PILOT_ROWS = 4
+# Pilot rows, from few rows on and up to many: a hundredth of a pass, which spares most runs a second fit pass.
+PILOT_ROWS, MAX_PILOT_ROWS = 4, 64
 # Largest accepted bound on the relative error of u from taking the inner damping from the pilot rows.
 MAX_INNER_DAMPING_ERROR = 1e-3
 
@@ -149,7 +149,7 @@ def run_fit_pass(
         [`FitResult`]
     """
     generator = np.random.default_rng(seed)
-    pilot = np.sort(generator.choice(len(prepared), min(PILOT_ROWS, len(prepared)), replace=False))
+    pilot = np.sort(generator.choice(len(prepared), count_pilot_rows(len(prepared)), replace=False))
     positions = None
     if fit_examples is not None and fit_examples < len(prepared):
         positions = np.sort(generator.choice(len(prepared), fit_examples, replace=False))
@@ -164,6 +164,11 @@ def run_fit_pass(
             passes, f"{name}-exact", prepared, positions, validation_gradients, result.damping, damping_scale, True
         )
     return result
+
+
+def count_pilot_rows(num_rows: int) -> int:
+    """Rows of the pilot that the inner damping comes from: a hundredth of the pool, 4 to 64."""
+    return min(max(num_rows // 100, PILOT_ROWS), MAX_PILOT_ROWS, num_rows)
 
 
 def _compute_pilot_damping(passes: Passes, pilot: Dataset, damping_scale: float) -> dict[str, float]:

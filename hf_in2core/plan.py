@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from .batches import TokenBatch, TokenRows, plan_batches, read_token_rows
-from .fit import PILOT_ROWS
+from .fit import count_pilot_rows
 from .gradients import GradientRecorder, accumulation_dtype, compute_dots, compute_fit_terms, compute_gradient_sum
 from .notebook import render_html
 from .passes import Passes, finish_together, make_zeros, run_batches
@@ -153,7 +153,7 @@ def plan_influence(
         for found, seconds in zip(shapes[1:], timings.validation, strict=True)
     ]
     share = min((args.fit_examples or len(pool)) / len(pool), 1.0)
-    pilot = min(PILOT_ROWS, len(pool))
+    pilot = count_pilot_rows(len(pool))
     rows, tokens = int(share * shape.shard_rows) + pilot, int(share * shape.padded_tokens + pilot * shape.mean_width)
     plans += [PassPlan("fit", rows, tokens, timings.fit * tokens)] * (num_fits if datainf else 0)
     rows = min(CURVATURE_ROWS, len(pool))
