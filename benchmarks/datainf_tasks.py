@@ -24,7 +24,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from workload import describe_machine
 
-from hf_in2core.baselines import compute_hidden_embeddings
 from hf_in2core.batches import iterate_batches, plan_batches, read_token_rows
 from hf_in2core.blocks import find_blocks
 from hf_in2core.evaluation import compute_auc, compute_confidence_interval
@@ -33,6 +32,7 @@ from hf_in2core.losses import compute_row_losses, compute_token_nll, compute_tok
 from hf_in2core.passes import Passes
 from hf_in2core.preparation import Preparation, prepare_rows
 from hf_in2core.scoring import run_score_pass
+from hf_in2core.similarities import compute_hidden_embeddings
 
 
 WORDS = "the cat sat on a mat and saw red blue green birds fly over old stone walls near slow rivers at dawn".split()

@@ -22,7 +22,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 from workload import describe_machine
 
-from hf_in2core.baselines import compute_hidden_embeddings
 from hf_in2core.batches import TokenBatch, collate, read_token_rows
 from hf_in2core.blocks import find_blocks
 from hf_in2core.evaluation import compute_confidence_interval
@@ -30,6 +29,7 @@ from hf_in2core.fit import run_fit_pass, run_per_example_validation_pass
 from hf_in2core.losses import compute_row_losses, compute_token_nll
 from hf_in2core.passes import Passes
 from hf_in2core.scoring import run_score_pass
+from hf_in2core.similarities import compute_hidden_embeddings
 
 
 QUICKSTART = Path("runs/quickstart/inputs")

@@ -1,252 +1,133 @@
-"""Which rows to train on: influence against loss, RDS+, BM25, length and random rows, at equal steps.
+"""Which rows to train on: influence against loss, RDS+, BM25, length and random rows, at equal steps or epochs.
 
-    python benchmarks/selection.py [--quick] [--methods rds …] [--wrong_fraction 0.2] [flags of recipes/in2core.py]
+    python benchmarks/selection.py [--quick] [--methods rds …] [--more_tests FILE …] [flags of recipes/in2core.py]
 
 By default on the data that the quickstart generates. `--config recipes/mixture/in2core.yaml` takes real rows; with the
 folder of a finished run as `--output_dir` the recipe's reference and arms are found again, and this adds to them. The
-same command resumes. Writes `selection.json` and `selection.png` into the run's folder and prints the tables.
-
-`--wrong_fraction` shuffles that share of the answers within each task of the pool first and, without any target, asks
-which column finds them.
+same command resumes. Writes `selection_results.json` and `selection.png` into the run's folder and prints the tables:
+loss, share of tokens and share of whole answers (every token of it, so that greedy decoding gives exactly this answer)
+predicted right on the test set, and on those of `--more_tests`.
 """
 
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from selection_methods import METHODS, MethodArm, compute_method_aucs, find_tasks, make_columns
 
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))
 
 from arguments import In2CoreArguments  # noqa: E402
-from comparison import Arm, describe_machine, read_influence  # noqa: E402
-from datasets import Dataset, concatenate_datasets, load_from_disk  # noqa: E402
+from comparison import describe_machine, find_equal_run  # noqa: E402
+from datasets import Dataset, load_from_disk  # noqa: E402
+from inputs import check_trainable  # noqa: E402
 from job import Job, check  # noqa: E402
 from pipeline import evaluate_base, read_result, score_pool, train_arm, train_reference  # noqa: E402
 from recipe_parser import RecipeParser, Settings  # noqa: E402
-from run_folder import join_processes, quiet_loading, run_setup_script, say, write_json, written_folder  # noqa: E402
+from run_folder import join_processes, quiet_loading, run_setup_script, say, write_json  # noqa: E402
 from stages import load_model  # noqa: E402
 
-from hf_in2core import InfluenceConfig, InfluenceTrainer, select_coreset  # noqa: E402
-from hf_in2core.baselines import add_bm25, add_loss, add_rds, select_length_matched  # noqa: E402
-from hf_in2core.coreset import take_round_robin  # noqa: E402
-from hf_in2core.data import hash_value, load_rows  # noqa: E402
-from hf_in2core.evaluation import compare_arms, compute_auc, compute_confidence_interval  # noqa: E402
-from hf_in2core.preparation import Preparation  # noqa: E402
+from hf_in2core import InfluenceConfig  # noqa: E402
+from hf_in2core.columns import apply_columns  # noqa: E402
+from hf_in2core.data import hash_rows, hash_value, load_rows  # noqa: E402
+from hf_in2core.evaluation import compare_arms, compute_confidence_interval  # noqa: E402
+from hf_in2core.losses import compute_row_losses  # noqa: E402
 
 
-ESTIMATORS = {"gradient_dot": "dot", "gradient_cosine": "cosine"}
-# Arm: (column, strategy, what it costs beside the column itself, name in the tables). The recipe's own arms keep their
-# names, so that their runs are found.
-METHODS: dict[str, tuple[str, str, str, str]] = {
-    "full": ("influence", "top", "", "all rows"),
-    "random": ("influence", "random", "", "random"),
-    "coreset": ("influence", "top", "reference", "influence (DataInf)"),
-    "opponents": ("influence", "bottom", "reference", "opponents (DataInf)"),
-    "dot": ("influence_dot", "top", "reference", "gradient dot"),
-    "cosine": ("influence_cosine", "top", "reference", "gradient cosine"),
-    "turns": ("turns_rank", "top", "reference", "influence, validation rows in turn"),
-    "turns_cosine": ("turns_cosine_rank", "top", "reference", "gradient cosine, validation rows in turn"),
-    "rds": ("rds_rank", "top", "", "RDS+"),
-    "bm25": ("bm25_rank", "top", "", "BM25"),
-    "low_loss": ("loss", "top", "reference", "lowest loss"),
-    "high_loss": ("loss", "bottom", "reference", "highest loss"),
-    "length": ("influence", "length", "reference", "random, as long as influence's"),
-    "oracle": ("", "oracle", "", "only rows of the task (oracle)"),
-}
+def load_tests(job: Job, more: list[str]) -> dict[str, Dataset]:
+    """Prepared rows of every test set, by name."""
+    args = job.settings.make(InfluenceConfig)
+    tests = {"test": job.prepared_test}
+    for source in more:
+        rows = apply_columns(load_rows(source, "test set"), job.args.columns, job.target_tokenizer)
+        tests[Path(source).stem] = check_trainable(rows, f"test set {source}", args, job.target_tokenizer)
+    return tests
 
 
-@dataclass(frozen=True)
-class MethodArm(Arm):
-    """An arm of the recipe whose rows a column of `METHODS` chooses."""
+def evaluate_on_tests(job: Job, adapter: Path | None, tests: dict[str, Dataset]) -> dict[str, dict[str, float]]:
+    """
+    Loss per token, share of tokens and of whole answers predicted right on every test set.
 
-    task_column: str | None = None
-    tasks: tuple[str, ...] = ()
-
-    def select(self, scored: Dataset, strategy: str = "top") -> list[int]:
-        column, strategy, _, _ = METHODS[self.arm]  # in place of the run's own
-        if strategy == "oracle":
-            ours = np.flatnonzero(np.isin(np.array(scored[self.task_column], dtype=str), self.tasks))
-            count = min(round(self.fraction * len(scored)), len(ours))
-            return sorted(np.random.default_rng(self.seed).choice(ours, count, replace=False).tolist())
-        names = list(dict.fromkeys([column, "num_loss_tokens"]))
-        numbered = scored.select_columns(names).add_column("row", np.arange(len(scored)))
-        if strategy == "length":
-            chosen = select_length_matched(numbered, fraction=self.fraction, seed=self.seed)
+    Kept beside the adapter; of the base model without one.
+    """
+    folder = adapter or job.folder / "arms" / "base"
+    trained = json.loads((folder / "result.json").read_text(encoding="utf-8"))["identity"]
+    found: dict[str, dict[str, float]] = {}
+    missing: dict[str, tuple[Path, str]] = {}
+    for name, prepared in tests.items():
+        path = folder / f"test_{name}.json"
+        identity = hash_value([trained, hash_rows(prepared)])
+        known = read_result(path, identity)
+        if known is None:
+            missing[name] = (path, identity)
         else:
-            options: dict[str, Any] = {"column": column, "strategy": strategy, "order": "original", "seed": self.seed}
-            chosen = select_coreset(numbered, fraction=self.fraction, **options)
-        return chosen.with_format(None)["row"][:]
+            found[name] = known
+    if missing:
+        args = job.settings.make(InfluenceConfig)
+        with quiet_loading(repeated=True):
+            model = load_model(job.target_model, args, None if adapter is None else str(adapter))
+        for name, (path, identity) in missing.items():
+            losses = compute_row_losses(model, tests[name], args.tokens_per_batch)
+            tokens = losses.num_loss_tokens
+            found[name] = {
+                "loss": float(losses.nll.sum() / tokens.sum()),
+                "tokens_right": float(losses.num_correct.sum() / tokens.sum()),
+                "answers_right": float((losses.num_correct == tokens).mean()),
+            }
+            write_json(path, found[name] | {"identity": identity})
+    return {name: found[name] for name in tests}
 
 
-def add_estimator(job: Job, adapter: str, scored: Dataset, estimator: str, per_row: bool) -> Dataset:
-    """Add a column of another estimator, or the turns in which the validation rows take rows by it."""
-    influence_args = job.settings.make(InfluenceConfig, reference=True, estimator=estimator)
-    with quiet_loading():
-        trainer = InfluenceTrainer(
-            model=load_model(job.reference_model, influence_args, adapter),
-            args=influence_args,
-            train_dataset=job.inputs.pool,
-            eval_dataset=job.validation,
-            processing_class=job.reference_tokenizer,
-        )
-    trainer.fit_influence(per_example=per_row)
-    found = trainer.score_influence()
-    if not per_row:
-        return scored.add_column(f"influence_{ESTIMATORS[estimator]}", found["influence"][:])
-    per_query = found.with_format("numpy")["influence_per_query"][:]
-    rows = np.flatnonzero(~np.isnan(read_influence(found)))
-    turns = np.full(len(found), np.nan)
-    scores = np.stack([np.asarray(per_query[row], dtype=np.float64) for row in range(len(found))]).T
-    turns[take_round_robin(rows, len(rows), scores)] = np.arange(len(rows))
-    return scored.add_column("turns_rank" if estimator == "datainf" else f"turns_{ESTIMATORS[estimator]}_rank", turns)
-
-
-def make_columns(job: Job, adapter: str, scored: Dataset, methods: list[str]) -> tuple[Dataset, dict[str, float]]:
-    """Add the columns that the methods need; returns the dataset and the seconds that each column took."""
-    reference_args = job.settings.make(InfluenceConfig, reference=True)
-    preparation = Preparation.from_args(reference_args, job.reference_tokenizer, job.inputs.pool)
-    sets = list(job.inputs.validation.values())
-    validation = concatenate_datasets(sets) if len(sets) > 1 else sets[0]
-
-    def add_reference_loss(rows: Dataset) -> Dataset:
-        return add_loss(rows, load_model(job.reference_model, reference_args, adapter), preparation)
-
-    def add_base_rds(rows: Dataset) -> Dataset:
-        return add_rds(rows, validation, load_model(job.reference_model, reference_args), preparation)
-
-    makers: dict[str, Callable[[Dataset], Dataset]] = {
-        "influence_dot": lambda rows: add_estimator(job, adapter, rows, "gradient_dot", False),
-        "influence_cosine": lambda rows: add_estimator(job, adapter, rows, "gradient_cosine", False),
-        "turns_rank": lambda rows: add_estimator(job, adapter, rows, "datainf", True),
-        "turns_cosine_rank": lambda rows: add_estimator(job, adapter, rows, "gradient_cosine", True),
-        "loss": add_reference_loss,
-        "rds_rank": add_base_rds,
-        "bm25_rank": lambda rows: add_bm25(rows, validation, preparation),
-    }
-    folder = job.folder / "columns"
-    seconds: dict[str, float] = {}
-    for column in dict.fromkeys(METHODS[method][0] for method in methods):
-        if column not in makers:
-            continue
-        identity = hash_value([adapter, job.identities, column])
-        result = read_result(folder / f"{column}.json", identity)
-        if result is None:
-            start = time.perf_counter()
-            with quiet_loading():
-                added = makers[column](scored)
-            result = {"seconds": time.perf_counter() - start, "identity": identity}
-            names = [name for name in added.column_names if name not in scored.column_names]
-            with written_folder(folder / column) as temporary:
-                added.select_columns(names).save_to_disk(str(temporary))
-            write_json(folder / f"{column}.json", result)
-            say(f"Column {column}: {result['seconds']:.0f} s.")
-        stored = load_from_disk(str(folder / column))
-        for name in stored.column_names:
-            scored = scored.add_column(name, stored[name][:])
-        seconds[column] = result["seconds"]
-    return scored, seconds
-
-
-def compute_method_aucs(scored: Dataset, labels: np.ndarray, methods: list[str], sign: int) -> dict[str, float | None]:
-    """AUC with which a method puts the labelled rows first (`sign` -1) or last (+1); 0.5 is chance."""
-    aucs = {}
-    for method in methods:
-        column, strategy, _, _ = METHODS[method]
-        if strategy in ("top", "bottom") and method not in ("full", "opponents"):
-            values = [np.nan if value is None else value for value in scored[column]]
-            aucs[method] = compute_auc(sign * (1 if strategy == "top" else -1) * np.array(values), labels)
-    return aucs
-
-
-def shuffle_answers(pool: Dataset, fraction: float, task_column: str | None, seed: int) -> Dataset:
-    """Give a seeded share of each task's rows the answers of each other; `is_wrong` marks those that changed."""
-    if "completion" not in pool.column_names:
-        raise ValueError(f"--wrong_fraction shuffles the column `completion`, which {pool.column_names} lacks.")
-    generator = np.random.default_rng(seed)
-    tasks = np.array(pool[task_column], dtype=str) if task_column else np.zeros(len(pool), dtype=str)
-    answers = np.array(pool["completion"], dtype=object)
-    shuffled = answers.copy()
-    for task in np.unique(tasks):
-        rows = np.flatnonzero(tasks == task)
-        chosen = generator.choice(rows, round(fraction * len(rows)), replace=False)
-        shuffled[chosen] = answers[np.roll(chosen, 1)]
-    rest = pool.remove_columns([name for name in ("completion", "is_wrong") if name in pool.column_names])
-    return rest.add_column("completion", shuffled.tolist()).add_column("is_wrong", (shuffled != answers).tolist())
-
-
-def find_wrong_answers(settings: Settings, fraction: float, methods: list[str]) -> list[dict[str, Any]]:
-    """AUC of each method's column for finding shuffled answers, and influence's by task, for each seed."""
-    args: In2CoreArguments = settings.arguments
-    run = Path(args.output_dir or "")
-    clean = load_rows(args.pool or "", "pool")
-    rows = []
-    for seed in args.seeds:
-        folder = run / f"wrong-{fraction:g}-{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "pool.jsonl"
-        if not path.is_file():
-            shuffle_answers(clean, fraction, args.task_column, seed).to_json(str(path))
-        values = {"pool": str(path), "output_dir": str(folder), "wrong_column": "is_wrong", "seed": seed}
-        overrides = {name: value for name, value in values.items() if name != "seed"}
-        changed = Settings(type(args)(**vars(args) | overrides), settings.values | values)
-        job = check(changed)
-        adapter, reference = train_reference(job)
-        score_pool(job, adapter, reference)
-        scored, _ = make_columns(job, adapter, load_from_disk(str(job.folder / "scored")), methods)
-        wrong = np.array(scored["is_wrong"])
-        found = {"all rows": compute_method_aucs(scored, wrong, methods, sign=1)}
-        if args.task_column is not None:
-            tasks = {str(task) for part in job.inputs.validation.values() for task in part[args.task_column]}
-            ours = np.flatnonzero([str(task) in tasks for task in scored[args.task_column]])
-            found["rows of the task"] = compute_method_aucs(scored.select(ours), wrong[ours], methods, sign=1)
-        rows += [
-            {"among": among, "method": method, "seed": seed, "auc": auc}
-            for among, aucs in found.items()
-            for method, auc in aucs.items()
-        ]
-        say(f"Wrong answers, seed {seed}: {found}")
-    return rows
-
-
-def run_arms(settings: Settings, methods: list[str]) -> dict[str, Any]:
-    """Train and judge every arm; returns what `selection.json` holds."""
-    args: In2CoreArguments = settings.arguments
-    job = check(settings)
-    adapter, reference = train_reference(job)
-    selection = score_pool(job, adapter, reference)
-    scored, seconds = make_columns(job, adapter, load_from_disk(str(job.folder / "scored")), methods)
-    seconds["influence"] = selection["seconds"]
-    tasks: tuple[str, ...] = ()
-    aucs: dict[str, Any] = {}
-    if args.task_column is not None:
-        every = {str(task) for part in job.inputs.validation.values() for task in part[args.task_column]}
-        tasks = tuple(sorted(every))
-        ours = np.isin(np.array(scored[args.task_column], dtype=str), tasks)
-        aucs = compute_method_aucs(scored, ours, methods, sign=-1)
+def train_arms(
+    job: Job, scored: Dataset, methods: list[str], tests: dict[str, Dataset]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Train and judge the arms of the methods; returns them, with the `positions` of their rows, and the base."""
+    args, tasks, sets = job.args, find_tasks(job), tuple(job.inputs.validation)
     base = evaluate_base(job, scored)
-    arms: list[dict[str, Any]] = []
+    base["tests"] = evaluate_on_tests(job, None, tests)
     plan = [
-        MethodArm(method, 1.0 if method == "full" else fraction, seed, "steps", args.task_column, tasks)
+        MethodArm(method, 1.0 if method == "full" else fraction, seed, budget, args.task_column, tasks, sets)
+        for budget in args.budgets
         for fraction in args.fractions
         for seed in args.seeds
         for method in methods
         if (method != "full" or fraction == args.fractions[0]) and (method != "oracle" or tasks)
     ]
+    arms: list[dict[str, Any]] = []
     for number, arm in enumerate(plan, 1):
         result = train_arm(job, arm, scored, base["steps"])
-        if tasks:
-            positions = arm.select(scored)
-            result["rows_of_the_task"] = int(ours[positions].sum())
-        arms.append(result)
+        folder = job.folder / "arms" / find_equal_run(arm, args, job.settings.values["max_steps"]).name
+        result["tests"] = evaluate_on_tests(job, folder, tests)
+        arms.append(result | {"positions": arm.select(scored)})
         say(f"[{number}/{len(plan)}] {arm.name}: {result['rows']} rows, test loss {result['test_loss']:.3f}")
-        write_json(job.folder / "selection_arms.json", arms)
+    return arms, base
+
+
+def run_arms(settings: Settings, methods: list[str], more_tests: list[str]) -> dict[str, Any]:
+    """Train and judge every arm; returns what `selection_results.json` holds."""
+    args: In2CoreArguments = settings.arguments
+    job = check(settings)
+    if "sets" in methods and len(job.inputs.validation) < 2:
+        raise ValueError("The method `sets` lets validation sets take rows in turn: give several as --validation.")
+    tests = load_tests(job, more_tests)
+    adapter, reference = train_reference(job)
+    selection = score_pool(job, adapter, reference)
+    scored, seconds = make_columns(job, adapter, load_from_disk(str(job.folder / "scored")), methods)
+    seconds["influence"] = selection["seconds"]
+    tasks = find_tasks(job)
+    aucs: dict[str, Any] = {}
+    if tasks:
+        ours = np.isin(np.array(scored[args.task_column], dtype=str), tasks)
+        aucs = compute_method_aucs(scored, ours, methods, sign=-1)
+    arms, base = train_arms(job, scored, methods, tests)
+    for arm in arms:
+        positions = arm.pop("positions")
+        if tasks:
+            arm["rows_of_the_task"] = int(ours[positions].sum())
     costs = {
         method: (seconds.get(METHODS[method][0], 0.0) if METHODS[method][1] != "random" else 0.0)
         + (reference["seconds"] if METHODS[method][2] == "reference" else 0.0)
@@ -256,113 +137,174 @@ def run_arms(settings: Settings, methods: list[str]) -> dict[str, Any]:
     return {"arms": arms, "base": base, "auc": aucs, "costs": costs, "machine": describe_machine()}
 
 
-def summarise(results: dict[str, Any], methods: list[str], fraction: float) -> list[dict[str, Any]]:
-    """One row per method at a fraction: loss with its interval, difference from random, and what it cost."""
-    losses: dict[str, dict[int, float]] = {}
-    shares: dict[str, list[float]] = {}
-    for arm in results["arms"]:
-        if arm["arm"] == "full" or arm["fraction"] == fraction:
-            losses.setdefault(arm["arm"], {})[arm["seed"]] = arm["test_loss"]
-            shares.setdefault(arm["arm"], []).append(arm.get("rows_of_the_task", np.nan) / arm["rows"])
+def pick(arms: list[dict[str, Any]], budget: str, fraction: float) -> dict[str, list[dict[str, Any]]]:
+    """The runs of every method at a budget and a fraction; all rows belong to every fraction."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for arm in arms:
+        if arm["budget"] == budget and (arm["arm"] == "full" or arm["fraction"] == fraction):
+            found.setdefault(arm["arm"], []).append(arm)
+    return found
+
+
+def summarise(results: dict[str, Any], budget: str, fraction: float) -> list[dict[str, Any]]:
+    """One row per method: losses with their intervals, difference from random, accuracy, and what it cost."""
+    found = pick(results["arms"], budget, fraction)
+    losses = {method: mean_losses(arms) for method, arms in found.items()}
+    several = len(results["base"]["tests"]) > 1
     rows = []
     for method in sorted(losses, key=lambda name: np.mean(list(losses[name].values()))):
-        interval = compute_confidence_interval(list(losses[method].values()))
+        arms = found[method]
         difference = compare_arms(losses[method], losses["random"]) if "random" in losses else None
-        rows.append(
-            {
-                "kept by": METHODS[method][3],
-                "test loss": show(interval, "{:.3f}"),
-                "minus random": show(difference, "{:+.3f}") if difference and method != "random" else "",
-                "rows of the task": f"{np.mean(shares[method]):.0%}" if results["auc"] else "",
-                "AUC of the task": f"{results['auc'][method]:.3f}" if results["auc"].get(method) is not None else "",
-                "selecting, s": f"{results['costs'][method]:.0f}" if method in results["costs"] else "",
-            }
-        )
+        row = {"kept by": METHODS[method][3], "test loss": show_interval(losses[method].values())}
+        row["minus random"] = show(difference, "{:+.3f}") if difference and method != "random" else ""
+        for test in results["base"]["tests"]:
+            of = f", {test}" if several else ""
+            if several:
+                row[f"loss{of}"] = show_interval(arm["tests"][test]["loss"] for arm in arms)
+            for name, label in (("tokens_right", "tokens right"), ("answers_right", "answers right")):
+                row[f"{label}{of}"] = show_interval((arm["tests"][test][name] for arm in arms), "{:.1%}")
+        if results["auc"]:
+            shares = [arm.get("rows_of_the_task", np.nan) / arm["rows"] for arm in arms]
+            row["rows of the task"] = f"{np.mean(shares):.0%}"
+            auc = results["auc"].get(method)
+            row["AUC of the task"] = "" if auc is None else f"{auc:.3f}"
+        row["selecting, s"] = f"{results['costs'][method]:.0f}" if method in results["costs"] else ""
+        rows.append(row)
     return rows
 
 
+def mean_losses(arms: list[dict[str, Any]]) -> dict[int, float]:
+    """Loss by seed, the mean over test sets."""
+    return {arm["seed"]: float(np.mean([test["loss"] for test in arm["tests"].values()])) for arm in arms}
+
+
+def show_interval(values: Any, pattern: str = "{:.3f}") -> str:
+    """Mean ± half-width of the 95 % interval over seeds."""
+    return show(compute_confidence_interval(list(values)), pattern)
+
+
 def show(interval: dict[str, Any], pattern: str) -> str:
-    """Mean ± half-width of the 95 % interval."""
+    """Mean ± half-width of an interval."""
     mean = pattern.format(interval["mean"])
-    return mean if interval["half_width"] is None else f"{mean} ± {interval['half_width']:.3f}"
+    half = interval["half_width"]
+    return mean if half is None else f"{mean.rstrip('%')} ± {pattern.replace('+', '').format(half)}"
 
 
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:
+    """A Markdown table."""
     print(f"\n### {title}\n\n| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
     for row in rows:
         print(f"| {' | '.join(str(value) for value in row.values())} |")
 
 
-def plot(results: dict[str, Any], fractions: list[float], path: Path) -> None:
+COLOURS = {"random": "#E69F00", "length": "#E69F00", "full": "#000000", "opponents": "#CC79A7"}
+
+
+def plot(results: dict[str, Any], budget: str, fractions: list[float], path: Path) -> None:
     """Test loss of every method: points are seeds, the bar their 95 % interval."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 1 + 4.2 * len(fractions)), layout="constrained")
     for axes, fraction in zip(np.atleast_1d(figure.subplots(len(fractions), 1)), fractions, strict=True):
-        groups: dict[str, list[float]] = {}
-        for arm in results["arms"]:
-            if arm["arm"] == "full" or arm["fraction"] == fraction:
-                groups.setdefault(arm["arm"], []).append(arm["test_loss"])
+        found = pick(results["arms"], budget, fraction)
+        groups = {name: list(mean_losses(arms).values()) for name, arms in found.items()}
         order = sorted(groups, key=lambda name: -float(np.mean(groups[name])))
         for height, name in enumerate(order):
             interval = compute_confidence_interval(groups[name])
-            colour = "#0072B2" if METHODS[name][0].startswith(("influence", "turns")) else "#000000"
-            colour = {"random": "#E69F00", "full": "#000000", "opponents": "#CC79A7", "length": "#E69F00"}.get(
-                name, colour
-            )
+            colour = "#0072B2" if METHODS[name][0].startswith(("influence", "turns")) else "#009E73"
+            colour = COLOURS.get(name, colour)
             axes.plot(groups[name], [height] * len(groups[name]), "o", color=colour, alpha=0.35, markersize=4)
             axes.errorbar(interval["mean"], height, xerr=interval["half_width"], fmt="|", color=colour, capsize=3)
         if "random" in groups:
             axes.axvline(np.mean(groups["random"]), color="#E69F00", linewidth=0.8, linestyle="--")
         axes.set_yticks(range(len(order)), [METHODS[name][3] for name in order])
         axes.set_xlabel("Test loss, nats per token (left is better)")
-        axes.set_title(f"{fraction:.0%} of the pool, equal steps; bars: 95 % interval over seeds", fontsize=10)
+        axes.set_title(f"{fraction:.0%} of the pool, equal {budget}; bars: 95 % interval over seeds", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+def plot_fractions(results: dict[str, Any], budget: str, fractions: list[float], path: Path) -> None:
+    """Test loss against the share of the pool that is kept, a line for each method."""
+    from matplotlib.figure import Figure
+
+    lines: dict[str, dict[float, list[float]]] = {}
+    for fraction in sorted(fractions):
+        for name, arms in pick(results["arms"], budget, fraction).items():
+            lines.setdefault(name, {})[fraction] = list(mean_losses(arms).values())
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    styles = iter(
+        (colour, mark) for mark in "os^" for colour in ("#0072B2", "#D55E00", "#009E73", "#56B4E9", "#999999")
+    )
+    for name, values in lines.items():
+        if name == "full":
+            axes.axhline(
+                float(np.mean(next(iter(values.values())))), color="#000000", linewidth=0.8, label=METHODS[name][3]
+            )
+            continue
+        colour, mark = (COLOURS[name], "s") if name in COLOURS else next(styles)
+        means = [float(np.mean(found)) for found in values.values()]
+        halves = [compute_confidence_interval(found)["half_width"] or 0.0 for found in values.values()]
+        places = np.array(list(values)) * (1 + 0.006 * (len(axes.containers) - len(lines) / 2))
+        axes.errorbar(
+            places,
+            means,
+            yerr=halves,
+            fmt=f"{mark}-",
+            color=colour,
+            markersize=4,
+            linewidth=1,
+            capsize=2,
+            label=METHODS[name][3],
+        )
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(fractions), [f"{fraction:.0%}" for fraction in sorted(fractions)])
+    axes.minorticks_off()
+    axes.set_xlabel("Share of the pool that is kept")
+    axes.set_ylabel("Test loss, nats per token")
+    axes.set_title(f"Equal {budget}; bars: 95 % interval over seeds", fontsize=10)
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def parse(parser: argparse.ArgumentParser, name: str) -> tuple[argparse.Namespace, Settings]:
+    """The benchmark's own flags, and the recipe's: by default the quickstart's data under runs/benchmarks."""
     parser.add_argument("--quick", action="store_true", help="One seed and 5 steps: shows that it runs.")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--wrong_fraction", type=float, help="Shuffle this share of the answers and find them.")
     args, rest = parser.parse_known_args()
     defaults: list[str] = []
     if "--config" not in rest:
         defaults += ["--config", "recipes/quickstart/in2core.yaml"]
     if "--output_dir" not in rest:
-        defaults += ["--output_dir", f"runs/benchmarks/selection{'_quick' if args.quick else ''}"]
+        defaults += ["--output_dir", f"runs/benchmarks/{name}{'_quick' if args.quick else ''}"]
     if args.quick:
         defaults += ["--seeds", "0", "--max_steps", "5", "--warmup_steps", "1"]
     settings = RecipeParser(In2CoreArguments, reference=True).parse([*defaults, *rest])
     join_processes(settings)
+    if settings.arguments.setup_script is not None:
+        run_setup_script(settings.arguments.setup_script)
+    return args, settings
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS))
+    parser.add_argument("--more_tests", nargs="+", default=[], help="Further files of test rows.")
+    args, settings = parse(parser, "selection")
     recipe: In2CoreArguments = settings.arguments
-    if recipe.setup_script is not None:
-        run_setup_script(recipe.setup_script)
+    methods = args.methods or [name for name in METHODS if name != "sets" or len(recipe.validation or []) > 1]
+    results = run_arms(settings, methods, args.more_tests)
     folder = Path(recipe.output_dir or "")
-    if args.wrong_fraction is not None:
-        measured = [method for method in args.methods if METHODS[method][1] in ("top", "bottom")]
-        found = find_wrong_answers(settings, args.wrong_fraction, measured)
-        write_json(folder / "wrong_answers.json", {"rows": found, "machine": describe_machine()})
-        table: dict[tuple[str, str], list[float]] = {}
-        for row in found:
-            table.setdefault((row["among"], row["method"]), []).append(row["auc"])
-        rows = [
-            {
-                "among": among,
-                "ranked last by": METHODS[method][3],
-                "AUC": show(compute_confidence_interval(v), "{:.3f}"),
-            }
-            for (among, method), v in table.items()
-        ]
-        print_table(f"Finding shuffled answers ({args.wrong_fraction:.0%} of the pool)", rows)
-        return
-    results = run_arms(settings, args.methods)
     write_json(folder / "selection_results.json", results)
-    for fraction in recipe.fractions:
-        print_table(f"{fraction:.0%} of the pool", summarise(results, args.methods, fraction))
-    print(f"\nTarget before training: {results['base']['test_loss']:.3f}")
-    plot(results, recipe.fractions, folder / "selection.png")
+    for budget in recipe.budgets:
+        for fraction in recipe.fractions:
+            print_table(f"{fraction:.0%} of the pool, equal {budget}", summarise(results, budget, fraction))
+    print(f"\nTarget before training: {json.dumps(results['base']['tests'])}")
+    plot(results, recipe.budgets[0], recipe.fractions, folder / "selection.png")
+    for budget in recipe.budgets:
+        if len(recipe.fractions) > 1:
+            plot_fractions(results, budget, recipe.fractions, folder / f"selection_{budget}.png")
     print(json.dumps(results["machine"]))
 
 

@@ -1,10 +1,11 @@
-r"""Columns to compare influence with: the row's own loss, similarity to the validation set (RDS+, BM25), and length.
+r"""Columns to compare influence with: loss, IFD, similarity to the validation set (RDS+, BM25), and length.
 
 Each `add_*` function adds columns to a dataset of raw rows, in its order, null where a row carries no loss, as scoring
 adds `influence`. A column says by its name how to read it, and `select_coreset(scored, column=...)` takes the smallest
 values first:
 
 - `loss`: mean negative log-likelihood per labelled token, nats.
+- `ifd`: that loss over the loss of the same answer without its prompt; about 1 where the prompt is no help.
 - `rds_similarity`, `bm25_similarity`: larger = closer to the validation set.
 - `rds_rank`, `bm25_rank`: 0 = taken first, as in `influence_rank`.
 - `num_loss_tokens`, which scoring adds, is the baseline of length.
@@ -18,15 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, Value
-from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from torch import nn
 
-from .batches import TokenBatch, iterate_batches, plan_batches, read_token_rows
 from .coreset import select_coreset, take_round_robin
-from .losses import compute_row_losses, frozen_eval_mode
+from .losses import compute_row_losses
 from .preparation import Preparation, prepare_rows
-from .progress import get_bar_settings, make_bar
+from .similarities import compute_bm25_similarities, compute_rds_similarities, import_bm25s
 
 
 LENGTH_BINS = 20
@@ -73,6 +71,68 @@ def add_loss(
     prepared = _prepare(dataset, preparation, "dataset", least=2)
     losses = compute_row_losses(model, prepared, tokens_per_batch, autocast, "Loss")
     return _add_columns(dataset, prepared, {"loss": losses.nll / losses.num_loss_tokens})
+
+
+def add_ifd(
+    dataset: Dataset,
+    model: nn.Module,
+    preparation: Preparation,
+    tokens_per_batch: int = 8192,
+    autocast: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Dataset:
+    r"""
+    Add `ifd`, the Instruction-Following Difficulty of each row (arXiv 2308.12032): how little its prompt helps.
+
+        ifd = loss(answer | prompt) / loss(answer)
+
+    Both losses are means over the same labelled tokens. Without its prompt a row is its first token (`<s>` or the
+    opening of the chat template, where there is one) and its labelled tokens. Answers that were shuffled, or that
+    belong to another prompt, gain little from the prompt they stand under, so that they have the largest values:
+
+    ```python
+    >>> scored = add_ifd(scored, trainer.model, trainer.preparation)
+    >>> cleaned = select_coreset(scored, fraction=0.8, column="ifd")
+    ```
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Raw rows.
+        model (`torch.nn.Module`):
+            Causal language model, such as the reference model with its adapter.
+        preparation ([`Preparation`]):
+            How rows become tokens: `trainer.preparation` or `scorer.preparation`. Prompts must carry no loss.
+        tokens_per_batch (`int`, *optional*, defaults to `8192`):
+            Token budget of a batch, padding included.
+        autocast (`torch.dtype`, *optional*):
+            Mixed precision of the forward.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to replace a column of that name.
+
+    Returns:
+        [`~datasets.Dataset`]: the rows with `ifd` (float64, >= 0; below 1 the prompt helps, above 1 it misleads; null
+        where a row carries no loss).
+
+    Raises:
+        ValueError: if fewer than two rows carry loss, if every token of every row carries loss (there is no prompt to
+            leave out), or if the column is there already.
+    """
+    dataset = _drop_clashes(dataset, ["ifd"], overwrite)
+    prepared = _prepare(dataset, preparation, "dataset", least=2)
+    alone = prepared.map(_keep_answers, batched=True, desc="IFD: answers alone")
+    if all(len(ids) == len(rest) for ids, rest in zip(prepared["input_ids"], alone["input_ids"], strict=True)):
+        raise ValueError(
+            "Every token of every row carries loss, so that there is no prompt to leave out and IFD is 1 throughout. "
+            "Use rows with `prompt` and `completion`, or `completion_only_loss=True` / `assistant_only_loss=True`."
+        )
+    nll, answer_nll = (
+        compute_row_losses(model, part, tokens_per_batch, autocast, f"IFD: {name}").nll
+        for name, part in (("rows", prepared), ("answers alone", alone))
+    )
+    # A loss of 0 without any prompt: nothing is left for the prompt to take off.
+    return _add_columns(
+        dataset, prepared, {"ifd": np.divide(nll, answer_nll, out=np.ones_like(nll), where=answer_nll > 0)}
+    )
 
 
 def add_rds(
@@ -155,7 +215,7 @@ def add_bm25(dataset: Dataset, validation: Dataset, preparation: Preparation, ov
         ImportError: if `bm25s` is not installed.
         ValueError: as [`add_rds`], a set of rows that share no word with the validation set included.
     """
-    _import_bm25s()
+    import_bm25s()
     dataset = _drop_clashes(dataset, ["bm25_similarity", "bm25_rank"], overwrite)
     prepared = _prepare(dataset, preparation, "dataset", least=2)
     queries = _prepare(validation, preparation, "validation set", least=1)
@@ -217,121 +277,6 @@ def select_length_matched(
     return scored.select(np.sort(rows[np.concatenate(drawn)]))
 
 
-def compute_rds_similarities(
-    prepared: Dataset,
-    queries: Dataset,
-    model: nn.Module,
-    tokens_per_batch: int = 8192,
-    autocast: torch.dtype | None = None,
-) -> np.ndarray:
-    """Cosines of the RDS+ embeddings of prepared rows with those of queries, float64 `[Q, n]`; see [`add_rds`]."""
-    rows, targets = (
-        compute_hidden_embeddings(model, part, tokens_per_batch, autocast, f"RDS+: {name}").astype(np.float64)
-        for name, part in (("rows", prepared), ("validation rows", queries))
-    )
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    targets /= np.linalg.norm(targets, axis=1, keepdims=True)
-    return targets @ rows.T
-
-
-def compute_bm25_similarities(
-    prepared: Dataset, queries: Dataset, processing_class: PreTrainedTokenizerBase
-) -> np.ndarray:
-    """BM25 scores of prepared rows for queries, float64 `[Q, n]`; see [`add_bm25`]."""
-    bm25s = _import_bm25s()
-
-    def split(rows: Dataset) -> list[list[str]]:
-        options = {"token_pattern": r"(?u)\b\w+\b", "stopwords": None, "return_ids": False, "show_progress": False}
-        return bm25s.tokenize(decode_rows(rows, processing_class), **options)
-
-    corpus = split(prepared)
-    similarities = np.zeros((len(queries), len(prepared)))
-    vocabulary = {word for words in corpus for word in words}
-    # bm25s cannot index a corpus without words; without a shared word every score is 0.
-    if vocabulary:
-        index = bm25s.BM25()
-        index.index(corpus, show_progress=False)
-        settings = {"unit": "row", **get_bar_settings(brief=True)}
-        for position, words in enumerate(tqdm(split(queries), "BM25: validation rows", **settings)):
-            known = [word for word in words if word in vocabulary]
-            if known:
-                similarities[position] = index.get_scores(known)
-    return similarities
-
-
-def decode_rows(prepared: Dataset, processing_class: PreTrainedTokenizerBase) -> list[str]:
-    """Texts of prepared rows as the model sees them, prompt included."""
-    return [str(processing_class.decode(ids, skip_special_tokens=True)) for ids in prepared["input_ids"]]
-
-
-def _import_bm25s() -> Any:
-    try:
-        import bm25s
-    except ImportError as error:
-        raise ImportError("BM25 needs bm25s, which is not installed: `pip install hf-in2core[baselines]`.") from error
-    return bm25s
-
-
-@torch.no_grad()
-def compute_hidden_embeddings(
-    model: nn.Module,
-    prepared: Dataset,
-    tokens_per_batch: int = 8192,
-    autocast: torch.dtype | None = None,
-    description: str | None = None,
-) -> np.ndarray:
-    """
-    Position-weighted mean of each row's last hidden states, the input of the output head.
-
-    Args:
-        model (`torch.nn.Module`):
-            Causal language model.
-        prepared ([`~datasets.Dataset`]):
-            Prepared rows from [`preparation.prepare_rows`].
-        tokens_per_batch (`int`, *optional*, defaults to `8192`):
-            Token budget of a batch, padding included.
-        autocast (`torch.dtype`, *optional*):
-            Mixed precision of the forward.
-        description (`str`, *optional*):
-            What a progress bar says; there is none by default.
-
-    Returns:
-        `numpy.ndarray` of shape `[n, hidden]`, float32.
-    """
-    token_rows = read_token_rows(prepared)
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    embeddings = np.zeros((len(token_rows), head.weight.shape[1]), dtype=np.float32)
-    found: list[Tensor] = []
-
-    def keep_hidden(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        found.append(args[0])
-        return (args[0][:, :1], *args[1:])  # logits are not needed
-
-    handle = head.register_forward_pre_hook(keep_hidden)
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
-    bar = make_bar(len(token_rows), description or "", shown=description is not None, brief=True)
-    try:
-        with frozen_eval_mode(model), bar:
-            # A vocabulary of 1: no logits bound the batches.
-            for batch in iterate_batches(token_rows, plan_batches(token_rows, tokens_per_batch, vocab_size=1)):
-                found.clear()
-                embeddings[batch.indices] = _embed(model, batch.to(device), autocast, found)
-                bar.update(len(batch.rows))
-    finally:
-        handle.remove()
-    return embeddings
-
-
-def _embed(model: nn.Module, batch: TokenBatch, autocast: torch.dtype | None, found: list[Tensor]) -> np.ndarray:
-    with torch.autocast(batch.input_ids.device.type, dtype=autocast, enabled=autocast is not None):
-        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    hidden = found[0].float()
-    mask = batch.attention_mask.to(hidden.device)
-    weights = mask * torch.arange(1, mask.shape[1] + 1, device=hidden.device)
-    weights = weights / weights.sum(dim=1, keepdim=True)
-    return torch.einsum("bt,bth->bh", weights, hidden).cpu().numpy()
-
-
 def _prepare(dataset: Any, preparation: Preparation, name: str, least: int) -> Dataset:
     if not isinstance(dataset, Dataset):
         kind = "a dict of datasets" if isinstance(dataset, Mapping) else f"a {type(dataset).__name__}"
@@ -343,6 +288,16 @@ def _prepare(dataset: Any, preparation: Preparation, name: str, least: int) -> D
             "how it was loaded, its completions and `max_length`."
         )
     return prepared
+
+
+def _keep_answers(batch: dict[str, list]) -> dict[str, list]:
+    """The first token and the labelled ones of every row."""
+    found: dict[str, list] = {"input_ids": [], "labels": []}
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        kept = [token for token, label in zip(ids[1:], labels[1:], strict=True) if label != -100]
+        found["input_ids"].append([ids[0], *kept])
+        found["labels"].append([-100, *kept])
+    return found
 
 
 def _drop_clashes(dataset: Dataset, names: list[str], overwrite: bool) -> Dataset:

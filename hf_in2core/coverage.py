@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from .baselines import compute_bm25_similarities, compute_rds_similarities, decode_rows
 from .coreset import read_query_scores, read_scores
 from .intervals import MIN_PAIRS, compute_rank_correlation
 from .losses import compute_row_losses
 from .preparation import find_shared_rows
 from .scorer_files import AUTOCAST_DTYPES
 from .scoring import TopRows
+from .similarities import compute_bm25_similarities, compute_rds_similarities, decode_rows
 
 
 if TYPE_CHECKING:

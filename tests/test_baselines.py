@@ -14,7 +14,7 @@ from naive import compute_loss
 from peft import PeftModel
 
 from hf_in2core import select_coreset
-from hf_in2core.baselines import add_bm25, add_loss, add_rds, select_length_matched
+from hf_in2core.baselines import add_bm25, add_ifd, add_loss, add_rds, select_length_matched
 from hf_in2core.preparation import Preparation, prepare_rows
 
 
@@ -97,6 +97,25 @@ def test_loss_is_the_mean_over_labelled_tokens(model: PeftModel, preparation: Pr
         check_columns(found, rows, {"loss": expected}, rel=1e-5)
     easiest = select_coreset(found, size=3, column="loss", order="original")
     assert sorted(easiest["loss"]) == sorted(x for x in found["loss"] if x is not None)[:3]
+
+
+def test_ifd_is_the_loss_over_that_of_the_answer_alone(
+    model: PeftModel, preparation: Preparation, rows: Dataset
+) -> None:
+    expected = []
+    for row in prepare_rows(rows, preparation):
+        answer = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+        alone = {"input_ids": [row["input_ids"][0], *answer], "labels": [-100, *answer]}
+        expected.append((compute_loss(model, row) / compute_loss(model, alone)).item())
+    assert len(expected) == 23
+    for tokens_per_batch in (8192, 40):
+        check_columns(add_ifd(rows, model, preparation, tokens_per_batch), rows, {"ifd": expected}, rel=1e-5)
+
+
+def test_ifd_of_rows_without_a_prompt_is_refused(model: PeftModel) -> None:
+    texts = Dataset.from_dict({"text": ["the cat sat", "a dog ran", "the sun"]})
+    with pytest.raises(ValueError, match="no prompt to leave out"):
+        add_ifd(texts, model, Preparation(make_tokenizer(), max_length=64))
 
 
 def test_rds_equals_a_loop_over_rows(

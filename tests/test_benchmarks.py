@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from recipe_runs import ROOT, make_inputs, write_config
+from recipe_runs import ROOT, make_inputs, make_rows, write_config, write_rows
 
 
 pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="a source distribution has no benchmarks")
@@ -75,9 +76,44 @@ def test_selection(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("bm25s")
     methods = ["random", "coreset", "turns", "bm25", "length"]
-    table, found = run_benchmark("selection", tmp_path, "--methods", *methods, results="selection_results.json")
-    assert [arm["arm"] for arm in found["arms"]] == methods * (len(found["arms"]) // len(methods))
-    losses = {arm["arm"]: arm["test_loss"] for arm in found["arms"]}
-    # Equal losses would be arms that trained on the same rows.
-    assert len(set(losses.values())) == len(methods)
+    # 8 of its 12 rows: another test set has another loss.
+    more = write_rows(tmp_path / "more.jsonl", make_rows("reverse", 12, seed=7)[4:])
+    flags = ["--methods", *methods, "--more_tests", more, "--budgets", "steps", "epochs"]
+    table, found = run_benchmark("selection", tmp_path, *flags, results="selection_results.json")
+    arms = found["arms"]
+    assert [arm["arm"] for arm in arms] == methods * (len(arms) // len(methods))
+    by_budget = {
+        budget: {arm["arm"]: arm["test_loss"] for arm in arms if arm["budget"] == budget}
+        for budget in ("steps", "epochs")
+    }
+    # Equal losses would be arms that trained on the same rows, or for as long.
+    assert len({loss for losses in by_budget.values() for loss in losses.values()}) == 2 * len(methods)
+    for arm in arms:
+        assert arm["tests"]["test"]["loss"] == pytest.approx(arm["test_loss"])
+        assert arm["tests"]["test"]["tokens_right"] == pytest.approx(arm["test_accuracy"])
+        assert arm["tests"]["more"]["loss"] != arm["tests"]["test"]["loss"]
+        assert 0 <= arm["tests"]["more"]["answers_right"] <= arm["tests"]["more"]["tokens_right"] <= 1
     assert "influence, validation rows in turn" in table
+    assert "equal epochs" in table
+
+
+@pytest.mark.slow
+def test_wrong_answers(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    flags = ["--wrong_fraction", "0.3", "--train", "full", "random", "right", "low_ifd", "--fractions", "0.7"]
+    table, found = run_benchmark("wrong_answers", tmp_path, *flags)
+    pool = [json.loads(line) for line in (tmp_path / "run/wrong-0.3-0/pool.jsonl").read_text().splitlines()]
+    raw = [json.loads(line) for line in Path(make_inputs(tmp_path)["pool"]).read_text().splitlines()]
+    changed = [ours["completion"] != theirs["completion"] for ours, theirs in zip(pool, raw, strict=True)]
+    assert [row["is_wrong"] for row in pool] == changed
+    assert 0.2 * len(pool) < sum(changed) <= 0.3 * len(pool)
+    for task in {row["task"] for row in raw}:
+        # Answers are dealt to other rows of the same task, so that nothing but the row tells.
+        assert Counter(r["completion"] for r in pool if r["task"] == task) == Counter(
+            r["completion"] for r in raw if r["task"] == task
+        )
+    assert {row["method"] for row in found["rows"]} == {"coreset", "dot", "cosine", "low_loss", "low_ifd"}
+    wrong = {arm["arm"]: arm["wrong"] for arm in found["arms"]}
+    assert wrong["full"] == pytest.approx(sum(changed) / len(pool))
+    assert wrong["right"] == 0 < wrong["random"]
+    assert "only right answers (oracle)" in table
