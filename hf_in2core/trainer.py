@@ -449,6 +449,7 @@ class InfluenceTrainer(SFTTrainer):
         report(self, statistics | {"influence/score_seconds": time.perf_counter() - started})
         if scores.per_query is not None:
             scored = add_query_column(scored, spread(scores.per_query, rows, len(pool)))
+        self.top_rows = None
         if scores.top is not None:
             self.top_rows = make_top_rows(scores.top, {name: self._prepared[name] for name in self._validation_names})
         return scored

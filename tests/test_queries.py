@@ -61,6 +61,8 @@ def test_the_strongest_rows_are_those_of_the_whole_matrix(tmp_path, pool, valida
         assert row["proponents"] == order[:top_k].tolist()
         assert row["opponents"] == order[::-1][:top_k].tolist()
         assert_same(row["proponent_influence"], matrix[order[:top_k], query], 1e-6)
+    trainer.score_influence()
+    assert trainer.top_rows is None  # those of an earlier scoring are not this one's
 
 
 def test_the_strongest_rows_resume(tmp_path, pool, validation, model) -> None:
