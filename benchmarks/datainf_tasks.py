@@ -6,7 +6,8 @@
 as in the DataInf authors' repository; by default rows and model are made on the spot (ten transformations of random
 words). For every test row, the AUC and recall (share of the rows of its kind among as many strongest rows) of its kind
 by influence (DataInf, gradient dot, gradient cosine) and by RDS+, with the loss on the whole text and on the answer
-alone, at several points of training. Strongest = most negative influence. Means over test rows, then over seeds.
+alone, at several points of training. Strongest = most negative influence. Means over test rows, then over seeds. The
+same command goes on where it stopped.
 """
 
 import argparse
@@ -21,12 +22,12 @@ import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, get_peft_model
+from plain_training import Found, show
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from workload import describe_machine
 
 from hf_in2core.batches import iterate_batches, plan_batches, read_token_rows
 from hf_in2core.blocks import find_blocks
-from hf_in2core.evaluation import compute_auc, compute_confidence_interval
+from hf_in2core.evaluation import compute_auc
 from hf_in2core.fit import run_fit_pass, run_per_example_validation_pass
 from hf_in2core.losses import compute_row_losses, compute_token_nll, compute_token_weights
 from hf_in2core.passes import Passes
@@ -192,26 +193,21 @@ def main() -> None:
         args.seeds, args.read_at = [0], [0, 1]
     torch.set_num_threads(1)
     disable_progress_bars()
-    found: list[dict[str, Any]] = []
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    found = Found(args.output, args, ("output", "seeds", "quick", "loss_on"))
     for seed in args.seeds:
         for loss_on in args.loss_on:
-            found += run(args, seed, loss_on == "answer")
-            args.output.write_text(json.dumps({"machine": describe_machine(), "rows": found}, indent=2) + "\n")
+            if not found.has(**{"loss on": loss_on, "seed": seed}):
+                found.add(run(args, seed, loss_on == "answer"))
     print("| loss on | epochs | test loss | method | AUC | recall |\n|---|---|---|---|---|---|")
     groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
-    for row in found:
+    for row in found.rows:
+        if row["seed"] not in args.seeds or row["loss on"] not in args.loss_on:
+            continue
         groups.setdefault((row["loss on"], row["epochs"], row["method"]), []).append(row)
     for (loss_on, epochs, method), rows in groups.items():
         cells = [show([row[name] for row in rows]) for name in ("auc", "recall")]
         loss = np.mean([row["test loss"] for row in rows])
         print(f"| {loss_on} | {epochs} | {loss:.2f} | {method} | {' | '.join(cells)} |")
-
-
-def show(values: list[float]) -> str:
-    """Mean ± half-width of the 95 % interval over seeds."""
-    interval = compute_confidence_interval(values)
-    return f"{interval['mean']:.3f}" + (f" ± {interval['half_width']:.3f}" if interval["half_width"] else "")
 
 
 if __name__ == "__main__":
