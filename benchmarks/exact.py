@@ -21,18 +21,16 @@ from plain_training import (
     Schedule,
     find_sources,
     keep_gradients,
+    prepare_source,
     print_table,
     show,
     train_on,
 )
 from scipy.stats import spearmanr
-from transformers import AutoTokenizer
 from workload import describe_machine
 
 from hf_in2core.curvature import score_fitted_rows
-from hf_in2core.data import load_rows
 from hf_in2core.datainf import compute_damping
-from hf_in2core.preparation import Preparation, prepare_rows
 
 
 PILOT = 64
@@ -102,11 +100,8 @@ def main() -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
     find_sources(args, "model", ("pool", "validation"))
-    preparation = Preparation(AutoTokenizer.from_pretrained(args.model), completion_only_loss=True, max_length=256)
-    everything, validation = (
-        prepare_rows(load_rows(source, name).select_columns(["prompt", "completion"]), preparation)
-        for source, name in ((args.pool, "pool"), (args.validation, "validation"))
-    )
+    everything = prepare_source(args.pool, "pool", args.model)
+    validation = prepare_source(args.validation, "validation", args.model)
     if max(args.rows) > len(everything):
         raise ValueError(f"--rows {max(args.rows)} is more than the {len(everything)} rows of {args.pool}.")
     args.output.mkdir(parents=True, exist_ok=True)

@@ -23,22 +23,23 @@ from datasets import Dataset, disable_progress_bars
 from plain_training import (
     Found,
     Schedule,
+    add_selection_flags,
     compute_query_influence,
     compute_similarities,
     compute_test_loss,
     find_sources,
     load_adapter,
+    prepare_every_row,
+    prepare_source,
     print_table,
     show,
     train_on,
 )
-from transformers import AutoTokenizer
 
 from hf_in2core import select_coreset
 from hf_in2core.coreset import take_round_robin
 from hf_in2core.data import load_rows
 from hf_in2core.evaluation import compare_arms
-from hf_in2core.preparation import Preparation, prepare_rows
 
 
 COPIES = 4
@@ -105,7 +106,7 @@ def choose(scores: dict[str, np.ndarray], origin: np.ndarray, fraction: float, s
 
 def run_seed(args: argparse.Namespace, kind: str, seed: int, data: dict[str, Any]) -> list[dict[str, Any]]:
     rows = make_pool(data["pool"], kind, args.rows, seed)
-    pool = prepare(rows, data["preparation"])
+    pool = prepare_every_row(Dataset.from_list(rows), "pool", args.model)
     origin, task = np.array([row["origin"] for row in rows]), np.array([str(row[args.task_column]) for row in rows])
     ours = np.isin(task, data["tasks"])
     start = time.process_time()
@@ -125,16 +126,6 @@ def run_seed(args: argparse.Namespace, kind: str, seed: int, data: dict[str, Any
         found.append(row | {"rows": len(chosen), "of the task": float(ours[chosen].mean())})
     print(f"{kind}, seed {seed}: {time.process_time() - start:.0f} CPU s", flush=True)
     return found
-
-
-def prepare(rows: list[dict[str, Any]], preparation: Preparation) -> Dataset:
-    """Tokens of the rows; all of them must carry loss, so that positions stay."""
-    prepared = prepare_rows(
-        Dataset.from_list([{k: row[k] for k in ("prompt", "completion")} for row in rows]), preparation
-    )
-    if len(prepared) < len(rows):
-        raise ValueError(f"{len(rows) - len(prepared)} rows carry no loss within 256 tokens. Leave them out first.")
-    return prepared
 
 
 def summarise(found: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -181,18 +172,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="One small pool, few steps: shows that it runs.")
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--pool")
-    parser.add_argument("--validation")
-    parser.add_argument("--test")
     parser.add_argument("--task_column", default="task", help="Column that tells the task of a row.")
     parser.add_argument("--kinds", nargs="+", default=["copies", "reworded", "as it is"])
     parser.add_argument("--methods", nargs="+", help="Some of the methods of the table; all by default.")
     parser.add_argument("--rows", type=int, default=1600, help="Rows of a pool, copies included.")
-    parser.add_argument("--fraction", type=float, default=0.1)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--reference_steps", type=int, default=100)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add_selection_flags(parser, fraction=0.1, steps=100, reference_steps=100)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/groups"))
     args = parser.parse_args()
     if args.quick:
@@ -200,16 +184,14 @@ def main() -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
     find_sources(args, "model", ("pool", "validation", "test"))
-    preparation = Preparation(AutoTokenizer.from_pretrained(args.model), completion_only_loss=True, max_length=512)
     parts = {name: load_rows(getattr(args, name), name).to_list() for name in ("pool", "validation", "test")}
     for name, rows in parts.items():
         if args.task_column not in rows[0]:
             raise ValueError(
                 f"The {name} has no column {args.task_column!r}, only {list(rows[0])}: see --task_column."
             )
-    data = {"pool": parts["pool"], "preparation": preparation}
-    data["tasks"] = sorted({str(row[args.task_column]) for row in parts["validation"]})
-    data |= {name: prepare(parts[name], preparation) for name in ("validation", "test")}
+    data = {"pool": parts["pool"], "tasks": sorted({str(row[args.task_column]) for row in parts["validation"]})}
+    data |= {name: prepare_source(getattr(args, name), name, args.model) for name in ("validation", "test")}
     found = Found(args.output / "groups.json", args, ("output", "kinds", "seeds", "quick"))
     for kind in args.kinds:
         for seed in args.seeds:

@@ -24,16 +24,19 @@ from workload import describe_machine
 
 from hf_in2core.batches import TokenBatch, collate, read_token_rows
 from hf_in2core.blocks import find_blocks
+from hf_in2core.data import load_rows
 from hf_in2core.evaluation import compute_confidence_interval
 from hf_in2core.fit import run_fit_pass, run_per_example_validation_pass
 from hf_in2core.losses import compute_row_losses, compute_token_nll
 from hf_in2core.passes import Passes
+from hf_in2core.preparation import Preparation, prepare_rows
 from hf_in2core.scoring import run_score_pass
 from hf_in2core.similarities import compute_hidden_embeddings
 
 
 QUICKSTART = Path("runs/quickstart/inputs")
 MODELS = Path("runs/benchmarks/models")
+MAX_LENGTH = 512
 
 
 @dataclass
@@ -89,6 +92,40 @@ def find_sources(args: argparse.Namespace, model: str, data: tuple[str, ...]) ->
     for name in data:
         setattr(args, name, str(inputs / f"{name}.jsonl"))
     return inputs
+
+
+def add_selection_flags(parser: argparse.ArgumentParser, fraction: float, steps: int, reference_steps: int) -> None:
+    """Flags of the benchmarks that score a pool by a reference and train targets on what they keep, three seeds."""
+    parser.add_argument("--pool")
+    parser.add_argument("--validation")
+    parser.add_argument("--test")
+    parser.add_argument("--fraction", type=float, default=fraction)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--reference_steps", type=int, default=reference_steps)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+
+
+def prepare_source(source: str, name: str, model: str | Path) -> Dataset:
+    """Rows with prompt and completion of a file, a folder or the Hub, as the tokens of a model, one for one."""
+    return prepare_every_row(load_rows(source, name), name, model)
+
+
+def prepare_every_row(rows: Dataset, name: str, model: str | Path) -> Dataset:
+    """
+    The same of rows in memory.
+
+    Raises:
+        ValueError: if some carry no loss, since what TRL leaves out would shift the positions of the others.
+    """
+    preparation = Preparation(AutoTokenizer.from_pretrained(model), completion_only_loss=True, max_length=MAX_LENGTH)
+    prepared = prepare_rows(rows.select_columns(["prompt", "completion"]), preparation)
+    if len(prepared) < len(rows):
+        raise ValueError(
+            f"{len(rows) - len(prepared)} of {len(rows)} rows of the {name} carry no loss within {MAX_LENGTH} tokens. "
+            "Leave them out first."
+        )
+    return prepared
 
 
 def load_adapter(model: str | Path, rank: int, seed: int) -> PeftModel:

@@ -27,19 +27,17 @@ from plain_training import (
     load_adapter,
     make_batches,
     plan_steps,
+    prepare_source,
     print_table,
     show,
     train_adapter,
 )
-from transformers import AutoTokenizer
 
 from hf_in2core.batches import read_token_rows
 from hf_in2core.curvature import compute_exact_ihvp
-from hf_in2core.data import load_rows
 from hf_in2core.datainf import compute_coefficients, compute_damping, compute_ihvp
 from hf_in2core.fidelity import compare_leave_one_out, compute_lds
 from hf_in2core.losses import compute_row_losses
-from hf_in2core.preparation import Preparation, prepare_rows
 
 
 ESTIMATORS = ("DataInf", "exact damped inverse", "gradient dot", "gradient cosine")
@@ -220,11 +218,8 @@ def main() -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
     find_sources(args, "model", ("pool", "validation"))
-    preparation = Preparation(AutoTokenizer.from_pretrained(args.model), completion_only_loss=True, max_length=256)
-    everything, validation = (
-        prepare_rows(load_rows(source, name).select_columns(["prompt", "completion"]), preparation)
-        for source, name in ((args.pool, "pool"), (args.validation, "validation"))
-    )
+    everything = prepare_source(args.pool, "pool", args.model)
+    validation = prepare_source(args.validation, "validation", args.model)
     if args.rows > len(everything):
         raise ValueError(f"--rows {args.rows} is more than the {len(everything)} rows of {args.pool}.")
     steps = args.epochs * -(-args.rows // args.batch_size)

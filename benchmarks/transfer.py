@@ -20,43 +20,28 @@ from datasets import Dataset, disable_progress_bars
 from plain_training import (
     Found,
     Schedule,
+    add_selection_flags,
     compute_query_influence,
     compute_similarities,
     compute_test_loss,
     find_sources,
     load_adapter,
     make_sized_model,
+    prepare_every_row,
+    prepare_source,
     print_table,
     show,
     train_on,
 )
 from scipy.stats import spearmanr
-from transformers import AutoTokenizer
 
 from hf_in2core import select_coreset
 from hf_in2core.data import load_rows
 from hf_in2core.evaluation import compare_arms
 from hf_in2core.fidelity import compare_scores
-from hf_in2core.preparation import Preparation, prepare_rows
 
 
 STRATEGIES = {"top": "mean", "round_robin_rows": "in turn"}
-
-
-def prepare(source: str, name: str, model: Path, count: int | None = None) -> Dataset:
-    """Rows with prompt and completion as the tokens of a model."""
-    preparation = Preparation(AutoTokenizer.from_pretrained(model), completion_only_loss=True, max_length=512)
-    rows = load_rows(source, name).select_columns(["prompt", "completion"])
-    if count is not None:
-        if count > len(rows):
-            raise ValueError(f"--rows {count} is more than the {len(rows)} rows of {source}.")
-        rows = rows.select(range(count))
-    prepared = prepare_rows(rows, preparation)
-    if len(prepared) < len(rows):
-        raise ValueError(
-            f"{len(rows) - len(prepared)} rows of {source} carry no loss within 512 tokens. Leave them out."
-        )
-    return prepared
 
 
 def choose(influence: np.ndarray, fraction: float, strategy: str) -> np.ndarray:
@@ -71,8 +56,9 @@ def choose(influence: np.ndarray, fraction: float, strategy: str) -> np.ndarray:
 
 
 def run_seed(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
-    parts = {name: prepare(getattr(args, name), name, args.target) for name in ("validation", "test")}
-    pool = prepare(args.pool, "pool", args.target, args.rows)
+    parts = {name: prepare_source(getattr(args, name), name, args.target) for name in ("validation", "test")}
+    raw = load_rows(args.pool, "pool").select(range(args.rows))
+    pool = prepare_every_row(raw, "pool", args.target)
     n = len(pool)
     everything = np.arange(n)
 
@@ -80,7 +66,7 @@ def run_seed(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
         rows, queries = (
             (pool, parts["validation"])
             if model == args.target
-            else (prepare(args.pool, "pool", model, args.rows), prepare(args.validation, "validation", model))
+            else (prepare_every_row(raw, "pool", model), prepare_source(args.validation, "validation", model))
         )
         kept = np.random.default_rng(training_seed).choice(everything, round(share * n), replace=False)
         # As many epochs as the whole pool gets.
@@ -171,20 +157,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="One seed, few rows and steps: shows that it runs.")
     parser.add_argument("--target", type=Path)
     parser.add_argument("--references", nargs="+", default=[], help="Others, as name=folder.")
-    parser.add_argument("--pool")
-    parser.add_argument("--validation")
-    parser.add_argument("--test")
     parser.add_argument("--rows", type=int, default=800, help="First rows of the pool to use.")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.25], help="Of the pool, for a reference.")
-    parser.add_argument("--fraction", type=float, default=0.25)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--reference_steps", type=int, default=50)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add_selection_flags(parser, fraction=0.25, steps=60, reference_steps=50)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/transfer"))
     args = parser.parse_args()
     if args.quick:
-        args.rows, args.steps, args.reference_steps, args.seeds, args.shares = 64, 3, 4, [0], [0.25]
+        args.rows, args.steps, args.reference_steps, args.seeds, args.shares = 48, 3, 4, [0], [0.25]
     torch.set_num_threads(1)
     disable_progress_bars()
     args.references = {name: Path(folder) for name, _, folder in (item.partition("=") for item in args.references)}
@@ -195,6 +174,9 @@ def main() -> None:
             "smaller (hidden 24, 1 layer)": make_sized_model(inputs, 24, 1),
             "larger (hidden 96, 4 layers)": inputs / "model",
         }
+    available = len(load_rows(args.pool, "pool"))
+    if args.rows > available:
+        raise ValueError(f"--rows {args.rows} is more than the {available} rows of {args.pool}.")
     found = Found(args.output / "transfer.json", args, ("output", "seeds", "quick"))
     for seed in args.seeds:
         if not found.has(seed=seed):

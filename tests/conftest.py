@@ -9,6 +9,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -110,6 +113,41 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     make_model().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A folder with a model and data, and the settings of a recipe's run on them; nobody writes into it."""
+    from recipe_runs import make_inputs  # which takes its words and model from here
+
+    folder = tmp_path_factory.mktemp("recipe-inputs")
+    return folder, make_inputs(folder)
+
+
+@pytest.fixture(scope="session")
+def finished(inputs: tuple[Path, dict[str, Any]]) -> Path:
+    """The same folder with a finished run of the pipeline; nobody writes into it."""
+    from recipe_runs import run_recipe, write_config
+
+    folder, config = inputs
+    run_recipe("in2core", "--config", write_config(folder, config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, headless, through Playwright; both are optional."""
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="needs Playwright: pip install -c constraints.txt -e '.[browser]'"
+    )
+    with sync_api.sync_playwright() as playwright:
+        installed = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+        try:
+            launched = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
+        except sync_api.Error as error:
+            pytest.skip(f"no Chromium (apt-get install chromium, or playwright install chromium): {str(error)[:200]}")
+        yield launched
+        launched.close()
 
 
 @pytest.fixture

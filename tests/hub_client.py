@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +161,21 @@ def check_that_tokens_stayed_secret(hub: LoopbackHub, client: HubClient | None =
     if client is not None:
         assert "Request" in client.output, "the client was to log all it does"
         assert not _TOKEN.search(client.output.encode())
+
+
+@contextmanager
+def serve_hub(token: str, **options: Any) -> Iterator[LoopbackHub]:
+    """A Hub of one user, ada, whose token must have stayed secret at the end."""
+    with LoopbackHub(**options) as hub:
+        hub.add_user(token, "ada")
+        yield hub
+        check_that_tokens_stayed_secret(hub)
+
+
+@contextmanager
+def start_publisher(hub: LoopbackHub, home: Path, token: str) -> Iterator[HubClient]:
+    """A process that publishes (`PUBLISHER`) and logs all it does, and must not have printed a token at the end."""
+    with HubClient(hub, home, token, HF_DEBUG="1", **QUIET) as client:
+        client.run(PUBLISHER, shared=True)
+        yield client
+        check_that_tokens_stayed_secret(hub, client)

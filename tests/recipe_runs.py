@@ -4,7 +4,6 @@ import importlib.util
 import json
 import random
 import sys
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -89,22 +88,6 @@ def write_config(folder: Path, config: dict[str, Any]) -> str:
 
 def read_results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
-
-
-@cache
-def get_inputs(session_folder: Path) -> Inputs:
-    """A folder with a model and data, and the settings of a run on them; the same for every test."""
-    folder = session_folder / "recipe-inputs"
-    folder.mkdir()
-    return folder, make_inputs(folder)
-
-
-@cache
-def get_finished_run(session_folder: Path) -> Path:
-    """The folder of a finished run, made once; nobody writes into it."""
-    folder, config = get_inputs(session_folder)
-    run_recipe("in2core", "--config", write_config(folder, config))
-    return folder
 
 
 def stamp(folder: Path) -> dict[str, int]:

@@ -117,3 +117,32 @@ def test_wrong_answers(tmp_path: Path) -> None:
     assert wrong["full"] == pytest.approx(sum(changed) / len(pool))
     assert wrong["right"] == 0 < wrong["random"]
     assert "only right answers (oracle)" in table
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "model", "data"),
+    [
+        ("exact", "model", ["pool", "validation"]),
+        ("retraining", "model", ["pool", "validation"]),
+        ("groups", "model", ["pool", "validation", "test"]),
+        ("transfer", "target", ["pool", "validation", "test"]),
+    ],
+)
+def test_benchmarks_of_a_plain_loop(name: str, model: str, data: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    inputs = make_inputs(tmp_path)
+    sources = {"pool": inputs["pool"], "validation": inputs["validation"][0], "test": inputs["test"]}
+    flags = [
+        f"--{model}",
+        inputs["model_name_or_path"],
+        *(item for part in data for item in (f"--{part}", sources[part])),
+    ]
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--quick", *flags, "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / f"{name}.png").stat().st_size > 5000
+    rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+    labels = {"exact": "rank", "retraining": "score", "groups": "kept by", "transfer": "reference"}
+    for row in rows:
+        assert f"| {row[labels[name]]} |" in done.stdout

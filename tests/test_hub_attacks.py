@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hub_client import PUBLISHER, QUIET, HubClient, check_that_tokens_stayed_secret
+from hub_client import HubClient, serve_hub, start_publisher
 from loopback_http import Fault
 from loopback_hub import Blob, LoopbackHub, Repo
 from test_dataset_card import flatten, read_markdown
@@ -23,18 +23,14 @@ TOKEN = "hf_" + "M" * 34
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[LoopbackHub]:
-    with LoopbackHub() as hub:
-        hub.add_user(TOKEN, "ada")
+    with serve_hub(TOKEN) as hub:
         yield hub
-        check_that_tokens_stayed_secret(hub)
 
 
 @pytest.fixture(scope="module")
 def client(hub, tmp_path_factory) -> Iterator[HubClient]:
-    with HubClient(hub, tmp_path_factory.mktemp("home"), TOKEN, HF_DEBUG="1", **QUIET) as client:
-        client.run(PUBLISHER, shared=True)
+    with start_publisher(hub, tmp_path_factory.mktemp("home"), TOKEN) as client:
         yield client
-        check_that_tokens_stayed_secret(hub, client)
 
 
 def push(client: HubClient, repo_id: str, **case: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hub_client import PUBLISHER, QUIET, HubClient, check_that_tokens_stayed_secret
+from hub_client import HubClient, serve_hub, start_publisher
 from loopback_http import Fault
 from loopback_hub import Blob, LoopbackHub, Repo
 
@@ -26,18 +26,14 @@ SHA = re.compile(r"[0-9a-f]{40}")
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[LoopbackHub]:
-    with LoopbackHub() as hub:
-        hub.add_user(MAIN, "ada")
+    with serve_hub(MAIN) as hub:
         yield hub
-        check_that_tokens_stayed_secret(hub)
 
 
 @pytest.fixture(scope="module")
 def client(hub, tmp_path_factory) -> Iterator[HubClient]:
-    with HubClient(hub, tmp_path_factory.mktemp("home"), MAIN, HF_DEBUG="1", **QUIET) as client:
-        client.run(PUBLISHER, shared=True)
+    with start_publisher(hub, tmp_path_factory.mktemp("home"), MAIN) as client:
         yield client
-        check_that_tokens_stayed_secret(hub, client)
 
 
 class Cases:

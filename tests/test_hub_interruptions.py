@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_client import PUBLISHER, QUIET, HubClient, check_that_tokens_stayed_secret
+from hub_client import PUBLISHER, HubClient, serve_hub, start_publisher
 from loopback_http import Fault
 from loopback_hub import Blob, LoopbackHub
 
@@ -22,18 +22,14 @@ MAIN = "hf_" + "M" * 34
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[LoopbackHub]:
-    with LoopbackHub(multipart_above=200_000) as hub:
-        hub.add_user(MAIN, "ada")
+    with serve_hub(MAIN, multipart_above=200_000) as hub:
         yield hub
-        check_that_tokens_stayed_secret(hub)
 
 
 @pytest.fixture(scope="module")
 def client(hub, tmp_path_factory) -> Iterator[HubClient]:
-    with HubClient(hub, tmp_path_factory.mktemp("home"), MAIN, HF_DEBUG="1", **QUIET) as client:
-        client.run(PUBLISHER, shared=True)
+    with start_publisher(hub, tmp_path_factory.mktemp("home"), MAIN) as client:
         yield client
-        check_that_tokens_stayed_secret(hub, client)
 
 
 def wait_until(happened: Callable[[], Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import conftest
 import pytest
 from datasets import concatenate_datasets
-from hub_client import QUIET, ClientError, HubClient, check_that_tokens_stayed_secret
+from hub_client import QUIET, ClientError, HubClient, serve_hub
 from loopback_http import Fault
 from loopback_hub import LoopbackHub
 from recipe_runs import load_recipe
@@ -51,10 +51,8 @@ result = [url, publication.commit, scored.to_dict(), coresets["coreset_50"]["id"
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[LoopbackHub]:
-    with LoopbackHub() as hub:
-        hub.add_user(TOKEN, "ada")
+    with serve_hub(TOKEN) as hub:
         yield hub
-        check_that_tokens_stayed_secret(hub)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from recipe_runs import (
     NUM_POOL,
     NUM_TEST,
     compute_naive_loss,
-    get_finished_run,
     load_recipe,
     make_rows,
     read_results,
@@ -28,12 +27,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.data import load_rows
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a finished run without analyses."""
-    return get_finished_run(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,6 @@ from recipe_runs import (
     NUM_VALIDATION,
     Inputs,
     compute_naive_loss,
-    get_finished_run,
-    get_inputs,
     load_recipe,
     make_rows,
     read_results,
@@ -28,17 +26,6 @@ from recipe_runs import (
 from transformers import AutoModelForCausalLM
 
 from hf_in2core import select_coreset
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return get_inputs(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a finished run."""
-    return get_finished_run(tmp_path_factory.getbasetemp())
 
 
 # --- what is refused before any work ---

@@ -16,25 +16,12 @@ from loopback_hub import LoopbackHub
 from recipe_runs import (
     ROOT,
     Inputs,
-    get_finished_run,
-    get_inputs,
     read_results,
     stamp,
     write_config,
 )
 
 from hf_in2core import select_coreset
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return get_inputs(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a finished run."""
-    return get_finished_run(tmp_path_factory.getbasetemp())
 
 
 def launch(*arguments: str, processes: int = 1, use_cpu: bool = True) -> subprocess.CompletedProcess[str]:

@@ -9,9 +9,6 @@ import yaml
 from datasets import load_from_disk
 from peft import PeftModel
 from recipe_runs import (
-    Inputs,
-    get_finished_run,
-    get_inputs,
     read_results,
     run_recipe,
 )
@@ -19,17 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer, select_coreset
 from hf_in2core.data import load_rows
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return get_inputs(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a finished run."""
-    return get_finished_run(tmp_path_factory.getbasetemp())
 
 
 def test_stage_recipes_do_what_the_pipeline_does(

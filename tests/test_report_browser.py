@@ -1,6 +1,5 @@
 """The report page in a real browser, headless: Chromium through Playwright, both optional."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,24 +11,8 @@ from test_report import make_results
 from hf_in2core.report import write_report
 
 
-sync_api = pytest.importorskip(
-    "playwright.sync_api", reason="needs Playwright: pip install -c constraints.txt -e '.[browser]'"
-)
-
 pytestmark = pytest.mark.slow
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        installed = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        try:
-            launched = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
-        except sync_api.Error as error:
-            pytest.skip(f"no Chromium (apt-get install chromium, or playwright install chromium): {str(error)[:200]}")
-        yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module")

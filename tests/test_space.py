@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -302,19 +301,6 @@ def app(hub: LoopbackHub, client: HubClient, tmp_path_factory: pytest.TempPathFa
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     assert "Traceback" not in log.read_text(), log.read_text()[-3000:]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright (the extra `browser`)")
-    with sync_api.sync_playwright() as playwright:
-        installed = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        try:
-            launched = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
-        except sync_api.Error as error:
-            pytest.skip(f"no Chromium (apt-get install chromium, or playwright install chromium): {str(error)[:200]}")
-        yield launched
-        launched.close()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import WORDS, add_trained_adapter, make_model, make_tokenizer
 from huggingface_hub import ModelCard
-from recipe_runs import ROOT, Inputs, get_finished_run, get_inputs, read_results, run_recipe, stamp
+from recipe_runs import ROOT, Inputs, read_results, run_recipe, stamp
 from test_report_page import Page
 
 from hf_in2core.model_card import add_task_results
@@ -243,16 +243,6 @@ def test_limits_that_are_none(limit: float) -> None:
 
 
 # --- recipes ---
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return get_finished_run(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
-    return get_inputs(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture
