@@ -198,11 +198,24 @@ def keep_gradients(model: PeftModel, prepared: Dataset) -> dict[str, np.ndarray]
 
 
 def compute_query_influence(
-    model: PeftModel, pool: Dataset, validation: Dataset, estimator: str = "datainf", damping_scale: float = 0.1
+    model: PeftModel,
+    pool: Dataset,
+    validation: Dataset,
+    estimator: str = "datainf",
+    damping_scale: float = 0.1,
+    loss_reduction: str = "mean",
+    with_mean: bool = False,
 ) -> np.ndarray:
-    """Influence of every row on every validation row, float64 `[n, Q]`, by the library's own passes."""
-    passes = Passes(model, find_blocks(model, "default"), "mean", 4096, chunk_size=10**6, show_progress=False)
+    """
+    Influence of every row on every validation row, float64 `[n, Q]`, by the library's own passes.
+
+    `with_mean` adds a last column, the influence on the mean validation loss, which for a cosine is not the mean.
+    """
+    blocks = find_blocks(model, "default")
+    passes = Passes(model, blocks, loss_reduction, 4096, chunk_size=10**6, show_progress=False)
     directions = run_per_example_validation_pass(passes, validation, "queries")
+    if with_mean:
+        directions = {name: torch.cat([value, value.mean(0, keepdim=True)]) for name, value in directions.items()}
     if estimator == "datainf":
         fitted = run_fit_pass(passes, pool, directions, damping_scale, None, 0)
         directions = {name: value.float() for name, value in fitted.ihvp.items()}

@@ -6,10 +6,10 @@ from typing import Any
 from trl import SFTConfig
 
 from .columns import check_columns
+from .lengths import LOSS_REDUCTIONS
 
 
 ESTIMATORS = ["datainf", "gradient_dot", "gradient_cosine"]
-LOSS_REDUCTIONS = ["mean", "sum"]
 
 
 @dataclass
@@ -25,7 +25,11 @@ class InfluenceConfig(SFTConfig):
         damping_scale (`float`, *optional*, defaults to `0.1`):
             Damping of each block relative to its mean squared gradient norm per element (DataInf, section 4).
         loss_reduction (`str`, *optional*, defaults to `"mean"`):
-            Per-example loss: `"mean"` over the row's labelled tokens (as In2Core), or their `"sum"`.
+            Per-example loss of training and validation rows alike, from the losses of their labelled tokens: the
+            `"mean"` (as In2Core), the `"sum"`, `"sqrt"` (their sum divided by the square root of their number) or
+            `"max"` (the hardest token alone, the first of equally hard ones). `"sum"` lets long rows count for more.
+            With `"max"` rounding decides between tokens whose losses differ by no more than it, so that scores in
+            half precision depend on the batch.
         estimator (`str`, *optional*, defaults to `"datainf"`):
             `"datainf"`, `"gradient_dot"` (DataInf with an identity inverse) or `"gradient_cosine"` (cosine between the
             whole concatenated gradients of the row and of the mean validation loss, negated). Negative = proponent in
@@ -73,7 +77,11 @@ class InfluenceConfig(SFTConfig):
     )
     loss_reduction: str = field(
         default="mean",
-        metadata={"help": "Per-example loss: mean or sum over its labelled tokens.", "choices": LOSS_REDUCTIONS},
+        metadata={
+            "help": "Per-example loss from its labelled tokens: their mean, their sum, the sum divided by the square "
+            "root of their number (`sqrt`), or the hardest token alone (`max`).",
+            "choices": list(LOSS_REDUCTIONS),
+        },
     )
     estimator: str = field(default="datainf", metadata={"help": "How influence is estimated.", "choices": ESTIMATORS})
     influence_layers: list[str] | None = field(
@@ -104,7 +112,7 @@ class InfluenceConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (("estimator", ESTIMATORS), ("loss_reduction", LOSS_REDUCTIONS)):
+        for name, allowed in (("estimator", ESTIMATORS), ("loss_reduction", list(LOSS_REDUCTIONS))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown. Choose one of {', '.join(allowed)}.")
         if self.damping_scale <= 0:

@@ -130,7 +130,8 @@ class GradientRecorder:
             batch ([`TokenBatch`]):
                 The batch, on any device.
             loss_reduction (`str`):
-                `"mean"` (per-example loss = mean over its labelled tokens) or `"sum"`.
+                `"mean"`, `"sum"`, `"sqrt"` or `"max"`: the per-example loss from the losses of its labelled
+                tokens, see [`losses.compute_token_weights`].
             reducer (`Callable`):
                 Called once per block with the block's name, its input `[B, T, in]` and its output gradient
                 `[B, T, out]`; it must not keep them.
@@ -236,7 +237,7 @@ def compute_fit_terms(
         batch ([`TokenBatch`]):
             Training rows.
         loss_reduction (`str`):
-            `"mean"` or `"sum"`.
+            `"mean"`, `"sum"`, `"sqrt"` or `"max"`.
         validation_gradients (`dict[str, torch.Tensor]`):
             `v`, shape `[Q, out, in]` per block.
         damping (`dict[str, float]`):
@@ -299,7 +300,7 @@ def compute_dots(
         batch ([`TokenBatch`]):
             The rows.
         loss_reduction (`str`):
-            `"mean"` or `"sum"`.
+            `"mean"`, `"sum"`, `"sqrt"` or `"max"`.
         directions (`dict[str, torch.Tensor]`):
             Shape `[Q, out, in]` per block.
         with_norms (`bool`, *optional*, defaults to `False`):

@@ -75,11 +75,46 @@ def compute_token_nll(
     return F.cross_entropy(logits, batch.targets.to(logits.device), reduction="none"), logits
 
 
-def compute_token_weights(batch: TokenBatch, loss_reduction: str, like: Tensor) -> Tensor:
-    """Weight of each labelled token in its row's loss, shape `[N]`."""
-    if loss_reduction == "sum":
-        return torch.ones_like(like)
-    return (1.0 / batch.num_loss_tokens.to(like.dtype))[batch.row_of_target].to(like.device)
+# Exponent p of n in the weight n^-p of every labelled token of a row with n of them.
+_LENGTH_POWERS = {"sum": 0.0, "sqrt": 0.5, "mean": 1.0}
+
+
+def compute_token_weights(batch: TokenBatch, loss_reduction: str, nll: Tensor) -> Tensor:
+    r"""
+    Weight `w_t` of each labelled token in its row's loss, which has the value and the gradient of `sum_t w_t nll_t`.
+
+    For a row with `n` labelled tokens
+
+    - `"mean"`: `w_t = 1 / n`
+    - `"sum"`: `w_t = 1`
+    - `"sqrt"`: `w_t = 1 / sqrt(n)`; gradients of single tokens that point anywhere add up to a length of about
+      `sqrt(n)`, so that this is the power of `n` at which such a row's gradient does not grow with its length
+    - `"max"`: `w_t = 1` for the token with the largest `nll_t`, the first of those that are equally hard, 0 for all
+      others; the gradient of the maximum wherever it has one
+
+    Args:
+        batch ([`TokenBatch`]):
+            The batch.
+        loss_reduction (`str`):
+            `"mean"`, `"sum"`, `"sqrt"` or `"max"`.
+        nll (`torch.Tensor` of shape `[N]`):
+            Negative log-likelihoods of the labelled tokens; only `"max"` looks at their values.
+
+    Returns:
+        `torch.Tensor` of shape `[N]`, in the dtype and on the device of `nll`, without a gradient.
+    """
+    row_of_target = batch.row_of_target.to(nll.device)
+    if loss_reduction == "max":
+        # By row, as rows of a batch have different numbers of labelled tokens. A NaN marks no token; 0 * NaN is NaN,
+        # so that its row's loss still is one.
+        nll = nll.detach()
+        hardest = nll.new_full((len(batch.rows),), -torch.inf).scatter_reduce(0, row_of_target, nll, "amax")
+        positions = torch.arange(len(nll), device=nll.device)
+        candidates = torch.where(nll == hardest[row_of_target], positions, len(nll))
+        first = positions.new_full((len(batch.rows),), len(nll)).scatter_reduce(0, row_of_target, candidates, "amin")
+        return (positions == first[row_of_target]).to(nll.dtype)
+    lengths = batch.num_loss_tokens.to(nll.device, nll.dtype)
+    return (1.0 / lengths.pow(_LENGTH_POWERS[loss_reduction]))[row_of_target]
 
 
 class RowLosses(NamedTuple):

@@ -42,7 +42,7 @@ class Passes:
         blocks (`dict[str, Block]`):
             Blocks that count.
         loss_reduction (`str`):
-            `"mean"` or `"sum"`.
+            `"mean"`, `"sum"`, `"sqrt"` or `"max"`; see [`losses.compute_token_weights`].
         tokens_per_batch (`int`):
             Token budget, halved in place when memory runs out.
         checkpointed_tokens (`int`, *optional*):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .lengths import LOSS_REDUCTIONS
 from .report_arms import ARM_COLUMNS, BUDGETS, LEVEL, count_seeds, format_arm, summarize_arms
 from .report_run import Run, get_value, is_number, show_number
 
@@ -131,7 +132,7 @@ def show_provenance(run: Run) -> list[tuple[str, str]]:
         ("Rows of the validation sets", _join(sets)),
         ("Test (judges)", run.get("config", "test")),
         ("Estimator", get_value(run.scorer, "estimator") or run.get("selection", "estimator")),
-        ("Loss of a row", f"{get_value(run.scorer, 'loss_reduction')} over its labelled tokens" if run.scorer else ""),
+        ("Loss of a row", LOSS_REDUCTIONS.get(str(get_value(run.scorer, "loss_reduction")), "")),
         ("Damping scale", get_value(run.scorer, "damping_scale")),
         ("Layers", (get_value(run.scorer, "influence_layers") or "all") if run.scorer else ""),
         ("Rows the scorer was fitted on", get_value(run.scorer, "num_fit_examples")),

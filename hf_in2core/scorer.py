@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from .batches import read_token_rows
 from .blocks import Blocks, check_not_offloaded, find_blocks, trainable_adapter
 from .gradients import GradientRecorder
+from .lengths import LOSS_REDUCTIONS
 from .notebook import render_html
 from .passes import Passes
 from .preparation import Preparation, hash_template, hash_tokenizer, prepare_batch
@@ -97,7 +98,8 @@ class InfluenceScorer:
         config = self.config
         layers = config.influence_layers
         rows = [
-            ("estimator", f"{config.estimator}, {config.loss_reduction} of a row's labelled tokens"),
+            ("estimator", config.estimator),
+            ("loss of a row", LOSS_REDUCTIONS[config.loss_reduction]),
             ("reference model", config.base_model or "a model in memory"),
             ("its revision", config.base_model_revision or "\N{EN DASH}"),
             *((f"validation set {name}", f"{rows:,} rows") for name, rows in config.validation_sets.items()),

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .blocks import Blocks
-from .config import ESTIMATORS, LOSS_REDUCTIONS
+from .config import ESTIMATORS
 from .hub_silence import limited_silence
+from .lengths import LOSS_REDUCTIONS
 from .preparation import Preparation
 
 
@@ -141,7 +142,7 @@ def _check_values(config: ScorerConfig) -> dict[str, bool]:
     names = ("base_model", "base_model_hash", "adapter_hash", "tokenizer_hash", "template_hash", "pool_hash")
     return {
         "estimator": config.estimator in ESTIMATORS,
-        "loss_reduction": config.loss_reduction in LOSS_REDUCTIONS,
+        "loss_reduction": isinstance(config.loss_reduction, str) and config.loss_reduction in LOSS_REDUCTIONS,
         "validation_sets": isinstance(sets, dict) and bool(sets) and all(map(_is_count, sets.values())),
         "per_example": isinstance(config.per_example, bool),
         "preparation": isinstance(preparation, dict) and set(preparation) == prepared_by,

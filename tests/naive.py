@@ -10,7 +10,10 @@ def compute_loss(model, row: dict, loss_reduction: str = "mean") -> torch.Tensor
     labels = torch.tensor(row["labels"])[1:]
     logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
     losses = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")[labels != -100]
-    return losses.mean() if loss_reduction == "mean" else losses.sum()
+    if loss_reduction == "max":
+        values = losses.tolist()
+        return losses[values.index(max(values))]
+    return losses.sum() / {"sum": 1, "sqrt": len(losses) ** 0.5, "mean": len(losses)}[loss_reduction]
 
 
 def compute_gradients(model, rows: Dataset, loss_reduction: str = "mean") -> list[dict[str, torch.Tensor]]:

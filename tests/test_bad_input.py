@@ -113,7 +113,7 @@ def test_settings_out_of_range(tmp_path) -> None:
     for name, value in (
         ("damping_scale", 0.0),
         ("estimator", "lissa"),
-        ("loss_reduction", "max"),
+        ("loss_reduction", "median"),
         ("tokens_per_batch", 0),
         ("chunk_size", 0),
         ("fit_examples", 0),

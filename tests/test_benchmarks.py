@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from recipe_runs import ROOT, make_inputs, make_rows, write_config, write_rows
+from recipe_runs import ROOT, make_inputs, write_config, write_rows
 
 
 pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="a source distribution has no benchmarks")
@@ -146,3 +147,56 @@ def test_benchmarks_of_a_plain_loop(name: str, model: str, data: list[str], tmp_
     labels = {"exact": "rank", "retraining": "score", "groups": "kept by", "transfer": "reference"}
     for row in rows:
         assert f"| {row[labels[name]]} |" in done.stdout
+
+
+def call_lengths(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    inputs = make_inputs(folder)
+    flags = [
+        "--model",
+        inputs["model_name_or_path"],
+        "--pool",
+        inputs["pool"],
+        "--validation",
+        inputs["validation"][0],
+    ]
+    flags += ["--test", inputs["test"], "--output", str(folder / "run"), "--quick", *more]
+    command = [sys.executable, str(ROOT / "benchmarks" / "lengths.py"), *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+
+
+@pytest.mark.slow
+def test_lengths(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    done = call_lengths(tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "lengths.png").stat().st_size > 5000
+    rows = json.loads((tmp_path / "run" / "lengths.json").read_text())["rows"]
+    top = {row["ranked by"]: row for row in rows if row["strategy"] == "top"}
+    assert set(top) == {"mean", "sum", "sqrt", "max", "cosine (unit norm)", "random rows"}
+    # What divides by a higher power of the length takes shorter rows.
+    assert top["mean"]["spearman"] >= top["sqrt"]["spearman"] >= top["sum"]["spearman"]
+    assert top["mean"]["overlap"] == 1 and len({row["test_loss"] for row in rows}) > 10
+    matched = [row for row in rows if row["strategy"] == "as long as top"]
+    assert {row["ranked by"] for row in matched} == set(top) - {"random rows"}
+    table = done.stdout
+    assert f"{top['max']['spearman']:+.2f}" in table and f"{top['random rows']['test_loss']:.3f}" in table
+    again = call_lengths(tmp_path)
+    assert again.returncode == 0 and again.stdout == table.split("\n", 1)[1]  # found, without another training
+
+    one_task = [row | {"task": "reverse"} for row in map(json.loads, (tmp_path / "pool.jsonl").open())]
+    flags = ["--pool", write_rows(tmp_path / "one.jsonl", one_task), "--output", str(tmp_path / "other")]
+    done = call_lengths(tmp_path, *flags)
+    assert "nothing is concluded about which tasks" in done.stdout and "of the task" not in done.stdout
+
+
+@pytest.mark.slow
+def test_lengths_refuses_what_says_nothing_about_length(tmp_path: Path) -> None:
+    constant = [{"prompt": f"the cat {n} :", "completion": " sat", "task": "reverse"} for n in range(60)]
+    for flags, message in (
+        (["--pool", write_rows(tmp_path / "constant.jsonl", constant)], "no ranking can go with length"),
+        (["--fraction", "0.1"], "too few to compare their lengths"),
+        (["--task_column", "kind"], "has no column 'kind'"),
+    ):
+        done = call_lengths(tmp_path, *flags)
+        assert done.returncode != 0 and message in done.stderr
+        assert not (tmp_path / "run").exists()

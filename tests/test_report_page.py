@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import hf_in2core.report_page as report_page
 from hf_in2core import select_coreset
+from hf_in2core.lengths import LOSS_REDUCTIONS, compare_lengths
 from hf_in2core.report import ReportError, main, write_report
 from hf_in2core.report_rows import LIMITS, MAX_ROWS
 from hf_in2core.report_tokens import split_by_loss
@@ -285,12 +286,15 @@ def test_without_scorer_or_rows_the_page_says_so(tmp_path: Path) -> None:
 def test_a_damaged_scorer_or_another_tokenizer_shows_no_mask(run: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(run, tmp_path / "run"))
     config = json.loads((copied / "scorer" / "config.json").read_text())
+    assert LOSS_REDUCTIONS[config["loss_reduction"]] in Page(write_report(copied)).words
     config["preparation"]["completion_only_loss"] = False
     (copied / "scorer" / "config.json").write_text(json.dumps(config))
     data = Page(write_report(copied)).data
     assert data["masks"] == {} and "not those that were scored" in data["maskNote"]
     (copied / "scorer" / "tokenizer" / "tokenizer.json").write_text("{")
     assert "scorer/ cannot be used" in Page(write_report(copied)).data["maskNote"]
+    (copied / "scorer" / "config.json").write_text(json.dumps(config | {"loss_reduction": ["a list"]}))
+    assert "Loss of a row" not in Page(write_report(copied)).words
 
 
 def test_rows_of_another_run_are_noticed(tmp_path: Path) -> None:
@@ -300,6 +304,14 @@ def test_rows_of_another_run_are_noticed(tmp_path: Path) -> None:
         "scored/ has 20 rows, but results.json was written for 21"
         in plain(tmp_path / "run", make_scored(20), results).words
     )
+
+
+def test_a_coreset_of_other_lengths_is_warned_of(tmp_path: Path) -> None:
+    scored = make_scored(40).remove_columns("num_loss_tokens").add_column("num_loss_tokens", list(range(1, 41)))
+    for name, rows, is_warned in (("long", range(30, 40), True), ("all", range(40), False)):
+        lengths = compare_lengths(scored, scored.select(rows))
+        page = plain(tmp_path / name, scored, make_results() | {"lengths": lengths})
+        assert (lengths["warning"] is not None) == is_warned == ("rows are longer than the pool's" in page.words)
 
 
 def test_an_unfinished_comparison(tmp_path: Path) -> None:

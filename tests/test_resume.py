@@ -228,6 +228,7 @@ def test_a_changed_template_never_reuses_scores(tmp_path) -> None:
     [
         {"damping_scale": 0.2},
         {"loss_reduction": "sum"},
+        {"loss_reduction": "max"},
         {"estimator": "gradient_dot"},
         {"influence_layers": [0]},
         {"max_length": 12},

@@ -64,6 +64,7 @@ def refuse(folder: Path, *kinds: type[Exception]) -> str:
         ({"estimator": "evil"}, "estimator"),
         ({"estimator": ["datainf"]}, "estimator"),
         ({"loss_reduction": None}, "loss_reduction"),
+        ({"loss_reduction": ["mean"]}, "loss_reduction"),
         ({"autocast": "int8"}, "autocast"),
         ({"autocast": []}, "autocast"),
         ({"base_model_dtype": "load"}, "base_model_dtype"),

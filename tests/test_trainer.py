@@ -10,11 +10,12 @@ from conftest import add_trained_adapter, make_model, make_prompt_completion, ma
 from datasets import Dataset
 from naive import compute_datainf, compute_gradients, compute_loss
 
-from hf_in2core import InfluenceConfig, InfluenceTrainer
+from hf_in2core import InfluenceConfig, InfluenceScorer, InfluenceTrainer
 from hf_in2core.batches import collate, read_token_rows
 from hf_in2core.blocks import find_blocks
 from hf_in2core.fit import PILOT_ROWS
 from hf_in2core.gradients import GradientRecorder, compute_gradient_sum
+from hf_in2core.lengths import LOSS_REDUCTIONS
 from hf_in2core.preparation import Preparation, prepare_rows
 
 
@@ -44,7 +45,7 @@ def assert_same(actual, expected, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("loss_reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss_reduction", ["mean", "sum", "sqrt", "max"])
 def test_influence_equals_a_batch_size_1_loop(tmp_path, pool, validation, dtype, tolerance, loss_reduction) -> None:
     # The pilot covers a few rows, so its damping is not the exact one; the stated bound must cover the difference.
     trainer = make_trainer(tmp_path, pool, validation, dtype, loss_reduction=loss_reduction, tokens_per_batch=100)
@@ -104,12 +105,21 @@ def test_gradient_cosine_is_taken_over_whole_gradients(tmp_path, pool, validatio
 
 @pytest.mark.parametrize(
     "change",
-    [{"tokens_per_batch": 1}, {"tokens_per_batch": 10_000}, {"chunk_size": 5}, {"gradient_checkpointing": False}],
+    [
+        {"tokens_per_batch": 1},
+        {"tokens_per_batch": 10_000},
+        {"chunk_size": 5},
+        {"gradient_checkpointing": False},
+        {"tokens_per_batch": 1, "loss_reduction": "max"},
+        {"tokens_per_batch": 10_000, "loss_reduction": "max"},
+        {"chunk_size": 5, "loss_reduction": "max", "gradient_store_gb": 1.0},
+    ],
 )
 def test_batching_chunking_and_checkpointing_change_nothing(tmp_path, pool, validation, change) -> None:
     model = add_trained_adapter(make_model())
-    reference = make_trainer(tmp_path / "a", pool, validation, model=copy.deepcopy(model), tokens_per_batch=150)
-    changed = make_trainer(tmp_path / "b", pool, validation, model=model, **{"tokens_per_batch": 150, **change})
+    options = {"tokens_per_batch": 150, "loss_reduction": change.get("loss_reduction", "mean")}
+    reference = make_trainer(tmp_path / "a", pool, validation, model=copy.deepcopy(model), **options)
+    changed = make_trainer(tmp_path / "b", pool, validation, model=model, **{**options, **change})
     assert_same(changed.score_influence()["influence"], reference.score_influence()["influence"], 1e-9)
 
 
@@ -290,6 +300,18 @@ def test_a_fitted_scorer_is_returned_until_something_changes(tmp_path, pool, val
     assert changed.fingerprint != scorer.fingerprint
     trainer.args.damping_scale = 0.2
     assert trainer.fit_influence() is not changed
+
+
+@pytest.mark.parametrize("loss_reduction", ["sqrt", "max"])
+def test_scorers_keep_the_reduction(tmp_path, pool, validation, loss_reduction) -> None:
+    """A saved scorer gives raw rows what the trainer gave them, in batches of another make-up."""
+    trainer = make_trainer(tmp_path / "run", pool, validation, torch.float32, loss_reduction=loss_reduction)
+    scored = trainer.score_influence()
+    trainer.fit_influence().save_pretrained(tmp_path / "scorer")
+    scorer = InfluenceScorer.from_pretrained(tmp_path / "scorer", model=add_trained_adapter(make_model()).unload())
+    again = pool.map(scorer, batched=True, batch_size=5)
+    assert_same(again["influence"], scored["influence"], 1e-5)
+    assert LOSS_REDUCTIONS[loss_reduction] in scorer._repr_html_()
 
 
 @pytest.mark.parametrize("autocast", [False, True])
