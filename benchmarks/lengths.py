@@ -187,7 +187,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     """Length correlation and test loss by reduction; points are seeds, ticks their means."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.5, 3.2), layout="constrained")
+    figure = Figure(figsize=(8.5, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     names = RANKINGS[::-1]
     for strategy, colour, shift in ((TOP, "#0072B2", 0.2), (IN_TURN, "#D55E00", 0.0), (MATCHED, "#009E73", -0.2)):
@@ -206,7 +206,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     random = list(pick(found, "random rows", TOP, "test_loss").values())
     right.axvline(float(np.mean(random)), color="#E69F00", linewidth=1.2, label="random rows")
     right.set_xlabel("Test loss, nats per token (left is better)")
-    right.legend(frameon=False, fontsize=7)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
