@@ -165,19 +165,20 @@ def summarise_lengths(found: list[dict[str, Any]], strategy: str, tasks: int) ->
     return lines
 
 
-def summarise_losses(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line per ranking: test loss of the targets, and what is left of it beside rows of the same length."""
+def summarise_losses(found: list[dict[str, Any]], strategy: str) -> list[dict[str, Any]]:
+    """One line per ranking: test loss of the targets, and for `top` what is left of it beside rows as long."""
     random = pick(found, "random rows", TOP, "test_loss")
-    lines = [{"ranked by": "random rows", "top": show(random.values())}]
+    lines = [{"ranked by": "random rows", "test loss": show(random.values())}]
     for name in RANKINGS:
-        losses = {strategy: pick(found, name, strategy, "test_loss") for strategy in (TOP, MATCHED, IN_TURN)}
-        line: dict[str, Any] = {"ranked by": name}
-        for strategy in (TOP, MATCHED, IN_TURN):
-            line[strategy] = show(losses[strategy].values())
-            line[f"{strategy}, minus random"] = subtract(losses[strategy], random)
-        line["top, minus as long"] = subtract(losses[TOP], losses[MATCHED])
-        mean = pick(found, "mean", TOP, "test_loss")
-        line["top, minus mean's"] = "" if name == "mean" else subtract(losses[TOP], mean)
+        losses = pick(found, name, strategy, "test_loss")
+        line = {"ranked by": name, "test loss": show(losses.values()), "minus random": subtract(losses, random)}
+        mean = pick(found, "mean", strategy, "test_loss")
+        line["minus mean's"] = "" if name == "mean" else subtract(losses, mean)
+        if strategy == TOP:
+            matched = pick(found, name, MATCHED, "test_loss")
+            line["rows as long"] = show(matched.values())
+            line["rows as long, minus random"] = subtract(matched, random)
+            line["minus rows as long"] = subtract(losses, matched)
         lines.append(line)
     return [dict.fromkeys(lines[-1], "") | line for line in lines]
 
@@ -186,7 +187,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     """Length correlation and test loss by reduction; points are seeds, ticks their means."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.5, 3.2), layout="constrained")
+    figure = Figure(figsize=(8.5, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     names = RANKINGS[::-1]
     for strategy, colour, shift in ((TOP, "#0072B2", 0.2), (IN_TURN, "#D55E00", 0.0), (MATCHED, "#009E73", -0.2)):
@@ -205,7 +206,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     random = list(pick(found, "random rows", TOP, "test_loss").values())
     right.axvline(float(np.mean(random)), color="#E69F00", linewidth=1.2, label="random rows")
     right.set_xlabel("Test loss, nats per token (left is better)")
-    right.legend(frameon=False, fontsize=7)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -253,7 +254,8 @@ def main() -> None:
         print_table(title, summarise_lengths(rows, strategy, num_tasks))
     if num_tasks == 1:
         print(f"\nAll rows are of one task ({tasks[0]}), so nothing is concluded about which tasks a ranking keeps.")
-    print_table("Test loss of the targets", summarise_losses(rows))
+    for strategy in (TOP, IN_TURN):
+        print_table(f"Test loss of the targets, {strategy}", summarise_losses(rows, strategy))
     plot(rows, args.output / "lengths.png")
 
 

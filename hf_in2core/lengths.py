@@ -88,6 +88,6 @@ def compare_lengths(scored: Dataset, coreset: Dataset, column: str = "influence"
             f"The coreset's rows are {'longer' if result['ratio'] > 1 else 'shorter'} than the pool's: "
             f"{result['coreset_tokens']:.0f} loss tokens on average against {result['pool_tokens']:.0f}. Part of what "
             "it gains or loses may be length. Compare it with `hf_in2core.baselines.select_length_matched`, and see "
-            'whether `loss_reduction` or `estimator="gradient_cosine"` ranks the same rows first.'
+            'whether another `loss_reduction` or `estimator="gradient_cosine"` ranks the same rows first.'
         )
     return result
