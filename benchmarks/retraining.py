@@ -4,9 +4,9 @@
 
 By default a small sibling of the quickstart's model (made on the spot) and pools of 64 of its rows. For each pool: the
 model is trained without each row (leave-one-out) and on random halves of the pool (linear datamodeling score), with
-several seeds of adapter and order; a left-out row has weight 0 in its batch, so nothing else moves. Scores are read
-from references trained on the whole pool with the same seeds. Rank correlations with the loss averaged over seeds, per
-validation row (then averaged) and for the mean validation loss; ± is the 95 % interval over pools.
+several seeds of adapter and order; a left-out row is missing from its batch, and all others keep their places. Scores
+are read from references trained on the whole pool with the same seeds. Rank correlations with the loss averaged over
+seeds, per validation row (then averaged) and for the mean validation loss; ± is the 95 % interval over pools.
 """
 
 import argparse
@@ -64,14 +64,14 @@ def compute_influence(g: dict[str, np.ndarray], v: dict[str, np.ndarray], dampin
 
 
 class Retraining:
-    """One pool: its batches by seed, and trainings with rows left out."""
+    """One pool: its steps by seed, and trainings with rows left out."""
 
     def __init__(self, model: Path, pool: Dataset, validation: Dataset, schedule: Schedule, seeds: list[int]) -> None:
         self.pool, self.validation, self.schedule = pool, validation, schedule
         self.model = load_adapter(model, schedule.rank, 0)
-        self.batches, self.start = {}, {}
+        self.steps, self.start = {}, {}
         for seed in seeds:
-            self.batches[seed] = make_batches(pool, plan_steps(len(pool), schedule, seed))
+            self.steps[seed] = plan_steps(len(pool), schedule, seed)
             fresh = load_adapter(model, schedule.rank, seed)
             self.start[seed] = {name: p.detach().clone() for name, p in fresh.named_parameters() if p.requires_grad}
 
@@ -81,10 +81,11 @@ class Retraining:
             if name in self.start[seed]:
                 parameter.copy_(self.start[seed][name])
 
-    def train(self, weights: np.ndarray, seed: int) -> np.ndarray:
-        """Mean token loss of every validation row after training on the rows of weight 1."""
+    def train(self, kept: np.ndarray, seed: int) -> np.ndarray:
+        """Mean token loss of every validation row after training on the rows that are kept (bool `[n]`)."""
         self.reset(seed)
-        train_adapter(self.model, self.batches[seed], self.schedule, weights)
+        batches = make_batches(self.pool, [rows[kept[rows]] for rows in self.steps[seed]])
+        train_adapter(self.model, batches, self.schedule)
         losses = compute_row_losses(self.model, self.validation)
         return losses.nll / losses.num_loss_tokens
 
@@ -95,7 +96,7 @@ class Retraining:
         scores = {"RDS+": -compute_similarities(self.model, self.pool, self.validation)}
         by_seed: list[dict[str, np.ndarray]] = []
         for seed in seeds:
-            self.train(np.ones(n), seed)
+            self.train(np.ones(n, dtype=bool), seed)
             gradients = (keep_gradients(self.model, part) for part in (self.pool, self.validation))
             found = compute_influence(*gradients, damping_scale)
             losses = compute_row_losses(self.model, self.pool)
@@ -119,8 +120,8 @@ def measure_pool(job: Retraining, args: argparse.Namespace, pool_seed: int) -> l
     members = np.zeros((args.subsets, n), dtype=bool)
     for row in members:
         row[generator.choice(n, n // 2, replace=False)] = True
-    halves = np.array([[job.train(row.astype(float), seed) for seed in args.subset_seeds] for row in members])
-    left_out = np.array([[job.train(1.0 - (np.arange(n) == i), seed) for seed in args.seeds] for i in range(n)])
+    halves = np.array([[job.train(row, seed) for seed in args.subset_seeds] for row in members])
+    left_out = np.array([[job.train(np.arange(n) != i, seed) for seed in args.seeds] for i in range(n)])
     print(f"pool {pool_seed}: {time.process_time() - start:.0f} CPU s", flush=True)
     found = []
     for name, score in scores.items():
