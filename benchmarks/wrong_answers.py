@@ -122,7 +122,7 @@ def plot(rows: list[dict[str, Any]], methods: list[str], path: Path) -> None:
     from matplotlib.figure import Figure
 
     kinds = list(dict.fromkeys(row["among"] for row in rows))
-    figure = Figure(figsize=(7.5, 1 + 0.3 * len(kinds) * len(methods)), layout="constrained")
+    figure = Figure(figsize=(7.5, 1.2 + 0.2 * len(kinds) * len(methods)), layout="constrained")
     axes = figure.subplots()
     colours = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000")
     for method, colour in zip(methods, colours, strict=False):
@@ -138,7 +138,7 @@ def plot(rows: list[dict[str, Any]], methods: list[str], path: Path) -> None:
     axes.axvline(0.5, color="#999999", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(kinds)), kinds[::-1])
     axes.set_xlabel("AUC with which wrong answers come last (0.5 = chance); bars: 95 % interval over seeds")
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.legend(fontsize=8, frameon=False, loc="outside upper center", ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
 
