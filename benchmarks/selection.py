@@ -65,7 +65,7 @@ def evaluate_on_tests(job: Job, adapter: Path | None, tests: dict[str, Dataset])
         if known is None:
             missing[name] = (path, identity)
         else:
-            found[name] = known
+            found[name] = {key: value for key, value in known.items() if key != "identity"}
     if missing:
         args = job.settings.make(InfluenceConfig)
         with quiet_loading(repeated=True):
