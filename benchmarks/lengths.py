@@ -22,14 +22,15 @@ from datasets import Dataset, disable_progress_bars
 from plain_training import (
     Found,
     Schedule,
+    add_selection_flags,
     compute_query_influence,
     compute_test_loss,
     find_sources,
+    prepare_every_row,
     print_table,
     show,
     train_on,
 )
-from transformers import AutoTokenizer
 
 from hf_in2core import select_coreset
 from hf_in2core.baselines import select_length_matched
@@ -38,7 +39,6 @@ from hf_in2core.coreset import take_round_robin
 from hf_in2core.data import load_rows
 from hf_in2core.evaluation import compare_arms
 from hf_in2core.lengths import LOSS_REDUCTIONS, MIN_ROWS, compare_lengths
-from hf_in2core.preparation import Preparation, prepare_rows
 
 
 COSINE = "cosine (unit norm)"
@@ -46,17 +46,12 @@ RANKINGS = [*LOSS_REDUCTIONS, COSINE]
 TOP, IN_TURN, MATCHED = "top", "in turn", "as long as top"
 
 
-def prepare(source: str, name: str, preparation: Preparation, task_column: str) -> tuple[Dataset, np.ndarray]:
+def prepare(source: str, name: str, model: Path, task_column: str) -> tuple[Dataset, np.ndarray]:
     """Tokens of the rows, all of which must carry loss, and the task of each."""
     rows = load_rows(source, name)
     if task_column not in rows.column_names:
         raise ValueError(f"The {name} has no column {task_column!r}, only {rows.column_names}: see --task_column.")
-    prepared = prepare_rows(rows.select_columns(["prompt", "completion"]), preparation)
-    if len(prepared) < len(rows):
-        raise ValueError(
-            f"{len(rows) - len(prepared)} rows of {source} carry no loss within 512 tokens. Leave them out."
-        )
-    return prepared, np.array([str(task) for task in rows[task_column]])
+    return prepare_every_row(rows, name, model), np.array([str(task) for task in rows[task_column]])
 
 
 def draw(num_rows: int, rows: int, seed: int) -> np.ndarray:
@@ -216,16 +211,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="One seed, few rows and steps: shows that it runs.")
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--pool")
-    parser.add_argument("--validation")
-    parser.add_argument("--test")
     parser.add_argument("--task_column", default="task", help="Column that tells the task of a row.")
     parser.add_argument("--rows", type=int, default=800, help="Rows of the pool, drawn anew for every seed.")
-    parser.add_argument("--fraction", type=float, default=0.25)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--reference_steps", type=int, default=50)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add_selection_flags(parser, fraction=0.25, steps=60, reference_steps=50)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/lengths"))
     args = parser.parse_args()
     if args.quick:
@@ -233,9 +221,8 @@ def main() -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
     find_sources(args, "model", ("pool", "validation", "test"))
-    preparation = Preparation(AutoTokenizer.from_pretrained(args.model), completion_only_loss=True, max_length=512)
     parts = {
-        name: prepare(getattr(args, name), name, preparation, args.task_column)
+        name: prepare(getattr(args, name), name, args.model, args.task_column)
         for name in ("pool", "validation", "test")
     }
     pool, tasks = parts["pool"]

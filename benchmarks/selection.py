@@ -43,6 +43,10 @@ def load_tests(job: Job, more: list[str]) -> dict[str, Dataset]:
     args = job.settings.make(InfluenceConfig)
     tests = {"test": job.prepared_test}
     for source in more:
+        if Path(source).stem in tests:
+            raise ValueError(
+                f"--more_tests {source}: there is a test set {Path(source).stem} already. Rename the file."
+            )
         rows = apply_columns(load_rows(source, "test set"), job.args.columns, job.target_tokenizer)
         tests[Path(source).stem] = check_trainable(rows, f"test set {source}", args, job.target_tokenizer)
     return tests
