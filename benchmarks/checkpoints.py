@@ -19,28 +19,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))
-
-from arguments import In2CoreArguments  # noqa: E402
 from datasets import Dataset, concatenate_datasets  # noqa: E402
-from job import Job, check  # noqa: E402
-from recipe_parser import RecipeParser, Settings  # noqa: E402
-from run_folder import join_processes, quiet_loading, run_setup_script  # noqa: E402
 from scipy.stats import spearmanr  # noqa: E402
-from stages import make_reference_trainer  # noqa: E402
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
 from workload import describe_machine  # noqa: E402
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer  # noqa: E402
-from hf_in2core.blocks import find_blocks  # noqa: E402
-from hf_in2core.coreset import take_round_robin  # noqa: E402
-from hf_in2core.evaluation import compute_auc, compute_confidence_interval  # noqa: E402
-from hf_in2core.fit import run_per_example_validation_pass  # noqa: E402
-from hf_in2core.losses import compute_row_losses  # noqa: E402
-from hf_in2core.passes import Passes  # noqa: E402
-from hf_in2core.preparation import Preparation, prepare_rows  # noqa: E402
+from hf_in2core.engine.blocks import find_blocks  # noqa: E402
+from hf_in2core.engine.fit import run_per_example_validation_pass  # noqa: E402
+from hf_in2core.engine.losses import compute_row_losses  # noqa: E402
+from hf_in2core.engine.passes import Passes  # noqa: E402
+from hf_in2core.evaluation.judge import compute_auc, compute_confidence_interval  # noqa: E402
+from hf_in2core.pipeline.arguments import In2CoreArguments  # noqa: E402
+from hf_in2core.pipeline.job import Job, check  # noqa: E402
+from hf_in2core.pipeline.parser import RecipeParser, Settings  # noqa: E402
+from hf_in2core.pipeline.run_folder import join_processes, quiet_loading, run_setup_script  # noqa: E402
+from hf_in2core.pipeline.training import make_reference_trainer  # noqa: E402
+from hf_in2core.rows.preparation import Preparation, prepare_rows  # noqa: E402
+from hf_in2core.selection.coreset import take_round_robin  # noqa: E402
 
 
 Gradients = dict[str, np.ndarray]

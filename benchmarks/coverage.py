@@ -23,11 +23,11 @@ from scipy.stats import rankdata
 from workload import describe_machine
 
 from hf_in2core import InfluenceTrainer
-from hf_in2core.coverage import compute_coverage, compute_similarity_coverage
-from hf_in2core.data import load_rows
-from hf_in2core.evaluation import compute_confidence_interval
-from hf_in2core.intervals import compute_rank_correlation
-from hf_in2core.losses import compute_row_losses
+from hf_in2core.analysis.coverage import compute_coverage, compute_similarity_coverage
+from hf_in2core.engine.losses import compute_row_losses
+from hf_in2core.evaluation.intervals import compute_rank_correlation
+from hf_in2core.evaluation.judge import compute_confidence_interval
+from hf_in2core.rows.sources import load_rows
 
 
 INFLUENCE = {"datainf": "influence (DataInf)", "gradient_cosine": "gradient cosine"}

@@ -25,15 +25,15 @@ from peft import LoraConfig, get_peft_model
 from plain_training import Found, show
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_in2core.batches import iterate_batches, plan_batches, read_token_rows
-from hf_in2core.blocks import find_blocks
-from hf_in2core.evaluation import compute_auc
-from hf_in2core.fit import run_fit_pass, run_per_example_validation_pass
-from hf_in2core.losses import compute_row_losses, compute_token_nll, compute_token_weights
-from hf_in2core.passes import Passes
-from hf_in2core.preparation import Preparation, prepare_rows
-from hf_in2core.scoring import run_score_pass
-from hf_in2core.similarities import compute_hidden_embeddings
+from hf_in2core.engine.batches import iterate_batches, plan_batches, read_token_rows
+from hf_in2core.engine.blocks import find_blocks
+from hf_in2core.engine.fit import run_fit_pass, run_per_example_validation_pass
+from hf_in2core.engine.losses import compute_row_losses, compute_token_nll, compute_token_weights
+from hf_in2core.engine.passes import Passes
+from hf_in2core.engine.scoring import run_score_pass
+from hf_in2core.evaluation.judge import compute_auc
+from hf_in2core.rows.preparation import Preparation, prepare_rows
+from hf_in2core.selection.similarities import compute_hidden_embeddings
 
 
 WORDS = "the cat sat on a mat and saw red blue green birds fly over old stone walls near slow rivers at dawn".split()

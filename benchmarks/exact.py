@@ -29,8 +29,8 @@ from plain_training import (
 from scipy.stats import spearmanr
 from workload import describe_machine
 
-from hf_in2core.curvature import score_fitted_rows
-from hf_in2core.datainf import compute_damping
+from hf_in2core.engine.curvature import score_fitted_rows
+from hf_in2core.engine.datainf import compute_damping
 
 
 PILOT = 64

@@ -21,12 +21,12 @@ from references import make_trainer, parse_settings, train_references
 from workload import describe_machine
 
 from hf_in2core import InfluenceTrainer
-from hf_in2core.evaluation import compute_confidence_interval
-from hf_in2core.fit import fit_directions
-from hf_in2core.intervals import compute_rank_correlation
-from hf_in2core.layers import LayerScores, choose_layers, compute_layer_scores, grow_layers, list_layer_sets
-from hf_in2core.passes import Passes
-from hf_in2core.scoring import run_score_pass
+from hf_in2core.analysis.layers import LayerScores, choose_layers, compute_layer_scores, grow_layers, list_layer_sets
+from hf_in2core.engine.fit import fit_directions
+from hf_in2core.engine.passes import Passes
+from hf_in2core.engine.scoring import run_score_pass
+from hf_in2core.evaluation.intervals import compute_rank_correlation
+from hf_in2core.evaluation.judge import compute_confidence_interval
 
 
 COLOURS = {"first": "#CC79A7", "last": "#0072B2", "middle": "#009E73", "spread": "#E69F00", "greedy": "#000000"}

@@ -59,14 +59,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from workload import make_model, make_passes, make_rows, report, time_interleaved
 
-from hf_in2core.batches import TokenBatch, collate, read_token_rows
-from hf_in2core.datainf import compute_ihvp
-from hf_in2core.fit import run_fit_pass, run_per_example_validation_pass, run_validation_pass
-from hf_in2core.gradients import GradientRecorder, compute_fit_terms
-from hf_in2core.losses import compute_token_nll, compute_token_weights
-from hf_in2core.passes import Passes, run_batches
-from hf_in2core.scoring import run_score_pass
-from hf_in2core.store import GradientStore
+from hf_in2core.engine.batches import TokenBatch, collate, read_token_rows
+from hf_in2core.engine.datainf import compute_ihvp
+from hf_in2core.engine.fit import run_fit_pass, run_per_example_validation_pass, run_validation_pass
+from hf_in2core.engine.gradients import GradientRecorder, compute_fit_terms
+from hf_in2core.engine.losses import compute_token_nll, compute_token_weights
+from hf_in2core.engine.passes import Passes, run_batches
+from hf_in2core.engine.scoring import run_score_pass
+from hf_in2core.engine.store import GradientStore
 
 
 BATCH_SIZE = 32

@@ -21,16 +21,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 from workload import describe_machine
 
-from hf_in2core.batches import TokenBatch, collate, read_token_rows
-from hf_in2core.blocks import find_blocks
-from hf_in2core.data import load_rows
-from hf_in2core.evaluation import compute_confidence_interval
-from hf_in2core.fit import run_fit_pass, run_per_example_validation_pass
-from hf_in2core.losses import compute_row_losses, compute_token_nll
-from hf_in2core.passes import Passes
-from hf_in2core.preparation import Preparation, prepare_rows
-from hf_in2core.scoring import run_score_pass
-from hf_in2core.similarities import compute_hidden_embeddings
+from hf_in2core.engine.batches import TokenBatch, collate, read_token_rows
+from hf_in2core.engine.blocks import find_blocks
+from hf_in2core.engine.fit import run_fit_pass, run_per_example_validation_pass
+from hf_in2core.engine.losses import compute_row_losses, compute_token_nll
+from hf_in2core.engine.passes import Passes
+from hf_in2core.engine.scoring import run_score_pass
+from hf_in2core.evaluation.judge import compute_confidence_interval
+from hf_in2core.rows.preparation import Preparation, prepare_rows
+from hf_in2core.rows.sources import load_rows
+from hf_in2core.selection.similarities import compute_hidden_embeddings
 
 
 QUICKSTART = Path("runs/quickstart/inputs")

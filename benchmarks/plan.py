@@ -26,10 +26,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from workload import make_config, make_model, make_passes, make_rows, make_tokenizer, report
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer
-from hf_in2core.blocks import find_blocks
-from hf_in2core.fit import run_fit_pass
-from hf_in2core.gradients import GradientRecorder, compute_per_example_gradients
-from hf_in2core.plan import plan_influence
+from hf_in2core.engine.blocks import find_blocks
+from hf_in2core.engine.fit import run_fit_pass
+from hf_in2core.engine.gradients import GradientRecorder, compute_per_example_gradients
+from hf_in2core.influence.plan import plan_influence
 
 
 VOCAB_SIZE = 4096

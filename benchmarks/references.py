@@ -1,22 +1,17 @@
 """Trained reference models that several benchmarks read, one for each seed; made once and found again."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from datasets import Dataset
 
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))
-
-from arguments import In2CoreArguments  # noqa: E402
-from job import Job, check  # noqa: E402
-from pipeline import train_reference  # noqa: E402
-from recipe_parser import RecipeParser, Settings  # noqa: E402
-from run_folder import join_processes, quiet_loading, run_setup_script  # noqa: E402
-from stages import load_model  # noqa: E402
-
 from hf_in2core import InfluenceConfig, InfluenceTrainer  # noqa: E402
+from hf_in2core.pipeline.arguments import In2CoreArguments  # noqa: E402
+from hf_in2core.pipeline.job import Job, check  # noqa: E402
+from hf_in2core.pipeline.parser import RecipeParser, Settings  # noqa: E402
+from hf_in2core.pipeline.run_folder import join_processes, quiet_loading, run_setup_script  # noqa: E402
+from hf_in2core.pipeline.steps import train_reference  # noqa: E402
+from hf_in2core.pipeline.training import load_model  # noqa: E402
 
 
 def parse_settings(argv: list[str], quick: bool) -> Settings:

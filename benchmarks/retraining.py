@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
+from fidelity import compare_leave_one_out, compute_lds
 from plain_training import (
     Found,
     Schedule,
@@ -33,11 +34,10 @@ from plain_training import (
     train_adapter,
 )
 
-from hf_in2core.batches import read_token_rows
-from hf_in2core.curvature import compute_exact_ihvp
-from hf_in2core.datainf import compute_coefficients, compute_damping, compute_ihvp
-from hf_in2core.fidelity import compare_leave_one_out, compute_lds
-from hf_in2core.losses import compute_row_losses
+from hf_in2core.engine.batches import read_token_rows
+from hf_in2core.engine.curvature import compute_exact_ihvp
+from hf_in2core.engine.datainf import compute_coefficients, compute_damping, compute_ihvp
+from hf_in2core.engine.losses import compute_row_losses
 
 
 ESTIMATORS = ("DataInf", "exact damped inverse", "gradient dot", "gradient cosine")

@@ -11,31 +11,26 @@ predicted right on the test set, and on those of `--more_tests`.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset, load_from_disk  # noqa: E402
 from selection_methods import METHODS, MethodArm, compute_method_aucs, find_tasks, make_columns
 
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))
-
-from arguments import In2CoreArguments  # noqa: E402
-from comparison import describe_machine, find_equal_run  # noqa: E402
-from datasets import Dataset, load_from_disk  # noqa: E402
-from inputs import check_trainable  # noqa: E402
-from job import Job, check  # noqa: E402
-from pipeline import evaluate_base, read_result, score_pool, train_arm, train_reference  # noqa: E402
-from recipe_parser import RecipeParser, Settings  # noqa: E402
-from run_folder import join_processes, quiet_loading, run_setup_script, say, write_json  # noqa: E402
-from stages import load_model  # noqa: E402
-
 from hf_in2core import InfluenceConfig  # noqa: E402
-from hf_in2core.columns import apply_columns  # noqa: E402
-from hf_in2core.data import hash_rows, hash_value, load_rows  # noqa: E402
-from hf_in2core.evaluation import compare_arms, compute_confidence_interval  # noqa: E402
-from hf_in2core.losses import compute_row_losses  # noqa: E402
+from hf_in2core.engine.losses import compute_row_losses  # noqa: E402
+from hf_in2core.evaluation.judge import compare_arms, compute_confidence_interval  # noqa: E402
+from hf_in2core.pipeline.arguments import In2CoreArguments  # noqa: E402
+from hf_in2core.pipeline.comparison import describe_machine, find_equal_run  # noqa: E402
+from hf_in2core.pipeline.inputs import check_trainable  # noqa: E402
+from hf_in2core.pipeline.job import Job, check  # noqa: E402
+from hf_in2core.pipeline.parser import RecipeParser, Settings  # noqa: E402
+from hf_in2core.pipeline.run_folder import join_processes, quiet_loading, run_setup_script, say, write_json  # noqa: E402
+from hf_in2core.pipeline.steps import evaluate_base, read_result, score_pool, train_arm, train_reference  # noqa: E402
+from hf_in2core.pipeline.training import load_model  # noqa: E402
+from hf_in2core.rows.columns import apply_columns  # noqa: E402
+from hf_in2core.rows.sources import hash_rows, hash_value, load_rows  # noqa: E402
 
 
 def load_tests(job: Job, more: list[str]) -> dict[str, Dataset]:

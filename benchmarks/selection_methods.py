@@ -1,30 +1,24 @@
 """The ways to select that the benchmarks of selection compare: what each ranks by, and its column."""
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))
-
-from comparison import Arm, read_influence  # noqa: E402
 from datasets import Dataset, concatenate_datasets, load_from_disk  # noqa: E402
-from job import Job  # noqa: E402
-from pipeline import read_result  # noqa: E402
-from run_folder import quiet_loading, say, write_json, written_folder  # noqa: E402
-from stages import load_model  # noqa: E402
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer, select_coreset  # noqa: E402
-from hf_in2core.baselines import add_bm25, add_ifd, add_loss, add_rds, select_length_matched  # noqa: E402
-from hf_in2core.coreset import take_round_robin  # noqa: E402
-from hf_in2core.data import hash_value  # noqa: E402
-from hf_in2core.evaluation import compute_auc  # noqa: E402
-from hf_in2core.preparation import Preparation  # noqa: E402
+from hf_in2core.evaluation.judge import compute_auc  # noqa: E402
+from hf_in2core.pipeline.comparison import Arm, read_influence  # noqa: E402
+from hf_in2core.pipeline.job import Job  # noqa: E402
+from hf_in2core.pipeline.run_folder import quiet_loading, say, write_json, written_folder  # noqa: E402
+from hf_in2core.pipeline.steps import read_result  # noqa: E402
+from hf_in2core.pipeline.training import load_model  # noqa: E402
+from hf_in2core.rows.preparation import Preparation  # noqa: E402
+from hf_in2core.rows.sources import hash_value  # noqa: E402
+from hf_in2core.selection.baselines import add_bm25, add_ifd, add_loss, add_rds, select_length_matched  # noqa: E402
+from hf_in2core.selection.coreset import take_round_robin  # noqa: E402
 
 
 ESTIMATORS = {"gradient_dot": "dot", "gradient_cosine": "cosine"}

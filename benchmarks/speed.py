@@ -19,13 +19,13 @@ from scipy.stats import spearmanr
 from torch.nn import functional as F
 from workload import make_model, make_passes, make_rows, report, time_interleaved
 
-from hf_in2core.batches import collate, plan_batches, read_token_rows
-from hf_in2core.blocks import find_blocks, select_blocks
-from hf_in2core.fit import run_fit_pass, run_validation_pass
-from hf_in2core.losses import compute_token_nll, compute_token_weights, frozen_eval_mode
-from hf_in2core.passes import Passes
-from hf_in2core.scoring import run_score_pass
-from hf_in2core.store import GradientStore
+from hf_in2core.engine.batches import collate, plan_batches, read_token_rows
+from hf_in2core.engine.blocks import find_blocks, select_blocks
+from hf_in2core.engine.fit import run_fit_pass, run_validation_pass
+from hf_in2core.engine.losses import compute_token_nll, compute_token_weights, frozen_eval_mode
+from hf_in2core.engine.passes import Passes
+from hf_in2core.engine.scoring import run_score_pass
+from hf_in2core.engine.store import GradientStore
 
 
 def run_plain(model: PeftModel, rows: Dataset, tokens_per_batch: int, full_logits: bool = False) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
+from fidelity import compare_scores
 from plain_training import (
     Found,
     Schedule,
@@ -36,9 +37,8 @@ from plain_training import (
 from scipy.stats import spearmanr
 
 from hf_in2core import select_coreset
-from hf_in2core.data import load_rows
-from hf_in2core.evaluation import compare_arms
-from hf_in2core.fidelity import compare_scores
+from hf_in2core.evaluation.judge import compare_arms
+from hf_in2core.rows.sources import load_rows
 
 
 STRATEGIES = {"top": "mean", "round_robin_rows": "in turn"}

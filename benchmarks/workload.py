@@ -16,8 +16,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_in2core.blocks import find_blocks
-from hf_in2core.passes import Passes
+from hf_in2core.engine.blocks import find_blocks
+from hf_in2core.engine.passes import Passes
 
 
 def make_model(hidden_size: int, num_layers: int, vocab_size: int, rank: int = 8) -> PeftModel:

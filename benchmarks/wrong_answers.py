@@ -12,27 +12,22 @@ and `wrong_answers.png` into the run's folder and prints the tables.
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset, load_from_disk  # noqa: E402
 from selection import mean_losses, parse, pick, print_table, show, show_interval, train_arms
 from selection_methods import METHODS, compute_method_aucs, make_columns
 
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))
-
-from arguments import In2CoreArguments  # noqa: E402
-from comparison import describe_machine  # noqa: E402
-from datasets import Dataset, load_from_disk  # noqa: E402
-from job import check  # noqa: E402
-from pipeline import score_pool, train_reference  # noqa: E402
-from recipe_parser import Settings  # noqa: E402
-from run_folder import say, write_json  # noqa: E402
-
-from hf_in2core.data import load_rows  # noqa: E402
-from hf_in2core.evaluation import compare_arms, compute_confidence_interval  # noqa: E402
+from hf_in2core.evaluation.judge import compare_arms, compute_confidence_interval  # noqa: E402
+from hf_in2core.pipeline.arguments import In2CoreArguments  # noqa: E402
+from hf_in2core.pipeline.comparison import describe_machine  # noqa: E402
+from hf_in2core.pipeline.job import check  # noqa: E402
+from hf_in2core.pipeline.parser import Settings  # noqa: E402
+from hf_in2core.pipeline.run_folder import say, write_json  # noqa: E402
+from hf_in2core.pipeline.steps import score_pool, train_reference  # noqa: E402
+from hf_in2core.rows.sources import load_rows  # noqa: E402
 
 
 FINDERS = ("coreset", "dot", "cosine", "low_loss", "low_ifd")

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from .trainer import InfluenceTrainer
 
 _MODULES = {
-    "InfluenceConfig": "config",
-    "InfluenceScorer": "scorer",
-    "InfluenceTrainer": "trainer",
-    "push_influence_dataset": "publish",
-    "select_coreset": "coreset",
+    "InfluenceConfig": "influence.config",
+    "InfluenceScorer": "influence.scorer",
+    "InfluenceTrainer": "influence.trainer",
+    "push_influence_dataset": "cards.publish",
+    "select_coreset": "selection.coreset",
 }
 
 

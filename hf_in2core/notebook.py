@@ -35,7 +35,7 @@ def render_html(
 
 
 class Verdict(dict[str, Any]):
-    """What [`~hf_in2core.evaluation.judge`] returns: a `dict` that shows as its sentences and the losses of arms."""
+    """What [`~hf_in2core.evaluation.judge.judge`] returns: a `dict` that shows as sentences and the losses of arms."""
 
     def __repr__(self) -> str:
         return f"Verdict: {self['headline']}. {self['text']} (keys: {', '.join(self)})"
@@ -57,7 +57,7 @@ class Verdict(dict[str, Any]):
 
 
 class Lengths(dict[str, Any]):
-    """What [`~hf_in2core.lengths.compare_lengths`] returns: a `dict` that shows as a comparison of lengths."""
+    """What [`~hf_in2core.selection.lengths.compare_lengths`] returns: a `dict` that shows as a comparison."""
 
     def __repr__(self) -> str:
         return f"Lengths({', '.join(f'{name} {value}' for name, value in self._rows())}; {self['warning'] or 'alike'})"

@@ -1,88 +1,13 @@
-"""In2Core end to end: train a reference, score a pool by influence, fine-tune targets on the coreset, compare.
+"""The command `run` of hf_in2core, under the name it has in this repository."""
 
-    accelerate launch recipes/in2core.py --config recipes/quickstart/in2core.yaml
-
-The run folder gets config.yaml, reference/ (adapter), scorer/, scored/ (the annotated pool), arms/, results.json,
-three pictures and report.html. The same command into the same folder resumes. Negative influence = proponent.
-"""
-
-import gc
-from typing import Any
-
-from arguments import In2CoreArguments
-from recipe_parser import RecipeParser, Settings
+import sys
 
 
-def make_parser() -> RecipeParser:
-    """Parser of this recipe."""
-    return RecipeParser(In2CoreArguments, description=__doc__, reference=True)
+# Python puts this folder first on its path, where evaluate.py would be taken for the `evaluate` library.
+sys.path.append(sys.path.pop(0))
 
-
-def main(settings: Settings) -> None:
-    """Run the pipeline; everything that is finished already is taken as it is."""
-    # Imported here, so that `--help` and a wrong flag are answered without them.
-    from analyses import analyse_run
-    from comparison import build_results, compute_aucs, find_examples, find_lengths, plan_arms, write_results
-    from datasets import load_from_disk
-    from job import check
-    from pipeline import (
-        compute_reference_losses,
-        evaluate_base,
-        plan_run,
-        publish,
-        score_pool,
-        show,
-        train_arm,
-        train_reference,
-    )
-    from run_folder import join_processes, run_setup_script, say, warn
-
-    # What is imported stays; to look through it anew takes half a second for every arm.
-    gc.freeze()
-    args: In2CoreArguments = settings.arguments
-    join_processes(settings)
-    if args.setup_script is not None:
-        run_setup_script(args.setup_script)
-    job = check(settings)
-    if args.dry_run:
-        plan_run(job)
-        return
-
-    # The reference model tells which rows of the pool lower the validation loss.
-    adapter, reference = train_reference(job)
-    selection = score_pool(job, adapter, reference)
-    scored = load_from_disk(str(job.folder / "scored"))
-    named = [name for name in ("id", args.task_column, args.wrong_column) if name in scored.column_names]
-    findings: dict[str, Any] = {
-        "examples": find_examples(scored, job.inputs.pool, args.columns, job.reference_tokenizer, named)
-    }
-    if (lengths := find_lengths(scored, args.fractions, args.strategy)) is not None:
-        findings["lengths"] = lengths
-        if lengths["warning"] is not None:
-            warn(lengths["warning"])
-    if args.task_column is not None or args.wrong_column is not None:
-        losses = compute_reference_losses(job, adapter)
-        findings |= compute_aucs(scored, losses, job.inputs.validation, args.task_column, args.wrong_column)
-    findings |= analyse_run(job, adapter, reference)
-
-    # The targets: the same training on the rows of each arm, judged on the test set.
-    plan = plan_arms(args)
-    base = evaluate_base(job, scored)
-    arms: list[dict[str, Any]] = []
-    results: dict[str, Any] = {}
-    for arm in plan:
-        result = train_arm(job, arm, scored, base["steps"])
-        arms.append(result)
-        say(
-            f"[{len(arms)}/{len(plan)}] {arm.arm}, fraction {arm.fraction:g}, seed {arm.seed}, equal {arm.budget}: "
-            f"{result['rows']:,} rows, {result['steps']:,} steps, {result['seconds']:.0f} s, "
-            f"test loss {show(result['test_loss'])}"
-        )
-        results = build_results(settings.values, arms, len(plan), base, selection, findings, args.fractions)
-        write_results(job.folder, results, scored)
-    if args.hub_id is not None:
-        publish(job, scored)
+from hf_in2core.commands import run
 
 
 if __name__ == "__main__":
-    make_parser().run(main)
+    run.make_parser().run(run.main)

@@ -1,77 +1,13 @@
-"""Score a pool: the influence of each row on a validation set. Negative = proponent.
+"""The command `score` of hf_in2core, under the name it has in this repository."""
 
-    accelerate launch recipes/score_influence.py --model_name_or_path Qwen/Qwen3-0.6B \\
-        --reference_adapter runs/reference --pool tatsu-lab/alpaca --columns alpaca \\
-        --validation my_validation.jsonl --output_dir runs/influence
-
-`output_dir` then holds scored/ (the pool with its influence), scorer/ and config.yaml; the same command resumes. With
-`--scorer PATH|ID` in place of model and adapter, a scorer fitted before scores another pool.
-"""
-
-from pathlib import Path
-
-from arguments import ScoreInfluenceArguments
-from recipe_parser import RecipeParser, Settings
+import sys
 
 
-def make_parser() -> RecipeParser:
-    """Parser of this recipe."""
-    return RecipeParser(ScoreInfluenceArguments, description=__doc__)
+# Python puts this folder first on its path, where evaluate.py would be taken for the `evaluate` library.
+sys.path.append(sys.path.pop(0))
 
-
-def main(settings: Settings) -> None:
-    """Check, score and save."""
-    from accelerate import PartialState
-    from inputs import check_adapter, check_pool_columns, check_whole_model, load_tokenizer
-    from run_folder import join_processes, say, written_folder
-    from stages import compute_influence, make_influence_trainer, score_with
-    from trl import ModelConfig
-
-    from hf_in2core import InfluenceConfig, InfluenceScorer
-    from hf_in2core.data import load_rows, parse_named_sources
-    from hf_in2core.plan import plan_influence
-    from hf_in2core.pools import check_fitted_pool
-
-    args: ScoreInfluenceArguments = settings.arguments
-    join_processes(settings)
-    check_whole_model()
-    assert args.pool is not None and args.output_dir is not None
-    folder = Path(args.output_dir)
-    pool = load_rows(args.pool, "pool")
-    sources = parse_named_sources(args.validation or [])
-    validation = {name: load_rows(source, f"validation set {name}".strip()) for name, source in sources.items()}
-    if args.scorer is not None:
-        scorer = InfluenceScorer.from_pretrained(args.scorer)
-        check_pool_columns(pool, list(scorer.config.validation_sets), [])
-        check_fitted_pool(scorer, pool, {name or "validation": rows for name, rows in validation.items()})
-        scored = score_with(scorer, pool)
-    else:
-        check_pool_columns(pool, list(validation), [])
-        model_args, influence_args = settings.make(ModelConfig, use_peft=True), settings.make(InfluenceConfig)
-        assert args.reference_adapter is not None
-        check_adapter(args.reference_adapter, model_args.model_name_or_path or "")
-        inputs = (
-            model_args,
-            influence_args,
-            args.reference_adapter,
-            pool,
-            validation[""] if list(validation) == [""] else validation,
-            load_tokenizer(model_args, influence_args),
-        )
-        if args.dry_run:
-            say(str(plan_influence(make_influence_trainer(*inputs))))
-            return
-        scorer, scored, seconds = compute_influence(*inputs)
-        say(f"Influence: {len(scored):,} rows, {seconds:.0f} s.")
-    with written_folder(folder / "scored") as temporary:
-        if PartialState().is_main_process:
-            scored.save_to_disk(str(temporary))
-    with written_folder(folder / "scorer") as temporary:
-        if PartialState().is_main_process:
-            scorer.save_pretrained(temporary)
-            settings.save(folder / "config.yaml")
-    say(f"{folder / 'scored'} has the pool with its influence, {folder / 'scorer'} what scores other rows alike.")
+from hf_in2core.commands import score
 
 
 if __name__ == "__main__":
-    make_parser().run(main)
+    score.make_parser().run(score.main)

@@ -1,49 +1,13 @@
-"""Select a coreset from a scored pool, the strongest proponents by default.
+"""The command `select` of hf_in2core, under the name it has in this repository."""
 
-    python recipes/select_coreset.py --scored runs/influence/scored --fraction 0.25 --output runs/coreset
-
-`--output` is a folder of `save_to_disk`, or a .jsonl or .parquet file.
-"""
-
-from pathlib import Path
-
-from arguments import SelectCoresetArguments
-from recipe_parser import RecipeParser, Settings
+import sys
 
 
-def make_parser() -> RecipeParser:
-    """Parser of this recipe."""
-    return RecipeParser(SelectCoresetArguments, description=__doc__, model=False, training=False)
+# Python puts this folder first on its path, where evaluate.py would be taken for the `evaluate` library.
+sys.path.append(sys.path.pop(0))
 
-
-def main(settings: Settings) -> None:
-    """Select and write."""
-    from hf_in2core import select_coreset
-    from hf_in2core.data import load_rows
-
-    args: SelectCoresetArguments = settings.arguments
-    assert args.scored is not None and args.output is not None
-    coreset = select_coreset(
-        load_rows(args.scored, "scored pool"),
-        fraction=args.fraction,
-        size=args.size,
-        strategy=args.strategy,
-        proponents_only=args.proponents_only,
-        group_column=args.group_column,
-        group_quota=args.group_quota,
-        order=args.order,
-        seed=args.seed,
-    )
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == ".jsonl":
-        coreset.to_json(output)
-    elif output.suffix == ".parquet":
-        coreset.to_parquet(output)
-    else:
-        coreset.save_to_disk(str(output))
-    print(f"{len(coreset):,} rows: {output}")
+from hf_in2core.commands import select
 
 
 if __name__ == "__main__":
-    make_parser().run(main)
+    select.make_parser().run(select.main)

@@ -1,125 +1,13 @@
-"""Fine-tune a target model on a coreset, from the Hub or from disk.
+"""The command `sft` of hf_in2core, under the name it has in this repository."""
 
-    accelerate launch recipes/sft_coreset.py --model_name_or_path Qwen/Qwen3-4B --dataset_name user/alpaca-in2core \\
-        --split coreset_25 --columns alpaca --output_dir runs/target
-
-An ordinary TRL SFT with LoRA; `output_dir` then holds the adapter, its card, config.yaml and training.json. With a
-scored pool (`--dataset_name RUN/scored`), `--fraction` selects the strongest proponents. `--test` and `--tasks` (of
-lm-eval) judge the model, `--hub_id user/repo` publishes it.
-"""
-
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-from typing import Any
-
-from arguments import SftCoresetArguments
-from recipe_parser import RecipeParser, Settings
+import sys
 
 
-def make_parser() -> RecipeParser:
-    """Parser of this recipe."""
-    return RecipeParser(SftCoresetArguments, description=__doc__)
+# Python puts this folder first on its path, where evaluate.py would be taken for the `evaluate` library.
+sys.path.append(sys.path.pop(0))
 
-
-def main(settings: Settings) -> None:
-    """Check, train, judge, save and publish."""
-    from accelerate import PartialState
-    from arm_tasks import describe_scores, evaluate_on_tasks, load_given_tasks
-    from inputs import check_model, check_trainable, load_tokenizer
-    from run_folder import agree, join_processes, say
-    from stages import evaluate_model, make_trainer, train_and_save
-    from trl import ModelConfig
-
-    from hf_in2core import InfluenceConfig, select_coreset
-    from hf_in2core.data import find_hub_id, load_rows
-    from hf_in2core.hub import Head, check_can_push, list_folder, publish_files, read_head
-    from hf_in2core.tasks import check_task_settings
-
-    args: SftCoresetArguments = settings.arguments
-    join_processes(settings)
-    if args.tasks:
-        check_task_settings(args.tasks, args.include_path, args.num_fewshot, args.limit)
-    private = settings.values["hub_private_repo"]
-    if args.hub_id is not None and PartialState().is_main_process:
-        check_can_push(args.hub_id, "model", private=private)
-    model_args = settings.make(ModelConfig, use_peft=True)
-    training_args = settings.make(InfluenceConfig)
-    check_model(model_args, training_args, for_influence=False)
-    tokenizer = load_tokenizer(model_args, training_args)
-    source = f"{args.dataset_name}:{args.split}" if args.split else args.dataset_name
-    assert source is not None and args.dataset_name is not None
-    revision = args.dataset_revision
-    if find_hub_id(source) is not None:
-        # Every process loads the same commit, and the card names it.
-        hub_id = find_hub_id(source) or ""
-        revision = agree(lambda: read_head(hub_id, repo_type="dataset", revision=args.dataset_revision).oid)
-    rows = load_rows(source, "coreset", revision)
-    if args.fraction is not None:
-        rows = select_coreset(rows, fraction=args.fraction)
-    prepared_test = None
-    if args.test is not None:
-        prepared_test = check_trainable(load_rows(args.test, "test set"), "test set", training_args, tokenizer)
-    tasks = load_given_tasks(args) if args.tasks else {}
-    trainer = make_trainer(model_args, training_args, rows, tokenizer)
-    trained = train_and_save(trainer, settings, "Target")
-    if prepared_test is not None:
-        trained |= evaluate_model(trainer.model, prepared_test, training_args, training_args.tokens_per_batch)
-        say(f"test loss {trained['test_loss']}, perplexity {trained['test_perplexity']}")
-    if tasks:
-        trained["tasks"] = evaluate_on_tasks(trainer.model, tokenizer, tasks, args.limit, training_args)
-        say(", ".join(f"{name} {value:.4f}" for name, value in describe_scores(trained["tasks"]).items()))
-    if PartialState().is_main_process:
-        folder = Path(training_args.output_dir or "")
-        render_card = prepare_card(args, trained, revision)
-        # In place of PEFT's own card, which says nothing of this model.
-        (folder / "README.md").write_text(render_card(None), encoding="utf-8")
-        if args.hub_id is not None:
-
-            def compose(head: Head) -> tuple[dict[str, bytes], list[str]]:
-                return {"README.md": render_card(head.read("README.md")).encode()}, []
-
-            # Checkpoints, in folders of their own, stay here.
-            files = {path: file for path, file in list_folder(folder).items() if "/" not in path}
-            published = publish_files(
-                args.hub_id, files, repo_type="model", message="Publish model", compose=compose, private=private
-            )
-            say(f"published: {published.url}")
-    PartialState().wait_for_everyone()
-    say(f"{trained['rows']:,} rows, {trained['steps']:,} steps, {trained['seconds']:.0f} s: {args.output_dir}")
-
-
-def prepare_card(
-    args: SftCoresetArguments, run: dict[str, Any], revision: str | None
-) -> Callable[[bytes | None], str]:
-    """The model's card as a function of the one that is there, with the comparison published beside its rows."""
-    from hf_in2core.card_composer import read_results
-    from hf_in2core.data import find_hub_id
-    from hf_in2core.hub import read_head
-    from hf_in2core.model_card import add_task_results, render_target_model_card
-
-    source = args.dataset_name or ""
-    hub_id, split = find_hub_id(source), args.split
-    results: dict[str, Any] = {}
-    if hub_id is not None:
-        split = split or (source.split(":")[-1] if ":" in source else "train")
-        results = read_results(read_head(hub_id, repo_type="dataset", revision=revision).read("results.json"))
-    arm = {"coreset": "coreset", "random": "random", "train": "full"}.get((split or "").split("_")[0], "–")
-    model_name = (args.hub_id or args.output_dir or "").rstrip("/").split("/")[-1]
-    render = partial(
-        render_target_model_card,
-        model_name,
-        base_model=args.model_name_or_path or "",
-        dataset_id=hub_id or source,
-        run=run | {"arm": "coreset" if args.fraction else arm, "fraction": args.fraction or "–"},
-        results=results,
-        split=split,
-        dataset_revision=revision if hub_id else None,
-        test_name=find_hub_id(args.test or "") or "a test set of its own",
-    )
-    tasks = run.get("tasks")
-    return (lambda existing: add_task_results(render(existing), tasks, model_name)) if tasks else render
+from hf_in2core.commands import sft
 
 
 if __name__ == "__main__":
-    make_parser().run(main)
+    sft.make_parser().run(sft.main)

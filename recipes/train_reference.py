@@ -1,43 +1,13 @@
-"""Train the reference adapter, through which influence is computed.
+"""The command `train_reference` of hf_in2core, under the name it has in this repository."""
 
-    accelerate launch recipes/train_reference.py --model_name_or_path Qwen/Qwen3-0.6B --pool tatsu-lab/alpaca \\
-        --columns alpaca --output_dir runs/reference
-
-An ordinary TRL SFT with LoRA; `output_dir` then holds the adapter, config.yaml and training.json.
-"""
-
-from arguments import TrainReferenceArguments
-from recipe_parser import RecipeParser, Settings
+import sys
 
 
-def make_parser() -> RecipeParser:
-    """Parser of this recipe."""
-    return RecipeParser(TrainReferenceArguments, description=__doc__)
+# Python puts this folder first on its path, where evaluate.py would be taken for the `evaluate` library.
+sys.path.append(sys.path.pop(0))
 
-
-def main(settings: Settings) -> None:
-    """Check, train and save."""
-    from inputs import check_model, load_tokenizer, take_fraction
-    from run_folder import join_processes, say
-    from stages import make_trainer, train_and_save
-    from trl import ModelConfig
-
-    from hf_in2core import InfluenceConfig
-    from hf_in2core.data import load_rows
-
-    args: TrainReferenceArguments = settings.arguments
-    join_processes(settings)
-    model_args = settings.make(ModelConfig, use_peft=True)
-    training_args = settings.make(InfluenceConfig)
-    # Every trainable tensor must have per-example gradients, or the influence would leave it out.
-    check_model(model_args, training_args, for_influence=True)
-    tokenizer = load_tokenizer(model_args, training_args)
-    assert args.pool is not None
-    rows = take_fraction(load_rows(args.pool, "pool"), args.reference_fraction, training_args.seed)
-    trainer = make_trainer(model_args, training_args, rows, tokenizer)
-    trained = train_and_save(trainer, settings, "Reference")
-    say(f"{trained['rows']:,} rows, {trained['steps']:,} steps, {trained['seconds']:.0f} s: {args.output_dir}")
+from hf_in2core.commands import train_reference
 
 
 if __name__ == "__main__":
-    make_parser().run(main)
+    train_reference.make_parser().run(train_reference.main)

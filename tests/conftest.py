@@ -127,10 +127,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
 @pytest.fixture(scope="session")
 def finished(inputs: tuple[Path, dict[str, Any]]) -> Path:
     """The same folder with a finished run of the pipeline; nobody writes into it."""
-    from recipe_runs import run_recipe, write_config
+    from recipe_runs import run_command, write_config
 
     folder, config = inputs
-    run_recipe("in2core", "--config", write_config(folder, config))
+    run_command("run", "--config", write_config(folder, config))
     return folder
 
 
@@ -163,4 +163,4 @@ def validation() -> Dataset:
 @pytest.fixture
 def exact_damping(monkeypatch) -> None:
     """A second fit pass takes the exact damping from the first, whatever the bound on the pilot's error says."""
-    monkeypatch.setattr("hf_in2core.fit.MAX_INNER_DAMPING_ERROR", 0.0)
+    monkeypatch.setattr("hf_in2core.engine.fit.MAX_INNER_DAMPING_ERROR", 0.0)

@@ -47,7 +47,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from datasets import Dataset, load_dataset
-from hf_in2core.publish import push_influence_dataset as push
+from hf_in2core.cards.publish import push_influence_dataset as push
 
 logging.basicConfig(level=logging.DEBUG, stream=sys.stdout)
 

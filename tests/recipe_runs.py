@@ -1,9 +1,8 @@
 """Runs of the recipes on tiny models and data made on the spot, shared by their tests."""
 
-import importlib.util
+import importlib
 import json
 import random
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,20 +19,16 @@ ROOT = Path(__file__).parents[1]
 NUM_POOL, NUM_VALIDATION, NUM_TEST = 60, 8, 11
 
 
-def load_recipe(name: str) -> ModuleType:
-    """A recipe as a module, under a name that no library has (there is an `evaluate` among them)."""
-    recipes = str(ROOT / "recipes")
-    if recipes not in sys.path:
-        sys.path.append(recipes)
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# Script under recipes/ → command; the others have the same name in both.
+COMMANDS = {"in2core": "run", "score_influence": "score", "select_coreset": "select", "sft_coreset": "sft"}
 
 
-def run_recipe(name: str, *flags: str) -> None:
-    module = load_recipe(name)
+def load_command(name: str) -> ModuleType:
+    return importlib.import_module(f"hf_in2core.commands.{name}")
+
+
+def run_command(name: str, *flags: str) -> None:
+    module = load_command(name)
     module.main(module.make_parser().parse(flags))
 
 

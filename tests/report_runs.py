@@ -14,8 +14,8 @@ from test_report import make_results
 from test_trainer import make_trainer
 from transformers import AutoModelForCausalLM
 
-from hf_in2core.coverage import correlate_coverage
-from hf_in2core.layers import LayerScores, choose_layers
+from hf_in2core.analysis.coverage import correlate_coverage
+from hf_in2core.analysis.layers import LayerScores, choose_layers
 
 
 NUM_ROWS = 120

@@ -9,8 +9,8 @@ from datasets import Dataset
 from scipy.stats import spearmanr
 from test_trainer import make_trainer
 
-from hf_in2core.agreement import measure_agreement
-from hf_in2core.annotate import add_query_column
+from hf_in2core.analysis.agreement import measure_agreement
+from hf_in2core.rows.scored import add_query_column
 
 
 def make_scored(signal: float, num_rows: int = 2000, num_queries: int = 40, seed: int = 0) -> Dataset:

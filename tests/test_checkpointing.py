@@ -12,10 +12,10 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hf_in2core import InfluenceTrainer
-from hf_in2core.batches import TokenBatch, read_token_rows
-from hf_in2core.gradients import GradientRecorder, compute_gradient_sum
-from hf_in2core.layers import compute_layer_scores
-from hf_in2core.passes import run_batches
+from hf_in2core.analysis.layers import compute_layer_scores
+from hf_in2core.engine.batches import TokenBatch, read_token_rows
+from hf_in2core.engine.gradients import GradientRecorder, compute_gradient_sum
+from hf_in2core.engine.passes import run_batches
 
 
 @pytest.mark.usefixtures("exact_damping")

@@ -13,9 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_trainer import assert_same, make_config, make_trainer
 
 from hf_in2core import InfluenceTrainer
-from hf_in2core.checkpoints import compute_checkpoint_weights, read_checkpoints
-from hf_in2core.pools import merge_scored
-from hf_in2core.state import hash_adapter
+from hf_in2core.engine.state import hash_adapter
+from hf_in2core.influence.checkpoints import compute_checkpoint_weights, read_checkpoints
+from hf_in2core.influence.pools import merge_scored
 
 
 ADAPTER: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_da
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_in2core.coreset import select_coreset
+from hf_in2core.selection.coreset import select_coreset
 
 
 # Few distinct values, so that ties are common; None and NaN are rows without loss.
@@ -372,7 +372,7 @@ def test_another_column_selects_as_influence_would() -> None:
 
 def test_another_column_is_checked() -> None:
     scored = make_scored([0.0, 1.0], loss=[1.0, 2.0], name=["a", "b"])
-    with pytest.raises(ValueError, match="no column 'rds_rank'.*hf_in2core.baselines"):
+    with pytest.raises(ValueError, match="no column 'rds_rank'.*hf_in2core.selection.baselines"):
         select_coreset(scored, size=1, column="rds_rank")
     with pytest.raises(TypeError, match="'name' holds string"):
         select_coreset(scored, size=1, column="name")

@@ -12,7 +12,7 @@ from naive import compute_datainf, compute_gradients, compute_loss
 from test_baselines import embed, score_bm25
 from test_trainer import assert_same, make_trainer, prepare
 
-from hf_in2core.coverage import (
+from hf_in2core.analysis.coverage import (
     compute_coverage,
     compute_similarity_coverage,
     correlate_coverage,
@@ -37,7 +37,7 @@ def naive_coverage(strengths: list[float], top_k: int) -> dict[str, float]:
 
 def test_coverage_equals_a_loop_over_naive_influence(tmp_path, validation, model, monkeypatch) -> None:
     rows = make_prompt_completion(14, seed=0)
-    monkeypatch.setattr("hf_in2core.fit.PILOT_ROWS", len(rows))  # the pilot's damping is then the exact one
+    monkeypatch.setattr("hf_in2core.engine.fit.PILOT_ROWS", len(rows))  # the pilot's damping is then the exact one
     trainer = make_trainer(tmp_path, rows, validation, model=copy.deepcopy(model))
     coverage = compute_coverage(trainer, top_k=3)
     train, tests = (compute_gradients(trainer.model, prepare(part)) for part in (rows, validation))

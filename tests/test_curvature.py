@@ -12,10 +12,10 @@ from naive import compute_dense_ihvp, compute_gradients
 from scipy.stats import spearmanr
 from test_trainer import make_trainer, prepare
 
-from hf_in2core.blocks import count_elements
-from hf_in2core.curvature import compute_exact_ihvp, score_fitted_rows
-from hf_in2core.fit import read_fit
-from hf_in2core.trainer_checks import draw_blocks, measure_curvature, warn_of_curvature
+from hf_in2core.engine.blocks import count_elements
+from hf_in2core.engine.curvature import compute_exact_ihvp, score_fitted_rows
+from hf_in2core.engine.fit import read_fit
+from hf_in2core.influence.checks import draw_blocks, measure_curvature, warn_of_curvature
 
 
 def draw(n: int, d: int, q: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

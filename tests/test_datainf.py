@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import compute_dense_ihvp
 
-from hf_in2core.datainf import compute_coefficients, compute_damping, compute_ihvp, compute_inner_damping_error
+from hf_in2core.engine.datainf import compute_coefficients, compute_damping, compute_ihvp, compute_inner_damping_error
 
 
 def fit(g: torch.Tensor, v: torch.Tensor, damping: float, inner_damping: float | None = None) -> torch.Tensor:

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from hf_in2core.card_metadata import (
+from hf_in2core.cards.dataset import render_influence_section, summarise_influence
+from hf_in2core.cards.metadata import (
     SplitFacts,
     inherit_metadata,
     join_card,
@@ -26,9 +27,8 @@ from hf_in2core.card_metadata import (
     parse_card,
     replace_section,
 )
-from hf_in2core.card_text import escape_markdown, format_code, format_row, load_template
-from hf_in2core.dataset_card import render_influence_section, summarise_influence
-from hf_in2core.model_card import render_target_model_card
+from hf_in2core.cards.model import render_target_model_card
+from hf_in2core.cards.text import escape_markdown, format_code, format_row, load_template
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -387,10 +387,10 @@ def test_a_card_renders_from_an_installed_wheel(tmp_path) -> None:
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
     code = (
-        "import hf_in2core.card_text as c; from datasets import Features, Value\n"
-        "from hf_in2core.dataset_card import render_influence_section as r\n"
+        "import hf_in2core.cards.text as c; from datasets import Features, Value\n"
+        "from hf_in2core.cards.dataset import render_influence_section as r\n"
         f"assert c.__file__.startswith({str(target)!r}), c.__file__\n"
-        "from hf_in2core.report_page import load_asset\n"
+        "from hf_in2core.report.page import load_asset\n"
         "assert all(load_asset(f'page.{suffix}') for suffix in ('html', 'css', 'js'))\n"
         "print(r('user/repo', features=Features({'influence': Value('float64')}), splits={'train': 2}))"
     )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from hf_in2core.fidelity import compare_leave_one_out, compare_scores, compute_lds
+from benchmarks.fidelity import compare_leave_one_out, compare_scores, compute_lds
 
 
 def make_members(m: int, n: int, seed: int = 0) -> np.ndarray:

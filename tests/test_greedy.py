@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_in2core import select_coreset
-from hf_in2core.greedy import DAMPING_SCALE, take_greedy
+from hf_in2core.selection.greedy import DAMPING_SCALE, take_greedy
 
 
 def draw(n: int, q: int, seed: int) -> np.ndarray:

@@ -50,7 +50,7 @@ def hub() -> Iterator[LoopbackHub]:
 @pytest.fixture(scope="module")
 def client(hub, tmp_path_factory) -> Iterator[HubClient]:
     with HubClient(hub, tmp_path_factory.mktemp("home"), TOKEN) as client:
-        client.run(POOL + "\nfrom hf_in2core.publish import push_influence_dataset as push", shared=True)
+        client.run(POOL + "\nfrom hf_in2core.cards.publish import push_influence_dataset as push", shared=True)
         yield client
 
 

@@ -44,7 +44,7 @@ def hub() -> Iterator[LoopbackHub]:
 @pytest.fixture(scope="module")
 def client(hub, tmp_path_factory) -> Iterator[HubClient]:
     with HubClient(hub, tmp_path_factory.mktemp("home"), TOKEN) as client:
-        client.run(POOL + "\nfrom hf_in2core.publish import push_influence_dataset as push", shared=True)
+        client.run(POOL + "\nfrom hf_in2core.cards.publish import push_influence_dataset as push", shared=True)
         yield client
 
 
@@ -145,7 +145,7 @@ def test_names_that_pass_the_check_load_and_others_are_refused(hub, client) -> N
     found = client.run(
         """
         from datasets import load_dataset
-        from hf_in2core.hub_checks import check_names
+        from hf_in2core.hub.checks import check_names
         result = []
         for name, _ in names:
             try:
@@ -180,7 +180,7 @@ def test_check_can_push_says_what_a_push_would_meet(hub, client) -> None:
     requests = len(hub.log)
     found = client.run(
         """
-        from hf_in2core.hub import check_can_push
+        from hf_in2core.hub.commits import check_can_push
         shown = lambda c: [c.user, c.exists, list(c.overwrites), c.licenses, list(c.warnings)]
         result = [
             shown(check_can_push("ada/held", splits=["train", "new"], paths=["scorer/*"])),
@@ -227,7 +227,7 @@ def test_check_can_push_refuses(hub, client, tmp_path, token, repo_id, options, 
     hub.add_user("hf_" + "F" * 34, "fay", role="fineGrained")
     code = """
     import os
-    from hf_in2core.hub import check_can_push
+    from hf_in2core.hub.commits import check_can_push
     kept = os.environ.pop("HF_TOKEN") if token is None else None
     try:
         check_can_push(repo_id, token=token, **options)

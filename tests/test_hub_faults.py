@@ -166,7 +166,7 @@ def test_a_refusal_at_any_request_leaves_all_or_nothing(hub, client, every_kind)
 
 SILENT: list[tuple[str, dict]] = [("silent", {"action": "silent"})]
 SET_LIMIT = """
-from hf_in2core import hub_silence
+from hf_in2core.hub import silence as hub_silence
 usual, hub_silence.LONGEST_SILENCE = hub_silence.LONGEST_SILENCE, limit
 result = usual
 """
@@ -218,7 +218,7 @@ def test_only_requests_without_a_limit_get_one_and_only_meanwhile(hub, client) -
     limits = client.run(
         """
         from huggingface_hub.utils import get_session
-        from hf_in2core.hub_silence import limited_silence
+        from hf_in2core.hub.silence import limited_silence
         session = get_session()
         hooks = list(session.event_hooks["request"])
         read = lambda **limit: session.get(url, **limit).request.extensions["timeout"]["read"]

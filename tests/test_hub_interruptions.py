@@ -45,7 +45,7 @@ def wait_until(happened: Callable[[], Any]) -> None:
 KILLED = """
 import numpy as np
 from datasets import Dataset
-from hf_in2core.publish import push_influence_dataset
+from hf_in2core.cards.publish import push_influence_dataset
 scores = np.random.default_rng(0).normal(size=30_000)
 pool = Dataset.from_dict({"prompt": [f"p{i}" for i in range(30_000)], "influence": scores.tolist()})
 coresets = {"coreset_50": pool.select(range(15_000))}

@@ -14,7 +14,7 @@ from datasets import concatenate_datasets
 from hub_client import QUIET, ClientError, HubClient, serve_hub
 from loopback_http import Fault
 from loopback_hub import LoopbackHub
-from recipe_runs import load_recipe
+from recipe_runs import load_command
 
 
 TOKEN = "hf_" + "S" * 34
@@ -199,8 +199,8 @@ def test_another_base_model_under_the_same_name_is_noticed(hub, published, elsew
 
 
 GROW = """
-from recipe_runs import run_recipe
-run_recipe("grow", *flags)
+from recipe_runs import run_command
+run_command("grow", *flags)
 """
 
 
@@ -239,7 +239,7 @@ def test_a_published_pool_grows_without_a_refit(hub, published, publisher, tmp_p
 
 
 def test_a_grown_pools_coresets_are_chosen_as_they_were() -> None:
-    choose_splits = load_recipe("grow").choose_splits
+    choose_splits = load_command("grow").choose_splits
     turns = {"strategy": "round_robin_rows", "column": "influence", "fraction": 0.5}
     records = {"train": {"command": "make.py"}, "coreset_50": turns | {"command": "make.py"}, "gone": turns}
     published = ["train", "coreset_50", "coreset_25", "random_25", "by_hand"]
@@ -307,11 +307,11 @@ def test_a_coreset_is_fine_tuned_on_straight_from_the_hub(hub, published, elsewh
     elsewhere.run(
         """
         from datasets import load_dataset
-        from recipe_runs import run_recipe
+        from recipe_runs import run_command
         load_dataset("ada/scored", "validation", split="validation").to_json("test.jsonl")
         flags = ["--model_name_or_path", "ada/tiny", "--dataset_name", "ada/compared", "--split", "coreset_50"]
         flags += ["--output_dir", "target", "--max_steps", "2", "--test", "test.jsonl"]
-        run_recipe("sft_coreset", *flags, "--use_cpu", "true", "--report_to", "none")
+        run_command("sft", *flags, "--use_cpu", "true", "--report_to", "none")
         """
     )
     assert f"{len(published[3])} rows, 2 steps" in elsewhere.output
@@ -328,10 +328,10 @@ def test_a_coreset_is_fine_tuned_on_straight_from_the_hub(hub, published, elsewh
 
 def test_a_target_is_published_with_its_card(hub, published, publisher) -> None:
     tune = """
-    from recipe_runs import run_recipe
+    from recipe_runs import run_command
     flags = ["--model_name_or_path", "ada/tiny", "--dataset_name", "ada/scored:coreset_50", "--output_dir", "tuned"]
     flags += ["--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1", "--use_cpu", "true"]
-    run_recipe("sft_coreset", *flags, "--report_to", "none", "--hub_id", repo_id)
+    run_command("sft", *flags, "--report_to", "none", "--hub_id", repo_id)
     """
     with pytest.raises(ClientError) as raised:
         publisher.run(tune, repo_id="bob/target")

@@ -12,7 +12,7 @@ from naive import compute_datainf, compute_gradients
 from scipy.stats import spearmanr
 from test_trainer import assert_same, make_trainer, prepare
 
-from hf_in2core.layers import (
+from hf_in2core.analysis.layers import (
     LayerScores,
     choose_layers,
     compute_layer_scores,
@@ -36,7 +36,7 @@ def make_scores(strengths: list[float], num_rows: int = 200, elements: list[int]
 
 def test_any_set_of_layers_has_the_influence_of_the_naive_loop(tmp_path, validation, model, monkeypatch) -> None:
     rows = make_prompt_completion(31, seed=0)
-    monkeypatch.setattr("hf_in2core.fit.PILOT_ROWS", len(rows))  # the pilot's damping is then the exact one
+    monkeypatch.setattr("hf_in2core.engine.fit.PILOT_ROWS", len(rows))  # the pilot's damping is then the exact one
     trainer = make_trainer(tmp_path, rows, validation, model=copy.deepcopy(model))
     scores = compute_layer_scores(trainer)
     train, held_out = (compute_gradients(trainer.model, prepare(part)) for part in (rows, validation))

@@ -6,10 +6,10 @@ import torch
 from datasets import Dataset
 
 from hf_in2core import select_coreset
-from hf_in2core.baselines import select_length_matched
-from hf_in2core.batches import TokenRows, collate
-from hf_in2core.lengths import LOSS_REDUCTIONS, compare_lengths
-from hf_in2core.losses import compute_token_weights
+from hf_in2core.engine.batches import TokenRows, collate
+from hf_in2core.engine.losses import compute_token_weights
+from hf_in2core.selection.baselines import select_length_matched
+from hf_in2core.selection.lengths import LOSS_REDUCTIONS, compare_lengths
 
 
 def make_scored(bias: float, num_rows: int = 400) -> Dataset:

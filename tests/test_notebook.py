@@ -17,10 +17,10 @@ from test_report import make_results
 from test_trainer import make_trainer
 
 from hf_in2core import select_coreset
-from hf_in2core.evaluation import judge
-from hf_in2core.lengths import compare_lengths
+from hf_in2core.evaluation.judge import judge
+from hf_in2core.influence.plan import plan_influence
 from hf_in2core.notebook import render_html
-from hf_in2core.plan import plan_influence
+from hf_in2core.selection.lengths import compare_lengths
 
 
 HOSTILE = "<script>alert('x')</script>&\"`"

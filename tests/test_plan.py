@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import add_trained_adapter, make_prompt_completion
-from recipe_runs import NUM_POOL, make_inputs, run_recipe, write_config
+from recipe_runs import NUM_POOL, make_inputs, run_command, write_config
 from test_trainer import make_trainer, prepare
 from transformers import AutoModelForCausalLM
 
-from hf_in2core.fit import PILOT_ROWS
-from hf_in2core.plan import plan_influence
+from hf_in2core.engine.fit import PILOT_ROWS
+from hf_in2core.influence.plan import plan_influence
 
 
 OPTIONS = {"tokens_per_batch": 60, "chunk_size": 8}
@@ -74,7 +74,7 @@ def test_dry_runs_print_the_plan_and_write_nothing(tmp_path, capsys) -> None:
     shared = [f"--{name}={config[name]}" for name in ("model_name_or_path", "pool", "output_dir")]
     shared += ["--validation", *config["validation"], "--reference_adapter", str(tmp_path / "adapter"), "--dry_run"]
     for recipe, flags in (("score_influence", shared), ("in2core", ["--config", config_path, "--dry_run"])):
-        run_recipe(recipe, *flags)
+        run_command(recipe, *flags)
         printed = capsys.readouterr().out
         assert f"Pool: {NUM_POOL} rows" in printed
         assert "Peak memory" in printed and "Disk" in printed

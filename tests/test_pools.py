@@ -9,7 +9,7 @@ from conftest import add_trained_adapter, make_model, make_prompt_completion
 from datasets import Dataset, concatenate_datasets
 from test_trainer import assert_same, make_trainer
 
-from hf_in2core.pools import check_fitted_pool, merge_scored
+from hf_in2core.influence.pools import check_fitted_pool, merge_scored
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,9 @@ from recipe_runs import (
     NUM_POOL,
     NUM_TEST,
     compute_naive_loss,
-    load_recipe,
     make_rows,
     read_results,
-    run_recipe,
+    run_command,
     stamp,
     write_config,
     write_rows,
@@ -26,7 +25,7 @@ from test_report_page import Page
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer
-from hf_in2core.data import load_rows
+from hf_in2core.rows.sources import load_rows
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def analysed(finished: Path, config: dict[str, Any], tmp_path_factory: pytest.Te
     folder = tmp_path_factory.mktemp("analysed")
     shutil.copytree(finished / "run", folder / "run", symlinks=True)
     changed = config | {"output_dir": str(folder / "run"), "analyses": ["layers", "coverage"]}
-    run_recipe("in2core", "--config", write_config(folder, changed))
+    run_command("run", "--config", write_config(folder, changed))
     return folder
 
 
@@ -94,10 +93,9 @@ def test_of_many_test_rows_a_sample_is_analysed(
     finished: Path, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(finished / "run", tmp_path / "run", symlinks=True)
-    load_recipe("in2core")
-    monkeypatch.setattr("analyses.MAX_TEST_ROWS", NUM_TEST - 1)
+    monkeypatch.setattr("hf_in2core.pipeline.analyses.MAX_TEST_ROWS", NUM_TEST - 1)
     changed = config | {"output_dir": str(tmp_path / "run"), "analyses": ["coverage"]}
-    run_recipe("in2core", "--config", write_config(tmp_path, changed))
+    run_command("run", "--config", write_config(tmp_path, changed))
     coverage = read_results(tmp_path)["coverage"]
     chosen = coverage["points"]["row"]
     assert len(set(chosen)) == NUM_TEST - 1 and coverage["test_rows"] == NUM_TEST
@@ -115,7 +113,7 @@ def test_a_rerun_keeps_them_and_computes_nothing(analysed: Path, config: dict[st
     files = sorted((analysed / "run" / "analyses").iterdir())
     times, before = [path.stat().st_mtime_ns for path in files], read_results(analysed)
     # Whether it asks for them again or not.
-    run_recipe("in2core", "--config", write_config(analysed, config | {"output_dir": str(analysed / "run")}))
+    run_command("run", "--config", write_config(analysed, config | {"output_dir": str(analysed / "run")}))
     after = read_results(analysed)
     assert [path.stat().st_mtime_ns for path in files] == times
     assert (after["layers"], after["coverage"]) == (before["layers"], before["coverage"])
@@ -126,7 +124,7 @@ def test_what_is_half_written_is_computed_again(analysed: Path, config: dict[str
     before = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(path.read_text(encoding="utf-8")[:100], encoding="utf-8")
     changed = config | {"output_dir": str(analysed / "run"), "analyses": ["layers"]}
-    run_recipe("in2core", "--config", write_config(analysed, changed))
+    run_command("run", "--config", write_config(analysed, changed))
     assert json.loads(path.read_text(encoding="utf-8")) | {"seconds": before["seconds"]} == before
 
 
@@ -141,7 +139,7 @@ def test_what_cannot_be_analysed_is_said_and_the_run_is_finished(
         "analyses": ["layers", "coverage"],
     }
     flags = ("--arms", "coreset", "random", "--budgets", "epochs", "--max_steps", "1")
-    run_recipe("in2core", "--config", write_config(tmp_path, changed), *flags)
+    run_command("run", "--config", write_config(tmp_path, changed), *flags)
     results = read_results(tmp_path)
     assert results["complete"] and len(results["arms"]) == 2
     assert "29 rows are left to compare layers by" in results["layers"]["refused"]
@@ -171,5 +169,5 @@ def test_two_processes_find_the_same(finished: Path, config: dict[str, Any], ana
 def test_names_of_analyses_are_checked(config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for flags, message in ((["layer"], "layers"), (["layers", "layers"], "--analyses has a value twice")):
         with pytest.raises(SystemExit):
-            run_recipe("in2core", "--config", write_config(tmp_path, config), "--analyses", *flags)
+            run_command("run", "--config", write_config(tmp_path, config), "--analyses", *flags)
         assert message in capsys.readouterr().err

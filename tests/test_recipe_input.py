@@ -16,10 +16,9 @@ from recipe_runs import (
     NUM_VALIDATION,
     Inputs,
     compute_naive_loss,
-    load_recipe,
     make_rows,
     read_results,
-    run_recipe,
+    run_command,
     write_config,
     write_rows,
 )
@@ -35,7 +34,7 @@ def refuse(inputs: Inputs, folder: Path, *flags: str, **changes: Any) -> str:
     """The message with which a run is refused; nothing may have been trained."""
     config = inputs[1] | {"output_dir": str(folder / "run")} | changes
     with pytest.raises((ValueError, OSError)) as raised:
-        run_recipe("in2core", "--config", write_config(folder, config), *flags)
+        run_command("run", "--config", write_config(folder, config), *flags)
     assert not (folder / "run" / "reference").exists() and not (folder / "run" / "checkpoints").exists()
     return str(raised.value)
 
@@ -53,13 +52,13 @@ def test_overlap_is_counted_and_can_be_dropped(inputs: Inputs, tmp_path: Path, c
         "output_dir": str(tmp_path / "run"),
     }
     flags = ["--arms", "coreset", "--budgets", "epochs"]
-    run_recipe("in2core", "--config", write_config(tmp_path, config | sources), *flags)
+    run_command("run", "--config", write_config(tmp_path, config | sources), *flags)
     warned = capsys.readouterr().err
     assert f"3 of {NUM_POOL} rows of the pool set are in the validation set too" in warned
     assert f"1 of {NUM_VALIDATION + 4} rows of the validation set are in the test set too" in warned
     assert len(load_from_disk(str(tmp_path / "run" / "scored"))) == NUM_POOL
     dropped = config | sources | {"output_dir": str(tmp_path / "dropped")}
-    run_recipe("in2core", "--config", write_config(tmp_path, dropped), "--drop_overlap", *flags)
+    run_command("run", "--config", write_config(tmp_path, dropped), "--drop_overlap", *flags)
     scored = load_from_disk(str(tmp_path / "dropped" / "scored"))
     assert scored["id"][:] == [row["id"] for row in pool[3:]]
     results = json.loads((tmp_path / "dropped" / "results.json").read_text(encoding="utf-8"))
@@ -115,8 +114,7 @@ def test_a_missing_setup_script(inputs: Inputs, tmp_path: Path) -> None:
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    load_recipe("in2core")
-    from job import check_disk
+    from hf_in2core.pipeline.job import check_disk
 
     pool = Dataset.from_list(make_rows("copy", 5, seed=0))
     check_disk(tmp_path / "new" / "run", pool, 1000, 3)
@@ -143,7 +141,7 @@ def test_several_validation_sets_a_given_adapter_and_another_target(finished: Pa
         "budgets": ["steps"],
         "max_steps": 3,
     }
-    run_recipe("in2core", "--config", write_config(tmp_path, config | changes))
+    run_command("run", "--config", write_config(tmp_path, config | changes))
     scored = load_from_disk(str(tmp_path / "run" / "scored"))
     both = np.array([scored["influence_reverse"][:], scored["influence_copy"][:]])
     assert scored["influence"][:] == pytest.approx(both.mean(0))
@@ -162,7 +160,7 @@ def test_several_validation_sets_a_given_adapter_and_another_target(finished: Pa
 @pytest.mark.parametrize("strategy", ["round_robin_rows", "greedy"])
 def test_a_coreset_in_turn_over_validation_rows(inputs: Inputs, tmp_path: Path, strategy: str) -> None:
     changes = {"arms": ["coreset", "opponents"], "budgets": ["steps"], "max_steps": 2, "strategy": strategy}
-    run_recipe(
+    run_command(
         "in2core", "--config", write_config(tmp_path, inputs[1] | {"output_dir": str(tmp_path / "run")} | changes)
     )
     scored = load_from_disk(str(tmp_path / "run" / "scored"))
@@ -181,14 +179,14 @@ def test_a_coreset_in_turn_over_validation_rows(inputs: Inputs, tmp_path: Path, 
 def test_one_validation_set_cannot_take_turns(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     settings = write_config(tmp_path, inputs[1] | {"strategy": "round_robin"})
     with pytest.raises(SystemExit):
-        run_recipe("in2core", "--config", settings)
+        run_command("run", "--config", settings)
     assert "--strategy round_robin_rows" in capsys.readouterr().err
 
 
 def test_a_part_of_the_pool_for_the_reference(inputs: Inputs, tmp_path: Path) -> None:
     changes = {"output_dir": str(tmp_path / "run"), "arms": ["coreset"], "budgets": ["epochs"]}
     config = inputs[1] | changes | {"reference_fraction": 0.5, "reference_num_train_epochs": 2}
-    run_recipe("in2core", "--config", write_config(tmp_path, config))
+    run_command("run", "--config", write_config(tmp_path, config))
     selection = read_results(tmp_path)["selection"]
     # 30 rows in batches of 8, twice.
     assert (selection["reference_rows"], selection["reference_steps"], selection["rows"]) == (30, 8, NUM_POOL)
@@ -232,7 +230,7 @@ def test_every_format(inputs: Inputs, tmp_path: Path, form: str) -> None:
         "budgets": ["epochs"],
         "max_steps": 2,
     }
-    run_recipe("in2core", "--config", write_config(tmp_path, config))
+    run_command("run", "--config", write_config(tmp_path, config))
     results = read_results(tmp_path)
     assert results["arms"][0]["rows"] == 15
     assert results["examples"]["proponents"][0]["text"].strip()

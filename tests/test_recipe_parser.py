@@ -9,16 +9,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from trl import ModelConfig
+
+from hf_in2core import InfluenceConfig
+from hf_in2core.pipeline.arguments import In2CoreArguments
+from hf_in2core.pipeline.parser import REFUSED, RecipeParser, Settings
 
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
-from arguments import In2CoreArguments  # noqa: E402
-from recipe_parser import REFUSED, RecipeParser, Settings  # noqa: E402
-from trl import ModelConfig  # noqa: E402
-
-from hf_in2core import InfluenceConfig  # noqa: E402
-
 
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
 # Those in accelerate_configs/ are the launcher's.

@@ -10,12 +10,12 @@ from datasets import load_from_disk
 from peft import PeftModel
 from recipe_runs import (
     read_results,
-    run_recipe,
+    run_command,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer, select_coreset
-from hf_in2core.data import load_rows
+from hf_in2core.rows.sources import load_rows
 
 
 def test_stage_recipes_do_what_the_pipeline_does(
@@ -30,8 +30,8 @@ def test_stage_recipes_do_what_the_pipeline_does(
         str(tmp_path / name) for name in ("reference", "influence", "core", "target")
     )
 
-    run_recipe("train_reference", *model, *training, "--pool", config["pool"], "--output_dir", reference)
-    run_recipe(
+    run_command("train_reference", *model, *training, "--pool", config["pool"], "--output_dir", reference)
+    run_command(
         "score_influence", *model, "--reference_adapter", reference, "--pool", config["pool"],
         "--validation", config["validation"][0], "--output_dir", scored, "--activation_checkpointing", "false",
     )  # fmt: skip
@@ -39,15 +39,15 @@ def test_stage_recipes_do_what_the_pipeline_does(
     before = load_from_disk(str(finished / "run" / "scored"))
     assert rows["influence"][:] == pytest.approx(before["influence"][:], rel=1e-4)
 
-    run_recipe("select_coreset", "--scored", f"{scored}/scored", "--fraction", "0.25", "--output", coreset)
+    run_command("select", "--scored", f"{scored}/scored", "--fraction", "0.25", "--output", coreset)
     assert load_from_disk(coreset)["id"][:] == select_coreset(before, fraction=0.25)["id"][:]
-    run_recipe("select_coreset", "--scored", f"{scored}/scored", "--size", "3", "--output", f"{coreset}.jsonl")
+    run_command("select", "--scored", f"{scored}/scored", "--size", "3", "--output", f"{coreset}.jsonl")
     assert len(Path(f"{coreset}.jsonl").read_text(encoding="utf-8").splitlines()) == 3
 
     pool_order = ["--scored", f"{scored}/scored", "--fraction", "0.25", "--order", "original", "--output", coreset]
-    run_recipe("select_coreset", *pool_order)
-    run_recipe("sft_coreset", *model, *training, "--dataset_name", coreset, "--output_dir", target, "--seed", "0")
-    run_recipe(
+    run_command("select", *pool_order)
+    run_command("sft", *model, *training, "--dataset_name", coreset, "--output_dir", target, "--seed", "0")
+    run_command(
         "evaluate", *model, "--adapters", target, "--test", config["test"], "--output_dir", f"{target}-evaluation"
     )
     base, adapter = json.loads(Path(f"{target}-evaluation/evaluation.json").read_text(encoding="utf-8"))
@@ -58,7 +58,7 @@ def test_stage_recipes_do_what_the_pipeline_does(
     assert "test_loss" in capsys.readouterr().out
 
     # The fitted scorer alone scores another pool, here the same one.
-    run_recipe("score_influence", "--scorer", f"{scored}/scorer", "--pool", config["pool"], "--output_dir", target)
+    run_command("score", "--scorer", f"{scored}/scorer", "--pool", config["pool"], "--output_dir", target)
     again = load_from_disk(f"{target}/scored")
     assert again["influence"][:] == pytest.approx(rows["influence"][:], rel=1e-5)
     assert again["influence_rank"][:] == rows["influence_rank"][:]
@@ -77,7 +77,7 @@ def test_a_scorer_of_single_validation_rows_keeps_its_column(finished: Path, tmp
     trainer.fit_influence(per_example=True).save_pretrained(tmp_path / "scorer")
     expected = trainer.score_influence()
     flags = ["--scorer", str(tmp_path / "scorer"), "--pool", config["pool"], "--output_dir", str(tmp_path / "scored")]
-    run_recipe("score_influence", *flags)
+    run_command("score", *flags)
     scored = load_from_disk(str(tmp_path / "scored" / "scored"))
     np.testing.assert_allclose(scored["influence_per_query"][:], expected["influence_per_query"][:], rtol=1e-5)
     assert scored.features == expected.features

@@ -16,10 +16,9 @@ from recipe_runs import (
     NUM_POOL,
     NUM_TEST,
     compute_naive_loss,
-    load_recipe,
     make_rows,
     read_results,
-    run_recipe,
+    run_command,
     stamp,
     write_config,
     write_rows,
@@ -37,7 +36,7 @@ def copied(finished: Path, tmp_path: Path) -> Callable[..., Any]:
 
     def rerun(*flags: str, **changes: Any) -> Path:
         changed = config | {"output_dir": str(tmp_path / "run")} | changes
-        run_recipe("in2core", "--config", write_config(tmp_path, changed), *flags)
+        run_command("run", "--config", write_config(tmp_path, changed), *flags)
         return tmp_path
 
     return rerun
@@ -97,8 +96,7 @@ def test_test_losses_equal_a_naive_loop(finished: Path) -> None:
 
 
 def test_arms_train_on_the_rows_they_are_named_for(finished: Path) -> None:
-    load_recipe("in2core")
-    from comparison import Arm
+    from hf_in2core.pipeline.comparison import Arm
 
     scored = load_from_disk(str(finished / "run" / "scored"))
     base = AutoModelForCausalLM.from_pretrained(finished / "model").eval()
@@ -158,8 +156,7 @@ def test_auc_of_tasks_and_wrong_answers(finished: Path) -> None:
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_loss_tokens_are_counted_packed_or_not(packing: bool) -> None:
-    load_recipe("in2core")
-    from stages import count_loss_tokens
+    from hf_in2core.pipeline.training import count_loss_tokens
 
     # A first token is labelled but never predicted, and packing changes neither rows nor tokens.
     rows = [[5, 6, 7, 8], [5, -100, 7], [9], [-100, 4]]
@@ -184,7 +181,7 @@ def test_a_rerun_computes_nothing(finished: Path, copied: Callable[..., Path]) -
 
 
 def test_the_written_config_replays(finished: Path, tmp_path: Path) -> None:
-    run_recipe(
+    run_command(
         "in2core", "--config", str(finished / "run" / "config.yaml"), "--output_dir", str(tmp_path / "run"),
         "--arms", "coreset", "full", "--budgets", "epochs",
     )  # fmt: skip

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from hf_in2core.evaluation import judge
-from hf_in2core.report import plot_arms, plot_influence, print_results
+from hf_in2core.evaluation.judge import judge
+from hf_in2core.report.terminal import plot_arms, plot_influence, print_results
 
 
 def make_results(seeds: int = 3, budgets: tuple[str, ...] = ("steps", "epochs"), **losses: float) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def test_nothing_is_lost_or_too_wide_at_any_width(show: Any, width: int) -> None
 
 def test_piped_output_is_plain_and_survives_ascii(tmp_path: Path) -> None:
     code = (
-        "import json, sys\nfrom hf_in2core.report import print_results\n"
+        "import json, sys\nfrom hf_in2core.report.terminal import print_results\n"
         "print_results(json.load(open(sys.argv[1], encoding='utf-8')))"
     )
     results = make_results() | {"examples": {"opponents": [{"influence": 1.0, "text": "Überraschung 日本"}]}}

@@ -10,11 +10,11 @@ from report_runs import HOSTILE, make_analyses, make_scored, write_run
 from test_report import make_results
 from test_report_page import Page, list_paths
 
-import hf_in2core.report_page as report_page
-from hf_in2core.report import write_report
-from hf_in2core.report_analyses import show_coverage, show_layers
-from hf_in2core.report_rows import choose_rows, read_pool
-from hf_in2core.report_run import Run, read_run
+import hf_in2core.report.page as report_page
+from hf_in2core.report.analyses import show_coverage, show_layers
+from hf_in2core.report.rows import choose_rows, read_pool
+from hf_in2core.report.run import Run, read_run
+from hf_in2core.report.terminal import write_report
 
 
 ANALYSES = make_analyses()

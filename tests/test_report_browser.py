@@ -8,7 +8,7 @@ import pytest
 from report_runs import HOSTILE, NUM_ROWS, get_scored_run, make_scored, write_run
 from test_report import make_results
 
-from hf_in2core.report import write_report
+from hf_in2core.report.terminal import write_report
 
 
 pytestmark = pytest.mark.slow

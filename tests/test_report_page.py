@@ -23,12 +23,13 @@ from test_report import make_results
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import hf_in2core.report_page as report_page
+import hf_in2core.report.page as report_page
 from hf_in2core import select_coreset
-from hf_in2core.lengths import LOSS_REDUCTIONS, compare_lengths
-from hf_in2core.report import ReportError, main, write_report
-from hf_in2core.report_rows import LIMITS, MAX_ROWS
-from hf_in2core.report_tokens import split_by_loss
+from hf_in2core.report.rows import LIMITS, MAX_ROWS
+from hf_in2core.report.run import ReportError
+from hf_in2core.report.terminal import main, write_report
+from hf_in2core.report.tokens import split_by_loss
+from hf_in2core.selection.lengths import LOSS_REDUCTIONS, compare_lengths
 
 
 class Page(HTMLParser):

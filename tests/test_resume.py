@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_trainer import make_trainer
 from tqdm import tqdm
 
-from hf_in2core import fit, passes, scoring
+from hf_in2core.engine import fit, passes, scoring
 
 
 OPTIONS = {"chunk_size": 3, "tokens_per_batch": 40}

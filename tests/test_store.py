@@ -12,7 +12,7 @@ from conftest import add_trained_adapter, make_model, make_prompt_completion
 from test_resume import build, count_batches, kill_after_progress, start_two_processes
 from test_trainer import assert_same, make_config, make_trainer
 
-from hf_in2core.plan import plan_influence
+from hf_in2core.influence.plan import plan_influence
 
 
 def find_stored(folder) -> list:

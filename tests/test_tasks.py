@@ -14,11 +14,11 @@ import pytest
 import torch
 from conftest import WORDS, add_trained_adapter, make_model, make_tokenizer
 from huggingface_hub import ModelCard
-from recipe_runs import ROOT, Inputs, read_results, run_recipe, stamp
+from recipe_runs import ROOT, Inputs, read_results, run_command, stamp
 from test_report_page import Page
 
-from hf_in2core.model_card import add_task_results
-from hf_in2core.tasks import check_task_settings, evaluate_tasks, load_tasks
+from hf_in2core.cards.model import add_task_results
+from hf_in2core.evaluation.tasks import check_task_settings, evaluate_tasks, load_tasks
 
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra `eval`)")
@@ -160,7 +160,9 @@ def test_prompts_that_do_not_fit_are_counted_and_said_once(
     model.config.max_position_embeddings = 100
     found = evaluate_tasks(model, make_tokenizer(), load_tasks(["mmlu"], tasks_folder, num_fewshot=3), limit=4)
     assert found["mmlu"]["cut_prompts"] == 8
-    assert [record.name for record in caplog.records if record.levelname == "WARNING"] == ["hf_in2core.tasks"]
+    assert [record.name for record in caplog.records if record.levelname == "WARNING"] == [
+        "hf_in2core.evaluation.tasks"
+    ]
     assert "8 prompts of mmlu are longer than the model's 100 tokens" in caplog.text
     shown = capfd.readouterr()
     assert "\r" not in shown.err and "it/s" not in shown.err  # no bar of a second in a log
@@ -231,7 +233,7 @@ def test_what_cannot_be_evaluated_is_said_first(tasks_folder: str, kwargs: dict[
 
 
 def test_without_lm_eval_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_in2core.tasks.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_in2core.evaluation.tasks.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'hf-in2core\[eval\]'"):
         check_task_settings(["mmlu"])
 
@@ -256,7 +258,7 @@ def test_scores_of_a_run_reach_results_report_and_cards(
     copied: Path, finished: Path, tasks_folder: str, capsys: pytest.CaptureFixture
 ) -> None:
     flags = ["--run", str(copied), "--tasks", "mmlu", "--include_path", tasks_folder, "--limit", "6"]
-    run_recipe("evaluate", *flags, "--arms", "coreset", "full")
+    run_command("evaluate", *flags, "--arms", "coreset", "full")
     output = capsys.readouterr().out
     results = json.loads((copied / "results.json").read_text(encoding="utf-8"))
     evaluated = {(arm["arm"], arm["budget"]) for arm in results["arms"] if "tasks" in arm}
@@ -270,7 +272,7 @@ def test_scores_of_a_run_reach_results_report_and_cards(
     # The score of an arm is that of its own adapter on the run's target model.
     folder = next((copied / "arms").glob("steps-coreset-*"))
     flags_of_one = ["--model_name_or_path", str(finished / "model"), "--adapters", str(folder), *flags[2:]]
-    run_recipe("evaluate", *flags_of_one, "--output_dir", str(copied / "alone"))
+    run_command("evaluate", *flags_of_one, "--output_dir", str(copied / "alone"))
     alone = json.loads((copied / "alone" / "evaluation.json").read_text(encoding="utf-8"))
     arm = next(arm for arm in results["arms"] if (arm["arm"], arm["budget"]) == ("coreset", "steps"))
     assert alone[1]["tasks"] == arm["tasks"] and alone[0]["tasks"] == results["base"]["tasks"]
@@ -291,21 +293,21 @@ def test_what_is_evaluated_is_not_evaluated_again_and_stays(
     copied: Path, finished: Path, tasks_folder: str, capsys: pytest.CaptureFixture
 ) -> None:
     flags = ["--run", str(copied), "--tasks", "mmlu_slow_rivers", "--include_path", tasks_folder, "--limit", "3"]
-    run_recipe("evaluate", *flags, "--arms", "coreset")
+    run_command("evaluate", *flags, "--arms", "coreset")
     files = {path: path.stat().st_mtime_ns for path in copied.glob("arms/*/tasks.json")}
     assert len(files) == 3  # the base and an arm at each budget
     capsys.readouterr()
-    run_recipe("evaluate", *flags, "--arms", "coreset", "random")
+    run_command("evaluate", *flags, "--arms", "coreset", "random")
     assert capsys.readouterr().out.count("(evaluated before)") == 3
     assert {path: path.stat().st_mtime_ns for path in files} == files
     assert len(list(copied.glob("arms/*/tasks.json"))) == 5
-    run_recipe("evaluate", *flags[:-1], "4", "--arms", "coreset")  # another limit is another evaluation
+    run_command("evaluate", *flags[:-1], "4", "--arms", "coreset")  # another limit is another evaluation
     assert "(evaluated before)" not in capsys.readouterr().out
 
     # Another task comes beside it, and the pipeline, run again, trains nothing and keeps both.
-    run_recipe("evaluate", *flags[:2], "--tasks", "mmlu_stone_walls", *flags[4:], "--arms", "coreset")
+    run_command("evaluate", *flags[:2], "--tasks", "mmlu_stone_walls", *flags[4:], "--arms", "coreset")
     arms = stamp(copied.parent)
-    run_recipe("in2core", "--config", str(finished / "settings.yaml"), "--output_dir", str(copied))
+    run_command("run", "--config", str(finished / "settings.yaml"), "--output_dir", str(copied))
     assert stamp(copied.parent) == arms
     results = json.loads((copied / "results.json").read_text(encoding="utf-8"))
     kept = {tuple(arm.get("tasks", {})) for arm in results["arms"]}
@@ -315,7 +317,7 @@ def test_what_is_evaluated_is_not_evaluated_again_and_stays(
 
 def test_a_target_is_judged_on_tasks_in_its_card(inputs: Inputs, tasks_folder: str, tmp_path: Path) -> None:
     _, config = inputs
-    run_recipe(
+    run_command(
         "sft_coreset", "--model_name_or_path", config["model_name_or_path"], "--dataset_name", config["pool"],
         "--output_dir", str(tmp_path / "target"), "--max_steps", "1", "--lora_target_modules", "all-linear",
         "--activation_checkpointing", "false", "--test", config["test"],
@@ -326,7 +328,7 @@ def test_a_target_is_judged_on_tasks_in_its_card(inputs: Inputs, tasks_folder: s
     assert kinds[-1] == ("mmlu_slow_rivers", "acc") and ("a test set of its own", "loss") in kinds
     assert "| mmlu&#95;slow&#95;rivers | acc |" in card.text and "## Fine-tuned on a coreset" in card.text
     # Judged again: in place of what was there.
-    run_recipe(
+    run_command(
         "evaluate", "--model_name_or_path", config["model_name_or_path"], "--adapters", str(tmp_path / "target"),
         "--tasks", "mmlu_slow_rivers", "--include_path", tasks_folder, "--limit", "2",
     )  # fmt: skip
@@ -347,19 +349,19 @@ def test_flags_that_do_not_go_together(
     finished: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture
 ) -> None:
     with pytest.raises(SystemExit):
-        run_recipe("evaluate", *(flag.format(run=finished / "run") for flag in flags))
+        run_command("evaluate", *(flag.format(run=finished / "run") for flag in flags))
     assert message in capsys.readouterr().err
 
 
 def test_a_run_without_an_adapter_or_arm_is_refused(copied: Path, tasks_folder: str) -> None:
     flags = ["--run", str(copied), "--tasks", "mmlu", "--include_path", tasks_folder]
     with pytest.raises(ValueError, match="no result of the arms full with the seeds 7"):
-        run_recipe("evaluate", *flags, "--arms", "full", "--seeds", "7")
+        run_command("evaluate", *flags, "--arms", "full", "--seeds", "7")
     next((copied / "arms").glob("steps-random-*/adapter_config.json")).unlink()
     with pytest.raises(ValueError, match="holds no adapter_config.json, so this arm cannot be evaluated"):
-        run_recipe("evaluate", *flags)
+        run_command("evaluate", *flags)
     with pytest.raises(ValueError, match="holds no results.json"):
-        run_recipe("evaluate", *["--run", str(copied / "arms"), *flags[2:]])
+        run_command("evaluate", *["--run", str(copied / "arms"), *flags[2:]])
 
 
 def test_a_card_keeps_what_others_wrote(make_result: Callable[..., dict[str, Any]]) -> None:

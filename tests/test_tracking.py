@@ -14,13 +14,13 @@ import torch
 import transformers
 from conftest import add_trained_adapter, make_model, make_prompt_completion, make_tokenizer
 from datasets import Dataset
-from recipe_runs import run_recipe
+from recipe_runs import run_command
 from test_trainer import make_trainer
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer
-from hf_in2core.baselines import add_bm25, add_loss, add_rds
+from hf_in2core.influence.tracking import summarize_influence
 from hf_in2core.progress import get_bar_settings
-from hf_in2core.tracking import summarize_influence
+from hf_in2core.selection.baselines import add_bm25, add_loss, add_rds
 
 
 PASSES = ["Influence: validation set validation", "Influence: fit pass", "Influence: score pass"]
@@ -212,7 +212,7 @@ def test_a_recipe_in_a_log(
     monkeypatch.setenv("COLUMNS", "200")
     make_prompt_completion(12, seed=0).to_json(tmp_path / "test.jsonl")
     capfd.readouterr()
-    run_recipe("evaluate", "--model_name_or_path", model_folder, "--test", str(tmp_path / "test.jsonl"))
+    run_command("evaluate", "--model_name_or_path", model_folder, "--test", str(tmp_path / "test.jsonl"))
     shown = capfd.readouterr()
     assert "Test set" not in shown.err  # seconds of a log
     header, _, line = shown.out.splitlines()[:3]

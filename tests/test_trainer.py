@@ -11,12 +11,12 @@ from datasets import Dataset
 from naive import compute_datainf, compute_gradients, compute_loss
 
 from hf_in2core import InfluenceConfig, InfluenceScorer, InfluenceTrainer
-from hf_in2core.batches import collate, read_token_rows
-from hf_in2core.blocks import find_blocks
-from hf_in2core.fit import PILOT_ROWS
-from hf_in2core.gradients import GradientRecorder, compute_gradient_sum
-from hf_in2core.lengths import LOSS_REDUCTIONS
-from hf_in2core.preparation import Preparation, prepare_rows
+from hf_in2core.engine.batches import collate, read_token_rows
+from hf_in2core.engine.blocks import find_blocks
+from hf_in2core.engine.fit import PILOT_ROWS
+from hf_in2core.engine.gradients import GradientRecorder, compute_gradient_sum
+from hf_in2core.rows.preparation import Preparation, prepare_rows
+from hf_in2core.selection.lengths import LOSS_REDUCTIONS
 
 
 def make_config(folder, **kwargs) -> InfluenceConfig:

@@ -12,8 +12,8 @@ from conftest import add_trained_adapter, make_model, make_prompt_completion  # 
 from test_trainer import make_trainer  # noqa: E402
 
 from hf_in2core import InfluenceTrainer  # noqa: E402
-from hf_in2core.coverage import compute_coverage  # noqa: E402
-from hf_in2core.layers import compute_layer_scores  # noqa: E402
+from hf_in2core.analysis.coverage import compute_coverage  # noqa: E402
+from hf_in2core.analysis.layers import compute_layer_scores  # noqa: E402
 
 
 def main() -> None:

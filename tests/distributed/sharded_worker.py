@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer  # noqa: E402
 
 from hf_in2core import InfluenceTrainer  # noqa: E402
-from hf_in2core.batches import TokenBatch, read_token_rows  # noqa: E402
-from hf_in2core.passes import run_batches  # noqa: E402
+from hf_in2core.engine.batches import TokenBatch, read_token_rows  # noqa: E402
+from hf_in2core.engine.passes import run_batches  # noqa: E402
 
 
 def shard(model: PeftModel, world_size: int, with_adapter: bool = False) -> PeftModel:

@@ -1,0 +1,1 @@
+"""What is published: cards, splits, and the one commit that carries them."""

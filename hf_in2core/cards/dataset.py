@@ -1,0 +1,316 @@
+"""The card of an influence dataset: what its rows, columns and comparison say."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, Value
+
+from .splits import Record, list_commands, say_choice
+from .text import (
+    Markdown,
+    escape_markdown,
+    format_code,
+    format_mean,
+    format_number,
+    format_row,
+    render_template,
+)
+
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", flags=re.ASCII)
+_NO_TEMPLATE = hashlib.sha256(b"").hexdigest()
+_ARM_ORDER = ("full", "coreset", "random", "opponents")
+_CAPTIONS = {
+    "arms": "Test loss of the arms, with intervals",
+    "influence": "Histogram of influence",
+    "influence_by_length": "Influence against the number of labelled tokens",
+}
+_MEANINGS = {
+    "influence": "estimated influence on the validation loss; **negative = proponent**, positive = opponent; null "
+    "where the row carries no loss",
+    "influence_rank": "rank in the whole pool; 0 = the strongest proponent; null where the row carries no loss",
+    "num_loss_tokens": "labelled tokens of the row",
+    "influence_per_query": "influence on each validation row",
+    "influence_per_checkpoint": "influence at each checkpoint of the reference run, before averaging",
+}
+
+
+def summarise_influence(scored: Dataset, show: int = 3) -> dict[str, Any]:
+    """
+    What a card says about a scored pool in numbers.
+
+    Args:
+        scored (`datasets.Dataset`):
+            Pool with `influence`; rows whose influence is null or NaN carry no loss.
+        show (`int`, *optional*, defaults to `3`):
+            Strongest proponents and opponents to show, each.
+
+    Returns:
+        `dict`: values for the template; influence has the sign of the contract (negative = proponent).
+    """
+    influence = _read_column(scored, "influence")
+    rows = np.flatnonzero(~np.isnan(influence))
+    order = rows[np.argsort(influence[rows], kind="stable")]
+    quantiles = np.quantile(influence[rows], [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]) if len(rows) else []
+    correlation = "not known"
+    if "num_loss_tokens" in scored.column_names and len(rows) > 2:
+        lengths = _read_column(scored, "num_loss_tokens")[rows]
+        first, second = _rank(influence[rows]), _rank(lengths)
+        if np.ptp(first) > 0 and np.ptp(second) > 0:
+            correlation = f"{np.corrcoef(first, second)[0, 1]:.2f}"
+    proponents, opponents = order[influence[order] < 0][:show], order[influence[order] > 0][::-1][:show]
+    extremes = [("Proponent", rank, int(row)) for rank, row in enumerate(proponents)]
+    extremes += [("Opponent", len(rows) - 1 - place, int(row)) for place, row in enumerate(opponents)]
+    return {
+        "rows": Markdown(f"{len(influence):,}"),
+        "without_loss": Markdown(f"{len(influence) - len(rows):,}"),
+        "proponents": Markdown(f"{int((influence[rows] < 0).sum()):,}"),
+        "quantiles": [Markdown(f"{value:.3g}") for value in quantiles],
+        "length_correlation": Markdown(correlation),
+        "extremes": [
+            {
+                "title": Markdown(f"{kind}, rank {rank:,}: row {row:,}, influence {influence[row]:.4g}"),
+                "json": format_row({k: v for k, v in scored[row].items() if not is_influence_column(k)}),
+            }
+            for kind, rank, row in extremes
+        ],
+    }
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's or dataset's name has the form of a Hub id, rather than that of a path."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def is_influence_column(name: str) -> bool:
+    """Whether a column is one that scoring adds."""
+    return name in _MEANINGS or name.startswith("influence_")
+
+
+def _read_column(scored: Dataset, name: str) -> np.ndarray:
+    column = scored.with_format("numpy", columns=[name])[:][name]
+    return np.asarray(column, dtype=np.float64)
+
+
+def _rank(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def render_influence_section(
+    repo_id: str,
+    *,
+    features: Features,
+    splits: Mapping[str, int],
+    config_name: str = "default",
+    summary: Mapping[str, Any] | None = None,
+    scorer: Mapping[str, Any] | None = None,
+    scorer_folder: str | None = None,
+    results: Mapping[str, Any] | None = None,
+    stale_results: bool = False,
+    plots: Sequence[str] = (),
+    page: str | None = None,
+    replay: str | None = None,
+    records: Mapping[str, Record] | None = None,
+) -> str:
+    """
+    The generated section of an influence dataset's card.
+
+    Args:
+        repo_id (`str`):
+            Repository of the dataset.
+        features (`datasets.Features`):
+            Columns of its splits.
+        splits (`Mapping[str, int]`):
+            Split → rows; `train` is the pool.
+        config_name (`str`, *optional*, defaults to `"default"`):
+            Configuration that the splits belong to.
+        summary (`Mapping`, *optional*):
+            Of [`summarise_influence`].
+        scorer (`Mapping`, *optional*):
+            The scorer's `config.json`.
+        scorer_folder (`str`, *optional*):
+            Folder of the repository that holds the scorer.
+        results (`Mapping`, *optional*):
+            `results.json` of the run: `arms`, `selection`, `verdict`.
+        stale_results (`bool`, *optional*, defaults to `False`):
+            Whether the repository's `results.json` belongs to other rows.
+        plots (`Sequence[str]`, *optional*):
+            Pictures, by their path in the repository.
+        page (`str`, *optional*):
+            Path of the run's report in the repository.
+        replay (`str`, *optional*):
+            Path of the run's configuration in the repository.
+        records (`Mapping`, *optional*):
+            How the splits were made, as `splits.json` holds it; see [`card_splits`].
+
+    Returns:
+        `str`: Markdown between its marks.
+    """
+    results, scorer, records = results or {}, scorer or {}, records or {}
+    pool_rows = splits.get("train", 0)
+    arguments = json.dumps(repo_id) + (f", {json.dumps(config_name)}" if config_name != "default" else "")
+    verdict = results.get("verdict") or {}
+    return render_template(
+        "influence_dataset.md",
+        repo_id=Markdown(repo_id),
+        config_name=Markdown(config_name),
+        load_arguments=Markdown(arguments),
+        validation=say_validation(scorer.get("validation_sets")),
+        splits=[
+            {
+                "name": format_code(name),
+                "rows": Markdown(f"{rows:,}"),
+                "share": Markdown(f"{100 * rows / pool_rows:.1f} %" if pool_rows else "–"),
+                "choice": Markdown("the whole pool") if name == "train" else say_choice(records.get(name, {})),
+            }
+            for name, rows in splits.items()
+        ],
+        first_coreset=next((Markdown(name) for name in splits if name != "train"), None),
+        columns=[
+            {"name": format_code(name), "type": format_code(_name_type(feature)), "meaning": _explain(name)}
+            for name, feature in features.items()
+        ],
+        summary=summary,
+        verdict=verdict.get("text"),
+        comparisons=list_comparisons(verdict.get("intervals") or {}),
+        arms=list_arms(results.get("arms") or []),
+        stale_results=stale_results,
+        plots=[{"path": Markdown(path), "caption": _caption(Path(path).stem)} for path in plots],
+        provenance=list_provenance(scorer),
+        page=Markdown(page) if page else None,
+        replay=Markdown(replay) if replay else None,
+        commands=list_commands({name: records[name] for name in splits if name in records}),
+        scorer_folder=Markdown(scorer_folder) if scorer_folder else None,
+        influence_columns=Markdown(json.dumps([name for name in features if is_influence_column(name)])),
+        cost=_list_cost(results),
+    )
+
+
+def _caption(name: str) -> str:
+    return _CAPTIONS.get(name) or name.replace("_", " ").capitalize()
+
+
+def say_validation(sets: Any) -> Markdown:
+    """What influence is on: the validation sets by name, from `validation_sets` of a scorer's `config.json`."""
+    if not isinstance(sets, Mapping) or not sets or list(sets) == ["validation"]:
+        return Markdown("the loss on a validation set")
+    named = ", ".join(f"{format_code(str(name))} ({escape_markdown(str(rows))} rows)" for name, rows in sets.items())
+    return Markdown(f"the loss on {'a validation set' if len(sets) == 1 else 'the mean of validation sets'}: {named}")
+
+
+def _explain(name: str) -> Markdown:
+    if name not in _MEANINGS and name.startswith("influence_"):
+        return Markdown(f"the same for the validation set {format_code(name.removeprefix('influence_'))} alone")
+    return Markdown(_MEANINGS.get(name, "as in the source"))
+
+
+def _name_type(feature: Any) -> str:
+    return feature.dtype if isinstance(feature, Value) else type(feature).__name__.lower()
+
+
+def list_comparisons(intervals: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Lines of the table of differences between arms, from `verdict["intervals"]` of `results.json`."""
+    return [
+        {
+            "name": name.replace("_", " "),
+            "mean": format_number(entry.get("mean"), "+.4f"),
+            "interval": Markdown(
+                f"[{format_number(entry['low'], '+.4f')}, {format_number(entry['high'], '+.4f')}]"
+                if entry.get("low") is not None and entry.get("high") is not None
+                else "none"
+            ),
+            "seeds": entry.get("n", "–"),
+            "outcome": entry.get("outcome", "–"),
+        }
+        for name, entry in intervals.items()
+        if isinstance(entry, Mapping)
+    ]
+
+
+def list_arms(arms: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of the table of arms, from `arms` of `results.json`: one per arm, fraction and budget, over its seeds."""
+    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for run in arms:
+        key = str(run.get("arm")), str(run.get("fraction")), str(run.get("budget"))
+        groups.setdefault(key, []).append(run)
+    order = {name: place for place, name in enumerate(_ARM_ORDER)}
+    keys = sorted(groups, key=lambda key: (key[2], key[1], order.get(key[0], len(order)), key[0]))
+    return [
+        {
+            "name": arm,
+            "fraction": fraction,
+            "budget": budget,
+            "seeds": len(groups[arm, fraction, budget]),
+            **{
+                name: format_mean([run.get(name) for run in groups[arm, fraction, budget]], form)
+                for name, form in [
+                    ("rows", ",.0f"),
+                    ("loss_tokens", ",.0f"),
+                    ("steps", ",.0f"),
+                    ("seconds", ",.1f"),
+                    ("test_loss", ".4f"),
+                    ("test_perplexity", ".3f"),
+                ]
+            },
+        }
+        for arm, fraction, budget in keys
+    ]
+
+
+def list_provenance(scorer: Mapping[str, Any]) -> list[tuple[str, Markdown]]:
+    """Lines of the table of how it was made, from a scorer's `config.json`."""
+    labels = {
+        "base_model": "Reference model",
+        "base_model_revision": "Its revision",
+        "base_model_dtype": "Its precision",
+        "adapter_hash": "Hash of the reference adapter",
+        "tokenizer_hash": "Hash of the tokenizer",
+        "template_hash": "Hash of the chat template",
+        "pool_hash": "Hash of the pool that it was fitted on",
+        "estimator": "Estimator",
+        "loss_reduction": "Loss of a row",
+        "damping_scale": "Damping scale",
+        "influence_layers": "Layers",
+        "num_fit_examples": "Rows in the fit pass",
+        "autocast": "Mixed precision",
+        "tokens_per_batch": "Tokens per batch",
+    }
+    said = {"base_model": "built in memory", "influence_layers": "all", "template_hash": "none"}
+    lines = []
+    for key, label in labels.items():
+        if key in scorer:
+            value = scorer[key] if scorer[key] not in (None, "", [], _NO_TEMPLATE) else said.get(key)
+            if key == "base_model" and str(value).startswith(("/", "~", ".")):
+                value = f"{Path(str(value)).name} (a local folder)"
+            if value is not None:
+                text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+                lines.append((label, format_code(text)))
+    for key, label in (("validation_sets", "Validation sets (rows)"), ("libraries", "Library versions")):
+        values = scorer.get(key)
+        if isinstance(values, Mapping) and values:
+            text = ", ".join(f"{escape_markdown(str(k))} {escape_markdown(str(v))}" for k, v in values.items())
+            lines.append((label, Markdown(text)))
+    return lines or [("Scorer", Markdown("not published with these rows"))]
+
+
+def _list_cost(results: Mapping[str, Any]) -> list[tuple[str, Markdown]]:
+    selection, cost = results.get("selection") or {}, (results.get("verdict") or {}).get("cost") or {}
+    lines = [
+        ("Training the reference model", selection.get("reference_seconds")),
+        ("Computing influence", selection.get("seconds")),
+        ("Training on the full pool", cost.get("full_seconds")),
+        ("Training on the coreset", cost.get("coreset_seconds")),
+    ]
+    said = [
+        (label, Markdown(f"{format_number(v, ',.1f')} seconds")) for label, v in lines if isinstance(v, int | float)
+    ]
+    runs = cost.get("break_even_runs")
+    if runs is not None:
+        said.append(("Target runs after which selecting has paid", escape_markdown(str(runs))))
+    return said

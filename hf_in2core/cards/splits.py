@@ -1,0 +1,123 @@
+"""How each split was made: kept beside the rows as `splits.json`, and told in the card.
+
+A coreset that is given by the arguments of [`select_coreset`] is what they say. Of rows that are given as they are,
+only what can be seen in the pool is told. What a repository holds of this is data like any other: it is never trusted
+to have a form, and is escaped before it is shown.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from hf_in2core.selection.coreset import read_scores
+
+from .text import Markdown, escape_markdown, format_code
+
+
+Record = dict[str, Any]
+
+_CHOICES = {
+    "top": "the smallest {} first",
+    "bottom": "the largest {} first",
+    "random": "rows drawn at random",
+    "round_robin": "each validation set in turn takes its strongest proponent",
+    "round_robin_rows": "each validation row in turn takes its strongest proponent",
+}
+_NAMED_SHARE = re.compile(r"\D+_(\d+(?:\.\d+)?)")
+
+
+def record_choice(arguments: Mapping[str, Any]) -> Record:
+    """What is kept of a split that [`select_coreset`] chose: its arguments, the ones that decide always among them."""
+    return {"strategy": "top", "column": "influence", **arguments}
+
+
+def recognise_choice(name: str, rows: Dataset, pool: Dataset) -> Record:
+    """
+    How rows that are given as they are relate to the pool, as far as their scores show it.
+
+    Args:
+        name (`str`):
+            Name of the split; the share that it names (`coreset_50`) is told where it is the right one.
+        rows (`datasets.Dataset`):
+            The split, with the pool's columns.
+        pool (`datasets.Dataset`):
+            The scored pool.
+
+    Returns:
+        `dict`: as of [`record_choice`] where the rows hold the strongest proponents or the strongest opponents of the
+        pool and nothing else; empty otherwise.
+    """
+    own, scores = np.sort(read_scores(rows, "influence")), np.sort(read_scores(pool, "influence"))
+    scores = scores[~np.isnan(scores)]
+    if np.isnan(own).any() or len(own) > len(scores):
+        return {}
+    ends = {"top": scores[: len(own)], "bottom": scores[len(scores) - len(own) :]}
+    strategy = next((strategy for strategy, end in ends.items() if np.array_equal(own, end)), None)
+    if strategy is None:
+        return {}
+    match = _NAMED_SHARE.fullmatch(name)
+    share = float(match[1]) / 100 if match else 0.0
+    is_right = round(share * len(scores)) == len(own)
+    return record_choice({"strategy": strategy, **({"fraction": share} if is_right else {"size": len(own)})})
+
+
+def read_records(content: bytes | None) -> dict[str, Record]:
+    """The records of a `splits.json`; none where there is no such file, or it is none of ours."""
+    try:
+        value = json.loads(content or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(value, dict):
+        return {}
+    return {
+        name: {key: item for key, item in record.items() if isinstance(item, str | int | float)}
+        for name, record in value.items()
+        if isinstance(record, dict) and isinstance(record.get("command", ""), str)
+    }
+
+
+def write_records(records: Mapping[str, Record]) -> bytes:
+    """The content of `splits.json`."""
+    return (json.dumps(records, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def say_choice(record: Mapping[str, Any]) -> Markdown:
+    """How a split was chosen, for a cell of a table: in words, and as the call that chooses it again."""
+    strategy = record.get("strategy")
+    if not isinstance(strategy, str):
+        return Markdown("not told by who published it")
+    words = _CHOICES.get(strategy, "")
+    column = record.get("column", "influence")
+    if column == "influence":
+        words = {"top": "the strongest proponents", "bottom": "the strongest opponents"}.get(strategy, words)
+    words = words.format(format_code(str(column)))
+    arguments = [f"{key}={value!r}" for key, value in record.items() if key != "command"]
+    call = format_code(f"select_coreset(pool, {', '.join(arguments)})")
+    return Markdown(f"{words}: {call}" if words else call)
+
+
+def list_commands(records: Mapping[str, Record]) -> list[tuple[Markdown, Markdown]]:
+    """The commands that made splits, each once: which splits, and the command as a block."""
+    made: dict[str, list[str]] = {}
+    for name, record in records.items():
+        command = record.get("command")
+        if isinstance(command, str) and command.strip():
+            made.setdefault(command.strip(), []).append(name)
+    return [
+        (Markdown(", ".join(format_code(name) for name in names)), format_command(command))
+        for command, names in made.items()
+    ]
+
+
+def format_command(command: str) -> Markdown:
+    """Shell commands, one a line, as a block; through HTML where they hold what could end or mark a fenced one."""
+    if not re.search("['\"#\\\\]", command):
+        command = command.replace(" --", " \\\n    --")
+    if re.fullmatch(r"[\x20-\x7e\n]*", command) and not re.search(r"[`<]", command):
+        return Markdown(f"```bash\n{command}\n```")
+    lines = "\n".join(escape_markdown(line) for line in command.splitlines())
+    return Markdown(f"<pre><code>{lines}</code></pre>")

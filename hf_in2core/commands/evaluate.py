@@ -1,0 +1,94 @@
+"""Evaluate adapters beside the base model: loss per labelled token of a test set, tasks of lm-eval such as MMLU.
+
+    accelerate launch recipes/evaluate.py --model_name_or_path Qwen/Qwen3-4B --adapters runs/target --columns alpaca \\
+        --test my_test.jsonl --tasks mmlu --num_fewshot 5 --limit 100 --per_device_eval_batch_size 16 \\
+        --output_dir runs/evaluation
+    accelerate launch recipes/evaluate.py --run runs/mine --tasks mmlu --num_fewshot 5
+
+Prints a table; with `--output_dir`, evaluation.json holds the figures. With `--run`, every arm of a run of in2core.py
+is evaluated, and its results.json, report.html and the cards of its adapters show the figures; the same command
+resumes. Tasks need `pip install 'hf-in2core[eval]'`; `--include_path` names a folder of task files, for machines
+without the Hub.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from hf_in2core.pipeline.arguments import EvaluateArguments
+from hf_in2core.pipeline.parser import RecipeParser, Settings
+
+
+def make_parser() -> RecipeParser:
+    """Parser of this recipe."""
+    return RecipeParser(EvaluateArguments, description=__doc__)
+
+
+def main(settings: Settings) -> None:
+    """Check, evaluate and write."""
+    from accelerate import PartialState
+    from trl import ModelConfig
+
+    from hf_in2core import InfluenceConfig
+    from hf_in2core.evaluation.tasks import check_task_settings
+    from hf_in2core.pipeline.arm_tasks import (
+        describe_scores,
+        evaluate_on_tasks,
+        evaluate_run,
+        load_given_tasks,
+        update_card,
+    )
+    from hf_in2core.pipeline.inputs import check_adapter, check_trainable, check_whole_model, load_tokenizer
+    from hf_in2core.pipeline.run_folder import join_processes, write_json
+    from hf_in2core.pipeline.training import evaluate_model, load_model
+    from hf_in2core.report.terminal import print_table
+    from hf_in2core.rows.sources import load_rows
+
+    args: EvaluateArguments = settings.arguments
+    join_processes(settings)
+    check_whole_model()
+    model_args, training_args = settings.make(ModelConfig, use_peft=True), settings.make(InfluenceConfig)
+    if args.tasks:
+        check_task_settings(args.tasks, args.include_path, args.num_fewshot, args.limit)
+    if args.run is not None:
+        evaluate_run(args, training_args.per_device_eval_batch_size)
+        return
+    for given in args.adapters:
+        check_adapter(given, model_args.model_name_or_path or "")
+    tokenizer = load_tokenizer(model_args, training_args)
+    prepared = None
+    if args.test is not None:
+        prepared = check_trainable(load_rows(args.test, "test set"), "test set", training_args, tokenizer)
+    tasks = load_given_tasks(args) if args.tasks else {}
+    results: list[dict[str, Any]] = []
+    adapter: str | None
+    for adapter in [None, *args.adapters]:
+        model = load_model(model_args, training_args, adapter)
+        result: dict[str, Any] = {"adapter": adapter}
+        if prepared is not None:
+            result |= {"rows": len(prepared)}
+            result |= evaluate_model(model, prepared, training_args, training_args.tokens_per_batch)
+        if tasks:
+            result["tasks"] = evaluate_on_tasks(model, tokenizer, tasks, args.limit, training_args)
+        results.append(result)
+    if not PartialState().is_main_process:
+        return
+    lines = [
+        {name: value for name, value in result.items() if name != "tasks"} | describe_scores(result.get("tasks", {}))
+        for result in results
+    ]
+    print_table(list(lines[0]), [[show(value) for value in line.values()] for line in lines])
+    if args.output_dir is not None:
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings.save(folder / "config.yaml")
+        write_json(folder / "evaluation.json", results)
+    for result in results:
+        if result["adapter"] is not None and "tasks" in result:
+            update_card(Path(result["adapter"]), result["tasks"])
+
+
+def show(value: Any) -> str:
+    """A figure as text; the base model has no adapter."""
+    return (
+        f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value or "–")
+    )

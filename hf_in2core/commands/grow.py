@@ -1,0 +1,240 @@
+"""Add rows to a published pool: score them with the scorer published beside it, merge, rank anew, publish the update.
+
+    accelerate launch recipes/grow.py --hub_id user/alpaca-in2core --rows more.jsonl
+    python recipes/grow.py --hub_id user/alpaca-in2core --combine other/alpaca-in2core
+
+Nothing is fitted again. Rows that the pool holds already are left out, so the same command adds nothing a second time.
+Coresets and random controls are selected anew as they were (`splits.json`; else by their names, as `coreset_25` and
+`random_25`). Negative influence = proponent.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_in2core.pipeline.arguments import describe_command
+from hf_in2core.pipeline.parser import RecipeParser, Settings
+
+
+@dataclass
+class GrowArguments:
+    """Settings of this recipe."""
+
+    hub_id: str | None = field(default=None, metadata={"help": "Published pool to add to (user/name)."})
+    rows: list[str] | None = field(
+        default=None, metadata={"help": "Rows to add: Hub ids[:split], folders or files, with the pool's columns."}
+    )
+    combine: list[str] | None = field(
+        default=None, metadata={"help": "Hub ids of other pools that the same scorer has scored."}
+    )
+    validation: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The validation sets of the scorer (one source, or `name=…`), to measure on a sample what a refit "
+            "would change. By default those published beside the pool, if any."
+        },
+    )
+    fractions: list[float] | None = field(
+        default=None, metadata={"help": "Coresets to publish, in (0, 1]. By default those that are there."}
+    )
+    config_name: str = field(default="default", metadata={"help": "Configuration of the repository."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to load from and to publish to."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of committing."})
+
+    def __post_init__(self) -> None:
+        from hf_in2core.pipeline.arguments import check_fraction, require
+
+        require(self, "hub_id")
+        if not self.rows and not self.combine:
+            raise ValueError("there is nothing to add: give --rows, --combine or both")
+        for fraction in self.fractions or []:
+            check_fraction(fraction)
+
+
+def make_parser() -> RecipeParser:
+    """Parser of this recipe."""
+    return RecipeParser(GrowArguments, description=__doc__, model=False)
+
+
+def main(settings: Settings) -> None:
+    """Check, score, merge and publish, from the main process only."""
+    from accelerate import PartialState
+    from datasets import load_dataset
+
+    from hf_in2core import push_influence_dataset, select_coreset
+    from hf_in2core.hub.commits import check_can_push
+    from hf_in2core.influence.pools import merge_scored
+    from hf_in2core.pipeline.inputs import check_whole_model
+    from hf_in2core.pipeline.run_folder import agree, join_processes, say, warn
+    from hf_in2core.rows.sources import find_hub_id
+
+    args: GrowArguments = settings.arguments
+    join_processes(settings)
+    check_whole_model()
+    assert args.hub_id is not None
+    sources = [hub_id for source in args.rows or [] if (hub_id := find_hub_id(source))] + (args.combine or [])
+    # Everything is read at one commit, and published only if that is still the newest.
+    head, records = agree(lambda: read_published(args))
+    published = load_dataset(args.hub_id, args.config_name, revision=head)
+    splits = choose_splits(list(published), args.fractions, records)
+    for choice in splits.values():
+        # What the repository says of its splits is not ours: what cannot be selected fails before the work.
+        select_coreset(published["train"], **choice)
+    if PartialState().is_main_process:
+        found = check_can_push(
+            args.hub_id,
+            revision=args.revision,
+            create_pr=args.create_pr,
+            splits=["train", *splits],
+            config_name=args.config_name,
+            source_datasets=sources,
+        )
+        for warning in found.warnings:
+            warn(warning)
+        for name in sorted(set(published) - {"train"} - set(splits)):
+            warn(f"how the split {name!r} was chosen is not known: its rows keep their rank of the old pool.")
+        for name in sorted(set(published) & set(splits) - set(records)):
+            warn(f"how the split {name!r} was chosen is not recorded: by its name, it is taken as {splits[name]}.")
+
+    pool = published["train"]
+    others = load_others(args, head)
+    scored, scorer = score_rows(args, pool, head)
+    grown = merge_scored([pool, *others, *scored])
+    if len(grown) == len(pool) and not args.fractions:
+        say(f"{args.hub_id} holds all of it already.")
+        return
+    message = f"Add {len(grown) - len(pool):,} rows"
+    if scorer is not None:
+        message += say_agreement(args, scorer, grown, head)
+    if not PartialState().is_main_process:
+        return
+    publication = push_influence_dataset(
+        args.hub_id,
+        grown,
+        coresets=splits,
+        source_datasets=sources,
+        config_name=args.config_name,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        parent_commit=head,
+        commit_message=message,
+        command="\n".join(filter(None, [records.get("train", {}).get("command"), describe_command()])),
+    )
+    assert publication is not None
+    say(f"published {len(grown):,} rows: {publication.url}\ncommit: {publication.commit}")
+
+
+def load_others(args: GrowArguments, head: str) -> list[Any]:
+    """The pools to combine with, each of which the same scorer has scored."""
+    from datasets import load_dataset
+
+    others = []
+    for other in args.combine or []:
+        if read_scorer_hash(other, None) != read_scorer_hash(args.hub_id or "", head, get_prefix(args)):
+            raise ValueError(
+                f"{other} was scored by another scorer than {args.hub_id}, so their numbers do not compare. Score its "
+                f"rows with this one's: --rows {other}:train."
+            )
+        others.append(load_dataset(other, split="train"))
+    return others
+
+
+def score_rows(args: GrowArguments, pool: Any, head: str) -> tuple[list[Any], Any]:
+    """The rows to add that are not in the pool yet, scored by the pool's scorer; and that scorer, if there are any."""
+    from hf_in2core import InfluenceScorer
+    from hf_in2core.influence.pools import get_own_columns
+    from hf_in2core.pipeline.run_folder import say
+    from hf_in2core.pipeline.training import score_with
+    from hf_in2core.rows.sources import find_shared_rows, hash_rows, load_rows
+
+    own = get_own_columns(pool)
+    fresh = []
+    for source in args.rows or []:
+        rows = load_rows(source, "rows to add")
+        missing = [name for name in own if name not in rows.column_names]
+        if missing:
+            raise ValueError(
+                f"{source} lacks the column(s) {', '.join(missing)} of {args.hub_id} (it has "
+                f"{', '.join(rows.column_names)}). Bring its rows into the same columns."
+            )
+        rows = rows.select_columns(own)
+        is_known = find_shared_rows(hash_rows(rows), hash_rows(pool.select_columns(own)))
+        say(f"{source}: {(~is_known).sum():,} of {len(rows):,} rows are not in {args.hub_id} yet.")
+        if not is_known.all():
+            fresh.append(rows.select((~is_known).nonzero()[0]))
+    if not fresh:
+        return [], None
+    scorer = InfluenceScorer.from_pretrained(
+        args.hub_id or "", revision=head, repo_type="dataset", subfolder=f"{get_prefix(args)}scorer"
+    )
+    return [score_with(scorer, rows) for rows in fresh], scorer
+
+
+def say_agreement(args: GrowArguments, scorer: Any, grown: Any, head: str) -> str:
+    """Warn that the scorer was fitted before the pool grew; what was measured of it, for the commit's message."""
+    from hf_in2core.influence.pools import check_fitted_pool
+
+    # Every process measures the same, on the same sample.
+    correlation = check_fitted_pool(scorer, grown, load_validation(args, head))
+    return "" if correlation is None else f" (rank correlation with a refit on a sample: {correlation:.3f})"
+
+
+def get_prefix(args: GrowArguments) -> str:
+    """Folder of what is published beside the rows of a configuration."""
+    return "" if args.config_name == "default" else f"{args.config_name}/"
+
+
+def read_published(args: GrowArguments) -> tuple[str, dict[str, dict[str, Any]]]:
+    """Commit of the repository, and how its splits were made."""
+    from hf_in2core.cards.splits import read_records
+    from hf_in2core.hub.commits import read_head
+
+    head = read_head(args.hub_id or "", repo_type="dataset", revision=args.revision)
+    return head.oid, read_records(head.read(f"{get_prefix(args)}splits.json"))
+
+
+def choose_splits(
+    published: list[str], fractions: list[float] | None, records: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Split → arguments of `select_coreset`, for those that can be selected anew from a grown pool."""
+    known = {
+        name: {key: value for key, value in record.items() if key != "command"}
+        for name, record in records.items()
+        if "strategy" in record and name in published
+    }
+    if fractions is not None:
+        named = {f"coreset_{100 * fraction:g}": fraction for fraction in fractions}
+        return {name: known.get(name, {}) | {"fraction": fraction} for name, fraction in named.items()}
+    by_name = {
+        name: {"strategy": "random" if match[1] == "random" else "top", "fraction": float(match[2]) / 100}
+        for name in published
+        if (match := re.fullmatch(r"(coreset|random)_(\d+(?:\.\d+)?)", name)) and 0 < float(match[2]) <= 100
+    }
+    return {name: (by_name | known)[name] for name in published if name in by_name | known}
+
+
+def read_scorer_hash(repo_id: str, revision: str | None, prefix: str = "") -> str:
+    """Hash of the scorer's file in a repository, as the Hub lists it; raises where there is none."""
+    from hf_in2core.hub.commits import read_head
+
+    files = read_head(repo_id, repo_type="dataset", revision=revision).files
+    path = f"{prefix}scorer/scorer.safetensors"
+    if path not in files:
+        raise ValueError(f"{repo_id} holds no {path}: it was published without its scorer. Publish that first.")
+    return files[path].sha256 or files[path].blob_id
+
+
+def load_validation(args: GrowArguments, head: str) -> Any:
+    """The validation sets as they were given, or as they are published beside the pool; `None` where neither is."""
+    from datasets import get_dataset_config_names, load_dataset
+
+    from hf_in2core.rows.sources import load_rows, parse_named_sources
+
+    if args.validation:
+        named = parse_named_sources(args.validation)
+        sets = {name: load_rows(source, f"validation set {name}".strip()) for name, source in named.items()}
+        return sets[""] if list(sets) == [""] else sets
+    name = "validation" if args.config_name == "default" else f"{args.config_name}-validation"
+    if name not in get_dataset_config_names(args.hub_id, revision=head):
+        return None
+    return dict(load_dataset(args.hub_id, name, revision=head))

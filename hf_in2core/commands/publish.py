@@ -1,0 +1,137 @@
+"""Publish an existing run folder to the Hub: the annotated pool, its coresets, the scorer, plots, results and card.
+
+    python recipes/publish.py --run runs/quickstart --hub_id user/repo
+
+One commit; publishing the same run again changes nothing. Negative influence = proponent.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_in2core.pipeline.arguments import describe_command
+from hf_in2core.pipeline.parser import RecipeParser, Settings
+
+
+@dataclass
+class PublishArguments:
+    """Settings of this recipe."""
+
+    run: str | None = field(default=None, metadata={"help": "Folder of the run, as recipes/in2core.py leaves it."})
+    hub_id: str | None = field(default=None, metadata={"help": "Dataset repository (user/name)."})
+    fractions: list[float] | None = field(
+        default=None, metadata={"help": "Coresets to publish, in (0, 1]. By default those that the run compared."}
+    )
+    random_controls: bool = field(
+        default=False, metadata={"help": "Publish as many random rows beside each coreset (`random_50`)."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the random rows."})
+    source_datasets: list[str] | None = field(
+        default=None, metadata={"help": "Hub ids of the pool's sources. By default the run's --pool, if it is one."}
+    )
+    config_name: str = field(default="default", metadata={"help": "Configuration of the repository to publish as."})
+    private: bool = field(default=False, metadata={"help": "Make the repository private when it is created."})
+    revision: str | None = field(default=None, metadata={"help": "Branch to publish to."})
+    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of committing."})
+
+
+def make_parser() -> RecipeParser:
+    """Parser of this recipe."""
+    return RecipeParser(PublishArguments, description=__doc__, model=False, training=False)
+
+
+def main(settings: Settings) -> None:
+    """Check everything that can be checked, then publish, from the main process only."""
+    from datasets import load_from_disk
+
+    from hf_in2core import push_influence_dataset
+    from hf_in2core.hub.commits import check_can_push, is_main_process
+
+    args: PublishArguments = settings.arguments
+    if not is_main_process():
+        return
+    if args.run is None or args.hub_id is None:
+        raise SystemExit("publish.py: error: --run and --hub_id are needed. See --help.")
+    run = Path(args.run)
+    if not (run / "scored").is_dir():
+        raise SystemExit(
+            f"publish.py: error: {run} holds no scored/ folder. Give the output_dir of recipes/in2core.py."
+        )
+    fractions = args.fractions if args.fractions is not None else read_fractions(run)
+    names = [f"coreset_{100 * fraction:g}" for fraction in fractions]
+    controls = [name.replace("coreset", "random") for name in names] if args.random_controls else []
+    sources = args.source_datasets if args.source_datasets is not None else read_sources(run)
+    private = True if args.private else None
+    try:
+        found = check_can_push(
+            args.hub_id,
+            revision=args.revision,
+            private=private,
+            create_pr=args.create_pr,
+            splits=["train", *names, *controls],
+            config_name=args.config_name,
+            source_datasets=sources,
+        )
+    except (PermissionError, ValueError) as error:
+        raise SystemExit(f"publish.py: error: {error}") from error
+    for path in found.overwrites:
+        print(f"replaces (where it differs): {path}")
+
+    scored = load_from_disk(str(run / "scored"))
+    strategy = read_config(run).get("strategy", "top")
+    coresets: dict[str, dict[str, Any]] = {
+        name: {"strategy": strategy, "fraction": share} for name, share in zip(names, fractions, strict=True)
+    }
+    for name, share in zip(controls, fractions, strict=False):
+        coresets[name] = {"strategy": "random", "fraction": share, "seed": args.seed}
+    published = push_influence_dataset(
+        args.hub_id,
+        scored,
+        coresets=coresets,
+        scorer=run / "scorer" if (run / "scorer").is_dir() else None,
+        report=run if has_report(run) else None,
+        source_datasets=sources,
+        config_name=args.config_name,
+        private=private,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        command="\n".join(filter(None, [read_results(run).get("command"), describe_command()])),
+    )
+    if published is not None:
+        done = "published" if published.changed else "nothing new to publish"
+        print(f"{done}: {published.url}\ncommit: {published.commit}")
+
+
+def read_fractions(run: Path) -> list[float]:
+    """Fractions of the coreset arms in the run's results, largest last."""
+    arms = read_results(run).get("arms") or []
+    return sorted({float(arm["fraction"]) for arm in arms if arm.get("arm") == "coreset"})
+
+
+def read_results(run: Path) -> dict[str, Any]:
+    """The run's results, if it compared anything."""
+    path = run / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The run's configuration, if it kept one."""
+    path = run / "config.yaml"
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+
+
+def read_sources(run: Path) -> list[str]:
+    """The Hub id that the run's pool came from, if its configuration names one."""
+    from hf_in2core.rows.sources import find_hub_id
+
+    pool = read_config(run).get("pool")
+    hub_id = find_hub_id(str(pool)) if pool else None
+    return [] if hub_id is None else [hub_id]
+
+
+def has_report(run: Path) -> bool:
+    """Whether the run has anything to show beside its rows."""
+    return any(run.glob("*.png")) or any((run / name).is_file() for name in ("results.json", "config.yaml"))

@@ -1,0 +1,73 @@
+"""Score a pool: the influence of each row on a validation set. Negative = proponent.
+
+    accelerate launch recipes/score_influence.py --model_name_or_path Qwen/Qwen3-0.6B \\
+        --reference_adapter runs/reference --pool tatsu-lab/alpaca --columns alpaca \\
+        --validation my_validation.jsonl --output_dir runs/influence
+
+`output_dir` then holds scored/ (the pool with its influence), scorer/ and config.yaml; the same command resumes. With
+`--scorer PATH|ID` in place of model and adapter, a scorer fitted before scores another pool.
+"""
+
+from pathlib import Path
+
+from hf_in2core.pipeline.arguments import ScoreInfluenceArguments
+from hf_in2core.pipeline.parser import RecipeParser, Settings
+
+
+def make_parser() -> RecipeParser:
+    """Parser of this recipe."""
+    return RecipeParser(ScoreInfluenceArguments, description=__doc__)
+
+
+def main(settings: Settings) -> None:
+    """Check, score and save."""
+    from accelerate import PartialState
+    from trl import ModelConfig
+
+    from hf_in2core import InfluenceConfig, InfluenceScorer
+    from hf_in2core.influence.plan import plan_influence
+    from hf_in2core.influence.pools import check_fitted_pool
+    from hf_in2core.pipeline.inputs import check_adapter, check_pool_columns, check_whole_model, load_tokenizer
+    from hf_in2core.pipeline.run_folder import join_processes, say, written_folder
+    from hf_in2core.pipeline.training import compute_influence, make_influence_trainer, score_with
+    from hf_in2core.rows.sources import load_rows, parse_named_sources
+
+    args: ScoreInfluenceArguments = settings.arguments
+    join_processes(settings)
+    check_whole_model()
+    assert args.pool is not None and args.output_dir is not None
+    folder = Path(args.output_dir)
+    pool = load_rows(args.pool, "pool")
+    sources = parse_named_sources(args.validation or [])
+    validation = {name: load_rows(source, f"validation set {name}".strip()) for name, source in sources.items()}
+    if args.scorer is not None:
+        scorer = InfluenceScorer.from_pretrained(args.scorer)
+        check_pool_columns(pool, list(scorer.config.validation_sets), [])
+        check_fitted_pool(scorer, pool, {name or "validation": rows for name, rows in validation.items()})
+        scored = score_with(scorer, pool)
+    else:
+        check_pool_columns(pool, list(validation), [])
+        model_args, influence_args = settings.make(ModelConfig, use_peft=True), settings.make(InfluenceConfig)
+        assert args.reference_adapter is not None
+        check_adapter(args.reference_adapter, model_args.model_name_or_path or "")
+        inputs = (
+            model_args,
+            influence_args,
+            args.reference_adapter,
+            pool,
+            validation[""] if list(validation) == [""] else validation,
+            load_tokenizer(model_args, influence_args),
+        )
+        if args.dry_run:
+            say(str(plan_influence(make_influence_trainer(*inputs))))
+            return
+        scorer, scored, seconds = compute_influence(*inputs)
+        say(f"Influence: {len(scored):,} rows, {seconds:.0f} s.")
+    with written_folder(folder / "scored") as temporary:
+        if PartialState().is_main_process:
+            scored.save_to_disk(str(temporary))
+    with written_folder(folder / "scorer") as temporary:
+        if PartialState().is_main_process:
+            scorer.save_pretrained(temporary)
+            settings.save(folder / "config.yaml")
+    say(f"{folder / 'scored'} has the pool with its influence, {folder / 'scorer'} what scores other rows alike.")

@@ -1,0 +1,39 @@
+"""Train the reference adapter, through which influence is computed.
+
+    accelerate launch recipes/train_reference.py --model_name_or_path Qwen/Qwen3-0.6B --pool tatsu-lab/alpaca \\
+        --columns alpaca --output_dir runs/reference
+
+An ordinary TRL SFT with LoRA; `output_dir` then holds the adapter, config.yaml and training.json.
+"""
+
+from hf_in2core.pipeline.arguments import TrainReferenceArguments
+from hf_in2core.pipeline.parser import RecipeParser, Settings
+
+
+def make_parser() -> RecipeParser:
+    """Parser of this recipe."""
+    return RecipeParser(TrainReferenceArguments, description=__doc__)
+
+
+def main(settings: Settings) -> None:
+    """Check, train and save."""
+    from trl import ModelConfig
+
+    from hf_in2core import InfluenceConfig
+    from hf_in2core.pipeline.inputs import check_model, load_tokenizer, take_fraction
+    from hf_in2core.pipeline.run_folder import join_processes, say
+    from hf_in2core.pipeline.training import make_trainer, train_and_save
+    from hf_in2core.rows.sources import load_rows
+
+    args: TrainReferenceArguments = settings.arguments
+    join_processes(settings)
+    model_args = settings.make(ModelConfig, use_peft=True)
+    training_args = settings.make(InfluenceConfig)
+    # Every trainable tensor must have per-example gradients, or the influence would leave it out.
+    check_model(model_args, training_args, for_influence=True)
+    tokenizer = load_tokenizer(model_args, training_args)
+    assert args.pool is not None
+    rows = take_fraction(load_rows(args.pool, "pool"), args.reference_fraction, training_args.seed)
+    trainer = make_trainer(model_args, training_args, rows, tokenizer)
+    trained = train_and_save(trainer, settings, "Reference")
+    say(f"{trained['rows']:,} rows, {trained['steps']:,} steps, {trained['seconds']:.0f} s: {args.output_dir}")

@@ -1,0 +1,326 @@
+"""What every pass over the data is made of: chunked, resumable, one shard per process, one reduction each."""
+
+import gc
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from tqdm import tqdm
+
+from hf_in2core.progress import make_bar
+
+from .batches import TokenBatch, TokenRows, collate, plan_batches, read_token_rows
+from .blocks import Blocks
+from .forwards import checkpointed_layers, find_checkpointable_layers
+from .gradients import GradientRecorder
+from .state import read_tensors, write_tensors
+from .store import GradientStore, StoredChunk
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Passes:
+    """
+    What every pass over the data needs.
+
+    Attributes:
+        model (`torch.nn.Module`):
+            Unwrapped model.
+        blocks (`dict[str, Block]`):
+            Blocks that count.
+        loss_reduction (`str`):
+            `"mean"`, `"sum"`, `"sqrt"` or `"max"`; see [`losses.compute_token_weights`].
+        tokens_per_batch (`int`):
+            Token budget, halved in place when memory runs out.
+        checkpointed_tokens (`int`, *optional*):
+            Batches of more tokens than this, padding included, run with activation checkpointing; 0 for all of them,
+            none by default. Set in place when one row alone does not fit in memory.
+        chunk_size (`int`):
+            Rows per resumable chunk.
+        autocast (`torch.dtype`, *optional*):
+            Mixed precision of the forward.
+        accelerator ([`~accelerate.Accelerator`], *optional*):
+            Tells the processes; without it a pass runs in this process alone.
+        folder (`pathlib.Path`, *optional*):
+            Where finished chunks are kept; nothing is kept without it.
+        fingerprint (`str`):
+            Identity of the run, written into every state file.
+        show_progress (`bool`):
+            Whether to show progress bars (on the main process, unless the libraries' switches are off).
+        store ([`GradientStore`], *optional*):
+            Where the fit pass keeps the gradients of the whole pool.
+    """
+
+    model: nn.Module
+    blocks: Blocks
+    loss_reduction: str
+    tokens_per_batch: int
+    checkpointed_tokens: int | None = None
+    chunk_size: int = 1024
+    autocast: torch.dtype | None = None
+    accelerator: Accelerator | None = None
+    folder: Path | None = None
+    fingerprint: str = ""
+    show_progress: bool = True
+    store: GradientStore | None = None
+
+    @property
+    def rank(self) -> int:
+        """Index of this process."""
+        return 0 if self.accelerator is None else self.accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return 1 if self.accelerator is None else self.accelerator.num_processes
+
+    def shard(self, num_rows: int) -> tuple[int, int]:
+        """First row and one past the last row of this process's contiguous shard."""
+        return self.rank * num_rows // self.world_size, (self.rank + 1) * num_rows // self.world_size
+
+    def sum_over_processes(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sum named tensors over all processes; every process gets the result."""
+        return tensors if self.world_size == 1 else self.accelerator.reduce(tensors, "sum")  # type: ignore[union-attr]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this process."""
+        return torch.device("cpu") if self.accelerator is None else self.accelerator.device
+
+    def gather_objects(self, items: list[Any]) -> list[Any]:
+        """Gather lists of picklable objects from all processes into one list, in the order of the ranks."""
+        return items if self.world_size == 1 else gather_object(items)
+
+    def everywhere(self, flag: bool) -> bool:
+        """Whether `flag` is true on every process."""
+        if self.world_size == 1:
+            return flag
+        flags = self.sum_over_processes({"flag": torch.tensor(int(flag), device=self.device)})
+        return int(flags["flag"]) == self.world_size
+
+    @cached_property
+    def is_sharded(self) -> bool:
+        """Whether the base weights are sharded over the processes (`fully_shard`): each forward then needs all."""
+        return any(isinstance(module, FSDPModule) for module in self.model.modules())
+
+    def start_round(self, has_batch: bool) -> bool:
+        """Whether any process has a batch to run, once all have asked; where weights are sharded they run together."""
+        if not self.is_sharded or self.world_size == 1:
+            return has_batch
+        working = self.sum_over_processes({"working": torch.tensor(int(has_batch), device=self.device)})
+        return int(working["working"]) > 0
+
+    def is_checkpointed(self, batch: TokenBatch) -> bool:
+        """Whether a batch runs with activation checkpointing."""
+        return self.checkpointed_tokens is not None and batch.input_ids.numel() > self.checkpointed_tokens
+
+    def progress(self, total: int, description: str, initial: int = 0) -> tqdm:
+        """Progress bar over rows with an ETA, on the main process."""
+        return make_bar(total, description, shown=self.rank == 0 and self.show_progress, initial=initial)
+
+
+def run_batches(passes: Passes, token_rows: TokenRows, step: Callable[[TokenBatch], None]) -> None:
+    """
+    Run `step` on token batches of some rows; when memory runs out, halve the budget and go on from the same batch.
+
+    Half the budget costs hardly any time, activation checkpointing costs another forward: it comes last, where one
+    row alone does not fit, and then for the rows more than half as long as that one.
+
+    Args:
+        passes ([`Passes`]):
+            The pass; its `tokens_per_batch` and `checkpointed_tokens` are set in place when memory runs out.
+        token_rows ([`TokenRows`]):
+            The rows.
+        step (`Callable`):
+            Work on one batch; it must change nothing until it cannot fail any more.
+
+    Raises:
+        RuntimeError: if one row alone does not fit in memory, with activation checkpointing (it is named with its
+            length), or if memory runs out where base weights are sharded.
+    """
+    vocab_size = passes.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    pending = plan_batches(token_rows, passes.tokens_per_batch, vocab_size)[::-1]
+    while pending:
+        indices = pending.pop()
+        batch = collate(token_rows, indices)
+        if batch.input_ids.numel() > passes.tokens_per_batch and len(indices) > 1:
+            pending += [indices[len(indices) // 2 :], indices[: len(indices) // 2]]
+            continue
+        tokens, is_checkpointed = batch.input_ids.numel(), passes.is_checkpointed(batch)
+        passes.start_round(True)
+        try:
+            with checkpointed_layers(passes.model) if is_checkpointed else nullcontext():
+                step(batch)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if passes.is_sharded:
+                raise RuntimeError(
+                    f"Out of memory on a batch of {tokens} tokens. The base weights are sharded, so that all "
+                    "processes run their batches together and none can try again alone. Lower `tokens_per_batch` "
+                    f"({passes.tokens_per_batch}), or set `influence_activation_checkpointing=True`."
+                ) from error
+            if len(indices) > 1:
+                passes.tokens_per_batch = max(tokens // 2, 1)
+                logger.warning(
+                    "Out of memory on a batch of %d tokens: going on with `tokens_per_batch=%d`.",
+                    tokens,
+                    passes.tokens_per_batch,
+                )
+            elif not is_checkpointed and find_checkpointable_layers(passes.model):
+                passes.checkpointed_tokens = tokens // 2
+                passes.tokens_per_batch = max(min(passes.tokens_per_batch, tokens // 2), 1)
+                logger.warning(
+                    "Out of memory on row %d alone, with %d tokens: going on with activation checkpointing for rows "
+                    "of more than %d tokens.",
+                    batch.rows[0],
+                    tokens,
+                    passes.checkpointed_tokens,
+                )
+            else:
+                raise RuntimeError(
+                    f"Row {batch.rows[0]} alone, with {tokens} tokens, does not fit in memory"
+                    f"{', even with activation checkpointing' if is_checkpointed else ''}. Lower `max_length`, drop "
+                    "the row, or use fewer layers (`influence_layers`)."
+                ) from error
+            pending.append(indices)
+        else:
+            continue
+        # Outside the handler: the exception no longer holds the tensors of the failed batch.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def finish_together(passes: Passes, recorder: GradientRecorder) -> None:
+    """Where base weights are sharded: take part in the batches that other processes still have, adding nothing."""
+    one = np.ones(1, dtype=np.int64)
+    row = TokenRows(row=one, offsets=np.array([0, 2]), input_ids=np.array([0, 0]), labels=np.array([-100, 0]))
+
+    def ignore(name: str, x: Tensor, grad_output: Tensor) -> None:
+        pass
+
+    while passes.start_round(False):
+        recorder.run(collate(row, np.array([0])), passes.loss_reduction, ignore)
+
+
+def accumulate(
+    passes: Passes,
+    name: str,
+    description: str,
+    prepared: Dataset,
+    positions: np.ndarray | None,
+    sums: dict[str, Tensor],
+    make_step: Callable[[GradientRecorder], Callable[[TokenBatch], None]],
+    store: GradientStore | None = None,
+    add_stored: Callable[[StoredChunk], None] | None = None,
+) -> dict[str, Tensor]:
+    """
+    Run a pass that only adds to sums, chunk by chunk, keeping them on disk after each chunk.
+
+    Args:
+        passes ([`Passes`]):
+            The pass.
+        name (`str`):
+            Name of its state file.
+        description (`str`):
+            What the progress bar says.
+        prepared (`datasets.Dataset`):
+            Prepared rows.
+        positions (`numpy.ndarray`, *optional*):
+            Sorted positions of the rows to use; all by default.
+        sums (`dict[str, torch.Tensor]`):
+            Zeroed sums, changed in place.
+        make_step (`Callable`):
+            Given the recorder, returns the work on one batch, which adds to `sums`.
+        store ([`GradientStore`], *optional*):
+            Written to by the work on each batch, or read with `add_stored`.
+        add_stored (`Callable`, *optional*):
+            Adds a stored chunk to `sums`. Chunks that are not in the store run through the model.
+
+    Returns:
+        `dict[str, torch.Tensor]`: the sums over all rows and all processes.
+    """
+    start, end = passes.shard(len(prepared) if positions is None else len(positions))
+    path = None
+    next_row = start
+    if passes.folder is not None:
+        path = passes.folder / f"{name}-{passes.rank}-of-{passes.world_size}.safetensors"
+        stored = read_tensors(path, passes.fingerprint)
+        if stored is not None:
+            next_row = int(stored[1]["next_row"])
+            for key, tensor in stored[0].items():
+                sums[key].copy_(tensor)
+    with GradientRecorder(passes.model, passes.blocks, passes.autocast) as recorder:
+        step = make_step(recorder)
+        with passes.progress(end - start, description, initial=next_row - start) as bar:
+
+            def step_and_report(batch: TokenBatch) -> None:
+                step(batch)
+                bar.update(len(batch.rows))
+
+            def save() -> None:
+                if path is not None:
+                    metadata = {"fingerprint": passes.fingerprint, "next_row": str(next_row)}
+                    write_tensors(path, sums, metadata)
+
+            while next_row < end:
+                # Chunk borders are counted from the shard's start, so that a resumed run makes the same batches.
+                chunk_end = min(start + ((next_row - start) // passes.chunk_size + 1) * passes.chunk_size, end)
+                chunk = store.read(next_row, chunk_end) if store is not None and add_stored is not None else None
+                if chunk is not None:
+                    add_stored(chunk)  # type: ignore[misc]
+                    bar.update(chunk_end - next_row)
+                    next_row = chunk_end
+                    save()
+                    continue
+                if positions is None:
+                    token_rows = read_token_rows(prepared, next_row, chunk_end)
+                else:
+                    token_rows = read_token_rows(prepared.select(positions[next_row:chunk_end]))
+
+                # The gradients come to rest before the sums say that the chunk is done.
+                writing = store is not None and add_stored is None
+                with store.write(next_row, chunk_end) if writing else nullcontext():  # type: ignore[union-attr]
+                    run_batches(passes, token_rows, step_and_report)
+                next_row = chunk_end
+                save()
+        finish_together(passes, recorder)
+    return passes.sum_over_processes(sums)
+
+
+def make_zeros(tensor: Tensor, leading: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
+    """Zeros of shape `[*leading, out, in]` on the device of a block's tensor (a bias is `[out, 1]`)."""
+    shape = tuple(tensor.shape) if tensor.dim() == 2 else (tensor.numel(), 1)
+    return torch.zeros(*leading, *shape, dtype=dtype, device=tensor.device)
+
+
+def check_finite(values: Iterable[Tensor], batch: TokenBatch, per_row: bool = True) -> None:
+    """Raise on a NaN or infinite gradient, naming the rows (`values` are `[B, ...]`, or sums over the whole batch)."""
+    bad = np.zeros(len(batch.rows), dtype=bool)
+    for value in values:
+        finite = torch.isfinite(value)
+        bad |= (
+            ~(finite.flatten(1).all(1) if per_row and value.dim() > 1 else finite if per_row else finite.all())
+            .cpu()
+            .numpy()
+        )
+    if bad.any():
+        raise ValueError(
+            f"The gradient of row(s) {batch.rows[bad].tolist()[:10]} is not finite, so they have no influence. Look "
+            "at these rows, or run the influence passes in float32 (`bf16=False`, `fp16=False`)."
+        )

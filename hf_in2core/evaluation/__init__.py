@@ -1,0 +1,1 @@
+"""Judging arms: losses, intervals, the verdict between them, and tasks of lm-eval."""

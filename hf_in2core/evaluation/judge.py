@@ -1,0 +1,285 @@
+"""The verdict between the arms of a run.
+
+Losses are mean negative log-likelihoods per labelled token (nats), lower is better; a difference a - b below 0 means
+that a is better. Seconds are wall-clock. The intervals and the metrics are importable from here too.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_in2core.notebook import Verdict
+
+from .intervals import compare_arms, compute_confidence_interval
+from .verdict import get_outcome, say_headline, say_verdict
+
+
+if TYPE_CHECKING:
+    from .metrics import TokenAccuracy, TokenPerplexity
+
+__all__ = [
+    "TokenAccuracy",
+    "TokenPerplexity",
+    "compare_arms",
+    "compute_auc",
+    "compute_confidence_interval",
+    "judge",
+]
+
+ARMS = ("full", "coreset", "random", "opponents")
+# In the order in which a headline prefers them.
+BUDGETS = ("steps", "epochs")
+COMPARISONS = (("coreset", "random"), ("coreset", "full"), ("opponents", "random"), ("coreset", "opponents"))
+
+
+def __getattr__(name: str) -> Any:
+    # The metrics subclass evaluate.Metric, and importing evaluate imports torch: only who asks for them waits.
+    if name in ("TokenPerplexity", "TokenAccuracy"):
+        from . import metrics
+
+        return getattr(metrics, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def compute_auc(scores: Sequence[float] | np.ndarray, labels: Sequence[bool] | np.ndarray) -> float | None:
+    r"""
+    Area under the ROC curve: the probability that a row with label `True` has a higher score than one with `False`.
+
+    Influence is negative for proponents. To ask whether it puts rows first, pass `-influence`.
+
+    Args:
+        scores (`Sequence[float]` or `np.ndarray` of shape `[n]`):
+            Scores; ties count half. Rows whose score is `None` or NaN (no loss) are left out.
+        labels (`Sequence[bool]` or `np.ndarray` of shape `[n]`):
+            Whether the row is of the kind looked for.
+
+    Returns:
+        `float` or `None`: AUC in [0, 1], 0.5 for no relation; `None` if only one class is left.
+
+    Raises:
+        `ValueError`: `scores` and `labels` have different lengths.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    positive = np.asarray(labels, dtype=bool)
+    if values.shape != positive.shape or values.ndim != 1:
+        raise ValueError(
+            f"compute_auc needs one label per score, but got scores of shape {values.shape} and labels of shape "
+            f"{positive.shape}."
+        )
+    scored = ~np.isnan(values)
+    values, positive = values[scored], positive[scored]
+    num_positive, num_negative = int(positive.sum()), int((~positive).sum())
+    if num_positive == 0 or num_negative == 0:
+        return None
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    average_ranks = np.cumsum(counts) - (counts - 1) / 2
+    rank_sum = float(average_ranks[inverse][positive].sum())
+    return (rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
+
+
+def judge(
+    arms: Iterable[Mapping[str, Any]],
+    selection: Mapping[str, Any],
+    *,
+    fractions: Sequence[float] | None = None,
+    margin: float = 0.01,
+    level: float = 0.95,
+) -> Verdict:
+    r"""
+    Judge a run: did the coreset beat random rows beyond noise, did it match the full pool, and did selecting it pay?
+
+    The headline is the first fraction of the run, at equal steps where the run has them, so that no outcome decides
+    which comparison is reported. An outcome is claimed only if the whole confidence interval over seeds supports it.
+
+    Args:
+        arms (`Iterable[Mapping[str, Any]]`):
+            The `arms` of `results.json`: `arm` (`"full"`, `"coreset"`, `"random"` or `"opponents"`; others are left
+            out), `fraction`, `seed`, `budget` (`"steps"` or `"epochs"`), `test_loss` and `seconds`. The fraction of
+            the full arm is not looked at.
+        selection (`Mapping[str, Any]`):
+            The `selection` of `results.json`: `seconds`, what computing influence took, and `reference_seconds`, what
+            training the reference model took, not contained in `seconds` (0 or `None` for a given adapter).
+        fractions (`Sequence[float]`, *optional*):
+            Fractions of the run, the headline first. Defaults to those in `arms`, in their order.
+        margin (`float`, *optional*, defaults to `0.01`):
+            How much worse than the full pool still counts as "no worse than", relative to the full pool's loss.
+        level (`float`, *optional*, defaults to `0.95`):
+            Confidence level of every interval.
+
+    Returns:
+        `dict`, ready for JSON, which a notebook shows as a table:
+
+        - `text` (`str`): the verdict in a few sentences; `headline` (`str`): in a few words.
+        - `beats_random` (`bool`): the whole interval of coreset - random is below 0.
+        - `matches_full` (`bool`): the upper end of coreset - full is below `margin` times the full pool's loss;
+          `beats_full` (`bool`): the whole interval is below 0.
+        - `fraction`, `budget`, `margin`, `level`: what the headline stands on.
+        - `intervals` (`dict`): the headline's `coreset_minus_random`, `coreset_minus_full`, `opponents_minus_random`
+          and `coreset_minus_opponents`, as from [`compare_arms`] plus `outcome`: `"better"`, `"worse"`,
+          `"inconclusive"` or `"no interval"`, against the full pool also `"no worse"`. `None` where an arm is missing.
+        - `by_fraction` (`list[dict]`): `fraction`, `budget`, `losses` (interval of each arm's own loss), `intervals`
+          and the three booleans, for every fraction and budget.
+        - `cost` (`dict`): `selection_seconds` (reference + influence); at equal epochs and the headline's fraction
+          `full_seconds`, `coreset_seconds`, `saving_per_run` and the outcomes `against_random` and `against_full`;
+          `break_even_runs` (`int` or `None` if not measured), the number of target runs after which selecting has
+          paid, `"never"` if nothing is saved or the coreset is worse than the full pool or as many random rows;
+          `break_even_cost_fraction`, the fraction of `selection_seconds` that one target run saves: where it is below
+          1, reference and influence would have to cost that fraction of what they did to pay with one run.
+
+    Raises:
+        `ValueError`: a fraction that was not run, an arm run twice with the same seed, an unknown budget, or a margin
+            below 0.
+    """
+    if margin < 0:
+        raise ValueError(f"margin={margin} is below 0. Whether the coreset beat the full pool is in beats_full.")
+    runs = _group_runs(arms)
+    available = list(dict.fromkeys(fraction for _, fraction, _ in runs if fraction is not None))
+    chosen = available if fractions is None else list(dict.fromkeys(float(fraction) for fraction in fractions))
+    if available and (missing := [fraction for fraction in chosen if fraction not in available]):
+        raise ValueError(
+            f"There are no results at the fractions {missing}, only at {available}. Pass the fractions of this run."
+        )
+    by_fraction = [
+        _judge_fraction(runs, fraction, budget, margin, level)
+        for fraction in chosen
+        for budget in BUDGETS
+        if any((arm, fraction, budget) in runs for arm in ARMS)
+    ]
+    # A run of the full arm alone has nothing to compare; its results must not be lost over that.
+    head = by_fraction[0] if by_fraction else _judge_fraction({}, math.nan, "steps", margin, level)
+    cost = _compute_cost(runs, selection, head["fraction"], by_fraction)
+    return Verdict(
+        text=say_verdict(by_fraction, cost, margin),
+        headline=say_headline(head),
+        beats_random=head["beats_random"],
+        matches_full=head["matches_full"],
+        beats_full=head["beats_full"],
+        fraction=head["fraction"] if by_fraction else None,
+        budget=head["budget"] if by_fraction else None,
+        margin=margin,
+        level=level,
+        intervals=head["intervals"],
+        by_fraction=by_fraction,
+        cost=cost,
+    )
+
+
+# Loss and seconds by seed of one arm at one budget; the full arm's fraction is None. A diverged loss is NaN.
+_Runs = dict[tuple[str, float | None, str], dict[int, tuple[float, float | None]]]
+
+
+def _group_runs(arms: Iterable[Mapping[str, Any]]) -> _Runs:
+    runs: _Runs = {}
+    for entry in arms:
+        arm, budget, seed = entry["arm"], entry["budget"], entry["seed"]
+        if arm not in ARMS:
+            continue
+        if budget not in BUDGETS:
+            raise ValueError(f"budget={budget!r} of the arm {arm!r} does not exist. Use one of {BUDGETS}.")
+        key = (arm, None if arm == "full" else float(entry["fraction"]), budget)
+        seeds = runs.setdefault(key, {})
+        if seed in seeds:
+            raise ValueError(
+                f"The arm {arm!r} (fraction {entry['fraction']}, budget {budget!r}) has two results for seed {seed}, "
+                "so its seeds are not independent runs. Keep one result per seed."
+            )
+        loss = entry["test_loss"]
+        seconds = entry.get("seconds")
+        seeds[seed] = (math.nan if loss is None else float(loss), None if seconds is None else float(seconds))
+    return runs
+
+
+def _key(arm: str, fraction: float, budget: str) -> tuple[str, float | None, str]:
+    return (arm, None if arm == "full" else fraction, budget)
+
+
+def _judge_fraction(runs: _Runs, fraction: float, budget: str, margin: float, level: float) -> dict[str, Any]:
+    losses = {
+        arm: {seed: loss for seed, (loss, _) in runs[_key(arm, fraction, budget)].items()}
+        for arm in ARMS
+        if _key(arm, fraction, budget) in runs
+    }
+    diverged = [arm for arm, by_seed in losses.items() if not all(map(math.isfinite, by_seed.values()))]
+    unknown = {"mean": None, "half_width": None, "low": None, "high": None}
+    intervals: dict[str, Any] = {}
+    for first, second in COMPARISONS:
+        name = f"{first}_minus_{second}"
+        if first not in losses or second not in losses:
+            intervals[name] = None
+        elif first in diverged or second in diverged:
+            n = min(len(losses[first]), len(losses[second]))
+            intervals[name] = unknown | {"n": n, "level": level, "method": None, "outcome": "no interval"}
+        else:
+            interval = compare_arms(losses[first], losses[second], level)
+            allowed = margin * sum(losses["full"].values()) / len(losses["full"]) if second == "full" else 0.0
+            intervals[name] = interval | {"outcome": _read_outcome(interval, allowed)}
+    against_full = get_outcome(intervals["coreset_minus_full"])
+    return {
+        "fraction": fraction,
+        "budget": budget,
+        "losses": {
+            arm: unknown | {"n": len(by_seed), "level": level}
+            if arm in diverged
+            else compute_confidence_interval(list(by_seed.values()), level)
+            for arm, by_seed in losses.items()
+        },
+        "diverged": diverged,
+        "intervals": intervals,
+        "beats_random": get_outcome(intervals["coreset_minus_random"]) == "better",
+        "matches_full": against_full in ("better", "no worse"),
+        "beats_full": against_full == "better",
+    }
+
+
+def _read_outcome(interval: dict[str, Any], allowed: float) -> str:
+    """What an interval of a difference of losses says; up to `allowed` above 0 is "no worse"."""
+    if interval["low"] is None:
+        return "no interval"
+    if interval["high"] < 0:
+        return "better"
+    if interval["high"] < allowed:
+        return "no worse"
+    return "worse" if interval["low"] > 0 else "inconclusive"
+
+
+def _compute_cost(
+    runs: _Runs, selection: Mapping[str, Any], fraction: float, by_fraction: list[dict[str, Any]]
+) -> dict[str, Any]:
+    influence, reference = selection.get("seconds"), selection.get("reference_seconds") or 0.0
+    cost = None if influence is None else influence + reference
+    full = _mean_seconds(runs.get(("full", None, "epochs"), {}))
+    coreset = _mean_seconds(runs.get(("coreset", fraction, "epochs"), {}))
+    saving = None if full is None or coreset is None else full - coreset
+    at_epochs = [entry for entry in by_fraction if entry["fraction"] == fraction and entry["budget"] == "epochs"]
+    against_random, against_full = (
+        get_outcome(at_epochs[0]["intervals"][f"coreset_minus_{arm}"]) if at_epochs else "not run"
+        for arm in ("random", "full")
+    )
+    runs_to_pay: int | str | None = None
+    cost_fraction = None
+    if cost is not None and saving is not None:
+        # Random rows take as little time and need no selecting: a coreset that loses to them has saved nothing.
+        if saving <= 0 or "worse" in (against_random, against_full):
+            runs_to_pay = "never"
+        else:
+            runs_to_pay = max(1, math.ceil(cost / saving))
+            cost_fraction = saving / cost if cost > 0 else None
+    return {
+        "selection_seconds": cost,
+        "reference_seconds": reference,
+        "influence_seconds": influence,
+        "full_seconds": full,
+        "coreset_seconds": coreset,
+        "saving_per_run": saving,
+        "against_random": against_random,
+        "against_full": against_full,
+        "break_even_runs": runs_to_pay,
+        "break_even_cost_fraction": cost_fraction,
+    }
+
+
+def _mean_seconds(seeds: dict[int, tuple[float, float | None]]) -> float | None:
+    seconds = [value for _, value in seeds.values() if value is not None and math.isfinite(value)]
+    return sum(seconds) / len(seconds) if seconds else None

@@ -1,0 +1,1 @@
+"""The network: checks, retries and commits. Nothing here knows of influence."""

@@ -1,0 +1,258 @@
+"""What an [`InfluenceTrainer`] refuses: settings and data before a model is loaded, the rest before long passes."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from scipy.stats import spearmanr
+from torch.distributed.tensor import DTensor
+from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import get_config_model_id
+
+from hf_in2core.engine.blocks import Blocks, check_not_offloaded, count_elements
+from hf_in2core.engine.curvature import score_fitted_rows
+from hf_in2core.engine.datainf import compute_damping
+from hf_in2core.engine.fit import FitResult, run_per_example_validation_pass
+from hf_in2core.engine.forwards import find_checkpointable_layers
+from hf_in2core.engine.passes import Passes
+
+from .config import InfluenceConfig
+
+
+logger = logging.getLogger(__name__)
+
+# Rows on which DataInf is compared with the exact damped inverse; fewer say nothing about a rank correlation.
+CURVATURE_ROWS, MIN_CURVATURE_ROWS = 64, 32
+# Elements of their gradients in memory, or those of four adapters if more: as many blocks are looked at as fit.
+MAX_CURVATURE_ELEMENTS = 2**24
+# Below this, ranks by DataInf and by the exact damped inverse have less than half of their variance in common.
+MIN_CURVATURE_AGREEMENT = 0.7
+
+
+def check_settings(args: InfluenceConfig, kwargs: dict[str, Any]) -> None:
+    """Refuse, by name, what would make influence another thing than that of the SFT loss."""
+    if not isinstance(args, InfluenceConfig):
+        raise TypeError(f"`args` is a {type(args).__name__}. Pass an `InfluenceConfig`, which extends `SFTConfig`.")
+    refused = {
+        "loss_type": args.loss_type != "nll" and f"`loss_type={args.loss_type!r}`: only the negative log-likelihood",
+        "label_smoothing_factor": args.label_smoothing_factor > 0 and "`label_smoothing_factor`",
+        "compute_loss_func": kwargs.get("compute_loss_func") is not None and "`compute_loss_func`",
+        "data_collator": kwargs.get("data_collator") is not None and "`data_collator`",
+        "formatting_func": kwargs.get("formatting_func") is not None
+        and "`formatting_func` (apply it with `Dataset.map` first)",
+        "skip_prepare_dataset": bool(_as_dict(args.dataset_kwargs).get("skip_prepare_dataset"))
+        and "`skip_prepare_dataset`",
+        "deepspeed": args.deepspeed and "DeepSpeed (train with it if you like, then score the adapter without it)",
+        "fsdp": args.fsdp
+        and "FSDP by `fsdp` (train with it if you like; then score the adapter without, or shard the frozen weights "
+        "alone with `torch.distributed.fsdp.fully_shard(layer, ignored_params=...)`)",
+        "use_liger_kernel": args.use_liger_kernel and "`use_liger_kernel`",
+    }
+    for reason in refused.values():
+        if reason:
+            raise ValueError(
+                f"Influence cannot be computed with {reason}: the per-example gradients would not be those of the "
+                "loss that SFT minimises. Leave it out of the `InfluenceTrainer`."
+            )
+
+
+def _as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """TRL has parsed command-line strings into dicts when it built the configuration."""
+    return value if isinstance(value, dict) else {}
+
+
+def check_datasets(
+    train_dataset: Dataset | None, eval_dataset: Dataset | dict[str, Dataset] | None
+) -> dict[str, Dataset]:
+    """Check pool and validation sets; returns the validation sets by name."""
+    if not isinstance(train_dataset, Dataset):
+        raise ValueError(
+            f"`train_dataset` is a {type(train_dataset).__name__}: the pool must be a `datasets.Dataset` that can be "
+            "read twice. Fit on a `Dataset` sample, then score the stream with `stream.map(scorer, batched=True)`."
+        )
+    if eval_dataset is None:
+        raise ValueError(
+            "`eval_dataset` is missing: influence is taken on a validation set. Pass rows like those the model should "
+            "become good at, and keep them out of the pool."
+        )
+    validation = dict(eval_dataset) if isinstance(eval_dataset, dict) else {"validation": eval_dataset}
+    if not validation:
+        raise ValueError("`eval_dataset` is an empty dict. Pass at least one validation set.")
+    for name, dataset in {"pool": train_dataset, **validation}.items():
+        if not isinstance(dataset, Dataset):
+            raise ValueError(f"The validation set `{name}` is a {type(dataset).__name__}; pass a `datasets.Dataset`.")
+        if len(dataset) == 0:
+            raise ValueError(f"`{name}` is empty: it has no rows. Check its source or the split's name.")
+        if {"image", "images"} & set(dataset.column_names):
+            raise ValueError(f"`{name}` has images: vision models are not supported. Pass text rows.")
+    reserved = {"rank", "per_query", "per_checkpoint", ""} & set(validation)
+    if reserved:
+        raise ValueError(f"A validation set is named {sorted(reserved)}, which is reserved. Give it another name.")
+    return validation
+
+
+def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool) -> None:
+    """Refuse a model that the settings do not fit; its trainable tensors are [`find_blocks`]' business."""
+    check_not_offloaded(model)
+    sharded = [name for name, p in model.named_parameters() if p.requires_grad and isinstance(p, DTensor)]
+    if sharded:
+        raise ValueError(
+            f"{len(sharded)} tensors of the adapter are sharded over the processes, first `{sharded[0]}`, but each "
+            "process takes gradients of its own rows for all of them. Shard the frozen weights only: "
+            "`fully_shard(layer, ignored_params={p for p in model.parameters() if p.requires_grad})`."
+        )
+    if aux_loss_enabled:
+        raise ValueError(
+            "The model adds a load-balancing loss to the SFT loss, which influence leaves out. Set "
+            "`router_aux_loss_coef=0.0`."
+        )
+    if args.influence_activation_checkpointing and not find_checkpointable_layers(model):
+        raise ValueError(
+            f"`influence_activation_checkpointing=True`, but {type(model.get_base_model()).__name__} has no layer "
+            "that Transformers can checkpoint. Leave it out, and lower `tokens_per_batch` instead."
+        )
+
+
+def load_tokenizer(model: str | PreTrainedModel | PeftModel, args: InfluenceConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that TRL would load."""
+    model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+    revision = _as_dict(args.model_init_kwargs).get("revision") if isinstance(model, str) else None
+    return AutoProcessor.from_pretrained(model_id, revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+@contextmanager
+def stand_in_template(processing_class: PreTrainedTokenizerBase, path: str | None) -> Iterator[None]:
+    """A stand-in chat template while formats are checked, before TRL has set the one of `chat_template_path`."""
+    original = processing_class.chat_template
+    if path is not None:
+        processing_class.chat_template = original or "set by chat_template_path"
+    try:
+        yield
+    finally:
+        processing_class.chat_template = original
+
+
+def check_store(passes: Passes, num_rows: int, budget_gb: float) -> None:
+    """
+    Check that the gradient store fits on the disk; warn where one was asked for and none is kept.
+
+    Raises:
+        ValueError: if the disk has too little room for it.
+    """
+    if passes.store is not None:
+        passes.store.check_disk(num_rows)
+    elif budget_gb > 0 and passes.rank == 0:
+        needed = num_rows * count_elements(passes.blocks) * 2 / 1e9
+        logger.warning(
+            "No gradients are stored (`gradient_store_gb=%s`): %s. The model runs in every pass.",
+            budget_gb,
+            "`fit_examples` fits a sample, and scoring needs the whole pool"
+            if needed <= budget_gb
+            else f"{num_rows:,} rows take {needed:.3g} GB even in bfloat16",
+        )
+
+
+def check_zero_blocks(damping: dict[str, float], blocks: Blocks, warn: bool) -> None:
+    """
+    Look for blocks that had no gradient in any fitted row; `warn` says whether this process reports some of them.
+
+    Raises:
+        ValueError: if all of them had none.
+    """
+    zero = [name for name, value in damping.items() if value == 0.0]
+    if zero and len(zero) == len(blocks):
+        raise ValueError(
+            "Every per-example gradient of the adapter is zero, so no row has any influence. Check that the "
+            "adapter is active and that the rows carry loss."
+        )
+    if zero and warn:
+        untrained = all(not bool(block.tensor.any()) for name, block in blocks.items() if "lora_B" in name)
+        logger.warning(
+            "%d of %d blocks have zero gradients and count for nothing, first `%s`. %s",
+            len(zero),
+            len(blocks),
+            zero[0],
+            "The adapter is untrained (every lora_B is zero, so influence through lora_A is zero): call `.train()` "
+            "first, or load a trained adapter."
+            if untrained
+            else "Their inputs or outputs are always zero.",
+        )
+
+
+def measure_curvature(passes: Passes, prepared: Dataset, result: FitResult, damping_scale: float, seed: int) -> float:
+    """
+    Rank correlation of DataInf with the exact damped inverse on a seeded sample of 64 rows, fitted and scored on it.
+
+    In `benchmarks/exact.py` it is within 0.2 of the agreement on 384 rows, at LoRA ranks of 1 to 16 and any damping.
+    `damping * u` stands for the validation gradient `v`: it ranks nearly alike, and `v` is not kept.
+
+    Args:
+        passes ([`Passes`]):
+            The fit pass.
+        prepared (`datasets.Dataset`):
+            Prepared pool.
+        result ([`FitResult`]):
+            Its outcome; several queries count by their mean.
+        damping_scale (`float`):
+            Relative damping.
+        seed (`int`):
+            Seed of the sample.
+
+    Returns:
+        `float` in [-1, 1]; NaN where nothing can be concluded: fewer than 32 rows, no gradients, or equal scores.
+    """
+    if len(prepared) < MIN_CURVATURE_ROWS:
+        return float("nan")
+    count = min(CURVATURE_ROWS, len(prepared))
+    generator = np.random.default_rng(seed)
+    rows = np.sort(generator.choice(len(prepared), count, replace=False))
+    active = {name: passes.blocks[name] for name, value in result.damping.items() if value > 0}
+    if not active:
+        return float("nan")
+    most = max(MAX_CURVATURE_ELEMENTS, 4 * count_elements(active))
+    chosen = draw_blocks(active, most // count, generator)
+    sample = replace(passes, blocks=chosen, folder=None, store=None)
+    gradients = run_per_example_validation_pass(
+        sample, prepared.select(rows), "Influence: sample for the exact inverse"
+    )
+    totals = torch.zeros(2, count, dtype=torch.float64)
+    for name in chosen:
+        g = gradients.pop(name).flatten(1).double()
+        gram = g @ g.T
+        v = result.ihvp[name].to(g.device, torch.float64).mean(0).flatten() * result.damping[name]
+        damping = compute_damping(float(gram.diagonal().mean()), g.shape[1], damping_scale)
+        if damping > 0:
+            totals += torch.stack(score_fitted_rows(gram, g @ v, damping)).cpu()
+    datainf, exact = totals.numpy()
+    return float("nan") if np.ptp(datainf) == 0 or np.ptp(exact) == 0 else float(spearmanr(datainf, exact).statistic)
+
+
+def draw_blocks(blocks: Blocks, max_elements: int, generator: np.random.Generator) -> Blocks:
+    """
+    Draw blocks at random, as many as `max_elements` hold and one at least; in their order.
+
+    Not every so many of them: their order has a period (`lora_A`, `lora_B`, projection by projection), so that all
+    would be of one kind.
+    """
+    names = generator.permutation(list(blocks))
+    fits = np.cumsum([blocks[name].tensor.numel() for name in names]) <= max_elements
+    kept = {str(name) for name in names[: max(int(fits.sum()), 1)]}
+    return {name: block for name, block in blocks.items() if name in kept}
+
+
+def warn_of_curvature(agreement: float, damping_scale: float) -> None:
+    """Say so where DataInf ranks rows otherwise than the exact damped inverse; `agreement` as measured."""
+    if agreement < MIN_CURVATURE_AGREEMENT:
+        logger.warning(
+            "DataInf is far from the exact damped inverse here: on a sample of the pool their rankings agree by %.2f "
+            "(Spearman; 1 = the same). It ranks nearly as a gradient dot product weighted by block does. A larger "
+            "`damping_scale` (now %s) brings both together, a smaller LoRA rank too; see benchmarks/RESULTS.md.",
+            agreement,
+            damping_scale,
+        )

@@ -1,0 +1,170 @@
+"""[`InfluenceConfig`]: TRL's SFT configuration plus the influence fields."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import SFTConfig
+
+from hf_in2core.rows.columns import check_columns
+from hf_in2core.selection.lengths import LOSS_REDUCTIONS
+
+
+ESTIMATORS = ["datainf", "gradient_dot", "gradient_cosine"]
+
+
+@dataclass
+class InfluenceConfig(SFTConfig):
+    r"""
+    Configuration class for the [`InfluenceTrainer`].
+
+    All parameters of [`~trl.SFTConfig`] apply to the SFT of the reference model; these come on top:
+
+    Parameters:
+        > Parameters that control the influence
+
+        damping_scale (`float`, *optional*, defaults to `0.1`):
+            Damping of each block relative to its mean squared gradient norm per element (DataInf, section 4).
+        loss_reduction (`str`, *optional*, defaults to `"mean"`):
+            Per-example loss of training and validation rows alike, from the losses of their labelled tokens: the
+            `"mean"` (as In2Core), the `"sum"`, `"sqrt"` (their sum divided by the square root of their number) or
+            `"max"` (the hardest token alone, the first of equally hard ones). `"sum"` lets long rows count for more.
+            With `"max"` rounding decides between tokens whose losses differ by no more than it, so that scores in
+            half precision depend on the batch.
+        estimator (`str`, *optional*, defaults to `"datainf"`):
+            `"datainf"`, `"gradient_dot"` (DataInf with an identity inverse) or `"gradient_cosine"` (cosine between the
+            whole concatenated gradients of the row and of the mean validation loss, negated). Negative = proponent in
+            each of them.
+        influence_layers (`str` or `list[int]`, *optional*):
+            Decoder layers whose adapter tensors count: all by default, `"last:8"`, `"first:8"` or a list of indices.
+        columns (`list[str]`, *optional*):
+            How raw columns become TRL's: `["alpaca"]`, `["sharegpt"]` or `["prompt=instruction",
+            "completion=output"]`. Saved with the scorer.
+
+        > Parameters that control the passes
+
+        tokens_per_batch (`int`, *optional*, defaults to `8192`):
+            Tokens of a batch in the influence passes, padding included. Halved when memory runs out.
+        influence_activation_checkpointing (`bool`, *optional*, defaults to `False`):
+            Whether the influence passes keep the inputs of layers only and run each layer again in the backward: one
+            more forward (a third to half of the time on top), for the memory of one layer instead of all. It changes
+            no score. The passes do not follow `activation_checkpointing`, which is for SFT and on by default in TRL,
+            because a smaller `tokens_per_batch` saves memory at no such price. Without it, only rows that do not fit
+            in memory alone, and then those more than half as long, run so.
+        fit_examples (`int`, *optional*):
+            Number of training rows in the fit pass, a seeded sample; all by default.
+        chunk_size (`int`, *optional*, defaults to `1024`):
+            Rows per resumable chunk: an interruption loses one chunk at most.
+        query_memory_gb (`float`, *optional*, defaults to `4`):
+            Memory in GB for the gradients of queries when every validation row is one (`fit_influence(
+            per_example=True)`); queries that do not fit together take passes of their own.
+        gradient_store_gb (`float`, *optional*, defaults to `0`):
+            Disk budget in GB (10^9 bytes) for keeping the per-example gradients of the fit pass (`estimator="datainf"`
+            on the whole pool, so without `fit_examples`). Where rows x adapter parameters fit in float32 they are kept
+            so, else in bfloat16 (scores then differ by its rounding), else not at all, with a warning. The score pass,
+            and the fit passes of further blocks of queries, read them instead of running the model. They lie beside
+            the other state under `output_dir` and are removed when `score_influence` is done. 0 stores nothing.
+
+    > [!NOTE]
+    > A negative influence marks a proponent (training on the row lowers the validation loss), a positive one an
+    > opponent; no option changes the sign.
+
+    Raises:
+        ValueError: if a value is out of its range, naming the field and the allowed values.
+    """
+
+    damping_scale: float = field(
+        default=0.1, metadata={"help": "Damping of each block relative to its mean squared gradient norm per element."}
+    )
+    loss_reduction: str = field(
+        default="mean",
+        metadata={
+            "help": "Per-example loss from its labelled tokens: their mean, their sum, the sum divided by the square "
+            "root of their number (`sqrt`), or the hardest token alone (`max`).",
+            "choices": list(LOSS_REDUCTIONS),
+        },
+    )
+    estimator: str = field(default="datainf", metadata={"help": "How influence is estimated.", "choices": ESTIMATORS})
+    influence_layers: list[str] | None = field(
+        default=None,
+        metadata={"help": "Decoder layers that count: `last:8`, `first:8` or indices. All by default."},
+    )
+    columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "`alpaca`, `sharegpt`, or pairs such as `prompt=instruction completion=output`."},
+    )
+    tokens_per_batch: int = field(
+        default=8192, metadata={"help": "Tokens of a batch in the influence passes, padding included."}
+    )
+    influence_activation_checkpointing: bool = field(
+        default=False,
+        metadata={"help": "Activation checkpointing in the influence passes: less memory, one more forward."},
+    )
+    fit_examples: int | None = field(
+        default=None, metadata={"help": "Training rows in the fit pass, a seeded sample. All by default."}
+    )
+    chunk_size: int = field(default=1024, metadata={"help": "Rows per resumable chunk of the influence passes."})
+    query_memory_gb: float = field(
+        default=4.0, metadata={"help": "Memory (GB) for queries' gradients when every validation row is a query."}
+    )
+    gradient_store_gb: float = field(
+        default=0.0, metadata={"help": "Disk budget (GB) for keeping the gradients of the fit pass. 0 stores nothing."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in (("estimator", ESTIMATORS), ("loss_reduction", list(LOSS_REDUCTIONS))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown. Choose one of {', '.join(allowed)}.")
+        if self.damping_scale <= 0:
+            raise ValueError(
+                f"`damping_scale={self.damping_scale}` would divide by zero. Give a positive value; DataInf uses 0.1."
+            )
+        for name in ("tokens_per_batch", "chunk_size", "fit_examples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}={value}` leaves no row to work on. Give at least 1.")
+        if self.query_memory_gb <= 0:
+            raise ValueError(f"`query_memory_gb={self.query_memory_gb}` holds no query. Give a positive value.")
+        if self.gradient_store_gb < 0:
+            raise ValueError(f"`gradient_store_gb={self.gradient_store_gb}` is negative. Give 0 to store nothing.")
+        if self.gradient_store_gb > 0 and self.estimator != "datainf":
+            raise ValueError(
+                f"`gradient_store_gb={self.gradient_store_gb}` keeps the gradients of the fit pass, which "
+                f"`estimator={self.estimator!r}` does not have. Leave it at 0, or use `estimator='datainf'`."
+            )
+        if self.hub_token is not None:
+            raise ValueError(
+                "`hub_token` would be written in plain text into `training_args.bin`. Set the environment variable "
+                "HF_TOKEN instead."
+            )
+        check_columns(self.columns)
+        self.influence_layers = parse_influence_layers(self.influence_layers)  # type: ignore[assignment]
+
+
+def parse_influence_layers(value: str | list[str] | list[int] | None) -> str | list[int] | None:
+    """
+    Read `influence_layers` from Python or from the command line.
+
+    Returns:
+        `None`, `"last:k"` or `"first:k"`, or a list of layer indices.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    if value is None:
+        return None
+    items: list[Any] = [value] if isinstance(value, (str, int)) else list(value)
+    if len(items) == 1 and isinstance(items[0], str):
+        end, colon, count = items[0].partition(":")
+        if colon and end in ("last", "first") and count.isdigit() and int(count) > 0:
+            return items[0]
+    try:
+        layers = [int(item) for item in items]
+    except ValueError:
+        layers = []
+    if not layers or len(set(layers)) != len(layers):
+        raise ValueError(
+            f"`influence_layers={value!r}` names no layers. Use `last:8`, `first:8` or different layer indices "
+            "such as `0 5 11`."
+        )
+    return layers

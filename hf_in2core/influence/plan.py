@@ -1,0 +1,312 @@
+"""A plan before the work: what the influence passes over some data will read, take and leave behind."""
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from hf_in2core.engine.batches import TokenBatch, TokenRows, plan_batches, read_token_rows
+from hf_in2core.engine.fit import count_pilot_rows
+from hf_in2core.engine.gradients import (
+    GradientRecorder,
+    accumulation_dtype,
+    compute_dots,
+    compute_fit_terms,
+    compute_gradient_sum,
+)
+from hf_in2core.engine.passes import Passes, finish_together, make_zeros, run_batches
+from hf_in2core.notebook import render_html
+
+from .checks import CURVATURE_ROWS, MIN_CURVATURE_ROWS
+
+
+if TYPE_CHECKING:
+    from .trainer import InfluenceTrainer
+
+
+@dataclass
+class PassPlan:
+    """One pass over rows: what this process's shard of it will read, padding included, and about how long it takes."""
+
+    name: str
+    rows: int
+    tokens: int
+    seconds: float
+
+
+@dataclass(repr=False)
+class InfluencePlan:
+    """
+    What fitting and scoring will take; see [`plan_influence`].
+
+    Attributes:
+        rows, tokens, loss_tokens (`int`):
+            The whole pool, without padding.
+        length_histogram (`list[tuple[int, int, int]]`):
+            Shortest and longest length and number of rows, by powers of two.
+        num_processes (`int`):
+            Processes that share the rows.
+        passes (`list[PassPlan]`):
+            The passes in their order, for this process.
+        timed_batches (`int`):
+            Batches that the seconds were estimated from.
+        peak_memory (`int`):
+            Bytes of this process at the peak: of the device where it is a GPU, resident otherwise.
+        disk (`int`):
+            Bytes under `output_dir/influence/` at the end, without the gradient store.
+        store (`int`):
+            Bytes of the gradient store while it exists; 0 without one.
+        reduced (`int`):
+            Bytes that each process hands to sums over processes; 0 for one process.
+    """
+
+    rows: int
+    tokens: int
+    loss_tokens: int
+    length_histogram: list[tuple[int, int, int]]
+    num_processes: int
+    passes: list[PassPlan]
+    timed_batches: int
+    peak_memory: int
+    disk: int
+    store: int
+    reduced: int
+
+    @property
+    def seconds(self) -> float:
+        """All passes together."""
+        return sum(item.seconds for item in self.passes)
+
+    def __repr__(self) -> str:
+        lengths = "  ".join(f"{low}-{high}: {rows:,}" for low, high, rows in self.length_histogram)
+        lines = [
+            f"Pool: {self.rows:,} rows, {self.tokens:,} tokens, {self.loss_tokens:,} of them with loss.",
+            f"Rows by length in tokens: {lengths}",
+            f"Passes of each of {self.num_processes} process(es), seconds from {self.timed_batches} timed batches:",
+            *(
+                f"  {item.name:<10} {item.rows:>11,} rows, {item.tokens:>13,} padded tokens, {item.seconds:,.0f} s"
+                for item in self.passes
+            ),
+            f"Time: about {_show_seconds(self.seconds)} on this machine, without loading and tokenising.",
+            f"Peak memory of a process: about {self.peak_memory / 1e9:.2f} GB.",
+            f"Disk: {self.disk / 1e9:.3f} GB of state, {self.store / 1e9:.3f} GB of stored gradients until scored.",
+        ]
+        if self.num_processes > 1:
+            lines.append(f"Summed over processes: {self.reduced / 1e9:.3f} GB handed in by each.")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = [(item.name, f"{item.rows:,}", f"{item.tokens:,}", _show_seconds(item.seconds)) for item in self.passes]
+        columns = ["pass of each process", "rows", "padded tokens", "about"]
+        first, *others = str(self).splitlines()
+        return render_html(first, rows, columns=columns, notes=others[2 + len(rows) :])
+
+
+def _show_seconds(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
+
+
+def plan_influence(
+    trainer: "InfluenceTrainer",
+    per_example: bool = False,
+    timed_batches: int = 6,
+    clock: Callable[[], float] = time.perf_counter,
+) -> InfluencePlan:
+    """
+    Plan what `fit_influence` and `score_influence` of a trainer will take, from its prepared data and a few batches.
+
+    Nothing is written. The timed batches are spread evenly over the tokens of the pass, so that short and long rows
+    count as they occur; the largest batch is among those run, so that the memory seen is the memory needed.
+
+    Args:
+        trainer ([`InfluenceTrainer`]):
+            The trainer; its adapter need not be trained yet.
+        per_example (`bool`, *optional*, defaults to `False`):
+            Whether every validation row will be a query of its own.
+        timed_batches (`int`, *optional*, defaults to `6`):
+            Batches of each kind of pass to time.
+        clock (`Callable`, *optional*):
+            What seconds are read from: wall time by default.
+
+    Returns:
+        [`InfluencePlan`]
+    """
+    blocks = trainer._selected_blocks()
+    passes = trainer._make_passes(blocks, "")
+    passes.folder = None
+    pool, sets = trainer._prepared[""], [trainer._prepared[name] for name in trainer._validation_names]
+    args = trainer.args
+    datainf = args.estimator == "datainf"
+    elements = sum(block.tensor.numel() for block in blocks.values())
+    itemsize = accumulation_dtype(next(iter(blocks.values())).tensor).itemsize
+
+    # The queries that each fit pass and each run of the score pass carry.
+    queries = sum(map(len, sets)) if per_example else len(sets)
+    at_once = min(trainer._count_queries_per_block(blocks), max(map(len, sets))) if per_example else queries
+    num_fits = sum(-(-len(rows) // at_once) for rows in sets) if per_example else 1
+    num_scores = -(-queries // at_once)
+
+    shapes = [_Shape.measure(passes, rows) for rows in (pool, *sets)]
+    shape = shapes[0]
+    timings = _time_batches(passes, [pool, *sets], shapes, at_once, args.estimator, timed_batches, clock)
+    plans = [
+        PassPlan("validation", found.shard_rows, found.padded_tokens, seconds * found.padded_tokens)
+        for found, seconds in zip(shapes[1:], timings.validation, strict=True)
+    ]
+    share = min((args.fit_examples or len(pool)) / len(pool), 1.0)
+    pilot = count_pilot_rows(len(pool))
+    rows, tokens = int(share * shape.shard_rows) + pilot, int(share * shape.padded_tokens + pilot * shape.mean_width)
+    plans += [PassPlan("fit", rows, tokens, timings.fit * tokens)] * (num_fits if datainf else 0)
+    rows = min(CURVATURE_ROWS, len(pool))
+    if datainf and rows >= MIN_CURVATURE_ROWS:
+        tokens = int(rows * shape.mean_width)
+        plans.append(PassPlan("check", rows, tokens, timings.fit * tokens))
+    rows, tokens = shape.shard_rows, shape.padded_tokens
+    plans += [PassPlan("score", rows, tokens, timings.score * tokens)] * num_scores
+
+    scores = len(pool) * queries * 8
+    sums = (0 if per_example else queries * elements * 8) + (num_fits * at_once * elements * 8 if datainf else 0)
+    return InfluencePlan(
+        rows=len(pool),
+        tokens=shape.tokens,
+        loss_tokens=shape.loss_tokens,
+        length_histogram=shape.histogram,
+        num_processes=passes.world_size,
+        passes=plans,
+        timed_batches=timings.num_batches,
+        peak_memory=_peak_memory(passes) + 2 * scores,
+        disk=passes.world_size * sums + queries * elements * itemsize + scores,
+        store=0 if passes.store is None else len(pool) * passes.store.row_bytes,
+        reduced=sums + scores if passes.world_size > 1 else 0,
+    )
+
+
+class _Timings(NamedTuple):
+    """Seconds per token, padding included."""
+
+    validation: list[float]
+    fit: float
+    score: float
+    num_batches: int
+
+
+def _time_batches(
+    passes: Passes,
+    datasets: list[Dataset],
+    shapes: list["_Shape"],
+    num_queries: int,
+    estimator: str,
+    count: int,
+    clock: Callable[[], float],
+) -> _Timings:
+    """Time batches of every pass; the first dataset is the pool, the others are the validation sets."""
+    blocks = passes.blocks
+    dtype = accumulation_dtype(next(iter(blocks.values())).tensor)
+    directions = {name: make_zeros(block.tensor, (num_queries,), dtype) + 1e-4 for name, block in blocks.items()}
+    sums = {name: make_zeros(block.tensor, (num_queries,)) for name, block in blocks.items()}
+    damping = dict.fromkeys(blocks, 1.0)
+    cosine = estimator == "gradient_cosine"
+    num_batches = 0
+    with GradientRecorder(passes.model, blocks, passes.autocast) as recorder:
+
+        def validate(batch: TokenBatch) -> None:
+            for name, gradient in compute_gradient_sum(recorder, batch, passes.loss_reduction).items():
+                sums[name][0] += gradient
+
+        def fit(batch: TokenBatch) -> None:
+            terms = compute_fit_terms(recorder, batch, passes.loss_reduction, directions, damping)
+            for name, term in terms.items():
+                sums[name] += term.weighted_sum
+
+        def score(batch: TokenBatch) -> None:
+            compute_dots(recorder, batch, passes.loss_reduction, directions, with_norms=cosine)
+
+        def seconds_per_token(rows: Dataset, shape: _Shape, step: Callable[[TokenBatch], None]) -> float:
+            nonlocal num_batches
+            chosen = _spread(rows, shape.batches, count)
+            if not chosen:
+                return 0.0  # more processes than rows
+            run_batches(passes, chosen[0], step)  # the first run is slower
+            _synchronize()
+            start = clock()
+            for token_rows in chosen:
+                run_batches(passes, token_rows, step)
+            _synchronize()
+            num_batches += len(chosen)
+            return (clock() - start) / sum(len(rows) * int(rows.lengths.max()) for rows in chosen)
+
+        pool, shape = datasets[0], shapes[0]
+        # The batches of the longest rows and of the most rows, for the memory that they take.
+        for batch_rows in (*shape.batches[:1], *sorted(shape.batches, key=len)[-1:]):
+            run_batches(passes, read_token_rows(pool.select(batch_rows)), fit if estimator == "datainf" else score)
+        validation = [seconds_per_token(*found, validate) for found in zip(datasets[1:], shapes[1:], strict=True)]
+        fit_seconds = seconds_per_token(pool, shape, fit) if estimator == "datainf" else 0.0
+        score_seconds = seconds_per_token(pool, shape, score)
+        finish_together(passes, recorder)
+        return _Timings(validation, fit_seconds, score_seconds, num_batches)
+
+
+@dataclass
+class _Shape:
+    """Lengths and batches of some rows: of all of them, and of this process's shard."""
+
+    tokens: int
+    loss_tokens: int
+    histogram: list[tuple[int, int, int]]
+    shard_rows: int
+    padded_tokens: int
+    batches: list[np.ndarray]
+
+    @property
+    def mean_width(self) -> float:
+        """Padded tokens per row."""
+        return self.padded_tokens / max(self.shard_rows, 1)
+
+    @classmethod
+    def measure(cls, passes: Passes, rows: Dataset) -> "_Shape":
+        """Read the lengths of all rows, and plan the shard's batches as the passes do."""
+        start, end = passes.shard(len(rows))
+        vocab_size = passes.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+        tokens = loss_tokens = padded = 0
+        counts = np.zeros(64, dtype=np.int64)
+        for first in range(0, len(rows), 10_000):
+            token_rows = read_token_rows(rows, first, min(first + 10_000, len(rows)))
+            tokens += int(token_rows.lengths.sum())
+            loss_tokens += int(token_rows.num_loss_tokens.sum())
+            counts += np.bincount(np.log2(np.maximum(token_rows.lengths, 1)).astype(int), minlength=64)
+        batches: list[np.ndarray] = []
+        for first in range(start, end, passes.chunk_size):
+            token_rows = read_token_rows(rows, first, min(first + passes.chunk_size, end))
+            for indices in plan_batches(token_rows, passes.tokens_per_batch, vocab_size):
+                padded += len(indices) * int(token_rows.lengths[indices].max())
+                batches.append(first + indices)
+        powers = np.flatnonzero(counts).tolist()
+        histogram = [(2**power, 2 ** (power + 1) - 1, int(counts[power])) for power in powers]
+        return cls(tokens, loss_tokens, histogram, end - start, padded, batches)
+
+
+def _spread(rows: Dataset, batches: list[np.ndarray], count: int) -> list[TokenRows]:
+    """Some of the batches, evenly spread over all of them, as rows."""
+    if not batches:
+        return []
+    chosen = np.unique(np.linspace(0, len(batches) - 1, min(2 * count + 1, len(batches))).astype(int))
+    if len(chosen) > count:
+        chosen = chosen[1::2]
+    return [read_token_rows(rows.select(batches[index])) for index in chosen]
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _peak_memory(passes: Passes) -> int:
+    if passes.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(passes.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,194 @@
+"""Pools that grow: rows scored later by the same scorer, merged and ranked anew, without a refit."""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets
+from scipy.stats import spearmanr
+
+from hf_in2core.cards.dataset import is_influence_column
+from hf_in2core.engine.batches import read_token_rows
+from hf_in2core.engine.fit import run_fit_pass, run_validation_pass
+from hf_in2core.engine.gradients import GradientRecorder
+from hf_in2core.engine.passes import Passes
+from hf_in2core.engine.scoring import Directions, score_token_rows
+from hf_in2core.engine.state import hash_prepared
+from hf_in2core.rows.preparation import prepare_rows
+from hf_in2core.rows.scored import add_influence_columns, add_query_column
+from hf_in2core.rows.sources import find_shared_rows, hash_rows
+
+from .scorer import InfluenceScorer
+
+
+logger = logging.getLogger(__name__)
+
+# Largest difference between two scores of one row, relative to the largest score, that rounding can make.
+_SAME_SCORE = 1e-3
+
+
+def merge_scored(pools: Sequence[Dataset]) -> Dataset:
+    """
+    Merge pools that one scorer has scored, and rank their rows anew.
+
+    A row's influence depends on the scorer and on the row alone, so pools that the same scorer has scored lie on one
+    scale; only the rank is of the pool as a whole. Rows that an earlier pool holds already are left out.
+
+    Args:
+        pools (`Sequence[datasets.Dataset]`):
+            Scored pools with the same columns; `influence_rank` may be missing, as after `dataset.map(scorer)`.
+
+    Returns:
+        `datasets.Dataset`: the rows of the first pool, then the new ones of each other, with the columns of the first
+        and `influence_rank` (0 = strongest proponent) over all of them. Negative influence = proponent.
+
+    Raises:
+        ValueError: if a pool has other columns or is not scored, or if a row that two pools share has another
+            influence in each, so that different scorers must have scored them.
+    """
+    first = pools[0]
+    own = get_own_columns(first)
+    columns = [name for name in first.column_names if name != "influence_rank"]
+    parts = [first.select_columns(columns).with_format(None)]
+    known = dict(zip(hash_rows(first.select_columns(own)), _read(first, "influence"), strict=True))
+    for number, pool in enumerate(pools[1:], start=2):
+        differing = sorted(set(columns) ^ (set(pool.column_names) - {"influence_rank"}))
+        if differing:
+            raise ValueError(
+                f"Pool {number} and the first differ in the columns {', '.join(differing)}, so they do not make one "
+                "pool. Bring its rows into the same columns, and score them with the same scorer."
+            )
+        pool = pool.select_columns(columns).with_format(None)
+        hashes, influence = hash_rows(pool.select_columns(own)), _read(pool, "influence")
+        is_known = find_shared_rows(hashes, known)
+        _check_same_scorer(np.array([known[h] for h in np.array(hashes)[is_known]]), influence[is_known], number)
+        if is_known.any():
+            logger.info("%d of %d rows of pool %d are there already.", is_known.sum(), len(pool), number)
+        new = np.flatnonzero(~is_known)
+        parts.append(pool.select(new).cast(parts[0].features))
+        known |= {hashes[row]: influence[row] for row in new}
+    merged = concatenate_datasets(parts)
+    scores = {name: _read(merged, name) for name in columns if is_influence_column(name)}
+    per_query = merged["influence_per_query"][:] if "influence_per_query" in columns else None
+    for name in ("influence_per_query", "influence_per_checkpoint"):
+        scores.pop(name, None)
+    num_loss_tokens = scores.get("num_loss_tokens")
+    if num_loss_tokens is not None:
+        scores["num_loss_tokens"] = num_loss_tokens.astype(np.int64)
+    ranked = add_influence_columns(merged.select_columns(own), scores)
+    if per_query is not None:
+        width = max(len(row) for row in per_query if row is not None)
+        ranked = add_query_column(ranked, np.array([[np.nan] * width if row is None else row for row in per_query]))
+    return ranked
+
+
+def _check_same_scorer(before: np.ndarray, now: np.ndarray, number: int) -> None:
+    both = ~np.isnan(before) & ~np.isnan(now)
+    if not both.any():
+        return
+    difference = float(np.abs(before[both] - now[both]).max() / max(np.abs(before[both]).max(), 1e-300))
+    if difference > _SAME_SCORE:
+        raise ValueError(
+            f"{both.sum()} rows of pool {number} are in an earlier pool too, but with another influence (by up to "
+            f"{difference:.1%} of the largest): other scorers have scored them, and their numbers do not compare. "
+            "Score both with the same scorer."
+        )
+
+
+def get_own_columns(pool: Dataset) -> list[str]:
+    """A pool's own columns, without those that scoring adds."""
+    return [name for name in pool.column_names if not is_influence_column(name)]
+
+
+def check_fitted_pool(
+    scorer: InfluenceScorer,
+    pool: Dataset,
+    validation: Dataset | Mapping[str, Dataset] | None = None,
+    sample_size: int = 256,
+    seed: int = 0,
+) -> float | None:
+    """
+    Warn when a scorer was fitted on another pool than the one it scores, and measure what that changes.
+
+    Influence through `u` fitted on the pool A ranks rows of a pool B almost as `u` fitted on B would as long as their
+    gradients are of a kind. How nearly is measured on a sample of B: a second `u` is fitted on the sample, both score
+    it, and their scores are compared by Spearman's rank correlation.
+
+    Args:
+        scorer ([`InfluenceScorer`]):
+            The scorer.
+        pool (`datasets.Dataset`):
+            Raw or scored rows.
+        validation (`datasets.Dataset` or `Mapping[str, datasets.Dataset]`, *optional*):
+            The validation sets that the scorer was fitted with; without them nothing can be measured.
+        sample_size (`int`, *optional*, defaults to `256`):
+            Rows of the sample.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the sample.
+
+    Returns:
+        `float` or `None`: the rank correlation; `None` where the pool is the one it was fitted on, where the estimator
+        fits on none, or where nothing could be measured.
+
+    Raises:
+        ValueError: if `validation` is not what the scorer was fitted with, by names and numbers of rows.
+    """
+    sets = {"validation": validation} if isinstance(validation, Dataset) else dict(validation or {})
+    given, stated = {name: len(rows) for name, rows in sets.items()}, dict(scorer.config.validation_sets)
+    if sets and given != stated:
+        raise ValueError(
+            f"The validation sets {given} are not those that the scorer was fitted with ({stated}; names and rows). "
+            "Pass the same ones, or none."
+        )
+    pool = pool.select_columns(get_own_columns(pool))
+    prepared = prepare_rows(pool, scorer.preparation)
+    if scorer.config.estimator != "datainf" or hash_prepared(prepared) == scorer.config.pool_hash:
+        return None
+    warn = logger.warning if PartialState().is_main_process else logger.debug
+    said = "The scorer was fitted on another pool (%d rows) than the one it scores (%d rows)"
+    sizes = scorer.config.num_fit_examples, len(pool)
+    if not sets or scorer.config.per_example:
+        warn(
+            f"{said}. How nearly it ranks them as a refit would can be measured on a sample: pass the validation set.",
+            *sizes,
+        )
+        return None
+    positions = np.random.default_rng(seed).choice(len(prepared), min(sample_size, len(prepared)), replace=False)
+    correlation = _measure_agreement(scorer, prepared.select(np.sort(positions)), sets)
+    warn(
+        f"{said}. On a sample of %d rows its ranking correlates %.3f with that of a scorer fitted on the sample "
+        "(Spearman; 1 = the same ranking). Fit anew where that is too little.",
+        *sizes,
+        len(positions),
+        correlation,
+    )
+    return correlation
+
+
+def _measure_agreement(scorer: InfluenceScorer, sample: Dataset, validation: Mapping[str, Dataset]) -> float:
+    passes = scorer.make_passes()
+    means = [
+        run_validation_pass(passes, prepare_rows(validation[name], scorer.preparation), f"validation-{name}", name)
+        for name in scorer.config.validation_sets
+    ]
+    v = {key: torch.stack([mean[key] for mean in means]) for key in passes.blocks}
+    refitted = run_fit_pass(passes, sample, v, scorer.config.damping_scale, None, seed=0).ihvp
+    refitted = {key: value.to(scorer.directions[key]) for key, value in refitted.items()}
+    scores = [_score(scorer, passes, sample, directions) for directions in (scorer.directions, refitted)]
+    return float(spearmanr(*scores).statistic)
+
+
+def _score(scorer: InfluenceScorer, passes: Passes, sample: Dataset, directions: Directions) -> np.ndarray:
+    with GradientRecorder(scorer.model, passes.blocks, passes.autocast) as recorder:
+        return score_token_rows(passes, recorder, read_token_rows(sample), directions, cosine=False).mean(axis=1)
+
+
+def _read(pool: Dataset, name: str) -> np.ndarray:
+    if name not in pool.column_names:
+        raise ValueError(f"A pool has no column {name!r} (it has {', '.join(pool.column_names)}). Score it first.")
+    if name in ("influence_per_query", "influence_per_checkpoint"):
+        return np.zeros(0)
+    values = pool.with_format(None)[name][:]
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)

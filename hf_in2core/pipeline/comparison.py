@@ -1,0 +1,275 @@
+"""The comparison of arms: which runs there are, what they found, and `results.json`."""
+
+import os
+import platform
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from hf_in2core import select_coreset
+from hf_in2core.evaluation.judge import compute_auc, judge
+from hf_in2core.report.run import RESULTS_VERSION
+from hf_in2core.report.terminal import plot_arms, plot_influence, plot_length, print_results, write_report
+from hf_in2core.rows.columns import apply_columns
+from hf_in2core.selection.lengths import MIN_ROWS, compare_lengths
+
+from .arguments import In2CoreArguments, describe_command
+from .run_folder import write_json
+
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+STRATEGIES = {"full": "top", "random": "random", "opponents": "bottom"}
+NUM_EXAMPLES = 10
+LONGEST_TEXT = 2000
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training run of a comparison."""
+
+    arm: str
+    fraction: float
+    seed: int
+    budget: str
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return f"{self.budget}-{self.arm}-{self.fraction:g}-{self.seed}"
+
+    def select(self, scored: Dataset, strategy: str = "top") -> list[int]:
+        """
+        Positions of the rows it trains on, in the pool's order; the full arm has all rows that carry loss.
+
+        `strategy` is that of the coreset; the other arms have their own.
+        """
+        named = [name for name in scored.column_names if name.startswith("influence")]
+        numbered = scored.select_columns(named).add_column("row", np.arange(len(scored)))
+        strategy = strategy if self.arm == "coreset" else STRATEGIES[self.arm]
+        return select_coreset(
+            numbered, fraction=self.fraction, strategy=strategy, order="original", seed=self.seed
+        ).with_format(None)["row"][:]
+
+
+def plan_arms(args: In2CoreArguments) -> list[Arm]:
+    """All runs of a comparison; those that answer the first question come first."""
+    return [
+        Arm(arm, 1.0 if arm == "full" else fraction, seed, budget)
+        for budget in args.budgets
+        for position, fraction in enumerate(args.fractions)
+        for seed in args.seeds
+        for arm in args.arms
+        if arm != "full" or position == 0
+    ]
+
+
+def find_equal_run(arm: Arm, args: In2CoreArguments, max_steps: int) -> Arm:
+    """The run that is the same: the full arm takes its epochs under either budget, unless `max_steps` is set."""
+    if arm.arm == "full" and "steps" in args.budgets and max_steps <= 0:
+        return replace(arm, budget="steps")
+    return arm
+
+
+def build_results(
+    settings_values: dict[str, Any],
+    arms: list[dict[str, Any]],
+    num_planned: int,
+    base: dict[str, Any],
+    selection: dict[str, Any],
+    findings: dict[str, Any],
+    fractions: list[float],
+) -> dict[str, Any]:
+    """The content of `results.json`."""
+    complete = len(arms) == num_planned
+    verdict = {"text": f"The comparison is not finished: {len(arms)} of {num_planned} arms are trained."}
+    return {
+        "format_version": RESULTS_VERSION,
+        "arms": arms,
+        "selection": selection,
+        "verdict": judge(arms, selection, fractions=fractions) if complete else verdict,
+        "complete": complete,
+        "base": base,
+        **findings,
+        "machine": describe_machine(),
+        "command": describe_command(),
+        "config": settings_values,
+    }
+
+
+def write_results(run: Path, results: dict[str, Any], scored: Dataset) -> None:
+    """Write `results.json`, and when the comparison is complete print it, draw it and write the page of it."""
+    if not PartialState().is_main_process:
+        return
+    write_json(run / "results.json", results)
+    if not results["complete"]:
+        return
+    print_results(results)
+    if find_spec("matplotlib") is None:
+        print("No pictures: matplotlib is not installed (`pip install hf-in2core[report]`).")
+    else:
+        draw_results(run, results, scored)
+    print(f"Report: {write_report(run)}")
+
+
+def draw_results(run: Path, results: dict[str, Any], scored: Dataset) -> None:
+    """Draw the arms of a complete comparison, and the influence of the pool, also against the length of its rows."""
+    plot_arms(results, run / "arms.png")
+    headline = next((fraction for fraction in results["config"]["fractions"] if fraction < 1), None)
+    # Only the coreset of the smallest influence ends at a cut.
+    cut = None
+    if headline is not None and results["config"]["strategy"] == "top":
+        cut = max(select_coreset(scored, fraction=headline)["influence"])
+    influence = read_influence(scored)
+    plot_influence(influence, run / "influence.png", cut=cut)
+    kept = np.zeros(len(scored), dtype=bool)
+    if headline is not None:
+        kept[Arm("coreset", headline, 0, "").select(scored, results["config"]["strategy"])] = True
+    carries_loss = np.isfinite(influence)
+    lengths = np.array(scored.with_format(None)["num_loss_tokens"][:])
+    plot_length(influence[carries_loss], lengths[carries_loss], kept[carries_loss], run / "influence_by_length.png")
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the seconds were measured on."""
+    return {
+        "cpu": read_cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "processes": PartialState().num_processes,
+        "python": platform.python_version(),
+        **{library: version(library) for library in LIBRARIES},
+    }
+
+
+def read_cpu_name() -> str:
+    """Name of the processor, as Linux tells it; else the architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def find_examples(
+    scored: Dataset, pool: Dataset, columns: list[str] | None, tokenizer: PreTrainedTokenizerBase, extra: list[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """
+    The strongest proponents and opponents with their text.
+
+    Args:
+        scored ([`~datasets.Dataset`]): The scored pool.
+        pool ([`~datasets.Dataset`]): The pool as it was loaded, whose rows are the same.
+        columns (`list[str]`, *optional*): Column mapping.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): For mapping and for rows that are tokens.
+        extra (`list[str]`): Columns to show beside the text.
+
+    Returns:
+        `dict`: `proponents` (influence below 0), the strongest first, and `opponents` (above 0), the strongest first.
+    """
+    influence = read_influence(scored)
+    order = np.argsort(influence, kind="stable")[: int((~np.isnan(influence)).sum())]
+    # Among the last of a pool that helps throughout there are proponents too.
+    found = {
+        "proponents": order[influence[order] < 0][:NUM_EXAMPLES],
+        "opponents": order[influence[order] > 0][::-1][:NUM_EXAMPLES],
+    }
+    shown = ["influence", "influence_rank", "num_loss_tokens", *extra]
+    examples: dict[str, list[dict[str, Any]]] = {}
+    for name, positions in found.items():
+        if len(positions) == 0:  # a dataset without rows has no columns left to map
+            examples[name] = []
+            continue
+        rows = scored.select(positions)
+        texts = apply_columns(pool.select(positions), columns, tokenizer)
+        examples[name] = [
+            {"row": int(position), **{key: row[key] for key in shown}, "text": render_text(text, tokenizer)}
+            for position, row, text in zip(positions, rows, texts, strict=True)
+        ]
+    return examples
+
+
+def render_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    """A row in one of TRL's formats as plain text, cut when it is very long."""
+    if "input_ids" in row:
+        text = str(tokenizer.decode(row["input_ids"]))
+    else:
+        parts = [row[name] for name in ("prompt", "completion", "messages", "conversations", "text") if name in row]
+        text = "".join(part if isinstance(part, str) else render_turns(part) for part in parts)
+    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"
+
+
+def render_turns(turns: list[dict[str, Any]]) -> str:
+    """Turns of a conversation, one per paragraph."""
+    return "".join(
+        f"{turn.get('role', turn.get('from'))}: {turn.get('content', turn.get('value'))}\n" for turn in turns
+    )
+
+
+def compute_aucs(
+    scored: Dataset,
+    row_losses: np.ndarray,
+    validation: dict[str, Dataset],
+    task_column: str | None,
+    wrong_column: str | None,
+) -> dict[str, Any]:
+    """
+    How influence ranks the tasks of interest and the wrong answers, beside how the row's own loss does.
+
+    Args:
+        scored ([`~datasets.Dataset`]): The scored pool.
+        row_losses (`np.ndarray` of shape `[rows]`):
+            Mean loss of each pool row under the reference model; NaN where it carries none.
+        validation (`dict[str, Dataset]`): Validation sets; the tasks in them are those of interest.
+        task_column (`str`, *optional*): Column that names a row's task.
+        wrong_column (`str`, *optional*): Column that is true for wrong answers.
+
+    Returns:
+        `dict`: `auc`, by kind of row and score (0.5 = chance; influence as a sign of tasks of interest is taken
+        negative, and of wrong answers positive; the loss likewise low and high), and `auc_rows`, how many there are.
+    """
+    influence = read_influence(scored)
+    everything = np.ones(len(scored), dtype=bool)
+    interest = everything
+    if task_column is not None:
+        tasks = {str(task) for rows in validation.values() for task in rows[task_column]}
+        interest = np.array([str(task) in tasks for task in scored[task_column]])
+    auc: dict[str, dict[str, float | None]] = {}
+    counts: dict[str, int] = {}
+
+    def add(kind: str, labels: np.ndarray, sign: int, among: np.ndarray) -> None:
+        counts[kind] = int(labels[among].sum())
+        auc[kind] = {
+            name: compute_auc(sign * scores[among], labels[among])
+            for name, scores in (("influence", influence), ("loss", row_losses))
+        }
+
+    if task_column is not None:
+        add("tasks of interest", interest, -1, everything)
+    if wrong_column is not None:
+        wrong = np.array([bool(value) for value in scored[wrong_column]])
+        add("wrong answers", wrong, 1, everything)
+        if task_column is not None:
+            add("wrong answers in tasks of interest", wrong, 1, interest)
+    return {"auc": auc, "auc_rows": counts}
+
+
+def find_lengths(scored: Dataset, fractions: list[float], strategy: str) -> dict[str, Any] | None:
+    """Lengths of the headline's coreset against the pool's; `None` where the pool is too small to tell."""
+    fraction = next((fraction for fraction in fractions if fraction < 1), None)
+    if fraction is None or int((~np.isnan(read_influence(scored))).sum()) < MIN_ROWS:
+        return None
+    return compare_lengths(scored, select_coreset(scored, fraction=fraction, strategy=strategy))
+
+
+def read_influence(scored: Dataset) -> np.ndarray:
+    """Influence as float64, NaN where a row carries no loss."""
+    values = scored.with_format(None)["influence"][:]
+    return np.array([np.nan if value is None else value for value in values])

@@ -1,0 +1,248 @@
+"""A run of in2core.py before any long work: loading, checking, and claiming its folder."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import PartialState
+from datasets import Dataset, Features, Value
+from transformers import PreTrainedTokenizerBase
+from trl import ModelConfig, SFTConfig
+
+from hf_in2core import InfluenceConfig
+from hf_in2core.cards.publish import check_published_columns
+from hf_in2core.hub.commits import PushCheck, check_can_push
+from hf_in2core.rows.preparation import Preparation
+from hf_in2core.rows.sources import find_hub_id, hash_value, parse_named_sources
+
+from .arguments import In2CoreArguments
+from .comparison import plan_arms
+from .inputs import (
+    Inputs,
+    check_adapter,
+    check_model,
+    check_pool_columns,
+    check_trainable,
+    check_whole_model,
+    hash_folder,
+    load_inputs,
+    load_tokenizer,
+)
+from .parser import Settings
+from .run_folder import agree, quiet_loading, read_json, warn, write_json
+
+
+# Settings that change no result, so that a run may go on with others.
+HARMLESS = {
+    *(
+        "output_dir",
+        "hub_id",
+        "hub_private_repo",
+        "setup_script",
+        "overwrite_output_dir",
+        "dry_run",
+        "task_column",
+        "wrong_column",
+    ),
+    # Results are kept by arm, so that arms can be added.
+    *("fractions", "seeds", "arms", "budgets", "analyses"),
+    # Compared by content.
+    *("pool", "validation", "test"),
+    *("report_to", "run_name", "project", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node"),
+    *("logging_steps", "logging_strategy", "logging_first_step", "logging_nan_inf_filter", "skip_memory_metrics"),
+    *("save_strategy", "save_steps", "save_total_limit", "save_only_model", "tokens_per_batch", "chunk_size"),
+    *("dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+    *("dataloader_prefetch_factor", "per_device_eval_batch_size", "ddp_timeout", "gradient_store_gb"),
+    "influence_activation_checkpointing",
+}
+
+
+@dataclass
+class Job:
+    """A checked run: its settings, models by name, data, and the identity of everything that results depend on."""
+
+    settings: Settings
+    folder: Path
+    inputs: Inputs
+    reference_model: ModelConfig
+    target_model: ModelConfig
+    reference_tokenizer: PreTrainedTokenizerBase
+    target_tokenizer: PreTrainedTokenizerBase
+    prepared_test: Dataset
+    identities: dict[str, str]
+
+    @property
+    def args(self) -> In2CoreArguments:
+        """The recipe's own settings."""
+        return self.settings.arguments
+
+    @property
+    def validation(self) -> Dataset | dict[str, Dataset]:
+        """Validation sets as InfluenceTrainer takes them."""
+        sets = self.inputs.validation
+        return sets[""] if list(sets) == [""] else sets
+
+    def identify(self, reference: bool, config_type: type, *extra: Any) -> str:
+        """Hash of the settings that shape a result, and of what else does."""
+        shaping = self.settings.select(ModelConfig, reference) | self.settings.select(config_type, reference)
+        return hash_value([{name: value for name, value in shaping.items() if name not in HARMLESS}, *extra])
+
+    def identify_target(self, *extra: Any) -> str:
+        """The same for a target: its batches are as large as there are processes, so arms of other runs do not fit."""
+        inputs = [self.identities[name] for name in ("target model", "pool", "test")]
+        return self.identify(False, SFTConfig, inputs, PartialState().num_processes, *extra)
+
+
+def check(settings: Settings) -> Job:
+    """
+    Load the data and check everything that can be checked before long work.
+
+    Raises:
+        ValueError: with what was given, why it cannot work and what to do instead.
+    """
+    args: In2CoreArguments = settings.arguments
+    check_whole_model()
+    folder = Path(args.output_dir or "")
+    reference_args = settings.make(InfluenceConfig, reference=True)
+    target_args = settings.make(InfluenceConfig)
+    reference_model = settings.make(ModelConfig, reference=True, use_peft=True)
+    target_name = args.target_model_name_or_path or args.model_name_or_path
+    target_model = settings.make(ModelConfig, use_peft=True, model_name_or_path=target_name)
+    validation_sources = parse_named_sources(args.validation or [])
+    found = check_hub(args, settings.values["hub_private_repo"]) if args.hub_id is not None else None
+
+    reference_tokenizer = load_tokenizer(reference_model, reference_args)
+    target_tokenizer = load_tokenizer(target_model, target_args)
+    assert args.pool is not None and args.test is not None
+    with quiet_loading():
+        inputs = load_inputs(
+            args.pool, validation_sources, args.test, args.columns, reference_tokenizer, args.drop_overlap
+        )
+    check_pool_columns(inputs.pool, list(inputs.validation), [args.task_column, args.wrong_column])
+    if found is not None:
+        features = Features(dict(inputs.pool.features) | name_influence_features(list(inputs.validation)))
+        check_published_columns(found.head, features, ["train", *name_coresets(args)], "default")
+    smallest = min(args.fractions)
+    if round(smallest * len(inputs.pool)) == 0:
+        raise ValueError(f"fraction {smallest} of a pool of {len(inputs.pool)} rows is no row. Give a larger one.")
+    Preparation.from_args(target_args, target_tokenizer, inputs.pool)
+    with quiet_loading():
+        for name, rows in inputs.validation.items():
+            check_trainable(rows, f"validation set {name}".strip(), reference_args, reference_tokenizer)
+        prepared_test = check_trainable(inputs.test, "test set", target_args, target_tokenizer)
+
+    check_model(reference_model, reference_args, for_influence=True)
+    parameters = check_model(target_model, target_args, for_influence=False)
+    if args.reference_adapter is not None:
+        check_adapter(args.reference_adapter, reference_model.model_name_or_path or "")
+    check_disk(folder, inputs.pool, parameters, len(plan_arms(args)))
+    identities = inputs.hashes | {
+        "reference model": hash_folder(reference_model.model_name_or_path or ""),
+        "target model": hash_folder(target_model.model_name_or_path or ""),
+        "reference adapter": hash_folder(args.reference_adapter) if args.reference_adapter else "",
+    }
+    job = Job(
+        settings,
+        folder,
+        inputs,
+        reference_model,
+        target_model,
+        reference_tokenizer,
+        target_tokenizer,
+        prepared_test,
+        identities,
+    )
+    if not args.dry_run:
+        claim_folder(job)
+    return job
+
+
+def check_hub(args: In2CoreArguments, private: bool | None) -> PushCheck | None:
+    """Check on the main process that the publication at the end can succeed."""
+    if not PartialState().is_main_process:
+        return None
+    assert args.hub_id is not None
+    splits = ["train", *name_coresets(args)]
+    found = check_can_push(args.hub_id, private=private, splits=splits, source_datasets=find_sources(args))
+    for warning in found.warnings:
+        warn(warning)
+    if found.overwrites:
+        warn(f"{args.hub_id} holds {', '.join(found.overwrites)}, which the publication at the end replaces.")
+    return found
+
+
+def name_influence_features(validation: list[str]) -> dict[str, Value]:
+    """The columns that scoring will add."""
+    named = [] if validation in ([""], ["validation"]) else [f"influence_{name}" for name in validation]
+    scores = dict.fromkeys(["influence", *named], Value("float64"))
+    return scores | dict.fromkeys(["influence_rank", "num_loss_tokens"], Value("int64"))
+
+
+def check_disk(folder: Path, pool: Dataset, adapter_parameters: int, num_arms: int) -> None:
+    """
+    Check that the adapters and the annotated pool fit on the disk.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    needed = 2 * pool.data.nbytes + 4 * adapter_parameters * (num_arms + 1)
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ValueError(
+            f"{folder} needs about {needed / 1e9:.1f} GB ({num_arms} adapters and the annotated pool), but the disk "
+            f"has {free / 1e9:.1f} GB left. Give another --output_dir, or fewer --arms, --seeds or --fractions."
+        )
+
+
+def claim_folder(job: Job) -> None:
+    """
+    Write `config.yaml` into the run's folder, unless another configuration has been there.
+
+    Raises:
+        ValueError: naming the settings and inputs that differ.
+    """
+    different = agree(lambda: find_differences(job))
+    if different and not job.args.overwrite_output_dir:
+        raise ValueError(
+            f"{job.folder} is the run of another configuration: {'; '.join(different)}. Give another --output_dir, or "
+            "go on in it with --overwrite_output_dir, which computes again what no longer fits."
+        )
+    if PartialState().is_main_process:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        job.settings.save(job.folder / "config.yaml")
+        write_json(job.folder / "inputs.json", job.identities)
+    PartialState().wait_for_everyone()
+
+
+def find_differences(job: Job) -> list[str]:
+    """What differs between this run and the one whose folder it is, in words."""
+    path = job.folder / "config.yaml"
+    if not path.is_file():
+        return []
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    now = job.settings.values
+    different = [
+        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if name.removeprefix("reference_") not in HARMLESS and before.get(name) != now.get(name)
+    ]
+    identities = read_json(job.folder / "inputs.json") or {}
+    return different + [
+        f"the content of the {name} changed"
+        for name in sorted(identities.keys() | job.identities.keys())
+        if identities.get(name) != job.identities.get(name)
+    ]
+
+
+def find_sources(args: In2CoreArguments) -> list[str]:
+    """Hub ids that the pool comes from."""
+    hub_id = find_hub_id(args.pool or "")
+    return [] if hub_id is None else [hub_id]
+
+
+def name_coresets(args: In2CoreArguments) -> list[str]:
+    """Split names of the coresets: `coreset_25` for fraction 0.25."""
+    return [f"coreset_{100 * fraction:g}" for fraction in args.fractions]

@@ -1,0 +1,133 @@
+"""A run's processes and files: who decides, who prints, and writing whole or not at all."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers.utils import logging as transformers_logging
+
+from hf_in2core import InfluenceConfig
+
+from .parser import Settings
+
+
+# What a distributed launch leaves in the environment of a child process that is not part of it.
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def join_processes(settings: Settings) -> None:
+    """
+    Join the processes of the launch; every recipe that may have several begins with it.
+
+    Raises:
+        ValueError: if the launcher started several, but they would each take themselves for the only one.
+    """
+    # Training arguments join on the CPU too, which PartialState does only when it is told that there is nothing else.
+    settings.make(InfluenceConfig)
+    launched, joined = int(os.environ.get("WORLD_SIZE", "1")), PartialState().num_processes
+    if launched != joined:
+        raise ValueError(
+            f"{launched} processes were launched, but they do not find each other ({joined} in this group) and would "
+            "write over one another. On CPUs set ACCELERATE_USE_CPU=true before `accelerate launch --multi_gpu`."
+        )
+
+
+def say(message: str) -> None:
+    """Print on the main process."""
+    PartialState().print(message, flush=True)
+
+
+def warn(message: str) -> None:
+    """Print a warning on the main process, where it does not mix with results."""
+    PartialState().print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def agree(decide: Callable[[], Any]) -> Any:
+    """Let the main process decide, for example from a file; every process gets the same answer."""
+    state = PartialState()
+    state.wait_for_everyone()
+    answer = [decide() if state.is_main_process else None]
+    return answer[0] if state.num_processes == 1 else broadcast_object_list(answer)[0]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; `None` where there is no whole file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def read_tasks(folder: Path) -> dict[str, dict[str, Any]]:
+    """What evaluate.py found for the model in a folder, by task; empty where it was not evaluated."""
+    stored = read_json(folder / "tasks.json")
+    return {
+        task: {name: value for name, value in found.items() if name != "identity"}
+        for task, found in (stored if isinstance(stored, dict) else {}).items()
+    }
+
+
+@contextmanager
+def written_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when everything in it is written; for all processes."""
+    state = PartialState()
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if state.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    state.wait_for_everyone()
+    yield temporary
+    state.wait_for_everyone()
+    if state.is_main_process:
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    state.wait_for_everyone()
+
+
+def run_setup_script(command: str) -> None:
+    """Run a Python script with its arguments, in a process of its own, on the main process."""
+    script, *arguments = shlex.split(command)
+    if not Path(script).is_file():
+        raise FileNotFoundError(f"--setup_script names `{script}`, which is not a file, seen from {Path.cwd()}.")
+    state = PartialState()
+    if state.is_main_process:
+        # A child that took itself for a rank of this launch would wait for the others.
+        environment = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
+        subprocess.run([sys.executable, script, *arguments], check=True, env=environment)
+    state.wait_for_everyone()
+
+
+@contextmanager
+def quiet_loading(repeated: bool = False) -> Iterator[None]:
+    """No bars for loading and tokenising outside a terminal, and none at all where every arm does it anew."""
+    if sys.stderr.isatty() and not repeated:
+        yield
+        return
+    shown, loading = datasets.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+        if loading:
+            transformers_logging.enable_progress_bar()

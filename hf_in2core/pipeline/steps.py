@@ -1,0 +1,282 @@
+"""The steps of in2core.py: each returns at once what an earlier run of the same settings has finished."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset
+from trl import SFTConfig
+
+from hf_in2core import InfluenceConfig, push_influence_dataset
+from hf_in2core.influence.plan import plan_influence
+from hf_in2core.rows.preparation import Preparation, prepare_rows
+from hf_in2core.rows.sources import hash_value
+
+from .arguments import STRATEGIES_BY_ROW, describe_command
+from .comparison import Arm, find_equal_run, plan_arms
+from .inputs import take_fraction
+from .job import Job, find_sources, name_coresets
+from .run_folder import agree, quiet_loading, read_json, read_tasks, say, warn, write_json, written_folder
+from .training import (
+    compute_influence,
+    compute_losses,
+    count_steps,
+    evaluate_model,
+    load_model,
+    make_influence_trainer,
+    make_reference_trainer,
+    make_trainer,
+    release,
+    train,
+)
+
+
+def plan_run(job: Job) -> None:
+    """Say what influence will take and which trainings surround it; writes nothing."""
+    influence_args = job.settings.make(InfluenceConfig, reference=True)
+    inputs = (job.inputs.pool, job.validation, job.reference_tokenizer)
+    if job.args.reference_adapter is not None:
+        trainer = make_influence_trainer(job.reference_model, influence_args, job.args.reference_adapter, *inputs)
+    else:
+        with quiet_loading():
+            trainer = make_reference_trainer(job.reference_model, influence_args, *inputs)
+        rows = round(job.args.reference_fraction * len(job.inputs.pool))
+        say(f"Reference: to be trained on {rows:,} rows. A rerun with --reference_adapter takes a trained one.")
+    say(str(plan_influence(trainer, job.args.strategy in STRATEGIES_BY_ROW)))
+    if job.args.analyses:
+        say(f"Analyses ({', '.join(job.args.analyses)}): passes of their own after it, which are not in this plan.")
+    plan = plan_arms(job.args)
+    say(f"Targets: {len(plan)} trainings and evaluations after that: {', '.join(arm.name for arm in plan)}.")
+
+
+def train_reference(job: Job) -> tuple[str, dict[str, Any]]:
+    """
+    Train the reference adapter, or take the given one.
+
+    Returns:
+        `tuple`: where the adapter is, and `{rows, loss_tokens, steps, seconds, identity}` of its training.
+    """
+    args = job.args
+    if args.reference_adapter is not None:
+        say(f"Reference: the adapter {args.reference_adapter}.")
+        identity = hash_value([job.identities["reference adapter"], job.identities["reference model"]])
+        return args.reference_adapter, {"rows": 0, "loss_tokens": 0, "steps": 0, "seconds": 0.0, "identity": identity}
+    folder = job.folder / "reference"
+    hashes = [job.identities[name] for name in ("reference model", "pool")]
+    identity = job.identify(True, SFTConfig, hashes, args.reference_fraction)
+    result = agree(lambda: read_result(folder / "training.json", identity))
+    if result is None:
+        checkpoints = job.folder / "checkpoints" / "reference"
+        influence_args = job.settings.make(InfluenceConfig, reference=True, output_dir=str(checkpoints))
+        rows = take_fraction(job.inputs.pool, args.reference_fraction, influence_args.seed)
+        with quiet_loading():
+            trainer = make_reference_trainer(
+                job.reference_model, influence_args, rows, job.validation, job.reference_tokenizer
+            )
+        with written_folder(folder) as temporary:
+            result = train(trainer, "Reference") | {"identity": identity}
+            if PartialState().is_main_process:
+                trainer.model.save_pretrained(temporary)
+                write_json(temporary / "training.json", result)
+        release(trainer)
+        remove_checkpoints(checkpoints)
+    say(f"Reference: {result['rows']:,} rows, {result['steps']:,} steps, {result['seconds']:.0f} s.")
+    return str(folder), result
+
+
+def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, Any]:
+    """
+    Score the pool and keep `scored/` and `scorer/`.
+
+    Returns:
+        `dict`: the `selection` of `results.json`.
+    """
+    sets = {name: job.identities[f"validation {name}".strip()] for name in job.inputs.validation}
+    per_example = job.args.strategy in STRATEGIES_BY_ROW
+    identity = job.identify(
+        True, InfluenceConfig, reference["identity"], sets, job.identities["pool"], *(["per example"] * per_example)
+    )
+    path = job.folder / "selection.json"
+    result = agree(lambda: read_result(path, identity))
+    if result is None:
+        resumed = agree(lambda: any((job.folder / "influence").glob("*/*.safetensors")))
+        influence_args = job.settings.make(InfluenceConfig, reference=True)
+        scorer, scored, seconds = compute_influence(
+            job.reference_model,
+            influence_args,
+            adapter,
+            job.inputs.pool,
+            job.validation,
+            job.reference_tokenizer,
+            per_example,
+        )
+        with written_folder(job.folder / "scored") as temporary:
+            if PartialState().is_main_process:
+                scored.save_to_disk(str(temporary))
+        with written_folder(job.folder / "scorer") as temporary:
+            if PartialState().is_main_process:
+                scorer.save_pretrained(temporary)
+        result = {
+            "seconds": seconds,
+            "reference_seconds": reference["seconds"],
+            "rows": len(scored),
+            "validation_rows": {name or "validation": len(rows) for name, rows in job.inputs.validation.items()},
+            "reference_rows": reference["rows"],
+            "reference_steps": reference["steps"],
+            "estimator": influence_args.estimator,
+            # The seconds are then those of the last part alone.
+            "resumed": resumed,
+            "identity": identity,
+        }
+        if PartialState().is_main_process:
+            write_json(path, result)
+        PartialState().wait_for_everyone()
+    say(
+        f"Influence: {result['rows']:,} rows on {sum(result['validation_rows'].values()):,} validation rows, "
+        f"{result['seconds']:.0f} s."
+    )
+    return result
+
+
+def compute_reference_losses(job: Job, adapter: str) -> np.ndarray:
+    """Mean loss of each pool row under the reference model, float64 `[rows]`; NaN where a row carries none."""
+    training_args = job.settings.make(InfluenceConfig, reference=True)
+    preparation = Preparation.from_args(training_args, job.reference_tokenizer, job.inputs.pool)
+    with quiet_loading():
+        prepared = prepare_rows(job.inputs.pool, preparation)
+        model = load_model(job.reference_model, training_args, adapter)
+    nll, tokens, _ = compute_losses(model, prepared, training_args, training_args.tokens_per_batch, "Loss of the pool")
+    losses = np.full(len(job.inputs.pool), np.nan)
+    losses[prepared.with_format("numpy")["row"][:]] = nll / tokens
+    return losses
+
+
+def evaluate_base(job: Job, scored: Dataset) -> dict[str, Any]:
+    """
+    Evaluate the target model before any training, and count the steps of the largest arm.
+
+    Returns:
+        `dict`: `steps`, and the loss, perplexity and accuracy on the test set.
+    """
+    largest = max(plan_arms(job.args), key=lambda arm: arm.fraction)
+    positions = largest.select(scored, job.args.strategy)
+    folder = job.folder / "arms" / "base"
+    identity = job.identify_target(positions)
+    result = agree(lambda: read_result(folder / "result.json", identity))
+    if result is None:
+        checkpoints = job.folder / "checkpoints" / "base"
+        training_args = job.settings.make(InfluenceConfig, output_dir=str(checkpoints))
+        with quiet_loading(repeated=True):
+            rows = job.inputs.pool.select(positions)
+            trainer = make_trainer(job.target_model, training_args, rows, job.target_tokenizer)
+        steps = training_args.max_steps if training_args.max_steps > 0 else count_steps(trainer)
+        # A fresh LoRA adapter changes nothing: this is the base model.
+        evaluation = evaluate_model(trainer.model, job.prepared_test, training_args, training_args.tokens_per_batch)
+        result = {"steps": steps, **evaluation, "identity": identity}
+        with written_folder(folder) as temporary:
+            if PartialState().is_main_process:
+                write_json(temporary / "result.json", result)
+        release(trainer)
+        remove_checkpoints(checkpoints)
+    say(f"Target before training: test loss {show(result['test_loss'])}.")
+    return result | tasks_of(folder)
+
+
+def train_arm(job: Job, arm: Arm, scored: Dataset, steps: int) -> dict[str, Any]:
+    """
+    Train a target on an arm's rows and evaluate it on the test set; keep the adapter and the result.
+
+    Args:
+        job ([`Job`]): The run.
+        arm ([`Arm`]): Which rows, seed and budget.
+        scored ([`~datasets.Dataset`]): The scored pool.
+        steps (`int`): Optimiser steps under the budget `steps`.
+
+    Returns:
+        `dict`: an entry of `arms` in `results.json`.
+    """
+    max_steps = job.settings.values["max_steps"]
+    run = find_equal_run(arm, job.args, max_steps)
+    positions = run.select(scored, job.args.strategy)
+    folder = job.folder / "arms" / run.name
+    budget: dict[str, Any] = {"max_steps": steps if run.budget == "steps" else -1}
+    identity = job.identify_target(positions, run.seed, budget)
+    result = agree(lambda: read_result(folder / "result.json", identity))
+    if result is None:
+        checkpoints = job.folder / "checkpoints" / run.name
+        training_args = job.settings.make(InfluenceConfig, output_dir=str(checkpoints), seed=run.seed, **budget)
+        with quiet_loading(repeated=True):
+            rows = job.inputs.pool.select(positions)
+            trainer = make_trainer(job.target_model, training_args, rows, job.target_tokenizer)
+        with written_folder(folder) as temporary:
+            trained = train(trainer, f"{run.arm}, fraction {run.fraction:g}, seed {run.seed}, equal {run.budget}")
+            evaluation = evaluate_model(
+                trainer.model, job.prepared_test, training_args, training_args.tokens_per_batch
+            )
+            result = {"arm": run.arm, "fraction": run.fraction, "seed": run.seed, **trained, **evaluation}
+            result["identity"] = identity
+            if PartialState().is_main_process:
+                trainer.model.save_pretrained(temporary)
+                write_json(temporary / "result.json", result)
+        release(trainer)
+        remove_checkpoints(checkpoints)
+    del result["identity"]
+    return result | {"budget": arm.budget} | tasks_of(folder)
+
+
+def tasks_of(folder: Path) -> dict[str, Any]:
+    """`{"tasks": …}` where evaluate.py has evaluated the model of an arm, which goes with the arm."""
+    tasks = agree(lambda: read_tasks(folder))
+    return {"tasks": tasks} if tasks else {}
+
+
+def publish(job: Job, scored: Dataset) -> None:
+    """Push the annotated pool, the coresets, the scorer and the results in one commit, from the main process."""
+    args = job.args
+    assert args.hub_id is not None and args.pool is not None
+    if PartialState().is_main_process:
+        say(f"Publishing to {args.hub_id}.")
+        coresets = {
+            name: {"strategy": args.strategy, "fraction": fraction}
+            for name, fraction in zip(name_coresets(args), args.fractions, strict=True)
+        }
+        try:
+            push_influence_dataset(
+                args.hub_id,
+                scored,
+                coresets=coresets,
+                scorer=job.folder / "scorer",
+                report=job.folder,
+                source_datasets=find_sources(args),
+                private=job.settings.values["hub_private_repo"],
+                command=describe_command(),
+            )
+        except Exception:
+            warn(
+                f"The run is complete in {job.folder}, but it is not published. What arrived is not sent again: "
+                f"python recipes/publish.py --run {job.folder} --hub_id {args.hub_id}"
+            )
+            raise
+    PartialState().wait_for_everyone()
+
+
+def read_result(path: Path, identity: str) -> dict[str, Any] | None:
+    """What an earlier run of the same settings on the same data has finished."""
+    result = read_json(path)
+    return result if isinstance(result, dict) and result.get("identity") == identity else None
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a training that is finished."""
+    if PartialState().is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.parent.is_dir() and not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
+    PartialState().wait_for_everyone()
+
+
+def show(loss: float | None) -> str:
+    """A loss in words."""
+    return "not finite (the training diverged)" if loss is None else f"{loss:.3f}"

@@ -1,0 +1,313 @@
+"""What the recipes do, one function per stage; in2core.py and the stage recipes call the same ones."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl.trainer.utils import create_model_from_path
+
+from hf_in2core import InfluenceConfig, InfluenceScorer, InfluenceTrainer
+from hf_in2core.engine.losses import compute_row_losses
+from hf_in2core.evaluation.judge import TokenAccuracy, TokenPerplexity
+from hf_in2core.influence.scorer_files import find_revision
+from hf_in2core.progress import make_bar
+from hf_in2core.rows.columns import apply_columns
+from hf_in2core.rows.preparation import Preparation
+from hf_in2core.rows.scored import add_influence_columns, add_query_column
+
+from .parser import Settings
+from .run_folder import quiet_loading, write_json
+
+
+def make_model_kwargs(model_args: ModelConfig, training_args: InfluenceConfig) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained`, for a trainer (`model_init_kwargs`) or for our own loading."""
+    kwargs: dict[str, Any] = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    given: dict[str, Any] = training_args.model_init_kwargs or {}  # type: ignore[assignment]
+    return kwargs | given
+
+
+def load_model(model_args: ModelConfig, training_args: InfluenceConfig, adapter: str | None = None) -> Any:
+    """Load a model as SFTTrainer does, with a trained adapter or without one."""
+    kwargs = make_model_kwargs(model_args, training_args) | {"trust_remote_code": training_args.trust_remote_code}
+    if PartialState().num_processes > 1:
+        kwargs["device_map"] = None
+    quantization = get_quantization_config(model_args)
+    if quantization is not None:
+        kwargs["quantization_config"] = quantization
+    model = create_model_from_path(model_args.model_name_or_path or "", **kwargs)
+    if quantization is None and not hasattr(model, "hf_device_map"):
+        model = model.to(PartialState().device)
+    # A loaded model does not tell which revision it is of, and a scorer names its base model's.
+    model.config._commit_hash = find_revision(model_args.model_name_or_path or "", kwargs["revision"])
+    return model if adapter is None else PeftModel.from_pretrained(model, adapter, is_trainable=True)
+
+
+class StepProgress(TrainerCallback):
+    """One bar per training with a name, gone when it ends; silent for the first minute outside a terminal."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.bar: tqdm | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar."""
+        shown = not args.disable_tqdm
+        self.bar = make_bar(state.max_steps, self.label, "step", shown=shown, initial=state.global_step, brief=True)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the bar."""
+        assert self.bar is not None
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        assert self.bar is not None
+        self.bar.close()
+
+
+def make_trainer(
+    model_args: ModelConfig,
+    training_args: InfluenceConfig,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Any:
+    """A TRL SFTTrainer for a fresh adapter, seeded by `training_args.seed`, on raw rows."""
+    training_args.model_init_kwargs = make_model_kwargs(model_args, training_args)
+    columns = Preparation.from_args(training_args, tokenizer, rows).columns
+    training_args.dataset_text_field = "text"
+    return SFTTrainer(
+        model=model_args.model_name_or_path or "",
+        args=training_args,
+        train_dataset=apply_columns(rows, columns, tokenizer),
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def make_reference_trainer(
+    model_args: ModelConfig,
+    influence_args: InfluenceConfig,
+    rows: Dataset,
+    validation: Dataset | dict[str, Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+) -> InfluenceTrainer:
+    """The same for the reference model; its construction checks everything that influence will need later."""
+    influence_args.model_init_kwargs = make_model_kwargs(model_args, influence_args)
+    return InfluenceTrainer(
+        model=model_args.model_name_or_path or "",
+        args=influence_args,
+        train_dataset=rows,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def train(trainer: SFTTrainer, label: str) -> dict[str, Any]:
+    """
+    Train, from the last checkpoint where `save_strategy` keeps some.
+
+    Returns:
+        `dict`: `rows` and `loss_tokens` trained on, `steps`, `seconds` (of this process's training, without loading).
+    """
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(StepProgress(label))
+    checkpoint = None
+    folder = trainer.args.output_dir or ""
+    if trainer.args.save_strategy != "no" and Path(folder).is_dir():
+        checkpoint = get_last_checkpoint(folder)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return {
+        **count_loss_tokens(trainer.train_dataset),
+        "steps": trainer.state.global_step,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def count_steps(trainer: SFTTrainer) -> int:
+    """Optimiser steps that `num_train_epochs` over the trainer's rows take, however many processes there are."""
+    args = trainer.args
+    per_epoch = max(-(-len(trainer.get_train_dataloader()) // args.gradient_accumulation_steps), 1)
+    return int(np.ceil(args.num_train_epochs * per_epoch))
+
+
+def count_loss_tokens(prepared: Dataset) -> dict[str, int]:
+    """Rows of a prepared dataset, packed or not, and the tokens that carry loss (a row's first is never predicted)."""
+    columns = [name for name in ("labels", "seq_lengths") if name in prepared.column_names]
+    rows = loss_tokens = 0
+    for example in prepared.select_columns(columns).with_format(None):
+        labels = np.asarray(example["labels"])
+        lengths = example.get("seq_lengths") or [len(labels)]
+        labels[np.cumsum([0, *lengths[:-1]])] = -100
+        rows += len(lengths)
+        loss_tokens += int((labels != -100).sum())
+    return {"rows": rows, "loss_tokens": loss_tokens}
+
+
+def train_and_save(trainer: SFTTrainer, settings: Settings, label: str) -> dict[str, Any]:
+    """Train, write adapter, tokenizer, `config.yaml` and `training.json` into `output_dir`; returns as [`train`]."""
+    result = train(trainer, label)
+    folder = Path(trainer.args.output_dir or "")
+    # All processes take part: a sharded model is gathered.
+    trainer.save_model(str(folder))
+    if PartialState().is_main_process:
+        # A pickle of the arguments, which nothing here reads and nobody should publish.
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        settings.save(folder / "config.yaml")
+        write_json(folder / "training.json", result)
+    return result
+
+
+def release(trainer: SFTTrainer) -> None:
+    """Free a trainer's memory; the caller drops its own name for it."""
+    trainer.model = trainer.model_wrapped = None  # type: ignore[assignment]
+    trainer.accelerator.free_memory()
+
+
+def make_influence_trainer(
+    model_args: ModelConfig,
+    influence_args: InfluenceConfig,
+    adapter: str,
+    pool: Dataset,
+    validation: Dataset | dict[str, Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+) -> InfluenceTrainer:
+    """An InfluenceTrainer for a trained adapter."""
+    with quiet_loading():
+        trainer = InfluenceTrainer(
+            model=load_model(model_args, influence_args, adapter),
+            args=influence_args,
+            train_dataset=pool,
+            eval_dataset=validation,
+            processing_class=tokenizer,
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def compute_influence(
+    model_args: ModelConfig,
+    influence_args: InfluenceConfig,
+    adapter: str,
+    pool: Dataset,
+    validation: Dataset | dict[str, Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+    per_example: bool = False,
+) -> tuple[InfluenceScorer, Dataset, float]:
+    """
+    Influence of the pool on the validation sets through a trained adapter; resumes under `output_dir/influence/`.
+
+    With `per_example` every validation row is a query of its own (column `influence_per_query`).
+
+    Returns:
+        `tuple`: the scorer, the pool with the columns that it adds, and the seconds of this call.
+    """
+    started = time.perf_counter()
+    trainer = make_influence_trainer(model_args, influence_args, adapter, pool, validation, tokenizer)
+    scorer = trainer.fit_influence(per_example)
+    return scorer, trainer.score_influence(), time.perf_counter() - started
+
+
+def score_with(scorer: InfluenceScorer, pool: Dataset) -> Dataset:
+    """
+    Score a pool with a fitted scorer, shared out among the processes.
+
+    Returns:
+        [`~datasets.Dataset`]: the pool's rows with their influence, rank and number of loss tokens, on every process.
+    """
+    state = PartialState()
+    shard = pool.shard(state.num_processes, state.process_index, contiguous=True)
+    scored = shard.map(scorer, batched=True, remove_columns=shard.column_names) if len(shard) else None
+    columns = {name: [] if scored is None else scored.with_format(None)[name][:] for name in scorer.column_names}
+    if state.num_processes > 1:
+        columns = {name: gather_object(values) for name, values in columns.items()}
+    arrays = {
+        name: np.array(values, dtype=np.int64 if name == "num_loss_tokens" else np.float64)
+        for name, values in columns.items()
+    }
+    per_query = arrays.pop("influence_per_query", None)
+    scored_pool = add_influence_columns(pool, arrays)
+    return scored_pool if per_query is None else add_query_column(scored_pool, per_query)
+
+
+def compute_losses(
+    model: PreTrainedModel,
+    prepared: Dataset,
+    training_args: InfluenceConfig,
+    tokens_per_batch: int,
+    description: str = "Test set",
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    Losses of prepared rows, shared out among the processes.
+
+    Returns:
+        `tuple`: summed negative log-likelihood (float64), labelled tokens and correct ones (int64), each `[rows]`, on
+        every process.
+    """
+    state = PartialState()
+    shard = prepared.shard(state.num_processes, state.process_index, contiguous=True)
+    autocast = None
+    if model.dtype == torch.float32 and (training_args.bf16 or training_args.fp16):
+        autocast = torch.bfloat16 if training_args.bf16 else torch.float16
+    rows = []
+    if len(shard):
+        shown = None if training_args.disable_tqdm else description
+        rows = list(zip(*compute_row_losses(model, shard, tokens_per_batch, autocast, shown), strict=True))
+    if state.num_processes > 1:
+        rows = gather_object(rows)
+    nll, tokens, correct = zip(*rows, strict=True)
+    return np.array(nll), np.array(tokens), np.array(correct)
+
+
+def evaluate_model(
+    model: Any, prepared: Dataset, training_args: InfluenceConfig, tokens_per_batch: int
+) -> dict[str, float | None]:
+    """
+    Loss, perplexity and accuracy per labelled token of prepared rows.
+
+    Returns:
+        `dict`: `test_loss` (nats), `test_perplexity`, `test_accuracy`, `test_tokens`; `None` where not finite.
+    """
+    nll, tokens, correct = compute_losses(model, prepared, training_args, tokens_per_batch)
+    loss = TokenPerplexity().compute(nll_sum=nll.tolist(), num_loss_tokens=tokens.tolist())
+    accuracy = TokenAccuracy().compute(num_correct=correct.tolist(), num_loss_tokens=tokens.tolist())
+    assert loss is not None and accuracy is not None
+    values = {
+        "test_loss": loss["loss"],
+        "test_perplexity": loss["perplexity"],
+        "test_accuracy": accuracy["accuracy"],
+        "test_tokens": int(tokens.sum()),
+    }
+    return {name: value if np.isfinite(value) else None for name, value in values.items()}

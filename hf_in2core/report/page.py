@@ -1,0 +1,278 @@
+"""The report page of a run: one self-contained HTML file that works offline.
+
+The page is made of a template, a style sheet and a script of its own (`assets/`), pictures as SVG and rows as
+JSON. Nothing from the data is ever markup: the template escapes, the script sets text only, and the content security
+policy allows no script and no style but these two.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from scipy.stats import spearmanr
+
+from hf_in2core.evaluation.arms import summarize_tasks
+
+from .analyses import show_coverage, show_layers
+from .results import show_arms, show_auc, show_comparisons, show_cost, show_provenance, show_verdict
+from .rows import (
+    Groups,
+    Pool,
+    choose_rows,
+    find_groups,
+    find_set_columns,
+    find_text_columns,
+    read_cells,
+    read_pool,
+    summarize_groups,
+)
+from .run import Run, read_numbers, read_run
+from .tokens import choose_mask_rows, compute_masks, find_query_rows
+
+
+PAGE = "report.html"
+ASSETS = "assets"
+
+
+def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
+    """
+    Write the report page of a run.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of `recipes/in2core.py`.
+        path (`str` or `Path`, *optional*):
+            File to write; `report.html` in the folder by default. It is replaced whole or not at all.
+
+    Returns:
+        `Path`: the file. The same folder gives the same file.
+
+    Raises:
+        ReportError: the folder holds no run that could be shown; the message says what to do.
+    """
+    run = read_run(folder)
+    page = Path(path) if path is not None else run.folder / PAGE
+    text = render_page(run)
+    temporary = page.with_name(f".{page.name}.tmp")
+    # What no encoding can hold (half of a surrogate pair) becomes a question mark.
+    temporary.write_bytes(text.encode("utf-8", "replace"))
+    os.replace(temporary, page)
+    return page
+
+
+def render_page(run: Run) -> str:
+    """Render the page of a run as HTML."""
+    plots: dict[str, Markup] = {}
+    notes = run.notes
+    if isinstance(lengths := run.get("lengths", "warning"), str):
+        notes.append(lengths)
+    if find_spec("matplotlib") is None:
+        notes.append("There are no pictures: matplotlib is not installed (`pip install hf-in2core[report]`).")
+    values: dict[str, Any] = {"pool": None, "groups": [], "queries": 0, "shown": set(), "data": {}}
+    layers, coverage = show_layers(run), show_coverage(run)
+    if run.scored is not None:
+        values |= _show_pool(run, plots, coverage)
+    if find_spec("matplotlib") is not None:
+        _draw_results(run, layers, coverage, plots)
+    style, script = load_asset("page.css"), load_asset("page.js")
+    data = json.dumps(values.pop("data"), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"influence": format_influence, "percent": lambda value: f"{value:.0%}".replace("%", " %")}
+    return environment.from_string(load_asset("page.html")).render(
+        style=Markup(style),
+        script=Markup(script),
+        policy=make_policy(style, script),
+        data=Markup(escape_json(data)),
+        name=run.name,
+        verdict=show_verdict(run),
+        arms=show_arms(run),
+        comparisons=show_comparisons(run),
+        tasks=summarize_tasks(run.results),
+        auc=show_auc(run),
+        layers=layers,
+        coverage=coverage,
+        cost=show_cost(run),
+        provenance=show_provenance(run),
+        config=json.dumps(run.get("config"), indent=2, ensure_ascii=False) if run.get("config") else "",
+        plots=plots,
+        notes=notes,
+        **values,
+    )
+
+
+def _draw_results(
+    run: Run, layers: dict[str, Any] | None, coverage: dict[str, Any] | None, plots: dict[str, Markup]
+) -> None:
+    """Draw what needs results.json alone."""
+    from .plots import PAGE_WIDTH, draw_arms, draw_coverage, draw_layers
+
+    label = "Test loss of each arm, mean and interval over seeds"
+    _add_plot(plots, "arms", draw_arms, label, run.results, "", PAGE_WIDTH)
+    if layers is not None and "candidates" in layers:
+        label = "Rank correlation with all layers against the share of gradient memory"
+        _add_plot(plots, "layers", draw_layers, label, layers["candidates"], layers["chosen"])
+    if coverage is not None and "loss" in coverage:
+        label = "Loss of test rows against their coverage by the pool"
+        _add_plot(plots, "coverage", draw_coverage, label, coverage["coverage"], coverage["loss"], coverage["top_k"])
+
+
+def load_asset(name: str) -> str:
+    """A file of the page; its line ends are those that a browser hashes."""
+    text = resources.files("hf_in2core").joinpath(ASSETS, name).read_text(encoding="utf-8")
+    return text.replace("\r\n", "\n")
+
+
+def make_policy(style: str, script: str) -> str:
+    """The content security policy: this style sheet and this script, pictures in the page, and nothing else."""
+
+    def hash_source(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    return (
+        f"default-src 'none'; script-src {hash_source(script)}; style-src {hash_source(style)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def format_influence(value: float) -> str:
+    """Influence with its sign and four digits, as the table of examples shows it."""
+    if value != 0 and not 1e-3 <= abs(value) < 1e7:
+        return f"{value:+.2e}"
+    return f"{float(f'{value:.4g}'):+,.10g}"
+
+
+def escape_json(text: str) -> str:
+    """JSON that stands in a script element: no character in it could end the element or begin markup."""
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+# --- the pool ---
+
+
+def _show_pool(run: Run, plots: dict[str, Markup], coverage: dict[str, Any] | None) -> dict[str, Any]:
+    """What the page says of the scored pool, and the rows of its table, those that cover test rows among them."""
+    scored = run.scored
+    assert scored is not None
+    pool = read_pool(run, scored)
+    with_loss = int(pool.has_loss.sum())
+    if with_loss == 0:
+        run.notes.append("No row of the pool carries loss, so there is no influence to show. Check the labels.")
+        return {}
+    text_columns = find_text_columns(run, scored)
+    groups = find_groups(run, scored, text_columns)
+    queries = find_query_rows(run, scored, run.notes)
+    linked = {pair[0] for query in queries for pair in (*query["proponents"], *query["opponents"])}
+    helpers = {pair["row"] for row in (coverage or {}).get("rows", []) for pair in row["proponents"]}
+    rows = choose_rows(pool, linked | {row for row in helpers if row < len(pool.influence)})
+    data = _collect_rows(run, pool, rows, text_columns, groups)
+    data["queries"] = queries
+    if len(rows) < len(pool.influence):
+        run.notes.append(
+            f"The table holds {len(rows):,} of {len(pool.influence):,} rows: the strongest proponents and opponents "
+            "and a random sample of the rest. Plots and counts are of all rows."
+        )
+    summaries = [
+        {"column": found.column, "groups": lines, "note": note}
+        for found in groups
+        for lines, note in [summarize_groups(found, pool)]
+        if lines
+    ]
+    captions = _draw_pool(pool, summaries, plots)
+    return {
+        "pool": {
+            "rows": len(pool.influence),
+            "shown": len(rows),
+            "without_loss": len(pool.influence) - with_loss,
+            "proponents": int((pool.influence < 0).sum()),
+            "opponents": int((pool.influence > 0).sum()),
+            "headline": pool.headline,
+            "kept": int(pool.is_kept.sum()),
+            **captions,
+        },
+        "groups": summaries,
+        "queries": len(queries),
+        "shown": set(rows.tolist()),
+        "data": data,
+    }
+
+
+def _draw_pool(pool: Pool, summaries: Sequence[Mapping[str, Any]], plots: dict[str, Markup]) -> dict[str, str]:
+    """Draw what there is to draw of the pool, and say in words what the pictures show."""
+    influence, tokens = pool.influence[pool.has_loss], pool.num_loss_tokens[pool.has_loss]
+    # Only a coreset of the smallest influence ends at a cut.
+    cut = float(pool.influence[pool.is_kept].max()) if pool.is_kept.any() else None
+    if cut is not None and (pool.influence[pool.has_loss & ~pool.is_kept] < cut).any():
+        cut = None
+    known = bool((tokens >= 1).all())
+    captions = {"cut": "" if cut is None else format_influence(cut), "correlation": "", "influence_note": ""}
+    if known and len(influence) > 2 and np.ptp(tokens) > 0 and np.ptp(influence) > 0:
+        captions["correlation"] = f"{spearmanr(influence, tokens).statistic:+.2f}"
+    if find_spec("matplotlib") is None:
+        return captions
+    from .plots import PAGE_WIDTH, draw_groups, draw_influence, draw_length
+
+    figure, captions["influence_note"] = draw_influence(pool.influence, cut, PAGE_WIDTH)
+    _add_plot(plots, "influence", lambda: figure, "How many rows have which influence")
+    if known:
+        kept = pool.is_kept[pool.has_loss]
+        _add_plot(plots, "length", draw_length, "Influence of rows against loss tokens", influence, tokens, kept)
+    for index, summary in enumerate(summaries):
+        label = f"Spread of influence by {summary['column']}"
+        _add_plot(plots, f"groups{index}", draw_groups, label, summary["groups"])
+    return captions
+
+
+def _add_plot(plots: dict[str, Markup], name: str, draw: Any, label: str, *values: Any) -> None:
+    from .svg import render_svg
+
+    plots[name] = Markup(render_svg(draw(*values), label, name))
+
+
+def _collect_rows(
+    run: Run, pool: Pool, rows: np.ndarray, text_columns: Sequence[str], groups: Sequence[Groups]
+) -> dict[str, Any]:
+    """The rows of the table as the script reads them: a list for each column."""
+    scored = run.scored
+    assert scored is not None
+    sets = find_set_columns(scored)
+    lists = ("influence_per_query", "influence_per_checkpoint")
+    added = ("influence", "influence_rank", "num_loss_tokens", *lists, *sets)
+    others = [name for name in scored.column_names if name not in added and name not in text_columns]
+    cells, cut, limit = read_cells(scored, rows, [*text_columns, *others])
+    masks, note = compute_masks(run, scored, pool, choose_mask_rows(pool, rows))
+    return {
+        "rows": rows.tolist(),
+        "influence": _to_list(pool.influence[rows]),
+        "rank": _to_list(pool.rank[rows], whole=True),
+        "tokens": _to_list(pool.num_loss_tokens[rows], whole=True),
+        "coreset": _to_list(pool.coreset[rows]),
+        "fractions": pool.fractions,
+        "sets": {name: _to_list(read_numbers(scored, name)[rows]) for name in sets},
+        "groups": [{"column": g.column, "names": g.names, "codes": g.codes[rows].tolist()} for g in groups],
+        "textColumns": list(text_columns),
+        "columns": cells,
+        "cut": cut,
+        "limit": limit,
+        "masks": masks,
+        "maskNote": note,
+    }
+
+
+def _to_list(values: np.ndarray, whole: bool = False) -> list[float | int | None]:
+    """Numbers for JSON: NaN as null, six digits where they are not whole."""
+    return [
+        None if not math.isfinite(value) else int(value) if whole else float(f"{value:.6g}")
+        for value in values.tolist()
+    ]

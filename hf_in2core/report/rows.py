@@ -1,0 +1,301 @@
+"""The rows that the page shows: which of a large pool, their text, and the groups they fall into."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import ClassLabel, Dataset
+
+from hf_in2core.selection.coreset import select_coreset
+
+from .run import Run, is_number, read_numbers
+
+
+MAX_ROWS = 5000
+# Of all texts in the page; each text is cut to the longest of the limits with which they fit.
+MAX_CHARACTERS = 8_000_000
+LIMITS = (20_000, 8_000, 4_000, 2_000, 1_000, 400)
+CHUNK = 64
+MAX_GROUPS, MAX_GROUP_COLUMNS, MAX_SETS = 12, 3, 6
+# A column of another name is taken for text, however few values it has.
+GROUP_NAMES = ("task", "source", "dataset", "subset", "category", "topic", "domain", "language", "lang", "type")
+TEXT_FORMATS = (
+    ("messages",),
+    ("conversations",),
+    ("prompt", "completion"),
+    ("text",),
+    ("instruction", "input", "output"),
+    ("instruction", "context", "response"),
+    ("question", "answer"),
+    ("input_ids",),
+)
+
+
+@dataclass
+class Pool:
+    """
+    What is known of every row of a scored pool.
+
+    Attributes:
+        influence (`np.ndarray` of shape `[n]`): Negative = proponent; NaN where a row carries no loss.
+        num_loss_tokens (`np.ndarray` of shape `[n]`): NaN where it is not known.
+        rank (`np.ndarray` of shape `[n]`): 0 = strongest proponent; NaN where a row carries no loss.
+        coreset (`np.ndarray` of shape `[n]`): Smallest fraction whose coreset has the row; NaN where none has.
+        fractions (`list[float]`): Fractions of the coreset arms, smallest first.
+        headline (`float`, *optional*): The fraction that the verdict speaks of.
+    """
+
+    influence: np.ndarray
+    num_loss_tokens: np.ndarray
+    rank: np.ndarray
+    coreset: np.ndarray
+    fractions: list[float]
+    headline: float | None
+
+    @property
+    def has_loss(self) -> np.ndarray:
+        """Whether a row carries loss, bool of shape `[n]`."""
+        return np.isfinite(self.influence)
+
+    @property
+    def is_kept(self) -> np.ndarray:
+        """Whether the coreset of the headline's fraction has a row, bool of shape `[n]`."""
+        return np.zeros(len(self.influence), bool) if self.headline is None else self.coreset <= self.headline
+
+
+@dataclass
+class Groups:
+    """A column that splits the pool: the name of each group, largest first, and the group of every row, `[n]`."""
+
+    column: str
+    names: list[str]
+    codes: np.ndarray
+
+
+def read_pool(run: Run, scored: Dataset) -> Pool:
+    """Read influence, ranks and lengths of the whole pool, and which coresets have a row."""
+    influence = read_numbers(scored, "influence")
+    order = np.argsort(influence, kind="stable")[: int(np.isfinite(influence).sum())]
+    rank = np.full(len(influence), np.nan)
+    rank[order] = np.arange(len(order))
+    found = {float(arm["fraction"]) for arm in run.results["arms"] if arm["arm"] == "coreset"}
+    fractions = sorted(fraction for fraction in found if 0 < fraction <= 1)
+    coreset = np.full(len(influence), np.nan)
+    if len(order):
+        strategy = run.get("config", "strategy") or "top"
+        named = [name for name in scored.column_names if name.startswith("influence")] if strategy != "top" else []
+        numbered = scored.select_columns(named) if named else Dataset.from_dict({"influence": influence})
+        numbered = numbered.add_column("row", np.arange(len(influence)))
+        for fraction in reversed(fractions):
+            if round(fraction * len(order)) > 0:
+                chosen = select_coreset(numbered, fraction=fraction, strategy=strategy)
+                coreset[chosen["row"][:]] = fraction
+    headline = run.get("verdict", "fraction")
+    if not is_number(headline) or headline not in fractions:
+        headline = fractions[0] if fractions else None
+    return Pool(influence, read_numbers(scored, "num_loss_tokens"), rank, coreset, fractions, headline)
+
+
+def choose_rows(pool: Pool, also: Iterable[int], max_rows: int = MAX_ROWS) -> np.ndarray:
+    """
+    Choose the rows of the table: all, or of a large pool the strongest of either sign and a sample of the rest.
+
+    Args:
+        pool ([`Pool`]): The whole pool.
+        also (`Iterable[int]`): Rows that have to be among them.
+        max_rows (`int`): Rows of a pool that is not large.
+
+    Returns:
+        `np.ndarray` of int64: positions, ascending.
+    """
+    num_rows = len(pool.influence)
+    if num_rows <= max_rows:
+        return np.arange(num_rows)
+    order = np.argsort(pool.rank, kind="stable")[: int(pool.has_loss.sum())]
+    quarter = max_rows // 4
+    strongest = np.union1d(order[:quarter], order[len(order) - min(quarter, len(order)) :])
+    rest = np.setdiff1d(np.arange(num_rows), strongest)
+    sample = np.random.default_rng(0).choice(rest, size=min(max_rows - len(strongest), len(rest)), replace=False)
+    return np.union1d(np.union1d(strongest, sample), np.fromiter(also, dtype=np.int64))
+
+
+def find_set_columns(scored: Dataset) -> list[str]:
+    """Columns with the influence on each of several validation sets."""
+    known = ("influence_rank", "influence_per_query")
+    found = [name for name in scored.column_names if name.startswith("influence_") and name not in known]
+    return [name for name in found if getattr(scored.features[name], "dtype", "").startswith("float")][:MAX_SETS]
+
+
+def find_text_columns(run: Run, scored: Dataset) -> list[str]:
+    """Columns that hold what is trained on, in the order in which it is read."""
+    mapping = run.get("config", "columns")
+    if isinstance(mapping, list):
+        sources = [str(item).partition("=")[2] for item in mapping if "=" in str(item)]
+        if sources and all(source in scored.column_names for source in sources):
+            return list(dict.fromkeys(sources))
+    for names in TEXT_FORMATS:
+        # The optional middle part, as in Alpaca, may be missing.
+        found = [name for name in names if name in scored.column_names]
+        if found and found[0] == names[0] and found[-1] == names[-1]:
+            return found
+    return [name for name in scored.column_names if getattr(scored.features[name], "dtype", "") == "string"][:4]
+
+
+# --- groups ---
+
+
+def find_groups(run: Run, scored: Dataset, text_columns: Sequence[str]) -> list[Groups]:
+    """Find the columns that name a row's task, source or other group, those that the run names first."""
+    named = [name for name in (run.get("config", "task_column"), run.get("config", "wrong_column")) if name]
+    usual = [name for name in scored.column_names if name.lower() in GROUP_NAMES]
+    flags = [name for name in scored.column_names if getattr(scored.features[name], "dtype", "") == "bool"]
+    found = []
+    for column in dict.fromkeys(str(name) for name in [*named, *usual, *flags]):
+        if column in scored.column_names and column not in text_columns:
+            groups = read_groups(scored, column)
+            if groups is not None and (column in named or 2 <= len(groups.names) <= 50):
+                found.append(groups)
+    return found[:MAX_GROUP_COLUMNS]
+
+
+def read_groups(scored: Dataset, column: str) -> Groups | None:
+    """Read the groups that a column of strings, integers or booleans makes; `None` for any other column."""
+    values = scored.select_columns([column])[:].column(0)
+    kind = values.type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if not (is_text or pa.types.is_boolean(kind) or pa.types.is_integer(kind)):
+        return None
+    # As bytes: a string that is no UTF-8 is an error only when it is decoded.
+    values = values.cast(pa.large_binary()) if is_text else values
+    encoded = values.combine_chunks().dictionary_encode()
+    codes = encoded.indices.fill_null(len(encoded.dictionary)).to_numpy()
+    feature = scored.features[column]
+    names = []
+    for value in encoded.dictionary.to_pylist():
+        if isinstance(value, bytes):
+            names.append(value.decode("utf-8", "replace")[:200] or "(empty)")
+        elif isinstance(feature, ClassLabel):
+            names.append(feature.int2str(value) if 0 <= value < feature.num_classes else "(none)")
+        else:
+            names.append(str(value).lower() if isinstance(value, bool) else str(value))
+    names.append("(none)")
+    unique = list(dict.fromkeys(names))
+    index = {name: code for code, name in enumerate(unique)}
+    codes = np.array([index[name] for name in names])[codes]
+    counts = np.bincount(codes, minlength=len(unique))
+    order = [int(code) for code in np.argsort(-counts, kind="stable") if counts[code]]
+    place = np.zeros(len(unique), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    return Groups(column, [unique[code] for code in order], place[codes])
+
+
+def summarize_groups(groups: Groups, pool: Pool) -> tuple[list[dict[str, Any]], str]:
+    """
+    Sum up influence in each group.
+
+    Returns:
+        `tuple`: for each group `name`, `rows`, `without_loss`, `kept` (share that the coreset has), `proponents`
+        (share), `tokens` (median of loss tokens) and `quantiles` (5, 25, 50, 75, 95 %), lowest median first; and what
+        is left out.
+    """
+    found = []
+    for code, name in enumerate(groups.names[:MAX_GROUPS]):
+        members = groups.codes == code
+        values = pool.influence[members & pool.has_loss]
+        if len(values) == 0:
+            continue
+        lengths = pool.num_loss_tokens[members & pool.has_loss]
+        found.append(
+            {
+                "name": name,
+                "rows": int(members.sum()),
+                "without_loss": int(members.sum()) - len(values),
+                "kept": float(pool.is_kept[members & pool.has_loss].mean()),
+                "proponents": float((values < 0).mean()),
+                "tokens": float(np.median(lengths)),
+                "quantiles": [float(value) for value in np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95])],
+            }
+        )
+    left = len(groups.names) - MAX_GROUPS
+    note = f"The {MAX_GROUPS} largest of {len(groups.names)} groups." if left > 0 else ""
+    return sorted(found, key=lambda group: group["quantiles"][2]), note
+
+
+# --- texts ---
+
+
+def read_cells(scored: Dataset, rows: np.ndarray, columns: Sequence[str]) -> tuple[dict[str, list], list[int], int]:
+    """
+    Read columns as what a page can show.
+
+    Args:
+        scored (`datasets.Dataset`): The scored pool, as arrow.
+        rows (`np.ndarray`): Positions to read.
+        columns (`Sequence[str]`): Which columns.
+
+    Returns:
+        `tuple`: a list of strings, numbers, booleans and `None` for each column; the indices into `rows` of those with
+        a text that was cut; and to how many characters.
+    """
+    cells: dict[str, list[Any]] = {name: [] for name in columns}
+    if not columns:
+        return cells, [], LIMITS[0]
+    selected = scored.select_columns(list(columns))
+    for start in range(0, len(rows), CHUNK):
+        table = selected.select(rows[start : start + CHUNK]).with_format("arrow")[:]
+        for name in columns:
+            cells[name] += [_show_cell(value) for value in _read_values(table.column(name))]
+    lengths = np.array([len(cell) for column in cells.values() for cell in column if isinstance(cell, str)])
+    fitting = (limit for limit in LIMITS if np.minimum(lengths, limit).sum() <= MAX_CHARACTERS)
+    limit = next(fitting, LIMITS[-1])
+    is_cut = {i for column in cells.values() for i, c in enumerate(column) if isinstance(c, str) and len(c) > limit}
+    for column in cells.values():
+        column[:] = [cell[:limit] if isinstance(cell, str) else cell for cell in column]
+    return cells, sorted(is_cut), limit
+
+
+def _read_values(column: pa.ChunkedArray) -> list[Any]:
+    """Values of a column; strings as bytes, since they may be no UTF-8."""
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return column.cast(pa.large_binary()).to_pylist()
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_read_value(value) for value in column]
+
+
+def _read_value(value: pa.Scalar) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return "(this value is not UTF-8 and cannot be shown)"
+
+
+def _show_cell(value: Any) -> Any:
+    """A value as a string, a number or a boolean; texts up to one character beyond the longest limit."""
+    longest = LIMITS[0] + 1
+    if isinstance(value, bytes):
+        # As many bytes as that many characters may take, and no more of a text of gigabytes.
+        return value[: 4 * longest].decode("utf-8", "replace")[:longest]
+    if value is None or isinstance(value, bool | int | str):
+        return value[:longest] if isinstance(value, str) else value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    turns = _show_turns(value)
+    if turns is None:
+        turns = json.dumps(value, ensure_ascii=False, default=lambda v: f"<{type(v).__name__}>")
+    return turns[:longest]
+
+
+def _show_turns(value: Any) -> str | None:
+    """Turns of a conversation, one per paragraph; `None` for anything else."""
+    if not isinstance(value, list) or not value or not all(isinstance(turn, Mapping) for turn in value):
+        return None
+    keys = ("role", "content") if "role" in value[0] else ("from", "value")
+    if not all(isinstance(turn.get(keys[1]), str) for turn in value):
+        return None
+    return "\n\n".join(f"{turn.get(keys[0])}: {turn[keys[1]]}" for turn in value)

@@ -1,0 +1,187 @@
+"""What a run found, for the terminal (`print_results`), as pictures and as a page; `python -m hf_in2core.report RUN`.
+
+All take `results.json` as a dict. Sign: negative influence = proponent (training on the row lowers the validation
+loss), positive = opponent.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from hf_in2core.evaluation.arms import (
+    ARM_COLUMNS,
+    BUDGETS,
+    LEVEL,
+    count_seeds,
+    format_arm,
+    format_mean,
+    summarize_arms,
+    summarize_tasks,
+)
+
+from .page import write_report
+from .plots import plot_arms, plot_influence, plot_length
+from .run import ReportError
+
+
+__all__ = [
+    "ReportError",
+    "plot_arms",
+    "plot_influence",
+    "plot_length",
+    "print_results",
+    "print_table",
+    "print_tasks",
+    "write_report",
+]
+
+MAX_TEXT_CHARACTERS = 240
+
+
+def print_results(results: Mapping[str, Any]) -> None:
+    r"""
+    Print a run's results to the terminal: arms, verdict, AUCs and examples.
+
+    Wrapped to the width of the terminal; plain text without colours when piped. Text from the data is shown as it is
+    (never read as markup), in one line, without control characters, cut to 240 characters.
+
+    Args:
+        results (`Mapping[str, Any]`):
+            `results.json`: `arms` (see [`~hf_in2core.evaluation.judge.judge`]) and, where present:
+
+            - `verdict` (`dict`): with `text`.
+            - `auc` (`dict[str, dict[str, float | None]]`): for each kind of row looked for, the AUC by score, such as
+              `{"tasks of interest": {"influence": 0.97, "loss": 0.61}}`.
+            - `examples` (`dict[str, list[dict]]`): `proponents` and `opponents`, strongest first, each row with
+              `influence`, `text` and optionally `influence_rank`.
+
+    Raises:
+        `ValueError`: `results` has no arms.
+    """
+    rows = summarize_arms(results)
+    console = Console()
+    for budget in dict.fromkeys(row["budget"] for row in rows):
+        _write(console, f"Arms at {BUDGETS.get(budget, budget)}", style="bold")
+        _print_table(console, ARM_COLUMNS, [format_arm(row) for row in rows if row["budget"] == budget])
+    _write(
+        console,
+        f"Means over {count_seeds(rows)}, ± half of the {LEVEL * 100:g} % Student-t interval. Test loss in nats per "
+        "labelled token, lower is better.\n",
+    )
+    if text := results.get("verdict", {}).get("text"):
+        _write(console, f"Verdict: {text}\n", style="bold red" if "WARNING" in text else "bold")
+
+    print_tasks(results, console)
+    if auc := results.get("auc"):
+        scores = list(dict.fromkeys(score for by_score in auc.values() for score in by_score))
+        _write(console, "AUC of finding rows by a score (0.5 = chance)", style="bold")
+        lines = [
+            [kind, *(format_mean([by_score.get(score)], "{:.3f}") for score in scores)]
+            for kind, by_score in auc.items()
+        ]
+        _print_table(console, ["rows", *scores], lines)
+
+    examples = results.get("examples", {})
+    for kind, sign in (("proponents", "negative influence: lowers"), ("opponents", "positive influence: raises")):
+        if examples.get(kind):
+            _write(console, f"Strongest {kind} ({sign} the validation loss)", style="bold")
+            _print_examples(console, examples[kind])
+
+
+def print_tasks(results: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print how the arms of a run do on tasks of lm-eval, as [`print_results`] does; nothing where none was run."""
+    console = console or Console()
+    tasks = summarize_tasks(results)
+    if tasks is None:
+        return
+    _write(console, "Benchmarks", style="bold")
+    _print_table(console, tasks["columns"], tasks["lines"])
+    for note in [*tasks["notes"], "The verdict is of the test loss alone."]:
+        _write(console, note)
+    console.print()
+
+
+def print_table(names: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Print a table to the terminal, wrapped to its width, plain when piped; the first column names the rows."""
+    _print_table(Console(), names, lines)
+
+
+# --- the terminal ---
+
+
+def _write(console: Console, text: object, style: str = "", indent: int = 0) -> None:
+    """Print text as it is, never as markup."""
+    shown = Text(_fit(text, console.encoding), style=style)
+    console.print(Padding(shown, (0, 0, 0, indent)) if indent else shown)
+
+
+def _print_table(console: Console, names: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Print a table, or a list where the terminal is too narrow for one: a folded number is hard to read."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, name in enumerate(names):
+        table.add_column(Text(_fit(name, console.encoding)), justify="right" if i else "left", no_wrap=True)
+    for line in lines:
+        table.add_row(*[Text(_fit(cell, console.encoding)) for cell in line])
+    if Measurement.get(console, console.options.update(max_width=10_000), table).maximum <= console.width:
+        console.print(table)
+    else:
+        for line in lines:
+            cells = [f"{name} {cell}" for name, cell in zip(names[1:], line[1:], strict=True)]
+            _write(console, f"{line[0]}: {', '.join(cells)}")
+    console.print()
+
+
+def _print_examples(console: Console, examples: Sequence[Mapping[str, Any]]) -> None:
+    for number, example in enumerate(examples, 1):
+        rank = "" if example.get("influence_rank") is None else f"rank {example['influence_rank']:,}, "
+        _write(console, f"{number:>2}. {rank}influence {example['influence']:+.3g}", style="cyan")
+        _write(console, _cut(str(example.get("text", ""))), indent=4)
+    console.print()
+
+
+def _cut(text: str) -> str:
+    """Text from the data in one line, without characters that would steer the terminal."""
+    # Cut before and after: cleaning a text of megabytes is wasted, and cleaning changes the length.
+    printable = "".join(c if c.isprintable() else " " for c in text[: 4 * MAX_TEXT_CHARACTERS])
+    line = " ".join(printable.split())
+    if len(line) > MAX_TEXT_CHARACTERS or len(text) > 4 * MAX_TEXT_CHARACTERS:
+        return line[:MAX_TEXT_CHARACTERS] + "..."
+    return line
+
+
+def _fit(text: object, encoding: str) -> str:
+    """What the terminal's encoding can show; ± as +/-, the rest as question marks."""
+    try:
+        str(text).encode(encoding)
+    except UnicodeEncodeError:
+        return str(text).replace("±", "+/-").encode(encoding, "replace").decode(encoding)
+    return str(text)
+
+
+# --- the page ---
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the report page of a run; exit code 1 where there is no run to show."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hf_in2core.report",
+        description="Write the report page of a run: one HTML file that works offline.",
+    )
+    parser.add_argument("run", metavar="RUN_DIR", help="folder of recipes/in2core.py, with results.json and scored/")
+    parser.add_argument("--output", metavar="FILE", help="file to write (default: RUN_DIR/report.html)")
+    options = parser.parse_args(arguments)
+    try:
+        page = write_report(options.run, options.output)
+    except (ReportError, OSError) as error:
+        print(f"hf_in2core.report: error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB)")  # noqa: T201
+    return 0

@@ -1,0 +1,281 @@
+"""Rows prepared exactly as TRL's SFT prepares them; the one place that touches TRL's private preparation."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import datasets
+import numpy as np
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import is_conversational, is_conversational_from_value
+from trl.trainer import sft_trainer
+
+from hf_in2core.engine.batches import read_token_rows
+
+from .columns import apply_columns
+
+
+ROW_COLUMN = "in2core_row"
+
+
+@dataclass
+class Preparation:
+    """
+    Everything that shapes how a raw row becomes `input_ids` and `labels`.
+
+    Attributes:
+        processing_class (`transformers.PreTrainedTokenizerBase`):
+            Tokenizer, with its end-of-sequence token set.
+        columns (`list[str]`, *optional*):
+            Column mapping, see [`columns.apply_columns`].
+        completion_only_loss (`bool`):
+            Whether only completions carry loss.
+        assistant_only_loss (`bool`):
+            Whether only assistant turns carry loss.
+        chat_template (`str`, *optional*):
+            Template that TRL puts in place of the tokenizer's own (for `assistant_only_loss`).
+        max_length (`int`, *optional*):
+            Rows are cut to this many tokens.
+        truncation_mode (`str`):
+            Which end is kept.
+    """
+
+    processing_class: PreTrainedTokenizerBase = field(repr=False)
+    columns: list[str] | None = None
+    completion_only_loss: bool = False
+    assistant_only_loss: bool = False
+    chat_template: str | None = field(default=None, repr=False)
+    max_length: int | None = 1024
+    truncation_mode: str = "keep_start"
+
+    @classmethod
+    def from_args(
+        cls, args: SFTConfig, processing_class: PreTrainedTokenizerBase, dataset: Dataset | IterableDataset
+    ) -> "Preparation":
+        """
+        The preparation that `SFTTrainer(args=args, train_dataset=dataset)` would use.
+
+        Args:
+            args ([`~trl.SFTConfig`]):
+                Training arguments; [`InfluenceConfig`] brings `columns`.
+            processing_class (`transformers.PreTrainedTokenizerBase`):
+                Tokenizer.
+            dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+                Raw training rows; the first one decides `completion_only_loss`, as in TRL.
+
+        Raises:
+            ValueError: if the dataset is empty, its columns fit no format, conversational rows meet a tokenizer
+                without a chat template, or a loss mask is asked for that the rows cannot have.
+        """
+        columns = getattr(args, "columns", None)
+        if args.dataset_text_field != "text":
+            columns = columns or [f"text={args.dataset_text_field}"]
+        first = _first_row(apply_columns(_head(dataset), columns, processing_class))
+        conversational = is_conversational(first) or is_conversational_from_value(first)
+        prompt_completion = "prompt" in first and "completion" in first
+        if conversational and not processing_class.chat_template:
+            raise ValueError(
+                "The rows are conversations, but the tokenizer has no chat template, so they cannot be turned into "
+                "tokens. Set `chat_template_path` to a tokenizer or Jinja file that has one, or give plain "
+                "`prompt`/`completion` columns."
+            )
+        if args.completion_only_loss and not prompt_completion and "input_ids" not in first:
+            raise ValueError(
+                f"`completion_only_loss=True` does nothing on rows with the columns {', '.join(first)}: TRL would "
+                "train on the whole sequence. Give `prompt` and `completion` columns, use `assistant_only_loss=True` "
+                "for `messages`, or leave `completion_only_loss` unset."
+            )
+        if args.assistant_only_loss and not conversational:
+            raise ValueError(
+                f"`assistant_only_loss=True` needs conversations, but the rows have the columns {', '.join(first)}. "
+                "Use `completion_only_loss` on `prompt`/`completion` rows, or leave it unset."
+            )
+        chat_template = None
+        if args.assistant_only_loss and not has_generation_markers(processing_class.chat_template):
+            chat_template = get_training_chat_template(processing_class)
+        return cls(
+            processing_class=processing_class,
+            columns=columns,
+            completion_only_loss=prompt_completion if args.completion_only_loss is None else args.completion_only_loss,
+            assistant_only_loss=args.assistant_only_loss,
+            chat_template=chat_template,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON-serialisable part; the tokenizer is saved beside it."""
+        return {name: value for name, value in vars(self).items() if name != "processing_class"}
+
+
+def _head(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    if isinstance(dataset, IterableDataset):
+        return dataset.take(1)
+    if len(dataset) == 0:
+        raise ValueError("The dataset is empty: it has columns but no rows. Check its source or the split's name.")
+    return dataset.select(range(1))
+
+
+def _first_row(dataset: Dataset | IterableDataset) -> dict[str, Any]:
+    try:
+        return next(iter(dataset))
+    except StopIteration:
+        raise ValueError("The dataset is empty: it yields no rows. Check its source or the split's name.") from None
+
+
+def add_row_column(dataset: Dataset) -> Dataset:
+    """Number the rows, so that the ones preparation drops or moves can be told."""
+    if ROW_COLUMN in dataset.column_names:
+        raise ValueError(f"The dataset has a column named `{ROW_COLUMN}`, which is reserved. Rename it.")
+    return dataset.add_column(ROW_COLUMN, np.arange(len(dataset), dtype=np.int64))
+
+
+def map_rows(dataset: Dataset, preparation: Preparation) -> Dataset:
+    """Apply the column mapping and number the rows, without tokenising them."""
+    return add_row_column(apply_columns(dataset, preparation.columns, preparation.processing_class))
+
+
+def prepare_mapped(dataset: Any, preparation: Preparation) -> Any:
+    """
+    Hand rows to TRL's own preparation, unpacked and in order.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            Rows in one of TRL's formats, with the column `in2core_row`.
+        preparation ([`Preparation`]):
+            How to prepare them.
+
+    Returns:
+        The same kind of dataset with `input_ids` and `labels`; rows left without a label by truncation are missing.
+    """
+    args: Any = SimpleNamespace(
+        dataset_num_proc=None,
+        dataset_text_field="text",
+        assistant_only_loss=preparation.assistant_only_loss,
+        max_length=preparation.max_length,
+        truncation_mode=preparation.truncation_mode,
+        shuffle_dataset=False,
+        seed=0,
+    )
+    trainer: Any = SimpleNamespace(
+        _tokenizer=preparation.processing_class,
+        chat_template=preparation.chat_template,
+        completion_only_loss=preparation.completion_only_loss,
+    )
+    # TRL lets the main process prepare first, behind a barrier. Inside a `map` over a stream every process is on its
+    # own batch, so a barrier there would wait for ever.
+    streaming = isinstance(dataset, IterableDataset)
+    with patch.object(sft_trainer, "global_then_local_main_first", nullcontext) if streaming else nullcontext():
+        return SFTTrainer._prepare_dataset(
+            trainer, dataset, preparation.processing_class, args, False, None, "influence"
+        )
+
+
+def prepare_rows(dataset: Dataset, preparation: Preparation) -> Dataset:
+    """
+    Turn raw rows into the tokens and labels that SFT trains on.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Raw rows, with at least one row.
+        preparation ([`Preparation`]):
+            How to prepare them.
+
+    Returns:
+        `datasets.Dataset` with `row` (int64, position in `dataset`), `input_ids` and `labels` (-100 where a token
+        carries no loss), in the order of `dataset`; rows without a label are missing.
+    """
+    return keep_token_columns(prepare_mapped(map_rows(dataset, preparation), preparation))
+
+
+def keep_token_columns(prepared: Dataset) -> Dataset:
+    """Keep `row`, `input_ids` and `labels` of a prepared dataset, sorted by row, without rows that carry no loss."""
+    prepared = prepared.select_columns([ROW_COLUMN, "input_ids", "labels"]).rename_column(ROW_COLUMN, "row")
+    rows = prepared.with_format("numpy")["row"][:]
+    if not np.all(np.diff(rows) > 0):
+        prepared = prepared.sort("row")
+    # TRL drops rows without any label; a label on the first token alone has nothing to predict it either.
+    chunks = range(0, len(prepared), 10_000)
+    counts = [read_token_rows(prepared, start, min(start + 10_000, len(prepared))).num_loss_tokens for start in chunks]
+    empty = np.concatenate([np.zeros(0, dtype=np.int64), *counts]) == 0
+    return prepared.select(np.flatnonzero(~empty)) if empty.any() else prepared
+
+
+def prepare_batch(batch: dict[str, list], preparation: Preparation) -> Dataset:
+    """
+    Prepare one batch of raw rows, as `Dataset.map(..., batched=True)` passes it, without touching the cache.
+
+    Streams are used because a `Dataset.map` would pickle the tokenizer to hash it, for every batch anew.
+
+    Returns:
+        `datasets.Dataset` as from [`prepare_rows`]; `row` is the position in the batch.
+    """
+    raw = Dataset.from_dict(batch).to_iterable_dataset()
+    stream = apply_columns(raw, preparation.columns, preparation.processing_class)
+    stream = stream.map(_number_row, with_indices=True)
+    prepared: dict[str, list] = {"row": [], "input_ids": [], "labels": []}
+    for row in prepare_mapped(stream, preparation):
+        prepared["row"].append(row[ROW_COLUMN])
+        prepared["input_ids"].append(row["input_ids"])
+        prepared["labels"].append(row["labels"])
+    features = datasets.Features(
+        {
+            "row": datasets.Value("int64"),
+            "input_ids": datasets.List(datasets.Value("int64")),
+            "labels": datasets.List(datasets.Value("int64")),
+        }
+    )
+    return Dataset.from_dict(prepared, features=features)
+
+
+def _number_row(row: dict[str, Any], index: int) -> dict[str, Any]:
+    return {ROW_COLUMN: index}
+
+
+def find_shared_rows(prepared: Dataset, others: Iterable[Dataset]) -> np.ndarray:
+    """
+    Which prepared rows also stand in other datasets, judged by their tokens and labels.
+
+    Args:
+        prepared (`datasets.Dataset`):
+            Rows from [`prepare_rows`].
+        others (`Iterable[datasets.Dataset]`):
+            Other prepared rows, such as validation sets.
+
+    Returns:
+        `numpy.ndarray` of shape `[n]`, bool.
+    """
+
+    def list_keys(dataset: Dataset) -> Iterator[bytes]:
+        for start in range(0, len(dataset), 10_000):
+            rows = read_token_rows(dataset, start, min(start + 10_000, len(dataset)))
+            for first, last in zip(rows.offsets[:-1], rows.offsets[1:], strict=True):
+                tokens = np.concatenate([rows.input_ids[first:last], rows.labels[first:last]])
+                yield hashlib.sha256(tokens.tobytes()).digest()
+
+    known = {key for dataset in others for key in list_keys(dataset)}
+    return np.fromiter((key in known for key in list_keys(prepared)), dtype=bool, count=len(prepared))
+
+
+def hash_tokenizer(processing_class: PreTrainedTokenizerBase) -> str:
+    """Hash of what a tokenizer does: its vocabulary and rules, special tokens, end-of-sequence token."""
+    backend = getattr(processing_class, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else processing_class.get_vocab()
+    # State of the last call, not identity.
+    rules = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
+    identity = json.dumps([rules, processing_class.eos_token, processing_class.bos_token], sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def hash_template(preparation: Preparation) -> str:
+    """Hash of the chat template that preparation applies; of the empty string where there is none."""
+    template = preparation.chat_template or preparation.processing_class.chat_template or ""
+    return hashlib.sha256(str(template).encode()).hexdigest()

@@ -1,0 +1,130 @@
+"""Similarities between rows and validation rows: hidden states (RDS+) and words (BM25)."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from hf_in2core.engine.batches import TokenBatch, iterate_batches, plan_batches, read_token_rows
+from hf_in2core.engine.losses import frozen_eval_mode
+from hf_in2core.progress import get_bar_settings, make_bar
+
+
+def compute_rds_similarities(
+    prepared: Dataset,
+    queries: Dataset,
+    model: nn.Module,
+    tokens_per_batch: int = 8192,
+    autocast: torch.dtype | None = None,
+) -> np.ndarray:
+    """Cosines of the RDS+ embeddings of rows and queries, float64 `[Q, n]`; see [`baselines.add_rds`]."""
+    rows, targets = (
+        compute_hidden_embeddings(model, part, tokens_per_batch, autocast, f"RDS+: {name}").astype(np.float64)
+        for name, part in (("rows", prepared), ("validation rows", queries))
+    )
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    targets /= np.linalg.norm(targets, axis=1, keepdims=True)
+    return targets @ rows.T
+
+
+def compute_bm25_similarities(
+    prepared: Dataset, queries: Dataset, processing_class: PreTrainedTokenizerBase
+) -> np.ndarray:
+    """BM25 scores of prepared rows for queries, float64 `[Q, n]`; see [`baselines.add_bm25`]."""
+    bm25s = import_bm25s()
+
+    def split(rows: Dataset) -> list[list[str]]:
+        options = {"token_pattern": r"(?u)\b\w+\b", "stopwords": None, "return_ids": False, "show_progress": False}
+        return bm25s.tokenize(decode_rows(rows, processing_class), **options)
+
+    corpus = split(prepared)
+    similarities = np.zeros((len(queries), len(prepared)))
+    vocabulary = {word for words in corpus for word in words}
+    # bm25s cannot index a corpus without words; without a shared word every score is 0.
+    if vocabulary:
+        index = bm25s.BM25()
+        index.index(corpus, show_progress=False)
+        settings = {"unit": "row", **get_bar_settings(brief=True)}
+        for position, words in enumerate(tqdm(split(queries), "BM25: validation rows", **settings)):
+            known = [word for word in words if word in vocabulary]
+            if known:
+                similarities[position] = index.get_scores(known)
+    return similarities
+
+
+def decode_rows(prepared: Dataset, processing_class: PreTrainedTokenizerBase) -> list[str]:
+    """Texts of prepared rows as the model sees them, prompt included."""
+    return [str(processing_class.decode(ids, skip_special_tokens=True)) for ids in prepared["input_ids"]]
+
+
+def import_bm25s() -> Any:
+    """bm25s, which comes with the extra `baselines`."""
+    try:
+        import bm25s
+    except ImportError as error:
+        raise ImportError("BM25 needs bm25s, which is not installed: `pip install hf-in2core[baselines]`.") from error
+    return bm25s
+
+
+@torch.no_grad()
+def compute_hidden_embeddings(
+    model: nn.Module,
+    prepared: Dataset,
+    tokens_per_batch: int = 8192,
+    autocast: torch.dtype | None = None,
+    description: str | None = None,
+) -> np.ndarray:
+    """
+    Position-weighted mean of each row's last hidden states, the input of the output head.
+
+    Args:
+        model (`torch.nn.Module`):
+            Causal language model.
+        prepared ([`~datasets.Dataset`]):
+            Prepared rows from [`preparation.prepare_rows`].
+        tokens_per_batch (`int`, *optional*, defaults to `8192`):
+            Token budget of a batch, padding included.
+        autocast (`torch.dtype`, *optional*):
+            Mixed precision of the forward.
+        description (`str`, *optional*):
+            What a progress bar says; there is none by default.
+
+    Returns:
+        `numpy.ndarray` of shape `[n, hidden]`, float32.
+    """
+    token_rows = read_token_rows(prepared)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    embeddings = np.zeros((len(token_rows), head.weight.shape[1]), dtype=np.float32)
+    found: list[Tensor] = []
+
+    def keep_hidden(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        found.append(args[0])
+        return (args[0][:, :1], *args[1:])  # logits are not needed
+
+    handle = head.register_forward_pre_hook(keep_hidden)
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+    bar = make_bar(len(token_rows), description or "", shown=description is not None, brief=True)
+    try:
+        with frozen_eval_mode(model), bar:
+            # A vocabulary of 1: no logits bound the batches.
+            for batch in iterate_batches(token_rows, plan_batches(token_rows, tokens_per_batch, vocab_size=1)):
+                found.clear()
+                embeddings[batch.indices] = _embed(model, batch.to(device), autocast, found)
+                bar.update(len(batch.rows))
+    finally:
+        handle.remove()
+    return embeddings
+
+
+def _embed(model: nn.Module, batch: TokenBatch, autocast: torch.dtype | None, found: list[Tensor]) -> np.ndarray:
+    with torch.autocast(batch.input_ids.device.type, dtype=autocast, enabled=autocast is not None):
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    hidden = found[0].float()
+    mask = batch.attention_mask.to(hidden.device)
+    weights = mask * torch.arange(1, mask.shape[1] + 1, device=hidden.device)
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    return torch.einsum("bt,bth->bh", weights, hidden).cpu().numpy()
