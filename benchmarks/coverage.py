@@ -51,7 +51,7 @@ def take_tests(job_test: Dataset, more: list[str], rows: int) -> dict[str, Datas
 def measure_gain(trainer: InfluenceTrainer, tests: list[str]) -> np.ndarray:
     """Loss of the test rows before training the adapter, nats per token."""
     with trainer.model.disable_adapter():
-        losses = [compute_row_losses(trainer.model, trainer._prepared[name]) for name in tests]
+        losses = [compute_row_losses(trainer.model, trainer.prepared_validation[name]) for name in tests]
     return np.concatenate([found.nll / found.num_loss_tokens for found in losses])
 
 

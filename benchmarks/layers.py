@@ -65,15 +65,23 @@ def share_kept(first: np.ndarray, second: np.ndarray) -> float:
 def time_passes(trainer: InfluenceTrainer, layers: list[int] | None, rows: int) -> float:
     """CPU seconds of validation, fit and score pass over the first rows of the pool through some layers."""
     trainer.args.influence_layers = layers
-    blocks = trainer._selected_blocks()
+    blocks = trainer.blocks
     trainer.args.influence_layers = None
     passes = Passes(
         trainer.model, blocks, trainer.args.loss_reduction, trainer.args.tokens_per_batch, show_progress=False
     )
-    pool = trainer._prepared[""].select(range(min(rows, len(trainer._prepared[""]))))
-    validation = {name: trainer._prepared[name] for name in trainer._validation_names}
+    pool = trainer.prepared_pool.select(range(min(rows, len(trainer.prepared_pool))))
+    validation = trainer.prepared_validation
     start = time.process_time()
-    directions = fit_directions(passes, pool, validation, trainer.args).ihvp
+    directions = fit_directions(
+        passes,
+        pool,
+        validation,
+        estimator=trainer.args.estimator,
+        damping_scale=trainer.args.damping_scale,
+        fit_examples=trainer.args.fit_examples,
+        seed=trainer.args.seed,
+    ).ihvp
     run_score_pass(passes, pool, directions, cosine=False)
     return time.process_time() - start
 

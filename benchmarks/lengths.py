@@ -35,10 +35,11 @@ from plain_training import (
 from hf_in2core import select_coreset
 from hf_in2core.engine.batches import read_token_rows
 from hf_in2core.evaluation.judge import compare_arms
+from hf_in2core.names import LOSS_REDUCTIONS
 from hf_in2core.rows.sources import load_rows
 from hf_in2core.selection.baselines import select_length_matched
 from hf_in2core.selection.coreset import take_round_robin
-from hf_in2core.selection.lengths import LOSS_REDUCTIONS, MIN_ROWS, compare_lengths
+from hf_in2core.selection.lengths import MIN_ROWS, compare_lengths
 
 
 COSINE = "cosine (unit norm)"

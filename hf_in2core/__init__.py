@@ -1,9 +1,13 @@
 """In2Core for the Hugging Face ecosystem: influence of training examples, and coresets chosen by it."""
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("hf-in2core")
+except PackageNotFoundError:  # a tree on PYTHONPATH that was never installed
+    __version__ = "0+uninstalled"
 
 __all__ = ["InfluenceConfig", "InfluenceScorer", "InfluenceTrainer", "push_influence_dataset", "select_coreset"]
 

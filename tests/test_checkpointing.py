@@ -53,7 +53,7 @@ def test_layers_run_again_from_the_lowest_selected_one(
     )
     trainer.model.train()
     forwards = [module.__dict__.get("forward") for module in trainer.model.modules()]
-    passes = trainer._make_passes(trainer._selected_blocks(), "")
+    passes = trainer.make_passes(trainer.blocks, "")
     counts: Counter[int] = Counter()
     layers = trainer.model.base_model.model.model.layers
     for index, layer in enumerate(layers):

@@ -13,9 +13,14 @@ from scipy.stats import spearmanr
 from test_trainer import make_trainer, prepare
 
 from hf_in2core.engine.blocks import count_elements
-from hf_in2core.engine.curvature import compute_exact_ihvp, score_fitted_rows
+from hf_in2core.engine.curvature import (
+    compute_exact_ihvp,
+    draw_blocks,
+    measure_curvature,
+    score_fitted_rows,
+    warn_of_curvature,
+)
 from hf_in2core.engine.fit import read_fit
-from hf_in2core.influence.checks import draw_blocks, measure_curvature, warn_of_curvature
 
 
 def draw(n: int, d: int, q: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,10 +68,10 @@ def fit_and_measure(trainer, caplog) -> tuple[float, list[str]]:
         trainer.fit_influence()
     texts = [record.getMessage() for record in caplog.records]
     caplog.clear()
-    job = trainer._make_passes(trainer._selected_blocks(), trainer._fingerprint)
+    job = trainer.make_passes(trainer.blocks, trainer._fingerprint)
     result = read_fit(job)
     assert result is not None
-    agreement = measure_curvature(job, trainer._prepared[""], result, trainer.args.damping_scale, trainer.args.seed)
+    agreement = measure_curvature(job, trainer.prepared_pool, result, trainer.args.damping_scale, trainer.args.seed)
     return agreement, [text for text in texts if "exact damped inverse" in text]
 
 
@@ -107,7 +112,7 @@ def test_few_rows_or_no_curvature_conclude_nothing(tmp_path, validation, caplog,
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.0, 1.0])
 def test_blocks_that_fit_are_of_every_kind(tmp_path, pool, validation, share) -> None:
-    blocks = make_trainer(tmp_path, pool, validation)._selected_blocks()
+    blocks = make_trainer(tmp_path, pool, validation).blocks
     most = int(share * count_elements(blocks))
     chosen = draw_blocks(blocks, most, np.random.default_rng(0))
     assert list(chosen) == [name for name in blocks if name in chosen]

@@ -8,8 +8,9 @@ from datasets import Dataset
 from hf_in2core import select_coreset
 from hf_in2core.engine.batches import TokenRows, collate
 from hf_in2core.engine.losses import compute_token_weights
+from hf_in2core.names import LOSS_REDUCTIONS
 from hf_in2core.selection.baselines import select_length_matched
-from hf_in2core.selection.lengths import LOSS_REDUCTIONS, compare_lengths
+from hf_in2core.selection.lengths import compare_lengths
 
 
 def make_scored(bias: float, num_rows: int = 400) -> Dataset:

@@ -51,7 +51,7 @@ def test_the_disk_is_that_of_the_run(tmp_path, validation, per_example) -> None:
 
 def test_every_block_of_queries_is_a_pass(tmp_path, pool, validation) -> None:
     trainer = make_trainer(tmp_path, pool, validation, torch.float32, query_memory_gb=5e-4, **OPTIONS)
-    at_once = trainer._count_queries_per_block(trainer._selected_blocks())
+    at_once = trainer.count_queries_per_block(trainer.blocks)
     assert 1 < at_once < len(validation)
     blocks = -(-len(validation) // at_once)
     names = [item.name for item in plan_influence(trainer, per_example=True, timed_batches=1).passes]
@@ -73,7 +73,7 @@ def test_dry_runs_print_the_plan_and_write_nothing(tmp_path, capsys) -> None:
     before = {path: path.stat().st_mtime_ns for path in list_files(tmp_path)}
     shared = [f"--{name}={config[name]}" for name in ("model_name_or_path", "pool", "output_dir")]
     shared += ["--validation", *config["validation"], "--reference_adapter", str(tmp_path / "adapter"), "--dry_run"]
-    for recipe, flags in (("score_influence", shared), ("in2core", ["--config", config_path, "--dry_run"])):
+    for recipe, flags in (("score", shared), ("run", ["--config", config_path, "--dry_run"])):
         run_command(recipe, *flags)
         printed = capsys.readouterr().out
         assert f"Pool: {NUM_POOL} rows" in printed

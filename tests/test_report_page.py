@@ -25,11 +25,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import hf_in2core.report.page as report_page
 from hf_in2core import select_coreset
+from hf_in2core.names import LOSS_REDUCTIONS
 from hf_in2core.report.rows import LIMITS, MAX_ROWS
 from hf_in2core.report.run import ReportError
 from hf_in2core.report.terminal import main, write_report
 from hf_in2core.report.tokens import split_by_loss
-from hf_in2core.selection.lengths import LOSS_REDUCTIONS, compare_lengths
+from hf_in2core.selection.lengths import compare_lengths
 
 
 class Page(HTMLParser):

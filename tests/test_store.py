@@ -53,7 +53,7 @@ def test_rows_without_loss_are_null_with_a_store(tmp_path, validation) -> None:
 
 def test_bfloat16_where_float32_does_not_fit(tmp_path, pool, validation) -> None:
     plain, stored = make_pair(tmp_path, pool, validation)
-    row_bytes = stored._make_passes(stored._selected_blocks(), "").store.row_bytes
+    row_bytes = stored.make_passes(stored.blocks, "").store.row_bytes
     stored.args.gradient_store_gb = 0.7 * row_bytes * len(pool) / 1e9
     expected = np.array(plain.score_influence()["influence"])
     stored.fit_influence()
@@ -72,7 +72,7 @@ def test_later_query_blocks_read_the_store(tmp_path, pool, validation, monkeypat
     expected = plain.score_influence()["influence_per_query"]
     counted = count_batches(monkeypatch)
     stored.fit_influence(per_example=True)
-    at_once = stored._count_queries_per_block(stored._selected_blocks())
+    at_once = stored.count_queries_per_block(stored.blocks)
     assert 1 < at_once < len(validation)
     # The pool ran through the model once; every block has its queries and its pilot beside it.
     assert counted.count(len(pool)) == 1

@@ -188,7 +188,7 @@ def test_formats_and_loss_masks_follow_sft(tmp_path) -> None:
         trainer = make_trainer(tmp_path / name, rows, rows, tokenizer=tokenizer, **options)
         scored = trainer.score_influence()
         sft = trainer.train_dataset[0]
-        prepared = trainer._prepared[""][0]
+        prepared = trainer.prepared_pool[0]
         assert (prepared["input_ids"], prepared["labels"]) == (sft["input_ids"], sft["labels"])
         expected = compute_datainf(
             compute_gradients(trainer.model, trainer.train_dataset),

@@ -15,8 +15,8 @@ from hf_in2core.engine.batches import collate, read_token_rows
 from hf_in2core.engine.blocks import find_blocks
 from hf_in2core.engine.fit import PILOT_ROWS
 from hf_in2core.engine.gradients import GradientRecorder, compute_gradient_sum
+from hf_in2core.names import LOSS_REDUCTIONS
 from hf_in2core.rows.preparation import Preparation, prepare_rows
-from hf_in2core.selection.lengths import LOSS_REDUCTIONS
 
 
 def make_config(folder, **kwargs) -> InfluenceConfig:

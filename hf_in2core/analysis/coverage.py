@@ -15,7 +15,7 @@ from datasets import Dataset, Features, List, Value
 from hf_in2core.engine.losses import compute_row_losses
 from hf_in2core.engine.scoring import TopRows
 from hf_in2core.evaluation.intervals import MIN_PAIRS, compute_rank_correlation
-from hf_in2core.influence.scorer_files import AUTOCAST_DTYPES
+from hf_in2core.influence.config import AUTOCAST_DTYPES
 from hf_in2core.rows.preparation import find_shared_rows
 from hf_in2core.selection.coreset import read_query_scores, read_scores
 from hf_in2core.selection.similarities import compute_bm25_similarities, compute_rds_similarities, decode_rows
@@ -65,8 +65,8 @@ def compute_coverage(trainer: "InfluenceTrainer", *, top_k: int = 10) -> Dataset
         ValueError: if `top_k` is below 1 or above the number of rows that carry loss, or if test rows also stand in
             the pool (they cover themselves).
     """
-    prepared = trainer._prepared[""]
-    tests = {name: trainer._prepared[name] for name in trainer._validation_names}
+    prepared = trainer.prepared_pool
+    tests = trainer.prepared_validation
     _check_request(top_k, prepared, tests)
     trainer.fit_influence(per_example=True)
     influence = read_query_scores(trainer.score_influence(overwrite=True))
@@ -108,8 +108,8 @@ def compute_similarity_coverage(
             'by="embedding" needs an encoder: a `SentenceTransformer`, or the name of one such as '
             '"sentence-transformers/all-MiniLM-L6-v2".'
         )
-    prepared = trainer._prepared[""]
-    tests = {name: trainer._prepared[name] for name in trainer._validation_names}
+    prepared = trainer.prepared_pool
+    tests = trainer.prepared_validation
     _check_request(top_k, prepared, tests)
     strength = np.concatenate([_compute_similarities(trainer, by, prepared, test, encoder) for test in tests.values()])
     found = measure_coverage(strength, top_k)
@@ -219,7 +219,7 @@ def _check_top_k(top_k: int, num_rows: int) -> None:
 
 
 def _describe_tests(trainer: "InfluenceTrainer", tests: dict[str, Dataset]) -> dict[str, Iterable[Any]]:
-    autocast = AUTOCAST_DTYPES[trainer._autocast()]
+    autocast = AUTOCAST_DTYPES[trainer.autocast]
     model = trainer.accelerator.unwrap_model(trainer.model)
     size = trainer.args.tokens_per_batch
     losses = [compute_row_losses(model, test, size, autocast, f"Loss: {name}") for name, test in tests.items()]
@@ -253,7 +253,7 @@ def _compute_similarities(
         model = trainer.accelerator.unwrap_model(trainer.model)
         with model.disable_adapter():
             return compute_rds_similarities(
-                prepared, test, model, trainer.args.tokens_per_batch, AUTOCAST_DTYPES[trainer._autocast()]
+                prepared, test, model, trainer.args.tokens_per_batch, AUTOCAST_DTYPES[trainer.autocast]
             )
     try:
         from sentence_transformers import SentenceTransformer

@@ -194,15 +194,15 @@ def compute_layer_scores(trainer: "InfluenceTrainer", pilot_rows: int | None = N
     Raises:
         ValueError: if the adapter covers fewer than two layers, or fewer than 30 rows are left.
     """
-    blocks = {name: block for name, block in trainer._selected_blocks().items() if block.layer is not None}
+    blocks = {name: block for name, block in trainer.blocks.items() if block.layer is not None}
     layers = sorted({block.layer for block in blocks.values() if block.layer is not None})
     if len(layers) < 2:
         raise ValueError(
             f"The adapter covers the decoder layers {layers}: with fewer than two there is nothing to choose. Use an "
             "adapter on more layers, or leave `influence_layers` unset."
         )
-    prepared = trainer._prepared[""]
-    validation = {name: trainer._prepared[name] for name in trainer._validation_names}
+    prepared = trainer.prepared_pool
+    validation = trainer.prepared_validation
     rows = np.flatnonzero(~find_shared_rows(prepared, validation.values()))
     if pilot_rows is not None and pilot_rows < len(rows):
         rows = np.sort(np.random.default_rng(seed).choice(rows, pilot_rows, replace=False))
@@ -213,9 +213,17 @@ def compute_layer_scores(trainer: "InfluenceTrainer", pilot_rows: int | None = N
             "a larger pool."
         )
     # By every process alike, with what the trainer knows of the memory, and leaving nothing behind.
-    passes = replace(trainer._make_passes(blocks, ""), accelerator=None, folder=None, store=None)
+    passes = replace(trainer.make_passes(blocks, ""), accelerator=None, folder=None, store=None)
     pilot = prepared.select(rows)
-    directions = fit_directions(passes, pilot, validation, trainer.args).ihvp
+    directions = fit_directions(
+        passes,
+        pilot,
+        validation,
+        estimator=trainer.args.estimator,
+        damping_scale=trainer.args.damping_scale,
+        fit_examples=trainer.args.fit_examples,
+        seed=trainer.args.seed,
+    ).ihvp
     return _score_by_layer(passes, pilot, directions, layers, trainer.args.estimator == "gradient_cosine")
 
 

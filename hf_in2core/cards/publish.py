@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import yaml
 from datasets import Dataset, Features
@@ -34,10 +34,14 @@ from .metadata import SplitFacts, merge_splits, parse_card
 from .splits import Record, recognise_choice, record_choice
 
 
-if TYPE_CHECKING:
-    from hf_in2core.influence.scorer import InfluenceScorer
-
 logger = logging.getLogger(__name__)
+
+
+class SavesItself(Protocol):
+    """What is published of a scorer: whatever writes a folder."""
+
+    def save_pretrained(self, save_directory: Path) -> Any:
+        """Write the folder."""
 
 
 def push_influence_dataset(
@@ -45,7 +49,7 @@ def push_influence_dataset(
     scored: Dataset,
     *,
     coresets: Mapping[str, Dataset | Mapping[str, Any]] | None = None,
-    scorer: "InfluenceScorer | str | Path | None" = None,
+    scorer: SavesItself | str | Path | None = None,
     report: str | Path | None = None,
     validation: Dataset | Mapping[str, Dataset] | None = None,
     source_datasets: Sequence[str] = (),
@@ -236,7 +240,7 @@ def _align_columns(name: str, dataset: Dataset, scored: Dataset) -> Dataset:
     return dataset.with_format(None).select_columns(scored.column_names)
 
 
-def _list_scorer(scorer: "InfluenceScorer | str | Path | None", folder: Path, prefix: str) -> dict[str, Path]:
+def _list_scorer(scorer: SavesItself | str | Path | None, folder: Path, prefix: str) -> dict[str, Path]:
     if scorer is None:
         return {}
     if not isinstance(scorer, str | Path):

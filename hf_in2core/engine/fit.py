@@ -11,8 +11,6 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from hf_in2core.influence.config import InfluenceConfig
-
 from .batches import TokenBatch, read_token_rows
 from .datainf import compute_damping, compute_ihvp, compute_inner_damping_error
 from .gradients import (
@@ -266,7 +264,11 @@ def fit_directions(
     passes: Passes,
     pool: Dataset,
     validation: dict[str, Dataset],
-    config: InfluenceConfig,
+    *,
+    estimator: str,
+    damping_scale: float,
+    fit_examples: int | None,
+    seed: int,
     queries_per_block: int | None = None,
 ) -> FitResult:
     """
@@ -279,8 +281,14 @@ def fit_directions(
             Prepared pool.
         validation (`dict[str, datasets.Dataset]`):
             Prepared validation sets.
-        config ([`InfluenceConfig`]):
-            `estimator`, `damping_scale`, `fit_examples` and `seed`.
+        estimator (`str`):
+            `"datainf"`; the others score with the validation gradients as they are.
+        damping_scale (`float`):
+            Relative damping.
+        fit_examples (`int`, *optional*):
+            Size of the seeded sample to fit on; all rows where `None`.
+        seed (`int`):
+            Seed of the pilot rows and of the sample.
         queries_per_block (`int`, *optional*):
             If given, every validation row is a query of its own, so many of them in memory at a time; by default each
             validation set is one through its mean gradient.
@@ -288,6 +296,15 @@ def fit_directions(
     Returns:
         [`FitResult`] with directions in float32 (float64 for a float64 model); on the CPU where rows are queries.
     """
+    dtype = accumulation_dtype(next(iter(passes.blocks.values())).tensor)
+
+    def precondition(gradients: dict[str, Tensor], name: str, is_stored: bool = False) -> FitResult:
+        result = FitResult(ihvp=gradients, damping={}, num_examples=0, inner_damping_error=0.0)
+        if estimator == "datainf":
+            result = run_fit_pass(passes, pool, gradients, damping_scale, fit_examples, seed, name, is_stored)
+        result.ihvp = {key: value.to(dtype) for key, value in result.ihvp.items()}
+        return result
+
     results = []
     if queries_per_block is None:
         means = [
@@ -295,13 +312,13 @@ def fit_directions(
             for index, (name, rows) in enumerate(validation.items())
         ]
         v = {key: torch.stack([mean[key] for mean in means]) for key in passes.blocks}
-        results.append(_precondition(passes, pool, v, config, "fit"))
+        results.append(precondition(v, "fit"))
     else:
         for index, (set_name, rows) in enumerate(validation.items()):
             for start in range(0, len(rows), queries_per_block):
                 queries = rows.select(range(start, min(start + queries_per_block, len(rows))))
                 v = run_per_example_validation_pass(passes, queries, f"Influence: validation set {set_name}")
-                result = _precondition(passes, pool, v, config, f"fit-{index}-{start}", is_stored=bool(results))
+                result = precondition(v, f"fit-{index}-{start}", is_stored=bool(results))
                 result.ihvp = {key: value.cpu() for key, value in result.ihvp.items()}
                 results.append(result)
     return FitResult(
@@ -310,25 +327,6 @@ def fit_directions(
         num_examples=results[0].num_examples,
         inner_damping_error=max(result.inner_damping_error for result in results),
     )
-
-
-def _precondition(
-    passes: Passes,
-    pool: Dataset,
-    validation_gradients: dict[str, Tensor],
-    config: InfluenceConfig,
-    name: str,
-    is_stored: bool = False,
-) -> FitResult:
-    if config.estimator == "datainf":
-        result = run_fit_pass(
-            passes, pool, validation_gradients, config.damping_scale, config.fit_examples, config.seed, name, is_stored
-        )
-    else:
-        result = FitResult(ihvp=validation_gradients, damping={}, num_examples=0, inner_damping_error=0.0)
-    dtype = accumulation_dtype(next(iter(passes.blocks.values())).tensor)
-    result.ihvp = {key: value.to(dtype) for key, value in result.ihvp.items()}
-    return result
 
 
 def write_fit(passes: Passes, result: FitResult) -> None:

@@ -139,7 +139,9 @@ def read_tensors(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[
     return tensors, metadata
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files that a killed run left in a folder."""
+def open_state(folder: Path, identity: dict[str, Any]) -> None:
+    """Make the folder of a run's state, without temporary files that a killed run left, and write what it is of."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "identity.json").write_text(json.dumps(identity, indent=2), encoding="utf-8")
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)

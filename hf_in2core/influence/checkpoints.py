@@ -24,13 +24,12 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_in2core.engine.blocks import read_adapter_settings
+from hf_in2core.names import INFLUENCE, NUM_LOSS_TOKENS, PER_CHECKPOINT, PER_QUERY, RANK
 from hf_in2core.rows.scored import add_influence_columns, add_query_column
 from hf_in2core.selection.coreset import read_query_scores, read_scores
 
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINT_COLUMN = "influence_per_checkpoint"
 
 
 @dataclass
@@ -164,17 +163,13 @@ def kept_adapter(model: PeftModel) -> Iterator[Callable[[Checkpoint], None]]:
     own = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items()}
 
     def put(checkpoint: Checkpoint) -> None:
+        logger.info("Influence at %s.", checkpoint.folder)
         set_peft_model_state_dict(model, checkpoint.adapter, adapter_name=name)
 
     try:
         yield put
     finally:
         set_peft_model_state_dict(model, own, adapter_name=name)
-
-
-def list_set_columns(names: list[str]) -> list[str]:
-    """Of a scorer's columns those with one number per row: `influence`, and that of each named validation set."""
-    return [name for name in names if name.startswith("influence") and name != "influence_per_query"]
 
 
 def average_readings(pool: Dataset, readings: list[Dataset], names: list[str], weights: np.ndarray) -> Dataset:
@@ -195,16 +190,15 @@ def average_readings(pool: Dataset, readings: list[Dataset], names: list[str], w
         [`~datasets.Dataset`]: as `score_influence` returns it, with the averages, and `influence_per_checkpoint` (list
         of `C` float64 in the order of the steps; null where a row carries no loss).
     """
-    per_checkpoint = {
-        name: np.stack([read_scores(one, name) for one in readings], axis=1) for name in list_set_columns(names)
-    }
+    scores = [name for name in names if name not in (NUM_LOSS_TOKENS, PER_QUERY)]
+    per_checkpoint = {name: np.stack([read_scores(one, name) for one in readings], axis=1) for name in scores}
     columns: dict[str, np.ndarray] = {name: values @ weights for name, values in per_checkpoint.items()}
-    columns["num_loss_tokens"] = np.array(readings[0]["num_loss_tokens"][:], dtype=np.int64)
-    replaced = [name for name in [*names, "influence_rank", CHECKPOINT_COLUMN] if name in pool.column_names]
+    columns[NUM_LOSS_TOKENS] = np.array(readings[0][NUM_LOSS_TOKENS][:], dtype=np.int64)
+    replaced = [name for name in [*names, RANK, PER_CHECKPOINT] if name in pool.column_names]
     scored = add_influence_columns(pool.remove_columns(replaced), columns)
-    if "influence_per_query" in names:
+    if PER_QUERY in names:
         matrices = np.stack([read_query_scores(one).T for one in readings])
         scored = add_query_column(scored, np.einsum("c,cnq->nq", weights, matrices))
-    values: list[Any] = [None if np.isnan(row).any() else row.tolist() for row in per_checkpoint["influence"]]
+    values: list[Any] = [None if np.isnan(row).any() else row.tolist() for row in per_checkpoint[INFLUENCE]]
     feature = List(Value("float64"), length=len(readings))
-    return scored.add_column(CHECKPOINT_COLUMN, values, feature=feature)
+    return scored.add_column(PER_CHECKPOINT, values, feature=feature)

@@ -3,36 +3,23 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import torch
 from datasets import Dataset
-from peft import PeftModel
-from scipy.stats import spearmanr
+from peft import PeftConfig, PeftModel
 from torch.distributed.tensor import DTensor
 from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
-from hf_in2core.engine.blocks import Blocks, check_not_offloaded, count_elements
-from hf_in2core.engine.curvature import score_fitted_rows
-from hf_in2core.engine.datainf import compute_damping
-from hf_in2core.engine.fit import FitResult, run_per_example_validation_pass
+from hf_in2core.engine.blocks import Blocks, check_not_offloaded, count_elements, find_blocks
 from hf_in2core.engine.forwards import find_checkpointable_layers
 from hf_in2core.engine.passes import Passes
+from hf_in2core.names import RESERVED_SET_NAMES, VALIDATION
 
 from .config import InfluenceConfig
 
 
 logger = logging.getLogger(__name__)
-
-# Rows on which DataInf is compared with the exact damped inverse; fewer say nothing about a rank correlation.
-CURVATURE_ROWS, MIN_CURVATURE_ROWS = 64, 32
-# Elements of their gradients in memory, or those of four adapters if more: as many blocks are looked at as fit.
-MAX_CURVATURE_ELEMENTS = 2**24
-# Below this, ranks by DataInf and by the exact damped inverse have less than half of their variance in common.
-MIN_CURVATURE_AGREEMENT = 0.7
 
 
 def check_settings(args: InfluenceConfig, kwargs: dict[str, Any]) -> None:
@@ -67,6 +54,25 @@ def _as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def check_adapter_given(model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> None:
+    """Refuse a model without an adapter and without the configuration of one."""
+    if peft_config is None and not isinstance(model, PeftModel):
+        raise ValueError(
+            "There is no adapter: influence is taken through one (full fine-tuning is not supported). Pass "
+            "`peft_config=LoraConfig(...)`, or a `PeftModel` whose adapter is trained."
+        )
+
+
+def check_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
+    """Refuse what is no tokenizer; returns what is."""
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"`processing_class` is a {type(processing_class).__name__}: vision-language models are not supported. "
+            "Pass a text model with its tokenizer."
+        )
+    return processing_class
+
+
 def check_datasets(
     train_dataset: Dataset | None, eval_dataset: Dataset | dict[str, Dataset] | None
 ) -> dict[str, Dataset]:
@@ -81,7 +87,7 @@ def check_datasets(
             "`eval_dataset` is missing: influence is taken on a validation set. Pass rows like those the model should "
             "become good at, and keep them out of the pool."
         )
-    validation = dict(eval_dataset) if isinstance(eval_dataset, dict) else {"validation": eval_dataset}
+    validation = dict(eval_dataset) if isinstance(eval_dataset, dict) else {VALIDATION: eval_dataset}
     if not validation:
         raise ValueError("`eval_dataset` is an empty dict. Pass at least one validation set.")
     for name, dataset in {"pool": train_dataset, **validation}.items():
@@ -91,14 +97,17 @@ def check_datasets(
             raise ValueError(f"`{name}` is empty: it has no rows. Check its source or the split's name.")
         if {"image", "images"} & set(dataset.column_names):
             raise ValueError(f"`{name}` has images: vision models are not supported. Pass text rows.")
-    reserved = {"rank", "per_query", "per_checkpoint", ""} & set(validation)
+    reserved = set(RESERVED_SET_NAMES) & set(validation)
     if reserved:
         raise ValueError(f"A validation set is named {sorted(reserved)}, which is reserved. Give it another name.")
     return validation
 
 
 def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool) -> None:
-    """Refuse a model that the settings do not fit; its trainable tensors are [`find_blocks`]' business."""
+    """Refuse a model that the settings do not fit, or with trainable tensors that cannot be accounted for."""
+    if not isinstance(model, PeftModel):
+        raise ValueError("The model has no PEFT adapter. Pass `peft_config=LoraConfig(...)`.")
+    find_blocks(model, model.active_adapter)
     check_not_offloaded(model)
     sharded = [name for name, p in model.named_parameters() if p.requires_grad and isinstance(p, DTensor)]
     if sharded:
@@ -136,6 +145,31 @@ def stand_in_template(processing_class: PreTrainedTokenizerBase, path: str | Non
         yield
     finally:
         processing_class.chat_template = original
+
+
+def check_top_k(top_k: int | None, per_example: bool, at_checkpoints: bool) -> None:
+    """Refuse `top_k` where there are no single validation rows, or no one set of strongest rows."""
+    if top_k is not None and not per_example:
+        raise ValueError(
+            f"`top_k={top_k}` asks for the strongest rows of every validation row, but the scorer knows only their "
+            "mean. Call `fit_influence(per_example=True)` first."
+        )
+    if top_k is not None and at_checkpoints:
+        raise ValueError(
+            f"`top_k={top_k}` keeps other rows at every checkpoint, so that they have no average. Leave out one of "
+            "the two."
+        )
+
+
+def check_added_columns(pool: Dataset, names: list[str], overwrite: bool) -> list[str]:
+    """Refuse a pool that has columns which scoring adds, unless they are to be replaced; returns their names."""
+    clashes = [name for name in names if name in pool.column_names]
+    if clashes and not overwrite:
+        raise ValueError(
+            f"The pool already has the column(s) {', '.join(clashes)}. Pass `overwrite=True` to replace them, or "
+            "rename them."
+        )
+    return clashes
 
 
 def check_store(passes: Passes, num_rows: int, budget_gb: float) -> None:
@@ -182,77 +216,4 @@ def check_zero_blocks(damping: dict[str, float], blocks: Blocks, warn: bool) -> 
             "first, or load a trained adapter."
             if untrained
             else "Their inputs or outputs are always zero.",
-        )
-
-
-def measure_curvature(passes: Passes, prepared: Dataset, result: FitResult, damping_scale: float, seed: int) -> float:
-    """
-    Rank correlation of DataInf with the exact damped inverse on a seeded sample of 64 rows, fitted and scored on it.
-
-    In `benchmarks/exact.py` it is within 0.2 of the agreement on 384 rows, at LoRA ranks of 1 to 16 and any damping.
-    `damping * u` stands for the validation gradient `v`: it ranks nearly alike, and `v` is not kept.
-
-    Args:
-        passes ([`Passes`]):
-            The fit pass.
-        prepared (`datasets.Dataset`):
-            Prepared pool.
-        result ([`FitResult`]):
-            Its outcome; several queries count by their mean.
-        damping_scale (`float`):
-            Relative damping.
-        seed (`int`):
-            Seed of the sample.
-
-    Returns:
-        `float` in [-1, 1]; NaN where nothing can be concluded: fewer than 32 rows, no gradients, or equal scores.
-    """
-    if len(prepared) < MIN_CURVATURE_ROWS:
-        return float("nan")
-    count = min(CURVATURE_ROWS, len(prepared))
-    generator = np.random.default_rng(seed)
-    rows = np.sort(generator.choice(len(prepared), count, replace=False))
-    active = {name: passes.blocks[name] for name, value in result.damping.items() if value > 0}
-    if not active:
-        return float("nan")
-    most = max(MAX_CURVATURE_ELEMENTS, 4 * count_elements(active))
-    chosen = draw_blocks(active, most // count, generator)
-    sample = replace(passes, blocks=chosen, folder=None, store=None)
-    gradients = run_per_example_validation_pass(
-        sample, prepared.select(rows), "Influence: sample for the exact inverse"
-    )
-    totals = torch.zeros(2, count, dtype=torch.float64)
-    for name in chosen:
-        g = gradients.pop(name).flatten(1).double()
-        gram = g @ g.T
-        v = result.ihvp[name].to(g.device, torch.float64).mean(0).flatten() * result.damping[name]
-        damping = compute_damping(float(gram.diagonal().mean()), g.shape[1], damping_scale)
-        if damping > 0:
-            totals += torch.stack(score_fitted_rows(gram, g @ v, damping)).cpu()
-    datainf, exact = totals.numpy()
-    return float("nan") if np.ptp(datainf) == 0 or np.ptp(exact) == 0 else float(spearmanr(datainf, exact).statistic)
-
-
-def draw_blocks(blocks: Blocks, max_elements: int, generator: np.random.Generator) -> Blocks:
-    """
-    Draw blocks at random, as many as `max_elements` hold and one at least; in their order.
-
-    Not every so many of them: their order has a period (`lora_A`, `lora_B`, projection by projection), so that all
-    would be of one kind.
-    """
-    names = generator.permutation(list(blocks))
-    fits = np.cumsum([blocks[name].tensor.numel() for name in names]) <= max_elements
-    kept = {str(name) for name in names[: max(int(fits.sum()), 1)]}
-    return {name: block for name, block in blocks.items() if name in kept}
-
-
-def warn_of_curvature(agreement: float, damping_scale: float) -> None:
-    """Say so where DataInf ranks rows otherwise than the exact damped inverse; `agreement` as measured."""
-    if agreement < MIN_CURVATURE_AGREEMENT:
-        logger.warning(
-            "DataInf is far from the exact damped inverse here: on a sample of the pool their rankings agree by %.2f "
-            "(Spearman; 1 = the same). It ranks nearly as a gradient dot product weighted by block does. A larger "
-            "`damping_scale` (now %s) brings both together, a smaller LoRA rank too; see benchmarks/RESULTS.md.",
-            agreement,
-            damping_scale,
         )

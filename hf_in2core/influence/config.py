@@ -3,13 +3,29 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from trl import SFTConfig
 
+from hf_in2core.names import LOSS_REDUCTIONS
 from hf_in2core.rows.columns import check_columns
-from hf_in2core.selection.lengths import LOSS_REDUCTIONS
 
 
 ESTIMATORS = ["datainf", "gradient_dot", "gradient_cosine"]
+AUTOCAST_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_autocast(args: SFTConfig, dtype: torch.dtype) -> str:
+    """
+    Mixed precision of a run's forwards, training and influence and evaluation alike: a key of `AUTOCAST_DTYPES`.
+
+    Args:
+        args ([`~trl.SFTConfig`]):
+            `bf16` and `fp16`.
+        dtype (`torch.dtype`):
+            Precision of the model's weights; only those of float32 are cast.
+    """
+    mixed = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+    return mixed if dtype == torch.float32 else "no"
 
 
 @dataclass

@@ -25,7 +25,7 @@ def identify_run(
     model: PeftModel,
     blocks: Blocks,
     args: InfluenceConfig,
-    data: dict[str, str],
+    data: dict[str, Any],
     *,
     autocast: str,
     per_example: bool,
@@ -41,8 +41,8 @@ def identify_run(
             Blocks that count.
         args ([`InfluenceConfig`]):
             Settings; those that change nothing but time and memory are left out.
-        data (`dict[str, str]`):
-            Hashes of the prepared pool (`""`) and validation sets, by name.
+        data (`dict[str, Any]`):
+            Hashes of the prepared rows: of the `pool`, and of each set of `validation` by name.
         autocast (`str`):
             Mixed precision of the forward: `"no"`, `"bf16"` or `"fp16"`.
         per_example (`bool`):

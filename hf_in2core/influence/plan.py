@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 
 from hf_in2core.engine.batches import TokenBatch, TokenRows, plan_batches, read_token_rows
+from hf_in2core.engine.curvature import CURVATURE_ROWS, MIN_CURVATURE_ROWS
 from hf_in2core.engine.fit import count_pilot_rows
 from hf_in2core.engine.gradients import (
     GradientRecorder,
@@ -21,8 +22,6 @@ from hf_in2core.engine.gradients import (
 )
 from hf_in2core.engine.passes import Passes, finish_together, make_zeros, run_batches
 from hf_in2core.notebook import render_html
-
-from .checks import CURVATURE_ROWS, MIN_CURVATURE_ROWS
 
 
 if TYPE_CHECKING:
@@ -137,10 +136,10 @@ def plan_influence(
     Returns:
         [`InfluencePlan`]
     """
-    blocks = trainer._selected_blocks()
-    passes = trainer._make_passes(blocks, "")
+    blocks = trainer.blocks
+    passes = trainer.make_passes(blocks, "")
     passes.folder = None
-    pool, sets = trainer._prepared[""], [trainer._prepared[name] for name in trainer._validation_names]
+    pool, sets = trainer.prepared_pool, list(trainer.prepared_validation.values())
     args = trainer.args
     datainf = args.estimator == "datainf"
     elements = sum(block.tensor.numel() for block in blocks.values())
@@ -148,7 +147,7 @@ def plan_influence(
 
     # The queries that each fit pass and each run of the score pass carry.
     queries = sum(map(len, sets)) if per_example else len(sets)
-    at_once = min(trainer._count_queries_per_block(blocks), max(map(len, sets))) if per_example else queries
+    at_once = min(trainer.count_queries_per_block(blocks), max(map(len, sets))) if per_example else queries
     num_fits = sum(-(-len(rows) // at_once) for rows in sets) if per_example else 1
     num_scores = -(-queries // at_once)
 

@@ -19,9 +19,9 @@ from hf_in2core.engine.gradients import GradientRecorder
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.scoring import average_over_sets, count_queries, score_token_rows
 from hf_in2core.engine.state import hash_adapter, hash_base, hash_json, hash_tensors, write_tensors
+from hf_in2core.names import LOSS_REDUCTIONS, NUM_LOSS_TOKENS, RANK, list_added_columns, list_score_columns
 from hf_in2core.notebook import render_html
 from hf_in2core.rows.preparation import Preparation, hash_template, hash_tokenizer, prepare_batch
-from hf_in2core.selection.lengths import LOSS_REDUCTIONS
 
 from .scorer_files import (
     ADAPTER_FILE,
@@ -196,15 +196,8 @@ class InfluenceScorer:
     @property
     def column_names(self) -> list[str]:
         """Names of the columns that scoring adds."""
-        sets = self.config.validation_sets
-        per_set = [f"influence_{name}" for name in sets] if self.has_named_sets else []
-        per_query = ["influence_per_query"] if self.config.per_example else []
-        return ["influence", *per_set, "num_loss_tokens", *per_query]
-
-    @property
-    def has_named_sets(self) -> bool:
-        """Whether each validation set gets a column of its own."""
-        return list(self.config.validation_sets) != ["validation"]
+        added = list_added_columns(self.config.validation_sets, self.config.per_example)
+        return [name for name in added if name != RANK]
 
     def make_columns(self, influence: np.ndarray, num_loss_tokens: np.ndarray) -> dict[str, np.ndarray]:
         """
@@ -219,10 +212,9 @@ class InfluenceScorer:
         Returns:
             `dict[str, numpy.ndarray]`
         """
-        columns = {"influence": influence.mean(axis=1)}
-        if self.has_named_sets:
-            columns |= {f"influence_{name}": influence[:, q] for q, name in enumerate(self.config.validation_sets)}
-        return {**columns, "num_loss_tokens": num_loss_tokens}
+        names = list_score_columns(self.config.validation_sets)
+        scores = [influence.mean(axis=1), *influence.T]  # of a single set without a name, the mean alone has a column
+        return dict(zip(names, scores, strict=False)) | {NUM_LOSS_TOKENS: num_loss_tokens}
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return _find_live_scorer, (self.fingerprint,)

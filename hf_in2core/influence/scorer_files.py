@@ -9,16 +9,19 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import resolve_revision, snapshot_download
 from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from hf_in2core import __version__
 from hf_in2core.engine.blocks import Blocks
+from hf_in2core.engine.fit import FitResult
 from hf_in2core.hub.silence import limited_silence
-from hf_in2core.rows.preparation import Preparation
-from hf_in2core.selection.lengths import LOSS_REDUCTIONS
+from hf_in2core.names import LOSS_REDUCTIONS
+from hf_in2core.rows.preparation import Preparation, hash_template, hash_tokenizer
 
-from .config import ESTIMATORS
+from .config import AUTOCAST_DTYPES, ESTIMATORS, InfluenceConfig
 
 
 FORMAT_VERSION = 1
@@ -30,7 +33,6 @@ TOKENIZER_FOLDER = "tokenizer"
 ADAPTER_FILE = f"{ADAPTER_FOLDER}/adapter_model.safetensors"
 # All that is downloaded of a repository, whatever else it holds.
 SCORER_PATTERNS = [CONFIG_FILE, DIRECTIONS_FILE, ADAPTER_FILE, f"{ADAPTER_FOLDER}/*.json", f"{TOKENIZER_FOLDER}/*"]
-AUTOCAST_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BASE_DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -259,6 +261,58 @@ def download_scorer(repo_id: str, revision: str | None, token: str | None, repo_
             f"{repo_id!r} is neither a folder nor a {repo_type} repository that can be seen with this token. For the "
             'scorer beside a published pool pass `repo_type="dataset", subfolder="scorer"`.'
         ) from error
+
+
+def describe_fit(
+    model: PeftModel,
+    args: InfluenceConfig,
+    preparation: Preparation,
+    validation_sets: dict[str, int],
+    result: FitResult,
+    identity: dict[str, Any],
+) -> ScorerConfig:
+    """
+    The configuration of a scorer that was just fitted.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The reference.
+        args ([`InfluenceConfig`]):
+            Settings of the fit.
+        preparation ([`Preparation`]):
+            How raw rows become tokens.
+        validation_sets (`dict[str, int]`):
+            Rows of each validation set, by name.
+        result ([`FitResult`]):
+            Outcome of the fit.
+        identity (`dict[str, Any]`):
+            Of [`identify_run`].
+    """
+    base = model.config
+    asked = (args.model_init_kwargs or {}).get("revision")  # type: ignore[union-attr]
+    return ScorerConfig(
+        estimator=args.estimator,
+        loss_reduction=args.loss_reduction,
+        damping_scale=args.damping_scale,
+        influence_layers=args.influence_layers,  # type: ignore[arg-type]
+        validation_sets=validation_sets,
+        per_example=identity["per_example"],
+        num_fit_examples=result.num_examples,
+        damping=result.damping,
+        inner_damping_error=result.inner_damping_error,
+        preparation=preparation.to_dict(),
+        autocast=identity["autocast"],
+        tokens_per_batch=args.tokens_per_batch,
+        base_model=base._name_or_path or "",
+        base_model_revision=getattr(base, "_commit_hash", None) or find_revision(base._name_or_path, asked),
+        base_model_dtype=str(model.dtype).removeprefix("torch."),
+        base_model_hash=identity["base_model"],
+        adapter_hash=identity["adapter"],
+        tokenizer_hash=hash_tokenizer(preparation.processing_class),
+        template_hash=hash_template(preparation),
+        pool_hash=identity["data"]["pool"],
+        libraries={"hf_in2core": __version__, **identity["libraries"]},
+    )
 
 
 def find_revision(name: str, revision: str | None = None) -> str | None:

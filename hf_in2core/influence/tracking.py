@@ -7,6 +7,8 @@ from scipy.stats import spearmanr
 from transformers import Trainer
 from transformers.integrations import get_reporting_integration_callbacks
 
+from hf_in2core.engine.fit import FitResult
+
 
 QUANTILES = {"minimum": 0.0, "quantile_05": 0.05, "median": 0.5, "quantile_95": 0.95, "maximum": 1.0}
 
@@ -42,6 +44,16 @@ def summarize_influence(columns: Mapping[str, np.ndarray], num_loss_tokens: np.n
         correlation = spearmanr(columns["influence"][has_loss], tokens).statistic
         statistics["influence/length_correlation"] = float(correlation)
     return statistics
+
+
+def summarize_fit(result: FitResult, validation_rows: int, seconds: float) -> dict[str, float]:
+    """Figures of a fit: `influence/fit_rows`, `validation_rows`, `inner_damping_error` and `fit_seconds`."""
+    return {
+        "influence/fit_rows": float(result.num_examples),
+        "influence/validation_rows": float(validation_rows),
+        "influence/inner_damping_error": result.inner_damping_error,
+        "influence/fit_seconds": seconds,
+    }
 
 
 def report(trainer: Trainer, statistics: dict[str, float]) -> None:

@@ -4,7 +4,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
@@ -12,6 +11,7 @@ from trl import ModelConfig
 from hf_in2core import InfluenceConfig
 from hf_in2core.cards.model import add_task_results
 from hf_in2core.evaluation.tasks import evaluate_tasks, load_tasks
+from hf_in2core.influence.config import AUTOCAST_DTYPES, choose_autocast
 from hf_in2core.report.run import read_results
 from hf_in2core.report.terminal import print_tasks, write_report
 from hf_in2core.rows.sources import hash_value
@@ -32,16 +32,13 @@ def evaluate_on_tasks(
     training_args: InfluenceConfig,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a model on loaded tasks, in the precision that its losses are computed in; on all processes."""
-    autocast = None
-    if model.dtype == torch.float32 and (training_args.bf16 or training_args.fp16):
-        autocast = torch.bfloat16 if training_args.bf16 else torch.float16
     return evaluate_tasks(
         model,
         tokenizer,
         tasks,
         limit=limit,
         batch_size=training_args.per_device_eval_batch_size,
-        autocast=autocast,
+        autocast=AUTOCAST_DTYPES[choose_autocast(training_args, model.dtype)],
         show_progress=not training_args.disable_tqdm,
     )
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -27,6 +26,7 @@ from trl.trainer.utils import create_model_from_path
 from hf_in2core import InfluenceConfig, InfluenceScorer, InfluenceTrainer
 from hf_in2core.engine.losses import compute_row_losses
 from hf_in2core.evaluation.judge import TokenAccuracy, TokenPerplexity
+from hf_in2core.influence.config import AUTOCAST_DTYPES, choose_autocast
 from hf_in2core.influence.scorer_files import find_revision
 from hf_in2core.progress import make_bar
 from hf_in2core.rows.columns import apply_columns
@@ -278,9 +278,7 @@ def compute_losses(
     """
     state = PartialState()
     shard = prepared.shard(state.num_processes, state.process_index, contiguous=True)
-    autocast = None
-    if model.dtype == torch.float32 and (training_args.bf16 or training_args.fp16):
-        autocast = torch.bfloat16 if training_args.bf16 else torch.float16
+    autocast = AUTOCAST_DTYPES[choose_autocast(training_args, model.dtype)]
     rows = []
     if len(shard):
         shown = None if training_args.disable_tqdm else description

@@ -130,7 +130,7 @@ def _draw_results(
 
 def load_asset(name: str) -> str:
     """A file of the page; its line ends are those that a browser hashes."""
-    text = resources.files("hf_in2core").joinpath(ASSETS, name).read_text(encoding="utf-8")
+    text = resources.files("hf_in2core.report").joinpath(ASSETS, name).read_text(encoding="utf-8")
     return text.replace("\r\n", "\n")
 
 

@@ -9,14 +9,6 @@ from hf_in2core.notebook import Lengths
 from .coreset import read_scores
 
 
-# How the losses of a row's labelled tokens become the row's loss, which decides how much its length counts; see
-# losses.compute_token_weights.
-LOSS_REDUCTIONS = {
-    "mean": "mean over its labelled tokens",
-    "sum": "sum over its labelled tokens",
-    "sqrt": "sum over its labelled tokens, divided by the square root of their number",
-    "max": "its hardest labelled token alone",
-}
 # A coreset whose lengths differ by more is warned of: a gap of 0.25 means that at least a quarter of its rows would
 # have to be swapped for others to give it the lengths of the pool.
 MAX_LENGTH_GAP = 0.25

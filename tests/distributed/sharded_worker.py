@@ -67,7 +67,7 @@ def main() -> None:
     def run_out_of_memory(batch: TokenBatch) -> None:
         torch.empty(2**60)
 
-    passes, rows = trainer._make_passes(trainer._selected_blocks(), ""), read_token_rows(trainer._prepared[""], 0, 2)
+    passes, rows = trainer.make_passes(trainer.blocks, ""), read_token_rows(trainer.prepared_pool, 0, 2)
     parameters = list(trainer.model.parameters())
     pool = make_prompt_completion(4, seed=0)
     found = {

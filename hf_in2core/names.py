@@ -1,0 +1,80 @@
+"""Names that stand in data: columns of influence, sets, arms, budgets, strategies, and what a coreset is called."""
+
+from collections.abc import Iterable, Sequence
+
+
+# --- columns that scoring adds ---
+
+INFLUENCE, RANK, NUM_LOSS_TOKENS = "influence", "influence_rank", "num_loss_tokens"
+PER_QUERY, PER_CHECKPOINT = "influence_per_query", "influence_per_checkpoint"
+# `influence_<name>` of a validation set cannot have these.
+RESERVED_SET_NAMES = ("rank", "per_query", "per_checkpoint", "")
+
+# --- sets of rows ---
+
+POOL = "pool"
+# The name of a validation set that was given none.
+VALIDATION = "validation"
+
+# --- arms of a comparison ---
+
+ARMS = ("full", "coreset", "random", "opponents")
+BUDGETS = {"steps": "equal steps", "epochs": "equal epochs"}
+
+# --- how rows are chosen ---
+
+STRATEGIES = ("top", "bottom", "random", "round_robin", "round_robin_rows", "greedy")
+# These read the influence on every validation row.
+STRATEGIES_BY_ROW = ("round_robin_rows", "greedy")
+
+# How the losses of a row's labelled tokens become the row's loss; see losses.compute_token_weights.
+LOSS_REDUCTIONS = {
+    "mean": "mean over its labelled tokens",
+    "sum": "sum over its labelled tokens",
+    "sqrt": "sum over its labelled tokens, divided by the square root of their number",
+    "max": "its hardest labelled token alone",
+}
+
+
+def has_named_sets(validation_sets: Iterable[str]) -> bool:
+    """Whether each validation set gets a column of its own; a single one without a name does not."""
+    return list(validation_sets) != [VALIDATION]
+
+
+def name_set_column(validation_set: str) -> str:
+    """The column of the influence on one validation set."""
+    return f"{INFLUENCE}_{validation_set}"
+
+
+def list_score_columns(validation_sets: Iterable[str]) -> list[str]:
+    """The columns with one score per row, in float64: `influence`, and that of each named validation set."""
+    sets = list(validation_sets)
+    return [INFLUENCE, *map(name_set_column, sets if has_named_sets(sets) else [])]
+
+
+def list_added_columns(
+    validation_sets: Iterable[str], per_query: bool = False, per_checkpoint: bool = False
+) -> list[str]:
+    """All columns that scoring a pool adds."""
+    names = [*list_score_columns(validation_sets), RANK, NUM_LOSS_TOKENS]
+    return names + [PER_QUERY] * per_query + [PER_CHECKPOINT] * per_checkpoint
+
+
+def is_influence_column(name: str) -> bool:
+    """Whether a column has the name of one that scoring adds."""
+    return name in (INFLUENCE, NUM_LOSS_TOKENS) or name.startswith(f"{INFLUENCE}_")
+
+
+def list_set_columns(columns: Sequence[str]) -> list[str]:
+    """Of the columns of a scored dataset those with the influence on one named validation set."""
+    others = (RANK, PER_QUERY, PER_CHECKPOINT)
+    return [name for name in columns if name.startswith(f"{INFLUENCE}_") and name not in others]
+
+
+def name_coreset(fraction: float, arm: str = "coreset") -> str:
+    """
+    The one name of the rows that an arm keeps of a pool: of their record, folder, split and arm.
+
+    `coreset_25` for a quarter, `random_12.5` for an eighth at random; `full` has no share in its name.
+    """
+    return arm if arm == "full" else f"{arm}_{100 * fraction:g}"
