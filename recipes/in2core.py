@@ -1,13 +1,7 @@
-"""The command `run` of hf_in2core, under the name it has in this repository."""
+"""`in2core run`, for `accelerate launch recipes/in2core.py …` in a checkout."""
 
-import sys
-
-
-# Python puts this folder first on its path, where evaluate.py would be taken for the `evaluate` library.
-sys.path.append(sys.path.pop(0))
-
-from hf_in2core.commands import run
+from hf_in2core.commands.main import run_script
 
 
 if __name__ == "__main__":
-    run.make_parser().run(run.main)
+    run_script("run")

@@ -1,13 +1,7 @@
-"""The command `publish` of hf_in2core, under the name it has in this repository."""
+"""`in2core publish`, for `accelerate launch recipes/publish.py …` in a checkout."""
 
-import sys
-
-
-# Python puts this folder first on its path, where evaluate.py would be taken for the `evaluate` library.
-sys.path.append(sys.path.pop(0))
-
-from hf_in2core.commands import publish
+from hf_in2core.commands.main import run_script
 
 
 if __name__ == "__main__":
-    publish.make_parser().run(publish.main)
+    run_script("publish")

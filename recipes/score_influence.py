@@ -1,13 +1,7 @@
-"""The command `score` of hf_in2core, under the name it has in this repository."""
+"""`in2core score`, for `accelerate launch recipes/score_influence.py …` in a checkout."""
 
-import sys
-
-
-# Python puts this folder first on its path, where evaluate.py would be taken for the `evaluate` library.
-sys.path.append(sys.path.pop(0))
-
-from hf_in2core.commands import score
+from hf_in2core.commands.main import run_script
 
 
 if __name__ == "__main__":
-    score.make_parser().run(score.main)
+    run_script("score")

@@ -1,13 +1,7 @@
-"""The command `select` of hf_in2core, under the name it has in this repository."""
+"""`in2core select`, for `accelerate launch recipes/select_coreset.py …` in a checkout."""
 
-import sys
-
-
-# Python puts this folder first on its path, where evaluate.py would be taken for the `evaluate` library.
-sys.path.append(sys.path.pop(0))
-
-from hf_in2core.commands import select
+from hf_in2core.commands.main import run_script
 
 
 if __name__ == "__main__":
-    select.make_parser().run(select.main)
+    run_script("select")

@@ -1,13 +1,7 @@
-"""The command `sft` of hf_in2core, under the name it has in this repository."""
+"""`in2core sft`, for `accelerate launch recipes/sft_coreset.py …` in a checkout."""
 
-import sys
-
-
-# Python puts this folder first on its path, where evaluate.py would be taken for the `evaluate` library.
-sys.path.append(sys.path.pop(0))
-
-from hf_in2core.commands import sft
+from hf_in2core.commands.main import run_script
 
 
 if __name__ == "__main__":
-    sft.make_parser().run(sft.main)
+    run_script("sft")

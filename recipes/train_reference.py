@@ -1,13 +1,7 @@
-"""The command `train_reference` of hf_in2core, under the name it has in this repository."""
+"""`in2core train-reference`, for `accelerate launch recipes/train_reference.py …` in a checkout."""
 
-import sys
-
-
-# Python puts this folder first on its path, where evaluate.py would be taken for the `evaluate` library.
-sys.path.append(sys.path.pop(0))
-
-from hf_in2core.commands import train_reference
+from hf_in2core.commands.main import run_script
 
 
 if __name__ == "__main__":
-    train_reference.make_parser().run(train_reference.main)
+    run_script("train-reference")

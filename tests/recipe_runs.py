@@ -24,7 +24,7 @@ COMMANDS = {"in2core": "run", "score_influence": "score", "select_coreset": "sel
 
 
 def load_command(name: str) -> ModuleType:
-    return importlib.import_module(f"hf_in2core.commands.{name}")
+    return importlib.import_module(f"hf_in2core.commands.{COMMANDS.get(name, name)}")
 
 
 def run_command(name: str, *flags: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 from doc_runs import DOCUMENTS, TOKEN, Block, Place, read_blocks, read_commands, shorten, shorten_python
 from hub_client import QUIET, ClientError, HubClient
 from loopback_hub import LoopbackHub
-from recipe_runs import COMMANDS, ROOT, load_command
+from recipe_runs import ROOT, load_command
 
 
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
@@ -115,7 +115,7 @@ def test_every_flag_of_a_recipe_exists(name: str, flags: str, tmp_path: Path, mo
     yaml = next(block for block in read_blocks(ROOT / "docs" / "quick_start.md") if block.language == "yaml")
     (tmp_path / "my_run.yaml").write_text(yaml.text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    load_command(COMMANDS.get(name, name)).make_parser().parse(flags.split())
+    load_command(name).make_parser().parse(flags.split())
 
 
 @pytest.mark.parametrize("document", GUIDES, ids=name_of)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,8 +13,7 @@ import yaml
 from trl import ModelConfig
 
 from hf_in2core import InfluenceConfig
-from hf_in2core.pipeline.arguments import In2CoreArguments
-from hf_in2core.pipeline.parser import REFUSED, RecipeParser, Settings
+from hf_in2core.pipeline.parser import LIBRARY_FLAGS, REFUSED, Settings, make_run_parser
 
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,7 @@ def parse(*flags: str, config: dict | None = None, folder: Path | None = None) -
         path = folder / "config.yaml"
         path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         argv += ["--config", str(path)]
-    return RecipeParser(In2CoreArguments, reference=True).parse(argv)
+    return make_run_parser().parse(argv)
 
 
 def parse_error(capsys: pytest.CaptureFixture, *flags: str, **kwargs) -> str:
@@ -82,7 +82,7 @@ def test_flags_override_yaml(tmp_path: Path) -> None:
 def test_written_settings_replay(tmp_path: Path) -> None:
     first = parse(*NEEDED, "--reference_learning_rate", "0.1", "--seeds", "3", "4", "--max_length", "none")
     first.save(tmp_path / "config.yaml")
-    again = RecipeParser(In2CoreArguments, reference=True).parse(["--config", str(tmp_path / "config.yaml")])
+    again = make_run_parser().parse(["--config", str(tmp_path / "config.yaml")])
     assert again.values == first.values
     assert dataclasses.asdict(again.arguments) == dataclasses.asdict(first.arguments)
 
@@ -177,10 +177,17 @@ def test_wrong_yaml_is_answered(capsys: pytest.CaptureFixture, tmp_path: Path, c
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_shipped_yaml_parses(path: Path) -> None:
-    settings = RecipeParser(In2CoreArguments, reference=True).parse(["--config", str(path)])
+    settings = make_run_parser().parse(["--config", str(path)])
     settings.make(ModelConfig, reference=True, use_peft=True)
     settings.make(InfluenceConfig, reference=True, bf16=False)
     assert settings.arguments.output_dir.startswith("runs/")
+
+
+def test_what_help_tells_of_the_libraries_flags_is_so() -> None:
+    values = parse(*NEEDED).values
+    for flag, told in LIBRARY_FLAGS.items():
+        default = re.search(r"\(default: (?:TRL's, )?([\w.-]+)[;)]", told)
+        assert default is None or type(values[flag])(default[1]) == values[flag], flag
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
@@ -197,6 +204,6 @@ def test_help_is_quick_and_imports_no_torch(recipe: Path, tmp_path: Path) -> Non
     assert answer.returncode == 0, answer.stderr[-2000:]
     assert "--config" in answer.stdout and (recipe.name == "generate.py" or "default:" in answer.stdout)
     imported = {line.rpartition("|")[2].strip() for line in answer.stderr.splitlines()}
-    assert not imported & {"torch", "transformers", "datasets", "accelerate"}
+    assert not imported & {"torch", "transformers", "datasets", "accelerate", "trl", "numpy"}
     assert time.monotonic() - started < 10
     assert not any(tmp_path.iterdir())

@@ -25,10 +25,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import hf_in2core.report.page as report_page
 from hf_in2core import select_coreset
+from hf_in2core.commands.main import main
 from hf_in2core.names import LOSS_REDUCTIONS
 from hf_in2core.report.rows import LIMITS, MAX_ROWS
 from hf_in2core.report.run import ReportError
-from hf_in2core.report.terminal import main, write_report
+from hf_in2core.report.terminal import write_report
 from hf_in2core.report.tokens import split_by_loss
 from hf_in2core.selection.lengths import compare_lengths
 
@@ -367,7 +368,9 @@ def test_benchmarks_are_means_over_the_seeds_that_were_evaluated(tmp_path: Path)
 def test_no_run_is_a_clear_message(tmp_path: Path, capsys: Any, content: bytes | None, message: str) -> None:
     if content is not None:
         (tmp_path / "results.json").write_bytes(content)
-    assert main([str(tmp_path)]) == 1
+    with pytest.raises(SystemExit) as left:
+        main(["report", str(tmp_path)])
+    assert left.value.code == 1
     captured = capsys.readouterr()
     assert message in captured.err and captured.out == "" and len(captured.err) < 1000
     assert not (tmp_path / "report.html").exists()
@@ -375,7 +378,7 @@ def test_no_run_is_a_clear_message(tmp_path: Path, capsys: Any, content: bytes |
 
 def test_the_command_line(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", make_scored(20), make_results())
-    command = [sys.executable, "-m", "hf_in2core.report"]
+    command = [sys.executable, "-m", "hf_in2core.commands", "report"]
     done = subprocess.run([*command, str(folder)], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0 and "report.html" in done.stdout and (folder / "report.html").is_file()
     done = subprocess.run(

@@ -9,12 +9,12 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
+
+from hf_in2core.shipped import find_shipped
 
 
 _LONGEST_TEXT, _LONGEST_LIST, _LONGEST_ROW = 400, 8, 4000
@@ -41,13 +41,7 @@ def load_template(name: str) -> str:
     Raises:
         FileNotFoundError: neither place has it.
     """
-    packaged = resources.files("hf_in2core").joinpath("dataset_cards", name)
-    if packaged.is_file():
-        return packaged.read_text(encoding="utf-8")
-    checkout = Path(__file__).resolve().parents[2] / "dataset_cards" / name
-    if checkout.is_file():
-        return checkout.read_text(encoding="utf-8")
-    raise FileNotFoundError(f"The card template {name} is neither in the installed package nor beside it. Reinstall.")
+    return find_shipped(f"dataset_cards/{name}").read_text(encoding="utf-8")
 
 
 def render_template(name: str, **values: Any) -> str:

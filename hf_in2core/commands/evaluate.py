@@ -1,12 +1,12 @@
 """Evaluate adapters beside the base model: loss per labelled token of a test set, tasks of lm-eval such as MMLU.
 
-    accelerate launch recipes/evaluate.py --model_name_or_path Qwen/Qwen3-4B --adapters runs/target --columns alpaca \\
+    in2core evaluate --model_name_or_path Qwen/Qwen3-4B --adapters runs/target --columns alpaca \\
         --test my_test.jsonl --tasks mmlu --num_fewshot 5 --limit 100 --per_device_eval_batch_size 16 \\
         --output_dir runs/evaluation
-    accelerate launch recipes/evaluate.py --run runs/mine --tasks mmlu --num_fewshot 5
+    in2core evaluate --run runs/mine --tasks mmlu --num_fewshot 5
 
-Prints a table; with `--output_dir`, evaluation.json holds the figures. With `--run`, every arm of a run of in2core.py
-is evaluated, and its results.json, report.html and the cards of its adapters show the figures; the same command
+Prints a table; with `--output_dir`, evaluation.json holds the figures. With `--run`, every arm of a run is
+evaluated, and its results.json, report.html and the cards of its adapters show the figures; the same command
 resumes. Tasks need `pip install 'hf-in2core[eval]'`; `--include_path` names a folder of task files, for machines
 without the Hub.
 """
@@ -19,8 +19,8 @@ from hf_in2core.pipeline.parser import RecipeParser, Settings
 
 
 def make_parser() -> RecipeParser:
-    """Parser of this recipe."""
-    return RecipeParser(EvaluateArguments, description=__doc__)
+    """Parser of this command."""
+    return RecipeParser("evaluate", EvaluateArguments, __doc__, shown={"targets": ("per_device_eval_batch_size",)})
 
 
 def main(settings: Settings) -> None:

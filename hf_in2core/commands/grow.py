@@ -1,7 +1,7 @@
 """Add rows to a published pool: score them with the scorer published beside it, merge, rank anew, publish the update.
 
-    accelerate launch recipes/grow.py --hub_id user/alpaca-in2core --rows more.jsonl
-    python recipes/grow.py --hub_id user/alpaca-in2core --combine other/alpaca-in2core
+    in2core grow --hub_id user/alpaca-in2core --rows more.jsonl
+    in2core grow --hub_id user/alpaca-in2core --combine other/alpaca-in2core
 
 Nothing is fitted again. Rows that the pool holds already are left out, so the same command adds nothing a second time.
 Coresets and random controls are selected anew as they were (`splits.json`; else by their names, as `coreset_25` and
@@ -9,51 +9,15 @@ Coresets and random controls are selected anew as they were (`splits.json`; else
 """
 
 import re
-from dataclasses import dataclass, field
 from typing import Any
 
-from hf_in2core.pipeline.arguments import describe_command
+from hf_in2core.pipeline.arguments import GrowArguments, describe_command
 from hf_in2core.pipeline.parser import RecipeParser, Settings
 
 
-@dataclass
-class GrowArguments:
-    """Settings of this recipe."""
-
-    hub_id: str | None = field(default=None, metadata={"help": "Published pool to add to (user/name)."})
-    rows: list[str] | None = field(
-        default=None, metadata={"help": "Rows to add: Hub ids[:split], folders or files, with the pool's columns."}
-    )
-    combine: list[str] | None = field(
-        default=None, metadata={"help": "Hub ids of other pools that the same scorer has scored."}
-    )
-    validation: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "The validation sets of the scorer (one source, or `name=…`), to measure on a sample what a refit "
-            "would change. By default those published beside the pool, if any."
-        },
-    )
-    fractions: list[float] | None = field(
-        default=None, metadata={"help": "Coresets to publish, in (0, 1]. By default those that are there."}
-    )
-    config_name: str = field(default="default", metadata={"help": "Configuration of the repository."})
-    revision: str | None = field(default=None, metadata={"help": "Branch to load from and to publish to."})
-    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of committing."})
-
-    def __post_init__(self) -> None:
-        from hf_in2core.pipeline.arguments import check_fraction, require
-
-        require(self, "hub_id")
-        if not self.rows and not self.combine:
-            raise ValueError("there is nothing to add: give --rows, --combine or both")
-        for fraction in self.fractions or []:
-            check_fraction(fraction)
-
-
 def make_parser() -> RecipeParser:
-    """Parser of this recipe."""
-    return RecipeParser(GrowArguments, description=__doc__, model=False)
+    """Parser of this command."""
+    return RecipeParser("grow", GrowArguments, __doc__, model=False)
 
 
 def main(settings: Settings) -> None:

@@ -1,46 +1,23 @@
 """Publish an existing run folder to the Hub: the annotated pool, its coresets, the scorer, plots, results and card.
 
-    python recipes/publish.py --run runs/quickstart --hub_id user/repo
+    in2core publish --run runs/quickstart --hub_id user/repo
 
 One commit; publishing the same run again changes nothing. Negative influence = proponent.
 """
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hf_in2core.pipeline.arguments import describe_command
+from hf_in2core.pipeline.arguments import PublishArguments, describe_command
 from hf_in2core.pipeline.parser import RecipeParser, Settings
 
 
-@dataclass
-class PublishArguments:
-    """Settings of this recipe."""
-
-    run: str | None = field(default=None, metadata={"help": "Folder of the run, as recipes/in2core.py leaves it."})
-    hub_id: str | None = field(default=None, metadata={"help": "Dataset repository (user/name)."})
-    fractions: list[float] | None = field(
-        default=None, metadata={"help": "Coresets to publish, in (0, 1]. By default those that the run compared."}
-    )
-    random_controls: bool = field(
-        default=False, metadata={"help": "Publish as many random rows beside each coreset (`random_50`)."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the random rows."})
-    source_datasets: list[str] | None = field(
-        default=None, metadata={"help": "Hub ids of the pool's sources. By default the run's --pool, if it is one."}
-    )
-    config_name: str = field(default="default", metadata={"help": "Configuration of the repository to publish as."})
-    private: bool = field(default=False, metadata={"help": "Make the repository private when it is created."})
-    revision: str | None = field(default=None, metadata={"help": "Branch to publish to."})
-    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of committing."})
-
-
 def make_parser() -> RecipeParser:
-    """Parser of this recipe."""
-    return RecipeParser(PublishArguments, description=__doc__, model=False, training=False)
+    """Parser of this command."""
+    return RecipeParser("publish", PublishArguments, __doc__, model=False, training=False)
 
 
 def main(settings: Settings) -> None:
@@ -53,13 +30,9 @@ def main(settings: Settings) -> None:
     args: PublishArguments = settings.arguments
     if not is_main_process():
         return
-    if args.run is None or args.hub_id is None:
-        raise SystemExit("publish.py: error: --run and --hub_id are needed. See --help.")
-    run = Path(args.run)
+    run = Path(args.run or "")
     if not (run / "scored").is_dir():
-        raise SystemExit(
-            f"publish.py: error: {run} holds no scored/ folder. Give the output_dir of recipes/in2core.py."
-        )
+        make_parser().error(f"{run} holds no scored/ folder. Give the output_dir of `in2core run`.")
     fractions = args.fractions if args.fractions is not None else read_fractions(run)
     names = [f"coreset_{100 * fraction:g}" for fraction in fractions]
     controls = [name.replace("coreset", "random") for name in names] if args.random_controls else []
@@ -67,7 +40,7 @@ def main(settings: Settings) -> None:
     private = True if args.private else None
     try:
         found = check_can_push(
-            args.hub_id,
+            args.hub_id or "",
             revision=args.revision,
             private=private,
             create_pr=args.create_pr,
@@ -76,7 +49,7 @@ def main(settings: Settings) -> None:
             source_datasets=sources,
         )
     except (PermissionError, ValueError) as error:
-        raise SystemExit(f"publish.py: error: {error}") from error
+        make_parser().error(str(error))
     for path in found.overwrites:
         print(f"replaces (where it differs): {path}")
 

@@ -1,6 +1,6 @@
 """In2Core end to end: train a reference, score a pool by influence, fine-tune targets on the coreset, compare.
 
-    accelerate launch recipes/in2core.py --config recipes/quickstart/in2core.yaml
+    in2core run --config recipes/quickstart/in2core.yaml
 
 The run folder gets config.yaml, reference/ (adapter), scorer/, scored/ (the annotated pool), arms/, results.json,
 three pictures and report.html. The same command into the same folder resumes. Negative influence = proponent.
@@ -10,12 +10,12 @@ import gc
 from typing import Any
 
 from hf_in2core.pipeline.arguments import In2CoreArguments
-from hf_in2core.pipeline.parser import RecipeParser, Settings
+from hf_in2core.pipeline.parser import RecipeParser, Settings, make_run_parser
 
 
 def make_parser() -> RecipeParser:
-    """Parser of this recipe."""
-    return RecipeParser(In2CoreArguments, description=__doc__, reference=True)
+    """Parser of this command."""
+    return make_run_parser(__doc__)
 
 
 def main(settings: Settings) -> None:

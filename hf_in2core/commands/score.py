@@ -1,6 +1,6 @@
 """Score a pool: the influence of each row on a validation set. Negative = proponent.
 
-    accelerate launch recipes/score_influence.py --model_name_or_path Qwen/Qwen3-0.6B \\
+    in2core score --model_name_or_path Qwen/Qwen3-0.6B \\
         --reference_adapter runs/reference --pool tatsu-lab/alpaca --columns alpaca \\
         --validation my_validation.jsonl --output_dir runs/influence
 
@@ -15,8 +15,10 @@ from hf_in2core.pipeline.parser import RecipeParser, Settings
 
 
 def make_parser() -> RecipeParser:
-    """Parser of this recipe."""
-    return RecipeParser(ScoreInfluenceArguments, description=__doc__)
+    """Parser of this command."""
+    return RecipeParser(
+        "score", ScoreInfluenceArguments, __doc__, shown={"influence": ("estimator", "tokens_per_batch", "max_length")}
+    )
 
 
 def main(settings: Settings) -> None:

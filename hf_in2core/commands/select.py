@@ -1,6 +1,6 @@
 """Select a coreset from a scored pool, the strongest proponents by default.
 
-    python recipes/select_coreset.py --scored runs/influence/scored --fraction 0.25 --output runs/coreset
+    in2core select --scored runs/influence/scored --fraction 0.25 --output runs/coreset
 
 `--output` is a folder of `save_to_disk`, or a .jsonl or .parquet file.
 """
@@ -12,8 +12,8 @@ from hf_in2core.pipeline.parser import RecipeParser, Settings
 
 
 def make_parser() -> RecipeParser:
-    """Parser of this recipe."""
-    return RecipeParser(SelectCoresetArguments, description=__doc__, model=False, training=False)
+    """Parser of this command."""
+    return RecipeParser("select", SelectCoresetArguments, __doc__, model=False, training=False)
 
 
 def main(settings: Settings) -> None:

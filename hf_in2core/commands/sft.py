@@ -1,6 +1,6 @@
 """Fine-tune a target model on a coreset, from the Hub or from disk.
 
-    accelerate launch recipes/sft_coreset.py --model_name_or_path Qwen/Qwen3-4B --dataset_name user/alpaca-in2core \\
+    in2core sft --model_name_or_path Qwen/Qwen3-4B --dataset_name user/alpaca-in2core \\
         --split coreset_25 --columns alpaca --output_dir runs/target
 
 An ordinary TRL SFT with LoRA; `output_dir` then holds the adapter, its card, config.yaml and training.json. With a
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from hf_in2core.pipeline.arguments import SftCoresetArguments
-from hf_in2core.pipeline.parser import RecipeParser, Settings
+from hf_in2core.pipeline.parser import TRAINING, RecipeParser, Settings
 
 
 def make_parser() -> RecipeParser:
-    """Parser of this recipe."""
-    return RecipeParser(SftCoresetArguments, description=__doc__)
+    """Parser of this command."""
+    return RecipeParser("sft", SftCoresetArguments, __doc__, shown={"targets": TRAINING})
 
 
 def main(settings: Settings) -> None:

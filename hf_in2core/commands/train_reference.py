@@ -1,18 +1,18 @@
 """Train the reference adapter, through which influence is computed.
 
-    accelerate launch recipes/train_reference.py --model_name_or_path Qwen/Qwen3-0.6B --pool tatsu-lab/alpaca \\
+    in2core train-reference --model_name_or_path Qwen/Qwen3-0.6B --pool tatsu-lab/alpaca \\
         --columns alpaca --output_dir runs/reference
 
 An ordinary TRL SFT with LoRA; `output_dir` then holds the adapter, config.yaml and training.json.
 """
 
 from hf_in2core.pipeline.arguments import TrainReferenceArguments
-from hf_in2core.pipeline.parser import RecipeParser, Settings
+from hf_in2core.pipeline.parser import TRAINING, RecipeParser, Settings
 
 
 def make_parser() -> RecipeParser:
-    """Parser of this recipe."""
-    return RecipeParser(TrainReferenceArguments, description=__doc__)
+    """Parser of this command."""
+    return RecipeParser("train-reference", TrainReferenceArguments, __doc__, shown={"reference": TRAINING})
 
 
 def main(settings: Settings) -> None:

@@ -19,7 +19,7 @@ def summarize_arms(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not entries:
         raise ValueError(
             f"The results hold no arms (their keys: {sorted(results)}), so there is nothing to show. Is this the "
-            "results.json of a finished run of recipes/in2core.py?"
+            "results.json of a finished `in2core run`?"
         )
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for entry in entries:

@@ -19,7 +19,7 @@ from hf_in2core.rows.sources import hash_value
 from .arguments import EvaluateArguments, In2CoreArguments, TaskArguments
 from .comparison import Arm, find_equal_run
 from .inputs import hash_folder, load_tokenizer
-from .parser import RecipeParser
+from .parser import make_run_parser
 from .run_folder import agree, quiet_loading, read_json, read_tasks, say, warn, write_json
 from .training import load_model
 
@@ -69,7 +69,7 @@ def update_card(folder: Path, tasks: dict[str, dict[str, Any]]) -> None:
 
 def evaluate_run(args: EvaluateArguments, batch_size: int) -> None:
     """
-    Evaluate the target model and the arms of a run of in2core.py on tasks; what is evaluated is not evaluated again.
+    Evaluate the target model and the arms of a run on tasks; what is evaluated is not evaluated again.
 
     Args:
         args ([`EvaluateArguments`]): With `run` and `tasks`.
@@ -80,7 +80,7 @@ def evaluate_run(args: EvaluateArguments, batch_size: int) -> None:
     """
     run = Path(args.run or "")
     read_results(run)  # what is no run is told before long work
-    settings = RecipeParser(In2CoreArguments, reference=True).parse(["--config", str(run / "config.yaml")])
+    settings = make_run_parser().parse(["--config", str(run / "config.yaml")])
     run_args: In2CoreArguments = settings.arguments
     target = run_args.target_model_name_or_path or run_args.model_name_or_path
     model_args = settings.make(ModelConfig, use_peft=True, model_name_or_path=target)
@@ -140,8 +140,8 @@ def find_folders(run: Path, args: EvaluateArguments, run_args: In2CoreArguments,
         needed = "result.json" if folder.name == "base" else "adapter_config.json"
         if not (folder / needed).is_file():
             raise ValueError(
-                f"{folder} holds no {needed}, so this arm cannot be evaluated. Run in2core.py again into {run}, which "
-                "makes what is missing."
+                f"{folder} holds no {needed}, so this arm cannot be evaluated. Start `in2core run` again into {run}: "
+                "it makes what is missing."
             )
     return folders
 

@@ -1,4 +1,4 @@
-"""What a recipe is given: rows, tokenizers, models, adapters; and everything that can be checked before long work."""
+"""What a command is given: rows, tokenizers, models, adapters; and everything that can be checked before long work."""
 
 import os
 from dataclasses import dataclass
@@ -183,7 +183,7 @@ def check_whole_model() -> None:
         if os.environ.get(variable, "false").lower() == "true":
             raise ValueError(
                 f"The launcher shards the model ({name}), but each process needs the whole one here. Launch with "
-                "recipes/accelerate_configs/multi_gpu.yaml, or train with train_reference.py and score without it."
+                "--accelerate_config multi_gpu, or train with `in2core train-reference` and score without it."
             )
 
 

@@ -1,4 +1,4 @@
-"""A run of in2core.py before any long work: loading, checking, and claiming its folder."""
+"""A run before any long work: loading, checking, and claiming its folder."""
 
 import shutil
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ class Job:
 
     @property
     def args(self) -> In2CoreArguments:
-        """The recipe's own settings."""
+        """The command's own settings."""
         return self.settings.arguments
 
     @property

@@ -5,15 +5,15 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import MISSING, Field, field, fields, make_dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, field, fields, make_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
-from trl import TrlParser
-from trl.trainer.model_config import ModelConfig
+
+from .arguments import In2CoreArguments
 
 
 # Flags that TRL or Transformers know and that mean something else here.
@@ -22,26 +22,33 @@ REFUSED = {
     "push_to_hub": "every trained adapter would be pushed. Use `--hub_id user/repo`, which pushes once, at the end",
     "hub_model_id": "use `--hub_id user/repo`",
     "resume_from_checkpoint": "the same command into the same `--output_dir` resumes",
-    "use_peft": "the recipes always train a LoRA adapter",
-    "lora_task_type": "the recipes train causal language models",
-    "eval_strategy": "the recipes evaluate at the end of each arm, on `--test`",
+    "use_peft": "a LoRA adapter is always trained",
+    "lora_task_type": "causal language models are trained",
+    "eval_strategy": "each arm is evaluated at its end, on `--test`",
     "do_train": "it does nothing here",
     "do_eval": "it does nothing here",
     "do_predict": "it does nothing here",
-    "local_rank": "`accelerate launch` sets it",
+    "local_rank": "the launcher sets it",
 }
-# Where our default differs from SFTConfig's.
-DEFAULTS = {"save_strategy": "no"}
+# Where our defaults differ from SFTConfig's; `None` is settled by the machine.
+DEFAULTS = {"save_strategy": "no", "dataloader_pin_memory": None}
 
-TRAINING_HELP = """\
-Every flag of trl.SFTConfig and hf_in2core.InfluenceConfig is accepted too (learning_rate, num_train_epochs, max_steps,
-per_device_train_batch_size, gradient_accumulation_steps, warmup_steps, lr_scheduler_type, max_length,
-completion_only_loss, assistant_only_loss, chat_template_path, bf16, gradient_checkpointing, report_to, seed, …;
-damping_scale, estimator, loss_reduction, influence_layers, tokens_per_batch, fit_examples, chunk_size,
-gradient_store_gb, influence_activation_checkpointing).  Defaults are theirs, but for bf16 (on where the accelerator
-has it, off on the CPU) and save_strategy ("no": what is finished is kept anyway).  dtype is that of the frozen weights
-(float32 by default); LoRA has r 16, alpha 32, dropout 0.05 on PEFT's default modules (q_proj and v_proj of a Llama;
-`all-linear` for all)."""
+GROUPS = ("data", "reference", "influence", "selection", "targets", "output")
+# The flags of SFTConfig, ModelConfig and InfluenceConfig that people need first, told without importing them.
+LIBRARY_FLAGS = {
+    "estimator": "How: `datainf`, `gradient_dot` or `gradient_cosine` (default: datainf).",
+    "tokens_per_batch": "Tokens in a batch of the influence passes (default: 8192).",
+    "learning_rate": "Learning rate (default: TRL's, 2e-5; LoRA wants about ten times as much).",
+    "num_train_epochs": "Epochs (default: 3).",
+    "max_steps": "Optimiser steps, instead of epochs.",
+    "per_device_train_batch_size": "Rows in a batch of a process (default: 8).",
+    "per_device_eval_batch_size": "Questions of --tasks in a batch of a process (default: 8).",
+    "max_length": "Tokens that rows are cut to (default: 1024).",
+    "lora_r": "Rank of the LoRA adapter (default: 16).",
+    "lora_target_modules": "Its modules (default: q_proj and v_proj of a Llama; `all-linear` for all).",
+}
+TRAINING = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "lora_r", "lora_target_modules")
+MORE_HELP = "--help-all also shows every flag of {}."
 REFERENCE_HELP = """
 They hold for the targets and for the reference model. Where the reference differs, give them a prefix:
 --reference_learning_rate 1e-4 --reference_num_train_epochs 1 --reference_lora_r 8 …"""
@@ -55,7 +62,7 @@ class Settings:
 
     Args:
         arguments (`Any`):
-            The recipe's own dataclass, filled.
+            The command's own dataclass, filled.
         values (`dict[str, Any]`):
             Every setting by name; those of the reference model, where they differ, with the prefix `reference_`.
     """
@@ -73,7 +80,7 @@ class Settings:
         names = [item.name for item in fields(config_type) if item.init]  # type: ignore[arg-type]
         selected = {name: self.values[name] for name in names if name in self.values}
         if reference:
-            # The recipe's own `reference_adapter` and `reference_fraction` have no counterpart without the prefix.
+            # The command's own `reference_adapter` and `reference_fraction` have no counterpart without the prefix.
             selected |= {name: self.values[key] for name in names if (key := f"reference_{name}") in self.values}
         return selected
 
@@ -86,11 +93,13 @@ class Settings:
 
 class RecipeParser:
     """
-    Parser of a recipe: YAML gives settings, flags override them, unknown names are errors that suggest the right one.
+    Parser of a command: YAML gives settings, flags override them, unknown names are errors that suggest the right one.
 
     Args:
+        name (`str`):
+            The command, for its messages.
         arguments_type (`type`):
-            The recipe's own dataclass.
+            Its own dataclass, of fields made by [`arguments.flag`].
         description (`str`, *optional*):
             First lines of `--help`.
         model (`bool`, *optional*, defaults to `True`):
@@ -99,21 +108,29 @@ class RecipeParser:
             Whether those of `InfluenceConfig` are.
         reference (`bool`, *optional*, defaults to `False`):
             Whether both are accepted with the prefix `reference_` too.
+        shown (`Mapping[str, Sequence[str]]`, *optional*):
+            Group → which of `LIBRARY_FLAGS` the command's `--help` shows in it.
+        config (`Path`, *optional*):
+            YAML file that is read where `--config` names none.
     """
 
     def __init__(
         self,
+        name: str,
         arguments_type: type,
         description: str | None = None,
         model: bool = True,
         training: bool = True,
         reference: bool = False,
+        shown: Mapping[str, Sequence[str]] | None = None,
+        config: Path | None = None,
     ) -> None:
+        self.name = name
         self.arguments_type = arguments_type
         self.description = description
-        self.training = training
-        self.reference = reference
-        self.config_types: list[type] = [arguments_type] + ([ModelConfig] if model else [])
+        self.model, self.training, self.reference = model, training, reference
+        self.shown = shown or {}
+        self.config = config
 
     def parse(self, argv: Iterable[str] | None = None) -> Settings:
         """
@@ -131,31 +148,33 @@ class RecipeParser:
         """
         argv = list(sys.argv[1:] if argv is None else argv)
         if "-h" in argv or "--help" in argv:
-            self._make_light_parser().print_help()
+            self._print_help()
             raise SystemExit(0)
+        if argv and not argv[0].startswith("-") and "run" in {item.name for item in fields(self.arguments_type)}:
+            argv = ["--run", *argv]  # the folder that a command is about needs no flag
+        self._parser = self._make_parser()
+        if "--help-all" in argv or "--help_all" in argv:
+            self._parser.print_help()
+            raise SystemExit(0)
+        known, argv = self._config_parser().parse_known_args(argv)
+        path = known.config or self.config
+        from_file = [] if path is None else self._read_yaml(Path(path))
+        given, rest = self._parser.parse_known_args([*from_file, *argv])
+        for token in rest:
+            self._refuse(token.split("=")[0].lstrip("-") if token.startswith("--") else None, token, "flag")
+        values = self._defaults | {name: _to_plain(value) for name, value in vars(given).items()}
         if self.training:
-            # Imported here: it takes seconds, up to half a minute on a cold machine.
-            from hf_in2core import InfluenceConfig
-
-            self.config_types.append(InfluenceConfig)
-        self._parser = self._make_full_parser()
-        given = self._read_flags(argv)
-        config = given.pop("config", None)
-        if config is not None:
-            given = self._read_yaml(Path(config)) | given
-        values = self._defaults | given
-        if self.training:
-            _resolve_defaults(values, given)
+            _resolve_defaults(values)
         own = {item.name: values[item.name] for item in fields(self.arguments_type)}
         try:
             return Settings(self.arguments_type(**own), values)
         except ValueError as error:
             self.error(str(error))
 
-    def run(self, main: Callable[[Settings], None]) -> None:
-        """Parse the command line and run a recipe on it; Ctrl-C leaves with 130 and says how to go on."""
+    def run(self, main: Callable[[Settings], None], argv: Iterable[str] | None = None) -> None:
+        """Parse the command line and run a command on it; Ctrl-C leaves with 130 and says how to go on."""
         try:
-            main(self.parse())
+            main(self.parse(argv))
         except KeyboardInterrupt:
             if os.environ.get("RANK", "0") == "0":
                 print("\nInterrupted. What is finished is kept: the same command goes on from there.", file=sys.stderr)
@@ -167,76 +186,101 @@ class RecipeParser:
                 PartialState().destroy_process_group()
 
     def error(self, message: str) -> NoReturn:
-        """Print a message and leave with 2, as argparse does."""
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        """Print a message, once for all processes, and leave with 2, as argparse does."""
+        if os.environ.get("RANK", "0") == "0":
+            print(f"in2core {self.name}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
 
-    def _make_light_parser(self) -> TrlParser:
-        epilog = (TRAINING_HELP if self.training else "") + (REFERENCE_HELP if self.reference else "")
-        parser = TrlParser(
-            _without(self.config_types, REFUSED),
-            description=self.description,
-            epilog=epilog or None,
-            formatter_class=_HelpFormatter,
-        )
+    def _config_parser(self) -> argparse.ArgumentParser:
+        parser: Any = argparse.ArgumentParser(prog=f"in2core {self.name}", add_help=False, allow_abbrev=False)
         parser.add_argument("--config", metavar="X.yaml", help="File that sets any of these; flags override it.")
+        parser.error = self.error
         return parser
 
-    def _make_full_parser(self) -> TrlParser:
-        config_types = _without(self.config_types, REFUSED)
-        self._defaults = {
-            item.name: _get_default(item) for config_type in config_types for item in fields(config_type)
-        } | (DEFAULTS if self.training else {})
+    def _print_help(self) -> None:
+        """What people need first, by group; imports nothing to be quick."""
+        parser = self._config_parser()
+        parser.usage = f"in2core {self.name} [--config X.yaml] [flags]"
+        parser.description, parser.formatter_class = self.description, argparse.RawDescriptionHelpFormatter
+        for name in GROUPS:
+            group = parser.add_argument_group(name)
+            for item in fields(self.arguments_type):
+                if item.metadata["group"] != name or not item.metadata["first"]:
+                    continue
+                default = _get_default(item)
+                told = f" (default: {_show(default)})" if default not in (None, False, []) else ""
+                choices = item.metadata.get("choices")
+                group.add_argument(
+                    f"--{item.name}",
+                    help=(item.metadata["help"] + told).replace("%", "%%"),
+                    metavar="{" + ",".join(choices) + "}" if choices else "",
+                )
+            for flag in self.shown.get(name, ()):
+                group.add_argument(f"--{flag}", help=LIBRARY_FLAGS[flag], metavar="")
+        rest = ["this command"]
+        rest += ["trl.SFTConfig and hf_in2core.InfluenceConfig"] * self.training + ["trl.ModelConfig"] * self.model
+        parser.epilog = MORE_HELP.format(", ".join(rest)) + REFERENCE_HELP * self.reference
+        parser.print_help()
+
+    def _make_parser(self) -> Any:
+        from trl import TrlParser
+
+        config_types = [self.arguments_type]
+        if self.model:
+            from trl.trainer.model_config import ModelConfig
+
+            config_types.append(ModelConfig)
+        if self.training:
+            # Imported here: it takes seconds, up to half a minute on a cold machine.
+            from hf_in2core import InfluenceConfig
+
+            config_types.append(InfluenceConfig)
+        reduced = _without(config_types, REFUSED)
+        self._defaults = {item.name: _get_default(item) for config_type in reduced for item in fields(config_type)}
         if self.reference:
-            config_types.append(_for_reference(config_types[1:]))
-        parser = TrlParser(config_types, allow_abbrev=False, add_help=False)
-        parser.add_argument("--config")
+            reduced.append(_for_reference(reduced[1:]))
+        parser: Any = TrlParser(
+            reduced,
+            prog=f"in2core {self.name}",
+            description=self.description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            add_help=False,
+        )
         for action in parser._actions:
-            # Only what is given comes back, so that it can be laid over the file's values and the defaults.
-            action.default, action.required = argparse.SUPPRESS, False
+            # Only what is given comes back, over the defaults: argparse would read text among these as flags.
+            action.default = argparse.SUPPRESS
             # TRL's parser wants a word after a flag that may be true, false or unset, such as --bf16.
             if getattr(action.type, "__name__", None) == "string_to_bool":
                 action.nargs, action.const = "?", True
-        parser.error = self.error  # type: ignore[method-assign]
+        parser.error = self.error
         return parser
 
-    def _read_flags(self, argv: list[str]) -> dict[str, Any]:
-        known, rest = self._parser.parse_known_args(argv)
-        for token in rest:
-            self._refuse(token.split("=")[0].lstrip("-") if token.startswith("--") else None, token, "flag")
-        return {name: _to_plain(value) for name, value in vars(known).items()}
-
-    def _read_yaml(self, path: Path) -> dict[str, Any]:
+    def _read_yaml(self, path: Path) -> list[str]:
+        """The flags that a file's keys stand for, so that both mean the same (YAML reads 1e-4 as text, for one)."""
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
             self.error(f"--config {path} cannot be read: {error}")
         if not isinstance(content, dict):
             self.error(f"--config {path} holds no `key: value` lines")
+        # A flag that is true by default has a second action, `--no_…`, after its own.
+        actions = {action.dest: action for action in reversed(self._parser._actions)}
         argv: list[str] = []
-        values: dict[str, Any] = {}
         for name, value in content.items():
-            if name not in {action.dest for action in self._parser._actions} or name == "config":
+            if name not in actions:
                 self._refuse(str(name), str(name), f"key of {path}")
-            default = self._defaults.get(name)
-            if value is None or (value == default and name in self._defaults):
-                values[name] = None if value is None else default
+            if isinstance(value, dict) and actions[name].nargs == "+":
+                value = [f"{key}={item}" for key, item in value.items()]
+            if value is None or value == []:  # which no flag can say
+                self._parser.set_defaults(**{name: value})
+            elif value == self._defaults.get(name):
                 continue
-            # Parsed like flags, so that both mean the same (YAML reads 1e-4 as text, for one).
-            action = next(action for action in self._parser._actions if action.dest == name)
-            if action.nargs == "+":
-                pairs = [f"{key}={item}" for key, item in value.items()] if isinstance(value, dict) else value
-                items = pairs if isinstance(pairs, list) else [pairs]
-                if not items:
-                    values[name] = []
-                    continue
-                argv += [f"--{name}", *map(str, items)]
+            elif actions[name].nargs == "+":
+                argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
             else:
-                argv.append(f"--{name}={json.dumps(value) if isinstance(value, (dict, list)) else value}")
-        known, rest = self._parser.parse_known_args(argv)
-        if rest:
-            self.error(f"{path}: unexpected values {rest}")
-        return values | {name: _to_plain(value) for name, value in vars(known).items()}
+                argv.append(f"--{name}={json.dumps(value) if isinstance(value, dict | list) else value}")
+        return argv
 
     def _refuse(self, name: str | None, token: str, what: str) -> NoReturn:
         if name is None:
@@ -245,17 +289,22 @@ class RecipeParser:
         reason = REFUSED.get(name.removeprefix("reference_"))
         if reason is not None:
             self.error(f"`{token}` is not accepted: {reason}.")
-        names = {action.dest for action in self._parser._actions}
-        close = difflib.get_close_matches(name, sorted(names), n=1)
+        close = difflib.get_close_matches(name, sorted(action.dest for action in self._parser._actions), n=1)
         hint = f"Did you mean `{close[0]}`?" if close else "See --help."
         self.error(f"unknown {what} `{token}`. {hint}")
 
 
-def _resolve_defaults(values: dict[str, Any], given: dict[str, Any]) -> None:
+def make_run_parser(description: str | None = None) -> RecipeParser:
+    """The parser of `in2core run`, by which a run's `config.yaml` is read again too."""
+    shown = {"influence": ("estimator",), "targets": TRAINING}
+    return RecipeParser("run", In2CoreArguments, description, reference=True, shown=shown)
+
+
+def _resolve_defaults(values: dict[str, Any]) -> None:
     """Settle what depends on the machine or on another setting."""
     import torch
 
-    if "dataloader_pin_memory" not in given:
+    if values["dataloader_pin_memory"] is None:
         values["dataloader_pin_memory"] = torch.accelerator.is_available()
     # SFTConfig trains in bf16 by default, which a CPU emulates slowly: on only where an accelerator has it.
     if values["bf16"] is None:
@@ -277,10 +326,11 @@ def _without(config_types: list[type], refused: Iterable[str]) -> list[Any]:
         for item in fields(config_type):
             if not item.init or item.name in seen:
                 continue
-            default: Any = {"default": item.default}
+            default: Any = {"default": DEFAULTS.get(item.name, item.default)}
             if item.default is MISSING:
                 default = {"default_factory": item.default_factory}
-            parts.append((item.name, hints[item.name], field(**default, metadata=item.metadata)))
+            known = {key: item.metadata[key] for key in ("help", "choices", "aliases") if key in item.metadata}
+            parts.append((item.name, hints[item.name], field(**default, metadata=known)))
             seen.add(item.name)
         reduced.append(make_dataclass(config_type.__name__, parts))
     return reduced
@@ -296,9 +346,12 @@ def _for_reference(config_types: list[type]) -> type:
     return make_dataclass("ReferenceConfig", parts)
 
 
-def _get_default(item: Field) -> Any:
-    value = item.default if item.default_factory is MISSING else item.default_factory()
-    return _to_plain(value)
+def _get_default(item: Any) -> Any:
+    return _to_plain(item.default if item.default_factory is MISSING else item.default_factory())
+
+
+def _show(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _to_plain(value: Any) -> Any:
@@ -311,10 +364,3 @@ def _accelerator_has_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return torch.xpu.is_available()
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, and the epilog as it is written."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "".join(f"{indent}{line}\n" for line in text.splitlines())

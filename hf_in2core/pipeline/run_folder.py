@@ -17,24 +17,28 @@ from accelerate.utils import broadcast_object_list
 from transformers.utils import logging as transformers_logging
 
 from hf_in2core import InfluenceConfig
+from hf_in2core.shipped import find_shipped
 
 from .parser import Settings
 
 
+# How many processes the user asked `in2core` for.
+PROCESSES_VARIABLE = "IN2CORE_PROCESSES"
 # What a distributed launch leaves in the environment of a child process that is not part of it.
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def join_processes(settings: Settings) -> None:
     """
-    Join the processes of the launch; every recipe that may have several begins with it.
+    Join the processes of the launch; every command that may have several begins with it.
 
     Raises:
         ValueError: if the launcher started several, but they would each take themselves for the only one.
     """
     # Training arguments join on the CPU too, which PartialState does only when it is told that there is nothing else.
     settings.make(InfluenceConfig)
-    launched, joined = int(os.environ.get("WORLD_SIZE", "1")), PartialState().num_processes
+    joined = PartialState().num_processes
+    launched = int(os.environ.get(PROCESSES_VARIABLE) or os.environ.get("WORLD_SIZE", "1"))
     if launched != joined:
         raise ValueError(
             f"{launched} processes were launched, but they do not find each other ({joined} in this group) and would "
@@ -76,7 +80,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_tasks(folder: Path) -> dict[str, dict[str, Any]]:
-    """What evaluate.py found for the model in a folder, by task; empty where it was not evaluated."""
+    """What `in2core evaluate` found for the model in a folder, by task; empty where it was not evaluated."""
     stored = read_json(folder / "tasks.json")
     return {
         task: {name: value for name, value in found.items() if name != "identity"}
@@ -106,7 +110,12 @@ def run_setup_script(command: str) -> None:
     """Run a Python script with its arguments, in a process of its own, on the main process."""
     script, *arguments = shlex.split(command)
     if not Path(script).is_file():
-        raise FileNotFoundError(f"--setup_script names `{script}`, which is not a file, seen from {Path.cwd()}.")
+        try:
+            script = str(find_shipped(script))  # the quickstart's, where there is no checkout
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"--setup_script names `{script}`, which is not a file, seen from {Path.cwd()}."
+            ) from None
     state = PartialState()
     if state.is_main_process:
         # A child that took itself for a rank of this launch would wait for the others.

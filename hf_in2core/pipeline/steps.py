@@ -1,4 +1,4 @@
-"""The steps of in2core.py: each returns at once what an earlier run of the same settings has finished."""
+"""The steps of `in2core run`: each returns at once what an earlier run of the same settings has finished."""
 
 import shutil
 from pathlib import Path
@@ -11,10 +11,11 @@ from trl import SFTConfig
 
 from hf_in2core import InfluenceConfig, push_influence_dataset
 from hf_in2core.influence.plan import plan_influence
+from hf_in2core.names import STRATEGIES_BY_ROW
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.rows.sources import hash_value
 
-from .arguments import STRATEGIES_BY_ROW, describe_command
+from .arguments import describe_command
 from .comparison import Arm, find_equal_run, plan_arms
 from .inputs import take_fraction
 from .job import Job, find_sources, name_coresets
@@ -227,7 +228,7 @@ def train_arm(job: Job, arm: Arm, scored: Dataset, steps: int) -> dict[str, Any]
 
 
 def tasks_of(folder: Path) -> dict[str, Any]:
-    """`{"tasks": …}` where evaluate.py has evaluated the model of an arm, which goes with the arm."""
+    """`{"tasks": …}` where `in2core evaluate` has evaluated the model of an arm, which goes with the arm."""
     tasks = agree(lambda: read_tasks(folder))
     return {"tasks": tasks} if tasks else {}
 
@@ -256,7 +257,7 @@ def publish(job: Job, scored: Dataset) -> None:
         except Exception:
             warn(
                 f"The run is complete in {job.folder}, but it is not published. What arrived is not sent again: "
-                f"python recipes/publish.py --run {job.folder} --hub_id {args.hub_id}"
+                f"in2core publish --run {job.folder} --hub_id {args.hub_id}"
             )
             raise
     PartialState().wait_for_everyone()

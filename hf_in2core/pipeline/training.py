@@ -1,4 +1,4 @@
-"""What the recipes do, one function per stage; in2core.py and the stage recipes call the same ones."""
+"""What the commands do, one function per stage; `in2core run` and the commands of single stages call the same ones."""
 
 import time
 from pathlib import Path

@@ -200,7 +200,7 @@ def show_line(text: str) -> str:
 
 
 def _read_refusal(found: Any) -> str | None:
-    """Why an analysis was not computed, where the recipe says so."""
+    """Why an analysis was not computed, where the run says so."""
     refusal = get_value(found, "refused")
     return refusal if isinstance(refusal, str) else None
 
@@ -208,7 +208,7 @@ def _read_refusal(found: Any) -> str | None:
 def _name_shape(what: str) -> str:
     return (
         f"{what} not shown: results.json holds what another version of hf_in2core wrote, or is damaged. Run the "
-        "recipe again into this folder."
+        "`in2core run` again into this folder."
     )
 
 

@@ -50,7 +50,7 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
 
     Args:
         folder (`str` or `Path`):
-            Folder of `recipes/in2core.py`.
+            Folder of `in2core run`.
         path (`str` or `Path`, *optional*):
             File to write; `report.html` in the folder by default. It is replaced whole or not at all.
 

@@ -59,7 +59,7 @@ def read_run(folder: str | Path) -> Run:
 
     Args:
         folder (`str` or `Path`):
-            Folder of `recipes/in2core.py`, with `results.json`, and `scored/` and `scorer/` where they exist.
+            Folder of `in2core run`, with `results.json`, and `scored/` and `scorer/` where they exist.
 
     Returns:
         [`Run`]
@@ -78,7 +78,7 @@ def read_run(folder: str | Path) -> Run:
     if scored is not None and isinstance(expected, int) and expected != len(scored):
         notes.append(
             f"scored/ has {len(scored):,} rows, but results.json was written for {expected:,}: they are of different "
-            "runs, or one of them is half-written. Run the recipe again into this folder."
+            "runs, or one of them is half-written. Start `in2core run` again into this folder."
         )
     scorer = read_json(path / "scorer" / "config.json")
     return Run(path.resolve().name, results, scored, scorer if isinstance(scorer, dict) else {}, path, notes)
@@ -96,14 +96,14 @@ def read_results(folder: Path) -> dict[str, Any]:
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise ReportError(
             f"`{folder}` holds no results.json, so no run has finished there (it holds {found}). Start it, or "
-            "start it again to go on: `accelerate launch recipes/in2core.py --config …`; or give another folder."
+            "start it again to go on: `in2core run --config …`; or give another folder."
         )
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ReportError(
-            f"{path} cannot be read ({type(error).__name__}: {error}): it is half-written or damaged. Run the recipe "
-            "again into this folder; what is finished is not computed again."
+            f"{path} cannot be read ({type(error).__name__}: {error}): it is half-written or damaged. Start "
+            "`in2core run` again into this folder; what is finished is not computed again."
         ) from error
     if not isinstance(results, dict):
         raise ReportError(f"{path} is no results.json of a run: it holds a {type(results).__name__}, not an object.")
@@ -125,7 +125,9 @@ def check_arms(path: Path, arms: Any) -> None:
         ReportError: naming the first that has not.
     """
     if not isinstance(arms, list) or not arms:
-        raise ReportError(f"{path} holds no arms, so there is nothing to show. Run the recipe again into this folder.")
+        raise ReportError(
+            f"{path} holds no arms, so nothing can be shown. Start `in2core run` again into this folder."
+        )
     for number, arm in enumerate(arms):
         if not isinstance(arm, dict):
             raise ReportError(f"{path}: arms[{number}] is a {type(arm).__name__}, not an object. The file is damaged.")
@@ -161,7 +163,7 @@ def read_json(path: Path) -> Any:
 
 def read_scored(folder: Path, notes: list[str]) -> Dataset | None:
     """The scored pool as arrow; `None`, and a note, where it cannot be shown."""
-    again = "Run the recipe again into this folder to have the table of examples."
+    again = "Start `in2core run` again into this folder to have the table of examples."
     if not (folder / "scored").is_dir():
         notes.append(f"The run has no scored/, so no example can be shown. {again}")
         return None

@@ -1,11 +1,9 @@
-"""What a run found, for the terminal (`print_results`), as pictures and as a page; `python -m hf_in2core.report RUN`.
+"""What a run found, for the terminal (`print_results`), as pictures and as a page.
 
 All take `results.json` as a dict. Sign: negative influence = proponent (training on the row lowers the validation
 loss), positive = opponent.
 """
 
-import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -167,21 +165,3 @@ def _fit(text: object, encoding: str) -> str:
 
 
 # --- the page ---
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the report page of a run; exit code 1 where there is no run to show."""
-    parser = argparse.ArgumentParser(
-        prog="python -m hf_in2core.report",
-        description="Write the report page of a run: one HTML file that works offline.",
-    )
-    parser.add_argument("run", metavar="RUN_DIR", help="folder of recipes/in2core.py, with results.json and scored/")
-    parser.add_argument("--output", metavar="FILE", help="file to write (default: RUN_DIR/report.html)")
-    options = parser.parse_args(arguments)
-    try:
-        page = write_report(options.run, options.output)
-    except (ReportError, OSError) as error:
-        print(f"hf_in2core.report: error: {error}", file=sys.stderr)  # noqa: T201
-        return 1
-    print(f"{page} ({page.stat().st_size / 1e6:.1f} MB)")  # noqa: T201
-    return 0
