@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from doc_runs import DOCUMENTS, TOKEN, Block, Place, read_blocks, read_commands, shorten, shorten_python
+from helpers import ROOT
 from hub_client import QUIET, ClientError, HubClient
 from loopback_hub import LoopbackHub
-from recipe_runs import COMMANDS, ROOT, load_command
+from recipe_runs import COMMANDS, load_command
 
 
 GUIDES = sorted((ROOT / "docs").glob("*.md"))

@@ -4,10 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from conftest import add_trained_adapter, make_model, make_prompt_completion
 from datasets import Dataset
+from helpers import add_trained_adapter, make_model, make_prompt_completion, make_trainer
 from scipy.stats import spearmanr
-from test_trainer import make_trainer
 
 from hf_in2core.analysis.agreement import measure_agreement
 from hf_in2core.rows.scored import add_query_column

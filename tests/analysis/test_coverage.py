@@ -6,11 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import add_trained_adapter, make_model, make_prompt_completion
 from datasets import Dataset, concatenate_datasets
-from naive import compute_datainf, compute_gradients, compute_loss
-from test_baselines import embed, score_bm25
-from test_trainer import assert_same, make_trainer, prepare
+from helpers import add_trained_adapter, assert_same, make_model, make_prompt_completion, make_trainer, prepare
+from naive import compute_datainf, compute_gradients, compute_loss, embed, score_bm25
 
 from hf_in2core.analysis.coverage import (
     compute_coverage,

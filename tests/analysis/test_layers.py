@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import add_trained_adapter, make_model, make_prompt_completion
 from datasets import concatenate_datasets
+from helpers import add_trained_adapter, assert_same, make_model, make_prompt_completion, make_trainer, prepare
 from naive import compute_datainf, compute_gradients
 from scipy.stats import spearmanr
-from test_trainer import assert_same, make_trainer, prepare
 
 from hf_in2core.analysis.layers import (
     LayerScores,

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +11,11 @@ import yaml
 from datasets import Dataset, Features, Value
 from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
+from helpers import ROOT, flatten, read_markdown
 from huggingface_hub import DatasetCard, ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from markdown_it import MarkdownIt
 
 from hf_in2core.cards.dataset import render_influence_section, summarise_influence
 from hf_in2core.cards.metadata import (
@@ -31,7 +30,6 @@ from hf_in2core.cards.model import render_target_model_card
 from hf_in2core.cards.text import escape_markdown, format_code, format_row, load_template
 
 
-ROOT = Path(__file__).resolve().parent.parent
 EVIL = [
     "---\nlicense: mit\n---\n# Front matter",
     "{{ 7 * 7 }} {% for x in range(9) %}x{% endfor %} {# gone #}",
@@ -82,17 +80,6 @@ def make_scored(texts: list[str]) -> Dataset:
 def render(**changes) -> str:
     arguments = {"features": FEATURES, "splits": {"train": 1600, "coreset_25": 400}, "scorer": SCORER}
     return render_influence_section("user/repo", **(arguments | {"results": RESULTS} | changes))
-
-
-def read_markdown(text: str):
-    """Tokens of a CommonMark parser with tables and bare links, as pages on the Hub have them."""
-    return MarkdownIt("commonmark", {"html": True, "linkify": False}).enable("table").parse(text)
-
-
-def flatten(tokens):
-    for token in tokens:
-        yield token
-        yield from flatten(token.children or [])
 
 
 # Text

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
-from hub_client import QUIET, ROOT, HubClient, check_that_tokens_stayed_secret, make_env
+from helpers import ROOT
+from hub_client import QUIET, HubClient, check_that_tokens_stayed_secret, make_env
 from loopback_hub import LoopbackHub, Repo
 from recipe_runs import make_inputs
 

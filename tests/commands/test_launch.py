@@ -11,30 +11,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
+from helpers import ROOT
 from hub_client import make_env
 from loopback_hub import LoopbackHub
-from recipe_runs import (
-    ROOT,
-    Inputs,
-    read_results,
-    stamp,
-    write_config,
-)
+from recipe_runs import Inputs, launch, read_results, stamp, write_config
 
 from hf_in2core import select_coreset
-
-
-def launch(*arguments: str, processes: int = 1, use_cpu: bool = True) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch` as users type it, on the CPU."""
-    several = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes),
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *arguments,
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": str(use_cpu).lower()}
-    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-    assert answer.returncode == 0 or not use_cpu, answer.stderr[-3000:]
-    return answer
 
 
 @pytest.mark.slow

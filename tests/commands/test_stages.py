@@ -8,10 +8,7 @@ import pytest
 import yaml
 from datasets import load_from_disk
 from peft import PeftModel
-from recipe_runs import (
-    read_results,
-    run_command,
-)
+from recipe_runs import read_results, run_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer, select_coreset

@@ -5,9 +5,17 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import add_trained_adapter, make_model, make_prompt_completion, make_tokenizer
+from helpers import (
+    add_trained_adapter,
+    assert_same,
+    make_config,
+    make_model,
+    make_prompt_completion,
+    make_tokenizer,
+    make_trainer,
+    prepare,
+)
 from naive import compute_datainf, compute_gradients
-from test_trainer import assert_same, make_config, make_trainer, prepare
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 

@@ -5,12 +5,11 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import make_prompt_completion
+from helpers import make_prompt_completion, make_trainer, prepare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import compute_dense_ihvp, compute_gradients
 from scipy.stats import spearmanr
-from test_trainer import make_trainer, prepare
 
 from hf_in2core.engine.blocks import count_elements
 from hf_in2core.engine.curvature import (

@@ -6,9 +6,16 @@ from typing import Any
 import pytest
 from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook
-from conftest import add_trained_adapter, make_model, make_prompt_completion, make_tokenizer
+from helpers import (
+    add_trained_adapter,
+    assert_same,
+    make_config,
+    make_model,
+    make_prompt_completion,
+    make_tokenizer,
+    make_trainer,
+)
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from test_trainer import assert_same, make_config, make_trainer
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_trainer import assert_same
+from helpers import assert_same
 
 
-WORKER = Path(__file__).parent / "distributed" / "memory_worker.py"
+WORKER = Path(__file__).parent / "workers" / "memory_worker.py"
 
 
 def score(folder: Path, free_mib: int, **options) -> subprocess.CompletedProcess:

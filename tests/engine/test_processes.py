@@ -10,31 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_trainer import assert_same
+from helpers import assert_same, launch_worker
 
 
-WORKER = Path(__file__).parent / "distributed" / "influence_worker.py"
-
-
-def launch(tmp_path: Path, name: str, world_size: int, check: bool = True, worker: Path = WORKER, **options):
-    arguments = {
-        "out": str(tmp_path / name),
-        "output_dir": str(tmp_path / f"{name}-run"),
-        "world_size": world_size,
-        **options,
-    }
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1", "--mixed_precision=no"]
-    launcher += ["--dynamo_backend=no", f"--num_processes={world_size}", "--main_process_port=0"]
-    # Without the variable `--multi_gpu` gives two independent copies, with `--cpu` one process, both silently.
-    launcher += ["--multi_gpu"] if world_size > 1 else ["--cpu"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, str(worker), json.dumps(arguments)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    if check:
-        assert done.returncode == 0, done.stderr[-4000:]
-        return [json.loads((tmp_path / f"{name}.{rank}.json").read_text()) for rank in range(world_size)]
-    return done
+WORKER = Path(__file__).parent / "workers" / "influence_worker.py"
 
 
 def to_floats(values: list[str]) -> list[float]:
@@ -43,8 +22,8 @@ def to_floats(values: list[str]) -> list[float]:
 
 def test_two_processes_equal_one(tmp_path) -> None:
     # 19 rows over two processes and chunks of 4: uneven shards, uneven chunks.
-    one = launch(tmp_path, "one", 1, num_rows=19, chunk_size=4)[0]
-    two = launch(tmp_path, "two", 2, num_rows=19, chunk_size=4)
+    one = launch_worker(WORKER.name, tmp_path, "one", 1, num_rows=19, chunk_size=4)[0]
+    two = launch_worker(WORKER.name, tmp_path, "two", 2, num_rows=19, chunk_size=4)
     assert two[0]["pid"] != two[1]["pid"]
     assert two[0]["influence"] == two[1]["influence"]
     assert two[0]["id"] == one["id"]
@@ -61,8 +40,8 @@ def test_layers_checkpoints_and_coverage_are_the_same_on_two_processes(tmp_path)
         "analyse": True,
         "dtype": "float64",
     }
-    one = launch(tmp_path, "one", 1, **options)[0]
-    two = launch(tmp_path, "two", 2, **options)
+    one = launch_worker(WORKER.name, tmp_path, "one", 1, **options)[0]
+    two = launch_worker(WORKER.name, tmp_path, "two", 2, **options)
     for name in ("layers", "averaged", "coverage", "loss"):
         assert two[0][name] == two[1][name]
         assert_same(two[0][name], one[name], 1e-9)
@@ -72,15 +51,15 @@ def test_layers_checkpoints_and_coverage_are_the_same_on_two_processes(tmp_path)
 
 @pytest.mark.slow
 def test_more_processes_than_rows(tmp_path) -> None:
-    one = launch(tmp_path, "one", 1, num_rows=2)[0]
-    three = launch(tmp_path, "three", 3, num_rows=2)
+    one = launch_worker(WORKER.name, tmp_path, "one", 1, num_rows=2)[0]
+    three = launch_worker(WORKER.name, tmp_path, "three", 3, num_rows=2)
     assert_same(to_floats(three[2]["influence"]), to_floats(one["influence"]), 1e-5)
 
 
 @pytest.mark.slow
 def test_a_failing_rank_stops_the_others_with_its_error(tmp_path) -> None:
     start = time.monotonic()
-    done = launch(tmp_path, "fails", 2, num_rows=19, check=False, fail_rank=1)
+    done = launch_worker(WORKER.name, tmp_path, "fails", 2, num_rows=19, check=False, fail_rank=1)
     assert done.returncode != 0
     assert "this rank fails on purpose" in done.stderr
     assert time.monotonic() - start < 120  # imports take most of it; the survivors must not wait for a time-out
@@ -89,7 +68,7 @@ def test_a_failing_rank_stops_the_others_with_its_error(tmp_path) -> None:
 @pytest.mark.slow
 def test_a_rank_failing_in_a_pass_stops_those_that_wait_for_it(tmp_path) -> None:
     start = time.monotonic()
-    done = launch(tmp_path, "fails", 2, num_rows=19, check=False, fail_rank=1, fail_in_pass=True)
+    done = launch_worker(WORKER.name, tmp_path, "fails", 2, num_rows=19, check=False, fail_rank=1, fail_in_pass=True)
     assert done.returncode != 0
     assert "merged or disabled" in done.stderr
     assert not list(tmp_path.glob("fails.*.json"))
@@ -99,7 +78,7 @@ def test_a_rank_failing_in_a_pass_stops_those_that_wait_for_it(tmp_path) -> None
 @pytest.mark.slow
 def test_two_machines_equal_one_process(tmp_path) -> None:
     """Two `accelerate launch` commands that meet on the loopback address, as on two nodes."""
-    one = launch(tmp_path, "one", 1, num_rows=19)[0]
+    one = launch_worker(WORKER.name, tmp_path, "one", 1, num_rows=19)[0]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -4,9 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import add_trained_adapter, make_model, make_prompt_completion, make_tokenizer
+from helpers import (
+    add_trained_adapter,
+    assert_same,
+    make_config,
+    make_model,
+    make_prompt_completion,
+    make_tokenizer,
+    prepare,
+)
 from naive import compute_datainf, compute_gradients
-from test_trainer import assert_same, make_config, prepare
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_in2core import InfluenceScorer, InfluenceTrainer

@@ -5,8 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import add_trained_adapter, make_model, make_prompt_completion
-from test_trainer import assert_same, make_trainer
+from helpers import add_trained_adapter, assert_same, make_model, make_prompt_completion, make_trainer
 
 
 @pytest.fixture

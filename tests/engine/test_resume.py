@@ -1,67 +1,38 @@
 """Kill -9 at any moment: the same call goes on, repeats no finished chunk, and ends with the same bits."""
 
-import json
-import multiprocessing
-import os
 import random
-import signal
-import socket
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from conftest import CHAT_TEMPLATE, add_trained_adapter, make_model, make_prompt_completion, make_tokenizer
 from datasets import Dataset
+from helpers import (
+    CHAT_TEMPLATE,
+    add_trained_adapter,
+    make_model,
+    make_prompt_completion,
+    make_tokenizer,
+    make_trainer,
+)
+from killed_runs import (
+    OPTIONS,
+    build,
+    count_batches,
+    count_state_files,
+    kill_after_progress,
+    start_two_processes,
+    stop,
+    wait_for_progress,
+)
 from safetensors.torch import load_file, save_file
-from test_trainer import make_trainer
 from tqdm import tqdm
 
-from hf_in2core.engine import fit, passes, scoring
-
-
-OPTIONS = {"chunk_size": 3, "tokens_per_batch": 40}
+from hf_in2core.engine import passes, scoring
 
 
 # tqdm's own lock is shared with forked processes, and one that is killed while it holds it would stop all later ones.
 tqdm.set_lock(threading.RLock())
-
-
-def build(folder: Path, **options):
-    pool, validation = make_prompt_completion(40, seed=0), make_prompt_completion(5, seed=1)
-    model = add_trained_adapter(make_model())
-    return make_trainer(folder, pool, validation, torch.float32, model=model, **{**OPTIONS, **options})
-
-
-def run(folder: str, options: dict) -> None:
-    build(Path(folder), **options).score_influence()
-
-
-def count_state_files(folder: Path) -> int:
-    return sum(path.stat().st_mtime_ns for path in folder.rglob("*.safetensors"))
-
-
-def wait_for_progress(folder: Path, before: int, processes: list) -> None:
-    deadline = time.monotonic() + 60
-    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
-        try:
-            if count_state_files(folder) != before:
-                break
-        except FileNotFoundError:
-            continue  # renamed while being looked at
-        time.sleep(0.002)
-
-
-def kill_after_progress(folder: Path, generator: random.Random, **options) -> None:
-    """Start a run and kill it a random moment after it has written its next state."""
-    before = count_state_files(folder)
-    process = multiprocessing.get_context("fork").Process(target=run, args=(str(folder), options))
-    process.start()
-    wait_for_progress(folder, before, [process])
-    time.sleep(generator.uniform(0, 0.05))
-    stop([process])
 
 
 @pytest.mark.parametrize(
@@ -76,37 +47,6 @@ def test_killed_runs_end_with_the_same_bits(tmp_path, seed, kills) -> None:
     resumed = build(tmp_path / "killed").score_influence()
     assert resumed["influence"] == expected["influence"]
     assert resumed["influence_rank"] == expected["influence_rank"]
-
-
-def run_rank(folder: str, rank: int, port: int, options: dict) -> None:
-    """One of two processes, as a launcher starts them; the parent's state of a single process is left behind."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    trainer = build(Path(folder), **options)
-    assert trainer.accelerator.num_processes == 2
-    influence = trainer.score_influence()["influence"]
-    (Path(folder) / f"{rank}.json").write_text(json.dumps([value.hex() for value in influence]))
-
-
-def start_two_processes(folder: Path, **options) -> list:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [
-        multiprocessing.get_context("fork").Process(target=run_rank, args=(str(folder), rank, port, options))
-        for rank in (0, 1)
-    ]
-    for process in processes:
-        process.start()
-    return processes
-
-
-def stop(processes: list) -> None:
-    for process in processes:
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
-        process.join()
 
 
 @pytest.mark.slow
@@ -131,19 +71,6 @@ def test_two_killed_processes_end_with_the_same_bits(tmp_path) -> None:
             assert process.exitcode == 0
         for rank in (0, 1):
             assert (killed / f"{rank}.json").read_bytes() == (whole / "0.json").read_bytes()
-
-
-def count_batches(monkeypatch) -> list[int]:
-    counted = []
-    run_batches = passes.run_batches
-
-    def counting(job, token_rows, step):
-        counted.append(len(token_rows))
-        return run_batches(job, token_rows, step)
-
-    for module in (passes, fit, scoring):
-        monkeypatch.setattr(module, "run_batches", counting)
-    return counted
 
 
 def test_finished_chunks_are_not_repeated(tmp_path, monkeypatch) -> None:

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_processes import launch
-from test_trainer import assert_same
+from helpers import assert_same, launch_worker
 
 
-WORKER = Path(__file__).parent / "distributed" / "sharded_worker.py"
+WORKER = Path(__file__).parent / "workers" / "sharded_worker.py"
 RUNS: dict[str, dict[str, Any]] = {
     # 9 and 10 rows in batches of another number on each process.
     "uneven": {"num_rows": 19, "chunk_size": 4, "tokens_per_batch": 60},
@@ -26,7 +25,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 def test_sharded_base_weights_change_no_score(tmp_path) -> None:
-    two = launch(tmp_path, "two", 2, worker=WORKER, runs=list(RUNS.values()))
+    two = launch_worker(WORKER.name, tmp_path, "two", 2, runs=list(RUNS.values()))
     spec = importlib.util.spec_from_file_location("sharded_worker", WORKER)
     worker = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     spec.loader.exec_module(worker)  # type: ignore[union-attr]

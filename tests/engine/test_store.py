@@ -8,9 +8,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import add_trained_adapter, make_model, make_prompt_completion
-from test_resume import build, count_batches, kill_after_progress, start_two_processes
-from test_trainer import assert_same, make_config, make_trainer
+from helpers import add_trained_adapter, assert_same, make_config, make_model, make_prompt_completion, make_trainer
+from killed_runs import build, count_batches, kill_after_progress, start_two_processes
 
 from hf_in2core.influence.plan import plan_influence
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WORDS, add_trained_adapter, make_model, make_tokenizer
+from helpers import ROOT, WORDS, add_trained_adapter, make_model, make_tokenizer
 from huggingface_hub import ModelCard
-from recipe_runs import ROOT, Inputs, read_results, run_command, stamp
-from test_report_page import Page
+from recipe_runs import Inputs, read_results, run_command, stamp
+from report_runs import Page
 
 from hf_in2core.cards.model import add_task_results
 from hf_in2core.evaluation.tasks import check_task_settings, evaluate_tasks, load_tasks

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import yaml
 from datasets import Dataset
-from hub_client import ROOT, ClientError, HubClient, make_env
+from helpers import ROOT
+from hub_client import ClientError, HubClient, make_env
 from loopback_hub import LoopbackHub, Repo
 
 

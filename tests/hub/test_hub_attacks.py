@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
-from hub_client import HubClient, serve_hub, start_publisher
+from helpers import flatten, read_markdown
+from hub_client import ADDED, Cases, HubClient, is_complete, is_untouched, serve_hub, start_publisher
 from loopback_http import Fault
 from loopback_hub import Blob, LoopbackHub, Repo
-from test_dataset_card import flatten, read_markdown
-from test_hub_faults import ADDED, Cases, is_complete, is_untouched
 
 
 TOKEN = "hf_" + "M" * 34

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hub_client import HubClient, serve_hub, start_publisher
+from hub_client import ADDED, OWN_CARD, Cases, HubClient, is_complete, is_untouched, serve_hub, start_publisher
 from loopback_http import Fault
-from loopback_hub import Blob, LoopbackHub, Repo
+from loopback_hub import Blob, LoopbackHub
 
 
 MAIN = "hf_" + "M" * 34
-OWN_CARD = b"---\nlicense: mit\n---\n# Mine\n\nBy hand.\n"
-ADDED = {"README.md", "data/train-00000-of-00001.parquet", "data/coreset_25-00000-of-00001.parquet"}
 SHA = re.compile(r"[0-9a-f]{40}")
 
 
@@ -34,53 +32,6 @@ def hub() -> Iterator[LoopbackHub]:
 def client(hub, tmp_path_factory) -> Iterator[HubClient]:
     with start_publisher(hub, tmp_path_factory.mktemp("home"), MAIN) as client:
         yield client
-
-
-class Cases:
-    """Cases of a batch: each gets a user with a token, and its faults."""
-
-    def __init__(self, hub: LoopbackHub):
-        self.hub = hub
-        self.cases: list[dict[str, Any]] = []
-        self.names: dict[str, str] = {}
-
-    def add(self, name: str, faults: list[Fault], existing: bool = False, **case: Any) -> Repo | None:
-        number = len(self.hub.users)
-        user, token = f"user{number}", f"hf_{number:034d}"
-        self.hub.add_user(token, user)
-        for fault in faults:
-            fault.owner = user
-        self.hub.faults += faults
-        repo = None
-        if existing:
-            repo = self.hub.add_repo("dataset", f"{user}/x", {"README.md": OWN_CARD, "own.txt": b"own"})
-        self.names[name] = user
-        self.cases.append({"repo_id": f"{user}/x", "token": token} | case)
-        return repo
-
-    def run(self, client: HubClient) -> dict[str, dict]:
-        return dict(zip(self.names, client.run("result = push_all(cases)", cases=self.cases), strict=True))
-
-    def get_repo(self, name: str) -> Repo | None:
-        return self.hub.repos.get(("dataset", f"{self.names[name]}/x"))
-
-
-def is_complete(repo: Repo, existing: bool) -> bool:
-    """One commit on top, with everything that was sent and everything that was there."""
-    files = repo.files()
-    own = {"own.txt"} if existing else set()
-    if not existing:
-        own_is_kept = True
-    else:
-        own_is_kept = files["own.txt"] == b"own" and b"By hand." in files["README.md"]
-        own_is_kept = own_is_kept and b"license: mit" in files["README.md"]
-    return set(files) == ADDED | own | {".gitattributes"} and own_is_kept and len(repo.history()) == 2
-
-
-def is_untouched(repo: Repo | None, existing: bool) -> bool:
-    if repo is None:
-        return not existing
-    return len(repo.history()) == 1 and len(repo.refs) == 1 and not repo.pulls
 
 
 # A fault at every request of a publication in turn

@@ -2,10 +2,17 @@
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, add_trained_adapter, make_model, make_prompt_completion, make_tokenizer
 from datasets import Dataset
+from helpers import (
+    CHAT_TEMPLATE,
+    add_trained_adapter,
+    make_config,
+    make_model,
+    make_prompt_completion,
+    make_tokenizer,
+    make_trainer,
+)
 from peft import LoraConfig
-from test_trainer import make_config, make_trainer
 
 from hf_in2core import InfluenceTrainer
 

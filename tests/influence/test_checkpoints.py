@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, make_prompt_completion, make_tokenizer
+from helpers import assert_same, make_config, make_model, make_prompt_completion, make_tokenizer, make_trainer
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_trainer import assert_same, make_config, make_trainer
 
 from hf_in2core import InfluenceTrainer
 from hf_in2core.engine.state import hash_adapter

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import conftest
+import helpers
 import pytest
 from datasets import concatenate_datasets
 from hub_client import QUIET, ClientError, HubClient, serve_hub
@@ -20,21 +20,20 @@ from recipe_runs import load_command
 TOKEN = "hf_" + "S" * 34
 PUBLISH = """
 import os
-import conftest
+import helpers
 from datasets import Dataset, concatenate_datasets
-from test_trainer import make_trainer
 from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_in2core import InfluenceScorer, push_influence_dataset, select_coreset
 
 api = HfApi()
-conftest.make_model().save_pretrained("tiny")
-conftest.make_tokenizer().save_pretrained("tiny")
+helpers.make_model().save_pretrained("tiny")
+helpers.make_tokenizer().save_pretrained("tiny")
 api.create_repo("ada/tiny")
 api.upload_folder(folder_path="tiny", repo_id="ada/tiny")
-model = conftest.add_trained_adapter(AutoModelForCausalLM.from_pretrained("ada/tiny"))
-pool, validation = conftest.make_prompt_completion(23, seed=0), conftest.make_prompt_completion(7, seed=1)
-trainer = make_trainer("run", pool, validation, conftest.torch.float32, model=model)
+model = helpers.add_trained_adapter(AutoModelForCausalLM.from_pretrained("ada/tiny"))
+pool, validation = helpers.make_prompt_completion(23, seed=0), helpers.make_prompt_completion(7, seed=1)
+trainer = helpers.make_trainer("run", pool, validation, helpers.torch.float32, model=model)
 scored, scorer = trainer.score_influence(), trainer.fit_influence()
 url = scorer.push_to_hub("ada/scorer")
 assert scorer.push_to_hub("ada/scorer") == url
@@ -207,8 +206,8 @@ run_command("grow", *flags)
 def test_a_published_pool_grows_without_a_refit(hub, published, publisher, tmp_path) -> None:
     hub.add_repo("dataset", "ada/grown", hub.repos[("dataset", "ada/scored")].files())
     repo = hub.repos[("dataset", "ada/grown")]
-    more = conftest.make_prompt_completion(9, seed=5)
-    old = conftest.make_prompt_completion(23, seed=0).select([2, 3])
+    more = helpers.make_prompt_completion(9, seed=5)
+    old = helpers.make_prompt_completion(23, seed=0).select([2, 3])
     concatenate_datasets([more, old]).to_json(tmp_path / "more.jsonl")
     flags = ["--hub_id", "ada/grown", "--rows", str(tmp_path / "more.jsonl")]
     publisher.run(GROW, flags=flags)
@@ -220,7 +219,7 @@ def test_a_published_pool_grows_without_a_refit(hub, published, publisher, tmp_p
         """
         from datasets import load_dataset
         splits = load_dataset("ada/grown")
-        more = conftest.make_prompt_completion(9, seed=5).map(scorer, batched=True)
+        more = helpers.make_prompt_completion(9, seed=5).map(scorer, batched=True)
         influence = scored["influence"][:] + more["influence"][:]
         result = [{name: rows.to_dict() for name, rows in splits.items()}, influence]
         """
@@ -255,7 +254,7 @@ def test_two_repositories_of_one_scorer_combine(hub, published, publisher) -> No
     hub.add_repo("dataset", "ada/left", hub.repos[("dataset", "ada/scored")].files())
     publisher.run(
         """
-        other = conftest.make_prompt_completion(6, seed=11).map(scorer, batched=True)
+        other = helpers.make_prompt_completion(6, seed=11).map(scorer, batched=True)
         rank = Dataset.from_dict({"influence_rank": list(range(6))})
         other = concatenate_datasets([other, rank], axis=1).select_columns(scored.column_names)
         push_influence_dataset("ada/right", other, scorer=scorer)

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import add_trained_adapter, make_prompt_completion
+from helpers import add_trained_adapter, make_prompt_completion, make_trainer, prepare
 from recipe_runs import NUM_POOL, make_inputs, run_command, write_config
-from test_trainer import make_trainer, prepare
 from transformers import AutoModelForCausalLM
 
 from hf_in2core.engine.fit import PILOT_ROWS

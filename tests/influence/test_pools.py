@@ -5,9 +5,8 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import add_trained_adapter, make_model, make_prompt_completion
 from datasets import Dataset, concatenate_datasets
-from test_trainer import assert_same, make_trainer
+from helpers import add_trained_adapter, assert_same, make_model, make_prompt_completion, make_trainer
 
 from hf_in2core.influence.pools import check_fitted_pool, merge_scored
 

@@ -7,11 +7,19 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, add_trained_adapter, make_model, make_prompt_completion, make_tokenizer
 from datasets import Dataset
 from datasets.fingerprint import Hasher
+from helpers import (
+    CHAT_TEMPLATE,
+    add_trained_adapter,
+    assert_same,
+    make_config,
+    make_model,
+    make_prompt_completion,
+    make_tokenizer,
+    make_trainer,
+)
 from safetensors.torch import load_file, save_file
-from test_trainer import assert_same, make_config, make_trainer
 from transformers import AutoModelForCausalLM
 
 from hf_in2core import InfluenceScorer, InfluenceTrainer

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import add_trained_adapter, make_model, make_prompt_completion, make_tokenizer
+from helpers import add_trained_adapter, make_model, make_prompt_completion, make_tokenizer, make_trainer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_trainer import make_trainer
 from transformers import AutoModelForCausalLM
 
 from hf_in2core import InfluenceScorer

@@ -4,11 +4,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, add_trained_adapter, make_model, make_prompt_completion, make_tokenizer
 from datasets import Dataset
+from helpers import (
+    CHAT_TEMPLATE,
+    add_trained_adapter,
+    assert_same,
+    make_config,
+    make_model,
+    make_prompt_completion,
+    make_tokenizer,
+    make_trainer,
+    prepare,
+)
 from naive import compute_datainf, compute_gradients
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
-from test_trainer import assert_same, make_config, make_trainer, prepare
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_in2core import InfluenceTrainer

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import add_trained_adapter, make_model, make_prompt_completion, make_tokenizer
 from datasets import Dataset
+from helpers import add_trained_adapter, make_model, make_prompt_completion, make_tokenizer, make_trainer
 from recipe_runs import run_command
-from test_trainer import make_trainer
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.influence.tracking import summarize_influence

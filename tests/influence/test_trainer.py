@@ -6,42 +6,23 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import add_trained_adapter, make_model, make_prompt_completion, make_tokenizer
-from datasets import Dataset
+from helpers import (
+    add_trained_adapter,
+    assert_same,
+    make_model,
+    make_prompt_completion,
+    make_tokenizer,
+    make_trainer,
+    prepare,
+)
 from naive import compute_datainf, compute_gradients, compute_loss
 
-from hf_in2core import InfluenceConfig, InfluenceScorer, InfluenceTrainer
+from hf_in2core import InfluenceScorer
 from hf_in2core.engine.batches import collate, read_token_rows
 from hf_in2core.engine.blocks import find_blocks
 from hf_in2core.engine.fit import PILOT_ROWS
 from hf_in2core.engine.gradients import GradientRecorder, compute_gradient_sum
 from hf_in2core.names import LOSS_REDUCTIONS
-from hf_in2core.rows.preparation import Preparation, prepare_rows
-
-
-def make_config(folder, **kwargs) -> InfluenceConfig:
-    defaults = {"bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
-    return InfluenceConfig(output_dir=str(folder), **{**defaults, **kwargs})
-
-
-def make_trainer(folder, pool, validation, dtype=torch.float64, model=None, tokenizer=None, **kwargs):
-    model = add_trained_adapter(make_model()) if model is None else model
-    return InfluenceTrainer(
-        model=model.to(dtype),
-        args=make_config(folder, **kwargs),
-        train_dataset=pool,
-        eval_dataset=validation,
-        processing_class=tokenizer or make_tokenizer(),
-    )
-
-
-def prepare(rows: Dataset) -> Dataset:
-    return prepare_rows(rows, Preparation(make_tokenizer(), completion_only_loss=True))
-
-
-def assert_same(actual, expected, tolerance: float) -> None:
-    actual, expected = np.asarray(actual, dtype=float), np.asarray(expected, dtype=float)
-    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])

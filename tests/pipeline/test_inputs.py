@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import CHAT_TEMPLATE, WORDS, make_model, make_tokenizer
 from datasets import Dataset, load_from_disk
+from helpers import CHAT_TEMPLATE, WORDS, make_model, make_tokenizer
 from recipe_runs import (
     NUM_POOL,
     NUM_TEST,

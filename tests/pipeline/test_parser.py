@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import ROOT
 from trl import ModelConfig
 
 from hf_in2core import InfluenceConfig
 from hf_in2core.pipeline.arguments import In2CoreArguments
 from hf_in2core.pipeline.parser import REFUSED, RecipeParser, Settings
 
-
-ROOT = Path(__file__).parents[1]
 
 RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
 # Those in accelerate_configs/ are the launcher's.

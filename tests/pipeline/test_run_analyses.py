@@ -13,6 +13,7 @@ from recipe_runs import (
     NUM_POOL,
     NUM_TEST,
     compute_naive_loss,
+    launch,
     make_rows,
     read_results,
     run_command,
@@ -20,8 +21,7 @@ from recipe_runs import (
     write_config,
     write_rows,
 )
-from test_recipe_launch import launch
-from test_report_page import Page
+from report_runs import Page
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer

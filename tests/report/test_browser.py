@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import HOSTILE, NUM_ROWS, get_scored_run, make_scored, write_run
-from test_report import make_results
+from report_runs import HOSTILE, NUM_ROWS, get_scored_run, make_results, make_scored, write_run
 
 from hf_in2core.report.terminal import write_report
 

@@ -8,7 +8,6 @@ import math
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,20 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import scipy.stats
-from conftest import make_prompt_completion
 from datasets import Dataset
-from report_runs import HOSTILE, NUM_ROWS, get_scored_run, make_analyses, make_pool, make_scored, write_run
-from test_report import make_results
+from helpers import ROOT, make_prompt_completion
+from report_runs import (
+    HOSTILE,
+    NUM_ROWS,
+    Page,
+    get_scored_run,
+    list_paths,
+    make_analyses,
+    make_pool,
+    make_results,
+    make_scored,
+    write_run,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -31,44 +40,6 @@ from hf_in2core.report.run import ReportError
 from hf_in2core.report.terminal import main, write_report
 from hf_in2core.report.tokens import split_by_loss
 from hf_in2core.selection.lengths import compare_lengths
-
-
-class Page(HTMLParser):
-    """The elements, scripts, styles and text of a page, as a browser would take it apart."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.raw: dict[str, list[str]] = {"script": [], "style": []}
-        self.text = ""
-        self._inside = ""
-        self.feed(path.read_text(encoding="utf-8"))
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        self._inside = tag if tag in self.raw else ""
-        if tag in ("td", "th"):
-            self.text += " "
-        if self._inside:
-            self.raw[tag].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._inside:
-            self.raw[self._inside][-1] += data
-        else:
-            self.text += data
-
-    @property
-    def data(self) -> dict[str, Any]:
-        return json.loads(self.raw["script"][0])
-
-    @property
-    def words(self) -> str:
-        return " ".join(self.text.split())
 
 
 @pytest.fixture(scope="session")
@@ -376,20 +347,10 @@ def test_no_run_is_a_clear_message(tmp_path: Path, capsys: Any, content: bytes |
 def test_the_command_line(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", make_scored(20), make_results())
     command = [sys.executable, "-m", "hf_in2core.report"]
-    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run([*command, str(folder)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "report.html" in done.stdout and (folder / "report.html").is_file()
-    done = subprocess.run(
-        [*command, str(tmp_path / "no")], capture_output=True, text=True, cwd=Path(__file__).parents[1]
-    )
+    done = subprocess.run([*command, str(tmp_path / "no")], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "is not a folder" in done.stderr and "Traceback" not in done.stderr
-
-
-def list_paths(value: Any, path: tuple = ()) -> list[tuple]:
-    """Paths to every value in JSON; of a list to its first item alone."""
-    children = (
-        value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(value, list) else []
-    )
-    return [path, *[found for name, child in children for found in list_paths(child, (*path, name))]]
 
 
 def test_results_of_any_shape_give_a_page_or_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import HOSTILE, make_analyses, make_scored, write_run
-from test_report import make_results
-from test_report_page import Page, list_paths
+from report_runs import HOSTILE, Page, list_paths, make_analyses, make_results, make_scored, write_run
 
 import hf_in2core.report.page as report_page
 from hf_in2core.report.analyses import show_coverage, show_layers

@@ -12,35 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
+from report_runs import make_results
 
-from hf_in2core.evaluation.judge import judge
 from hf_in2core.report.terminal import plot_arms, plot_influence, print_results
-
-
-def make_results(seeds: int = 3, budgets: tuple[str, ...] = ("steps", "epochs"), **losses: float) -> dict[str, Any]:
-    """A run as the recipe records it, with the figures of a trial on real data and made-up noise."""
-    means = {"full": 3.354, "coreset": 3.158, "random": 3.357, "opponents": 3.567} | losses
-    generator = random.Random(0)
-    arms = [
-        {
-            "arm": arm,
-            "fraction": 1.0 if arm == "full" else fraction,
-            "seed": seed,
-            "budget": budget,
-            "rows": 1600 if arm == "full" else round(1600 * fraction),
-            "loss_tokens": 152_340 if arm == "full" else round(152_340 * fraction),
-            "steps": 100,
-            "seconds": 45.0 if arm == "full" or budget == "steps" else 45.0 * fraction,
-            "test_loss": (loss := mean + generator.gauss(0, 0.02)),
-            "test_perplexity": math.exp(loss),
-        }
-        for budget in budgets
-        for arm, mean in means.items()
-        for fraction in ((1.0,) if arm == "full" else (0.25, 0.5))
-        for seed in range(seeds)
-    ]
-    selection = {"seconds": 62.0, "reference_seconds": 60.0, "rows": 1600}
-    return {"arms": arms, "selection": selection, "verdict": judge(arms, selection)}
 
 
 @pytest.fixture

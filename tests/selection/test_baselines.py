@@ -1,6 +1,5 @@
 """Baseline columns against naive oracles in plain Python, plus their errors."""
 
-import math
 import re
 import sys
 from typing import Any
@@ -8,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import add_trained_adapter, make_model, make_prompt_completion, make_tokenizer
 from datasets import Dataset, concatenate_datasets
-from naive import compute_loss
+from helpers import add_trained_adapter, make_model, make_prompt_completion, make_tokenizer
+from naive import compute_loss, embed, score_bm25
 from peft import PeftModel
 
 from hf_in2core import select_coreset
@@ -43,15 +42,6 @@ def targets() -> Dataset:
     return make_prompt_completion(5, seed=1)
 
 
-def embed(model: PeftModel, ids: list[int]) -> torch.Tensor:
-    """RDS+ embedding of one row: no batch, no padding, and the hidden states that the model itself returns."""
-    model.eval()
-    with torch.no_grad():
-        hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0].double()
-    total = sum(range(1, len(ids) + 1))
-    return torch.stack([(t + 1) / total * hidden[t] for t in range(len(ids))]).sum(0)
-
-
 def take_turns(similarities: list[list[float]]) -> list[int]:
     """Turn at which each row is taken; `similarities[query][row]`."""
     num_rows = len(similarities[0])
@@ -62,22 +52,6 @@ def take_turns(similarities: list[list[float]]) -> list[int]:
         turns[best] = turn
         left.remove(best)
     return turns
-
-
-def score_bm25(query: list[str], corpus: list[list[str]]) -> list[float]:
-    """BM25 in Lucene's variant, k1 = 1.5 and b = 0.75; each occurrence of a word in the query counts."""
-    average = sum(map(len, corpus)) / len(corpus)
-    scores = []
-    for document in corpus:
-        score = 0.0
-        for word in query:
-            containing = sum(word in other for other in corpus)
-            if containing:
-                idf = math.log(1 + (len(corpus) - containing + 0.5) / (containing + 0.5))
-                count = document.count(word)
-                score += idf * count / (count + 1.5 * (1 - 0.75 + 0.75 * len(document) / average))
-        scores.append(score)
-    return scores
 
 
 def check_columns(found: Dataset, rows: Dataset, expected: dict[str, list[float]], rel: float) -> None:

@@ -1,4 +1,4 @@
-"""Launched by tests/test_processes.py and tests/test_resume.py: one run of fit and score on a fixed tiny model."""
+"""Launched by test_processes.py and test_resume.py: one run of fit and score on a fixed tiny model."""
 
 import json
 import os
@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
-from conftest import add_trained_adapter, make_model, make_prompt_completion  # noqa: E402
-from test_trainer import make_trainer  # noqa: E402
+from helpers import add_trained_adapter, make_model, make_prompt_completion, make_trainer  # noqa: E402
 
 from hf_in2core import InfluenceTrainer  # noqa: E402
 from hf_in2core.analysis.coverage import compute_coverage  # noqa: E402

@@ -1,4 +1,4 @@
-"""Launched by tests/test_memory.py: scores with a real shortage of memory, by a limit on this process's addresses."""
+"""Launched by test_memory.py: scores with a real shortage of memory, by a limit on this process's addresses."""
 
 import json
 import logging
@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from conftest import add_trained_adapter, make_model, make_prompt_completion  # noqa: E402
-from test_trainer import make_trainer  # noqa: E402
+from helpers import add_trained_adapter, make_model, make_prompt_completion, make_trainer  # noqa: E402
 
 
 def main() -> None:

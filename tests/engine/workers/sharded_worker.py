@@ -1,4 +1,4 @@
-"""Launched by tests/test_sharded.py: fit and score with the frozen base weights sharded by `fully_shard`."""
+"""Launched by test_sharded.py: fit and score with the frozen base weights sharded by `fully_shard`."""
 
 import json
 import sys
@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
-from conftest import add_trained_adapter, make_model, make_prompt_completion  # noqa: E402
+from helpers import add_trained_adapter, make_model, make_prompt_completion, make_trainer  # noqa: E402
 from peft import PeftModel  # noqa: E402
-from test_trainer import make_trainer  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
