@@ -66,7 +66,7 @@ def expand_make(command: str, place: Place) -> str:
         return command
     commands = place.run_bash(f"{command} --dry-run").replace("\\\n", " ").strip()
     assert commands
-    return "true" if target[1] == "test" and commands.endswith("-m pytest") else commands
+    return "true" if target[1] == "test" and "-m pytest" in commands else commands
 
 
 @pytest.mark.slow
