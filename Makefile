@@ -11,6 +11,9 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
+# Two workers of one thread each; a file stays with one worker, which keeps what its tests share.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 .PHONY: help install demo test test-all lint clean
 .DEFAULT_GOAL := help
 
@@ -31,10 +34,10 @@ demo: install  ## The whole story on a model and data made on the spot, offline
 		recipes/in2core.py --config recipes/quickstart/in2core.yaml
 
 test: install  ## Fast tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: install  ## Every test, the slow ones too
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 lint: install  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check

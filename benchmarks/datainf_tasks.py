@@ -67,8 +67,8 @@ def make_task(rows_per_kind: int, seed: int) -> list[dict[str, str]]:
 def make_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The random tiny Llama and tokenizer of the tests."""
     sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-    from conftest import make_model as make_tiny_model
-    from conftest import make_tokenizer
+    from helpers import make_model as make_tiny_model
+    from helpers import make_tokenizer
 
     return make_tiny_model(), make_tokenizer()
 

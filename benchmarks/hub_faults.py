@@ -12,6 +12,7 @@ from pathlib import Path
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "hub"))
 
 from hub_client import PUBLISHER, QUIET, HubClient, check_that_tokens_stayed_secret
 from loopback_hub import LoopbackHub

@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conftest import CHAT_TEMPLATE, make_model, make_tokenizer
 from datasets import Dataset
+from helpers import CHAT_TEMPLATE, ROOT, make_model, make_tokenizer
 from hub_client import QUIET, make_env
 from loopback_hub import LoopbackHub
-from recipe_runs import ROOT, make_rows, write_rows
+from recipe_runs import make_rows, write_rows
 
 
 TOKEN = "hf_" + "d" * 34

@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from loopback_hub import LoopbackHub
+from helpers import ROOT
+from loopback_http import Fault
+from loopback_hub import LoopbackHub, Repo
 
 
-ROOT = Path(__file__).resolve().parent.parent
 _LOOP = """
 import json, sys, traceback
 answers = open(int(sys.argv[1]), "w")
@@ -179,3 +180,56 @@ def start_publisher(hub: LoopbackHub, home: Path, token: str) -> Iterator[HubCli
         client.run(PUBLISHER, shared=True)
         yield client
         check_that_tokens_stayed_secret(hub, client)
+
+
+# --- cases of a publication ---
+
+OWN_CARD = b"---\nlicense: mit\n---\n# Mine\n\nBy hand.\n"
+ADDED = {"README.md", "data/train-00000-of-00001.parquet", "data/coreset_25-00000-of-00001.parquet"}
+
+
+class Cases:
+    """Cases of a batch: each gets a user with a token, and its faults."""
+
+    def __init__(self, hub: LoopbackHub):
+        self.hub = hub
+        self.cases: list[dict[str, Any]] = []
+        self.names: dict[str, str] = {}
+
+    def add(self, name: str, faults: list[Fault], existing: bool = False, **case: Any) -> Repo | None:
+        number = len(self.hub.users)
+        user, token = f"user{number}", f"hf_{number:034d}"
+        self.hub.add_user(token, user)
+        for fault in faults:
+            fault.owner = user
+        self.hub.faults += faults
+        repo = None
+        if existing:
+            repo = self.hub.add_repo("dataset", f"{user}/x", {"README.md": OWN_CARD, "own.txt": b"own"})
+        self.names[name] = user
+        self.cases.append({"repo_id": f"{user}/x", "token": token} | case)
+        return repo
+
+    def run(self, client: HubClient) -> dict[str, dict]:
+        return dict(zip(self.names, client.run("result = push_all(cases)", cases=self.cases), strict=True))
+
+    def get_repo(self, name: str) -> Repo | None:
+        return self.hub.repos.get(("dataset", f"{self.names[name]}/x"))
+
+
+def is_complete(repo: Repo, existing: bool) -> bool:
+    """One commit on top, with everything that was sent and everything that was there."""
+    files = repo.files()
+    own = {"own.txt"} if existing else set()
+    if not existing:
+        own_is_kept = True
+    else:
+        own_is_kept = files["own.txt"] == b"own" and b"By hand." in files["README.md"]
+        own_is_kept = own_is_kept and b"license: mit" in files["README.md"]
+    return set(files) == ADDED | own | {".gitattributes"} and own_is_kept and len(repo.history()) == 2
+
+
+def is_untouched(repo: Repo | None, existing: bool) -> bool:
+    if repo is None:
+        return not existing
+    return len(repo.history()) == 1 and len(repo.refs) == 1 and not repo.pulls

@@ -1,7 +1,10 @@
 """Independent oracle: DataInf by batch-size-1 automatic differentiation, gradients in memory, plain loops."""
 
+import math
+
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch.nn import functional as F
 
 
@@ -60,3 +63,28 @@ def compute_dense_ihvp(g: torch.Tensor, v: torch.Tensor, damping: float) -> torc
     """`mean_i (damping I + g_i g_i^T)^-1 v` by dense linear algebra; `g` is `[n, d]`, `v` is `[d]`."""
     identity = torch.eye(g.shape[1], dtype=g.dtype)
     return torch.stack([torch.linalg.solve(damping * identity + torch.outer(x, x), v) for x in g]).mean(0)
+
+
+def embed(model: PeftModel, ids: list[int]) -> torch.Tensor:
+    """RDS+ embedding of one row: no batch, no padding, and the hidden states that the model itself returns."""
+    model.eval()
+    with torch.no_grad():
+        hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0].double()
+    total = sum(range(1, len(ids) + 1))
+    return torch.stack([(t + 1) / total * hidden[t] for t in range(len(ids))]).sum(0)
+
+
+def score_bm25(query: list[str], corpus: list[list[str]]) -> list[float]:
+    """BM25 in Lucene's variant, k1 = 1.5 and b = 0.75; each occurrence of a word in the query counts."""
+    average = sum(map(len, corpus)) / len(corpus)
+    scores = []
+    for document in corpus:
+        score = 0.0
+        for word in query:
+            containing = sum(word in other for other in corpus)
+            if containing:
+                idf = math.log(1 + (len(corpus) - containing + 0.5) / (containing + 0.5))
+                count = document.count(word)
+                score += idf * count / (count + 1.5 * (1 - 0.75 + 0.75 * len(document) / average))
+        scores.append(score)
+    return scores

@@ -2,20 +2,22 @@
 
 import importlib
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 import yaml
-from conftest import WORDS, make_model, make_tokenizer
+from helpers import ROOT, WORDS, make_model, make_tokenizer
 from transformers import AutoTokenizer
 
 
 Inputs = tuple[Path, dict[str, Any]]
 
-ROOT = Path(__file__).parents[1]
 NUM_POOL, NUM_VALIDATION, NUM_TEST = 60, 8, 11
 
 
@@ -105,3 +107,16 @@ def compute_naive_loss(model: torch.nn.Module, folder: Path, rows: list[dict[str
         total += float(nll[len(prompt) - 1 :].sum())
         count += len(ids) - len(prompt)
     return total / count, count
+
+
+def launch(*arguments: str, processes: int = 1, use_cpu: bool = True) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch` as users type it, on the CPU."""
+    several = ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes),
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", *arguments,
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": str(use_cpu).lower()}
+    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert answer.returncode == 0 or not use_cpu, answer.stderr[-3000:]
+    return answer

@@ -3,14 +3,14 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
+from helpers import ROOT
 
 
-FOLDER = Path(__file__).parents[1] / "recipes" / "accelerate_configs"
+FOLDER = ROOT / "recipes" / "accelerate_configs"
 EXPECTED = {
     "cpu.yaml": (DistributedType.NO, True),
     "single_gpu.yaml": (DistributedType.NO, False),

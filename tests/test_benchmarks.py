@@ -7,7 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from recipe_runs import ROOT, make_inputs, make_rows, write_config, write_rows
+from helpers import ROOT
+from recipe_runs import make_inputs, make_rows, write_config, write_rows
 
 
 pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="a source distribution has no benchmarks")

@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_prompt_completion
 from datasets import Dataset
-from report_runs import make_scored
-from test_report import make_results
-from test_trainer import make_trainer
+from helpers import make_prompt_completion, make_trainer
+from report_runs import make_results, make_scored
 
 from hf_in2core import select_coreset
 from hf_in2core.evaluation.judge import judge

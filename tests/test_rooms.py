@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_in2core"
 LONGEST_MODULE = 400
 # From the ground up: a room may import those that stand on lower floors, and nothing beside it or above.
@@ -143,3 +143,12 @@ def test_nothing_in_the_package_imports_what_stands_outside() -> None:
     outside = r"^\s*(from|import) (recipes|benchmarks|tests|unittest\.mock)\b"
     for path in PACKAGE.rglob("*.py"):
         assert not re.search(outside, path.read_text(encoding="utf-8"), re.MULTILINE), path
+
+
+def test_no_test_imports_another() -> None:
+    """What tests share stands in modules of its own: `helpers.py` and those beside it."""
+    imports = r"^\s*(?:from|import) (?:tests\.)?(?:[\w.]+\.)?(conftest|test_\w+)\b"
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    assert len({path.name for path in files}) == len(files), "pytest takes one of two modules of the same name"
+    for path in files:
+        assert not re.findall(imports, path.read_text(encoding="utf-8"), re.MULTILINE), path

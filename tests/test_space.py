@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from datasets import Dataset
-from hub_client import QUIET, ROOT, HubClient, make_env
+from helpers import ROOT
+from hub_client import QUIET, HubClient, make_env
 from loopback_hub import LoopbackHub
-from report_runs import HOSTILE
-from test_report import make_results
+from report_runs import HOSTILE, make_results
 
 
 TOKEN = "hf_" + "S" * 34

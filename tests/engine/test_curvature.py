@@ -1,0 +1,123 @@
+"""The exact damped inverse against dense linear algebra in float64, and the warning where DataInf is far from it."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_prompt_completion, make_trainer, prepare
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from naive import compute_dense_ihvp, compute_gradients
+from scipy.stats import spearmanr
+
+from hf_in2core.engine.blocks import count_elements
+from hf_in2core.engine.curvature import (
+    compute_exact_ihvp,
+    draw_blocks,
+    measure_curvature,
+    score_fitted_rows,
+    warn_of_curvature,
+)
+from hf_in2core.engine.fit import read_fit
+
+
+def draw(n: int, d: int, q: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(n, d, generator=generator, dtype=torch.float64),
+        torch.randn(q, d, generator=generator, dtype=torch.float64),
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 12), st.floats(0.01, 10), st.integers(0, 10_000))
+def test_both_inverses_equal_dense_algebra(n: int, d: int, damping: float, seed: int) -> None:
+    g, v = draw(n, d, 3, seed)
+    dense = torch.linalg.inv(damping * torch.eye(d, dtype=torch.float64) + g.T @ g / n)
+    u = compute_exact_ihvp(g, v, damping)
+    torch.testing.assert_close(u, v @ dense, rtol=1e-8, atol=1e-9 * float(u.abs().max()))
+
+    datainf, exact = score_fitted_rows(g @ g.T, g @ v[0], damping)
+    by_hand = -g @ compute_dense_ihvp(g, v[0], damping)
+    torch.testing.assert_close(datainf, by_hand, rtol=1e-8, atol=1e-9 * float(by_hand.abs().max()))
+    by_hand = -g @ dense @ v[0]
+    torch.testing.assert_close(exact, by_hand, rtol=1e-7, atol=1e-8 * float(u.abs().max()))
+
+
+def test_one_row_and_large_damping_leave_no_difference() -> None:
+    g, v = draw(1, 6, 1, seed=3)
+    datainf, exact = score_fitted_rows(g @ g.T, g @ v[0], 0.1)
+    torch.testing.assert_close(datainf, exact)
+    g, v = draw(20, 6, 1, seed=3)
+    datainf, exact = score_fitted_rows(g @ g.T, g @ v[0], 1e6)
+    torch.testing.assert_close(datainf, exact, rtol=1e-4, atol=0)
+
+
+def test_no_damping_has_no_inverse() -> None:
+    g, v = draw(4, 6, 1, seed=0)
+    for call in (lambda: compute_exact_ihvp(g, v, 0.0), lambda: score_fitted_rows(g @ g.T, g @ v[0], 0.0)):
+        with pytest.raises(ValueError, match=r"damping=0\.0 is not above 0.*leave it out"):
+            call()
+
+
+def fit_and_measure(trainer, caplog) -> tuple[float, list[str]]:
+    """What a fit measures, taken again from what it has left on the disk, and its warnings about it."""
+    with caplog.at_level(logging.WARNING):
+        trainer.fit_influence()
+    texts = [record.getMessage() for record in caplog.records]
+    caplog.clear()
+    job = trainer.make_passes(trainer.blocks, trainer._fingerprint)
+    result = read_fit(job)
+    assert result is not None
+    agreement = measure_curvature(job, trainer.prepared_pool, result, trainer.args.damping_scale, trainer.args.seed)
+    return agreement, [text for text in texts if "exact damped inverse" in text]
+
+
+def test_a_fit_measures_what_single_backwards_give(tmp_path, caplog) -> None:
+    pool, validation = make_prompt_completion(40, seed=5), make_prompt_completion(6, seed=6)
+    trainer = make_trainer(tmp_path, pool, validation)
+    agreement, warnings = fit_and_measure(trainer, caplog)
+    rows, queries = (compute_gradients(trainer.model, prepare(part)) for part in (pool, validation))
+    datainf, exact = (torch.zeros(40, dtype=torch.float64) for _ in range(2))
+    for name in rows[0]:
+        g = torch.stack([row[name] for row in rows]).double()
+        v = torch.stack([query[name] for query in queries]).double().mean(0)
+        damping = 0.1 * float(g.square().sum(1).mean()) / g.shape[1]
+        u = compute_dense_ihvp(g, v, damping) * damping  # what stands for v
+        datainf -= g @ compute_dense_ihvp(g, u, damping)
+        exact -= g @ torch.linalg.solve(damping * torch.eye(g.shape[1]).double() + g.T @ g / 40, u)
+    # The whole pool is the sample; the fit's own damping and directions are float64 here.
+    assert agreement == pytest.approx(spearmanr(datainf, exact).statistic, abs=1e-9)
+    assert bool(warnings) == (agreement < 0.7)
+
+
+def test_it_warns_where_they_part_and_not_where_they_agree(tmp_path, caplog) -> None:
+    pool, validation = make_prompt_completion(40, seed=5), make_prompt_completion(6, seed=6)
+    apart, warned = fit_and_measure(make_trainer(tmp_path / "a", pool, validation, damping_scale=1e-4), caplog)
+    near, silent = fit_and_measure(make_trainer(tmp_path / "b", pool, validation, damping_scale=1e4), caplog)
+    assert apart < 0.7 < 0.99 < near
+    assert len(warned) == 1 and f"agree by {apart:.2f}" in warned[0] and not silent
+
+
+@pytest.mark.parametrize(("num_rows", "estimator"), [(23, "datainf"), (40, "gradient_dot")])
+def test_few_rows_or_no_curvature_conclude_nothing(tmp_path, validation, caplog, num_rows, estimator) -> None:
+    trainer = make_trainer(tmp_path, make_prompt_completion(num_rows, seed=5), validation, estimator=estimator)
+    agreement, warnings = fit_and_measure(trainer, caplog)
+    assert np.isnan(agreement) and not warnings
+    warn_of_curvature(float("nan"), 0.1)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.0, 1.0])
+def test_blocks_that_fit_are_of_every_kind(tmp_path, pool, validation, share) -> None:
+    blocks = make_trainer(tmp_path, pool, validation).blocks
+    most = int(share * count_elements(blocks))
+    chosen = draw_blocks(blocks, most, np.random.default_rng(0))
+    assert list(chosen) == [name for name in blocks if name in chosen]
+    if share in (0.0, 1.0):
+        assert len(chosen) == (len(blocks) if share else 1)
+        return
+    largest = max(block.tensor.numel() for block in blocks.values())
+    assert most - largest < count_elements(chosen) <= most
+    assert all(any(kind in name for name in chosen) for kind in ("lora_A", "lora_B", "mlp", "self_attn"))

@@ -1,0 +1,216 @@
+"""InfluenceScorer: maps over raw rows, hashing, saving and loading."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from helpers import (
+    CHAT_TEMPLATE,
+    add_trained_adapter,
+    assert_same,
+    make_config,
+    make_model,
+    make_prompt_completion,
+    make_tokenizer,
+    make_trainer,
+)
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from hf_in2core import InfluenceScorer, InfluenceTrainer
+
+
+@pytest.fixture
+def trainer(tmp_path, pool, validation, model_folder):
+    model = add_trained_adapter(AutoModelForCausalLM.from_pretrained(model_folder))
+    return make_trainer(tmp_path / "run", pool, validation, torch.float32, model=model)
+
+
+def test_map_scores_raw_rows_as_the_trainer_does(trainer, pool) -> None:
+    scorer, scored = trainer.fit_influence(), trainer.score_influence()
+    mapped = pool.map(scorer, batched=True, batch_size=5)
+    assert_same(mapped["influence"], scored["influence"], 1e-5)
+    assert mapped["num_loss_tokens"] == scored["num_loss_tokens"]
+    assert mapped.column_names == [*pool.column_names, "influence", "num_loss_tokens"]
+    assert mapped.features["influence"].dtype == "float64"
+
+
+def test_streams_are_scored_too(trainer, pool) -> None:
+    scorer, scored = trainer.fit_influence(), trainer.score_influence()
+    stream = pool.to_iterable_dataset(num_shards=3).map(scorer, batched=True, batch_size=4)
+    rows = list(stream)
+    assert [row["id"] for row in rows] == pool["id"]
+    assert_same([row["influence"] for row in rows], scored["influence"], 1e-5)
+
+
+def test_rows_without_loss_map_to_nan(trainer) -> None:
+    rows = Dataset.from_dict({"prompt": ["the cat " * 600, "the cat :"], "completion": [" sat", " sat on"]})
+    for batch_size in (1, 2):  # a first batch that is all NaN must not decide the column's type
+        mapped = rows.map(trainer.fit_influence(), batched=True, batch_size=batch_size)
+        assert np.isnan(mapped["influence"]).tolist() == [True, False]
+        assert mapped["num_loss_tokens"][0] == 0 < mapped["num_loss_tokens"][1]
+
+
+def test_hashing_is_cheap_stable_and_tells_scorers_apart(trainer, tmp_path, pool, validation) -> None:
+    scorer = trainer.fit_influence()
+    assert Hasher.hash(scorer) == Hasher.hash(scorer)
+    assert len(Hasher.dumps(scorer)) < 2_000 if hasattr(Hasher, "dumps") else True
+    scorer.save_pretrained(tmp_path / "scorer")
+    loaded = InfluenceScorer.from_pretrained(tmp_path / "scorer")
+    assert Hasher.hash(loaded) == Hasher.hash(scorer)
+    script = (
+        "import sys; from datasets.fingerprint import Hasher; from hf_in2core import InfluenceScorer\n"
+        "print(Hasher.hash(InfluenceScorer.from_pretrained(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "scorer")]
+    elsewhere = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert elsewhere == Hasher.hash(scorer)
+    trainer.args.damping_scale = 0.7
+    assert Hasher.hash(trainer.fit_influence()) != Hasher.hash(scorer)
+
+
+def test_a_rerun_of_the_same_map_comes_from_the_cache(trainer, tmp_path, pool, monkeypatch) -> None:
+    pool.save_to_disk(str(tmp_path / "pool"))
+    rows = Dataset.load_from_disk(str(tmp_path / "pool"))
+    first = rows.map(trainer.fit_influence(), batched=True)
+    monkeypatch.setattr(InfluenceScorer, "__call__", lambda *_: pytest.fail("scored again"))
+    assert rows.map(trainer.fit_influence(), batched=True)["influence"] == first["influence"]
+
+
+def test_other_processes_are_refused_with_the_remedy(trainer, pool) -> None:
+    import pickle
+
+    data = pickle.dumps(trainer.fit_influence())
+    script = "import pickle, sys; pickle.loads(sys.stdin.buffer.read())"
+    done = subprocess.run([sys.executable, "-c", script], input=data, capture_output=True)
+    assert done.returncode != 0
+    assert b"accelerate launch" in done.stderr
+
+
+def test_saved_and_loaded_it_scores_the_same_bits(trainer, tmp_path, pool) -> None:
+    scorer = trainer.fit_influence()
+    scorer.save_pretrained(tmp_path / "scorer")
+    loaded = InfluenceScorer.from_pretrained(tmp_path / "scorer")
+    assert pool.map(loaded, batched=True)["influence"] == pool.map(scorer, batched=True)["influence"]
+    assert loaded.config == scorer.config
+    assert "negative = proponent" in repr(loaded)
+
+
+def test_columns_and_chat_template_travel_with_the_scorer(tmp_path, model_folder, pool, validation) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    renamed = [d.rename_columns({"prompt": "question", "completion": "answer"}) for d in (pool, validation)]
+    alpaca = [d.map(lambda r: {"instruction": r["question"], "input": "", "output": r["answer"]}) for d in renamed]
+    for name, (rows, held_out), columns in (
+        ("pairs", renamed, ["prompt=question", "completion=answer"]),
+        ("alpaca", [d.remove_columns(["question", "answer"]) for d in alpaca], ["alpaca"]),
+    ):
+        trainer = InfluenceTrainer(
+            model=add_trained_adapter(AutoModelForCausalLM.from_pretrained(model_folder)),
+            args=make_config(tmp_path / name, columns=columns),
+            train_dataset=rows,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+        )
+        scored = trainer.score_influence()
+        trainer.fit_influence().save_pretrained(tmp_path / f"{name}-scorer")
+        mapped = rows.map(InfluenceScorer.from_pretrained(tmp_path / f"{name}-scorer"), batched=True)
+        assert scored.column_names[: len(rows.column_names)] == rows.column_names
+        assert_same(mapped["influence"], scored["influence"], 1e-5)
+
+
+def test_named_sets_add_their_columns(tmp_path, pool, validation, model_folder) -> None:
+    sets = {"second": validation, "first": make_prompt_completion(4, seed=5)}  # in no alphabetical order
+    model = add_trained_adapter(AutoModelForCausalLM.from_pretrained(model_folder))
+    trainer = make_trainer(tmp_path / "run", pool, sets, torch.float32, model=model)
+    scored = trainer.score_influence()
+    trainer.fit_influence().save_pretrained(tmp_path / "scorer")
+    for scorer in (trainer.fit_influence(), InfluenceScorer.from_pretrained(tmp_path / "scorer")):
+        mapped = pool.map(scorer, batched=True)
+        for column in ("influence", "influence_first", "influence_second"):
+            assert_same(mapped[column], scored[column], 1e-5)
+
+
+def test_a_base_in_memory_is_saved_with_a_warning_and_needs_the_model_back(tmp_path, pool, validation, caplog) -> None:
+    base = make_model()
+    trainer = make_trainer(tmp_path / "run", pool, validation, torch.float32, model=add_trained_adapter(base))
+    trainer.model.config._name_or_path = ""
+    scorer = trainer.fit_influence()
+    scorer.save_pretrained(tmp_path / "scorer")
+    assert "model=" in caplog.text
+    with pytest.raises(ValueError, match="base model in memory"):
+        InfluenceScorer.from_pretrained(tmp_path / "scorer")
+    loaded = InfluenceScorer.from_pretrained(tmp_path / "scorer", model=make_model())
+    assert pool.map(loaded, batched=True)["influence"] == pool.map(scorer, batched=True)["influence"]
+
+
+@pytest.mark.parametrize("part", ["base model", "adapter", "tokenizer", "chat template"])
+def test_loading_names_what_differs(trainer, tmp_path, part) -> None:
+    folder = tmp_path / "scorer"
+    trainer.fit_influence().save_pretrained(folder)
+    kwargs = {}
+    if part == "base model":
+        kwargs["model"] = make_model(seed=5)
+    elif part == "adapter":
+        weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+        weights = {name: tensor * 2 for name, tensor in weights.items()}
+        save_file(weights, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    elif part == "tokenizer":
+        kwargs["processing_class"] = make_tokenizer()
+        kwargs["processing_class"].add_tokens(["new"])
+    else:
+        kwargs["processing_class"] = make_tokenizer()
+        kwargs["processing_class"].chat_template = CHAT_TEMPLATE
+    with pytest.raises(ValueError, match=f"another {part} than"):
+        InfluenceScorer.from_pretrained(folder, **kwargs)
+
+
+def test_damaged_or_foreign_folders_are_refused(trainer, tmp_path) -> None:
+    folder = tmp_path / "scorer"
+    trainer.fit_influence().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for change, message in (
+        ({"format_version": 99}, "newer|Upgrade"),
+        ({"surprise": 1}, "unknown keys"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match=message):
+            InfluenceScorer.from_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    directions = load_file(folder / "scorer.safetensors")
+    name = next(iter(directions))
+    for tensor, message in (
+        (torch.zeros(1, 2, 2), "shape"),
+        (directions[name] * float("nan"), "not a finite"),
+        (directions[name].half(), "float32"),
+    ):
+        save_file({**directions, name: tensor.contiguous()}, folder / "scorer.safetensors")
+        with pytest.raises(ValueError, match=message):
+            InfluenceScorer.from_pretrained(folder)
+    with pytest.raises(FileNotFoundError, match="holds no scorer"):
+        InfluenceScorer.from_pretrained(tmp_path)
+
+
+def test_misuse_is_explained(trainer, pool) -> None:
+    scorer = trainer.fit_influence()
+    with pytest.raises(ValueError, match="batched=True"):
+        pool.map(scorer)
+    with pytest.raises(ValueError, match="already have"):
+        pool.add_column("influence", [0.0] * len(pool)).map(scorer, batched=True)
+    with pytest.raises(ValueError, match="none of TRL's formats"):
+        Dataset.from_dict({"question": ["a"], "answer": ["b"]}).map(scorer, batched=True)
+
+
+def test_a_reference_trained_further_is_refused(tmp_path, pool, validation) -> None:
+    trainer = make_trainer(tmp_path, pool, validation, max_steps=1, learning_rate=1e-2)
+    scorer = trainer.fit_influence()
+    assert len(scorer(pool[:2])["influence"]) == 2
+    trainer.train()
+    with pytest.raises(ValueError, match="no longer the one that the scorer was fitted with"):
+        scorer(pool[:2])
+    assert len(trainer.fit_influence()(pool[:2])["influence"]) == 2

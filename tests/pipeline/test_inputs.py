@@ -1,0 +1,236 @@
+"""The pipeline: what it refuses before any work, and the shapes of input it takes."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from datasets import Dataset, load_from_disk
+from helpers import CHAT_TEMPLATE, WORDS, make_model, make_tokenizer
+from recipe_runs import (
+    NUM_POOL,
+    NUM_TEST,
+    NUM_VALIDATION,
+    Inputs,
+    compute_naive_loss,
+    make_rows,
+    read_results,
+    run_command,
+    write_config,
+    write_rows,
+)
+from transformers import AutoModelForCausalLM
+
+from hf_in2core import select_coreset
+
+
+# --- what is refused before any work ---
+
+
+def refuse(inputs: Inputs, folder: Path, *flags: str, **changes: Any) -> str:
+    """The message with which a run is refused; nothing may have been trained."""
+    config = inputs[1] | {"output_dir": str(folder / "run")} | changes
+    with pytest.raises((ValueError, OSError)) as raised:
+        run_command("run", "--config", write_config(folder, config), *flags)
+    assert not (folder / "run" / "reference").exists() and not (folder / "run" / "checkpoints").exists()
+    return str(raised.value)
+
+
+def test_overlap_is_counted_and_can_be_dropped(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder, config = inputs
+    pool = [json.loads(line) for line in Path(config["pool"]).read_text(encoding="utf-8").splitlines()]
+    # Rows that agree in what is trained on, whatever else they carry; one more validation row is in the test set.
+    leaked = [row | {"id": "other"} for row in pool[:3]]
+    validation = make_rows("reverse", NUM_VALIDATION, seed=3)
+    test = make_rows("reverse", NUM_TEST, seed=4)
+    sources = {
+        "validation": [write_rows(tmp_path / "validation.jsonl", [*validation, *leaked, test[0]])],
+        "test": write_rows(tmp_path / "test.jsonl", test),
+        "output_dir": str(tmp_path / "run"),
+    }
+    flags = ["--arms", "coreset", "--budgets", "epochs"]
+    run_command("run", "--config", write_config(tmp_path, config | sources), *flags)
+    warned = capsys.readouterr().err
+    assert f"3 of {NUM_POOL} rows of the pool set are in the validation set too" in warned
+    assert f"1 of {NUM_VALIDATION + 4} rows of the validation set are in the test set too" in warned
+    assert len(load_from_disk(str(tmp_path / "run" / "scored"))) == NUM_POOL
+    dropped = config | sources | {"output_dir": str(tmp_path / "dropped")}
+    run_command("run", "--config", write_config(tmp_path, dropped), "--drop_overlap", *flags)
+    scored = load_from_disk(str(tmp_path / "dropped" / "scored"))
+    assert scored["id"][:] == [row["id"] for row in pool[3:]]
+    results = json.loads((tmp_path / "dropped" / "results.json").read_text(encoding="utf-8"))
+    assert results["selection"]["validation_rows"] == {"validation": NUM_VALIDATION + 3}
+
+
+def test_a_validation_set_that_is_the_test_set(inputs: Inputs, tmp_path: Path) -> None:
+    message = refuse(inputs, tmp_path, "--drop_overlap", validation=[inputs[1]["test"]])
+    assert f"{NUM_TEST} of {NUM_TEST} rows of the validation set are in the test set too" in message
+
+
+def test_missing_and_clashing_columns(inputs: Inputs, tmp_path: Path) -> None:
+    assert "no column kind" in refuse(inputs, tmp_path, task_column="kind")
+    message = refuse(inputs, tmp_path, columns=["prompt=question", "completion=answer"])
+    assert "question" in message and "prompt, completion" in message
+    pool = [row | {"influence": 0.0} for row in make_rows("copy", 9, seed=7)]
+    message = refuse(inputs, tmp_path, pool=write_rows(tmp_path / "scored.jsonl", pool))
+    assert "already has the column(s) influence" in message
+
+
+def test_empty_sets(inputs: Inputs, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    for name in ("pool", "validation", "test"):
+        empty: Any = str(tmp_path / "empty.jsonl")
+        assert "has no rows" in refuse(inputs, tmp_path, **{name: [empty] if name == "validation" else empty})
+
+
+def test_no_loss_left_in_the_test_set(inputs: Inputs, tmp_path: Path) -> None:
+    rows = [{"prompt": " ".join(WORDS * 3), "completion": " cat"}]
+    message = refuse(inputs, tmp_path, test=write_rows(tmp_path / "long.jsonl", rows), max_length=32)
+    assert "No row of the test set (1 rows) carries loss at `max_length=32`" in message
+
+
+def test_conversations_without_a_chat_template(inputs: Inputs, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "mat"}]
+    path = write_rows(tmp_path / "chat.jsonl", [{"messages": turns}] * 9)
+    message = refuse(inputs, tmp_path, pool=path, task_column=None, wrong_column=None)
+    assert "no chat template" in message
+
+
+def test_adapters_that_cannot_be_trained_or_scored(inputs: Inputs, tmp_path: Path) -> None:
+    assert "nothing_of_the_kind" in refuse(inputs, tmp_path, lora_target_modules=["nothing_of_the_kind"])
+    assert "DoRA" in refuse(inputs, tmp_path, use_dora=True)
+    assert "is no adapter that PEFT can load" in refuse(inputs, tmp_path, reference_adapter=str(tmp_path / "none"))
+
+
+def test_a_fraction_that_keeps_no_row(inputs: Inputs, tmp_path: Path) -> None:
+    assert "is no row" in refuse(inputs, tmp_path, fractions=[0.005])
+
+
+def test_a_missing_setup_script(inputs: Inputs, tmp_path: Path) -> None:
+    assert "no/script.py" in refuse(inputs, tmp_path, setup_script="no/script.py --rows 3")
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    from hf_in2core.pipeline.job import check_disk
+
+    pool = Dataset.from_list(make_rows("copy", 5, seed=0))
+    check_disk(tmp_path / "new" / "run", pool, 1000, 3)
+    with pytest.raises(ValueError, match="GB left"):
+        check_disk(tmp_path / "new" / "run", pool, 10**15, 3)
+
+
+# --- other shapes of a run ---
+
+
+def test_several_validation_sets_a_given_adapter_and_another_target(finished: Path, tmp_path: Path) -> None:
+    make_model(seed=5, num_layers=3).save_pretrained(tmp_path / "target")
+    make_tokenizer().save_pretrained(tmp_path / "target")
+    config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
+    changes = {
+        "target_model_name_or_path": str(tmp_path / "target"),
+        "reference_adapter": str(finished / "run" / "reference"),
+        "validation": [
+            f"reverse={config['validation'][0]}",
+            "copy=" + write_rows(tmp_path / "copy.jsonl", make_rows("copy", 6, seed=8)),
+        ],
+        "output_dir": str(tmp_path / "run"),
+        "arms": ["coreset", "random"],
+        "budgets": ["steps"],
+        "max_steps": 3,
+    }
+    run_command("run", "--config", write_config(tmp_path, config | changes))
+    scored = load_from_disk(str(tmp_path / "run" / "scored"))
+    both = np.array([scored["influence_reverse"][:], scored["influence_copy"][:]])
+    assert scored["influence"][:] == pytest.approx(both.mean(0))
+    # The same adapter and validation set as in the finished run.
+    before = load_from_disk(str(finished / "run" / "scored"))
+    assert scored["influence_reverse"][:] == pytest.approx(before["influence"][:], rel=1e-5)
+    results = read_results(tmp_path)
+    assert results["selection"]["reference_seconds"] == 0
+    assert results["selection"]["validation_rows"] == {"reverse": NUM_VALIDATION, "copy": 6}
+    assert [arm["steps"] for arm in results["arms"]] == [3, 3]
+    target = AutoModelForCausalLM.from_pretrained(tmp_path / "target").eval()
+    loss, _ = compute_naive_loss(target, finished, make_rows("reverse", NUM_TEST, seed=4))
+    assert results["base"]["test_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["round_robin_rows", "greedy"])
+def test_a_coreset_in_turn_over_validation_rows(inputs: Inputs, tmp_path: Path, strategy: str) -> None:
+    changes = {"arms": ["coreset", "opponents"], "budgets": ["steps"], "max_steps": 2, "strategy": strategy}
+    run_command(
+        "in2core", "--config", write_config(tmp_path, inputs[1] | {"output_dir": str(tmp_path / "run")} | changes)
+    )
+    scored = load_from_disk(str(tmp_path / "run" / "scored"))
+    assert {len(row) for row in scored["influence_per_query"]} == {NUM_VALIDATION}
+    coreset = select_coreset(scored, fraction=0.25, strategy=strategy)
+    tokens = {arm["arm"]: arm["loss_tokens"] for arm in read_results(tmp_path)["arms"]}
+    assert tokens == {
+        "coreset": sum(coreset["num_loss_tokens"]),
+        "opponents": sum(select_coreset(scored, fraction=0.25, strategy="bottom")["num_loss_tokens"]),
+    }
+    assert set(coreset["id"]) != set(select_coreset(scored, fraction=0.25)["id"])
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "the cut keeps" not in page
+
+
+def test_one_validation_set_cannot_take_turns(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    settings = write_config(tmp_path, inputs[1] | {"strategy": "round_robin"})
+    with pytest.raises(SystemExit):
+        run_command("run", "--config", settings)
+    assert "--strategy round_robin_rows" in capsys.readouterr().err
+
+
+def test_a_part_of_the_pool_for_the_reference(inputs: Inputs, tmp_path: Path) -> None:
+    changes = {"output_dir": str(tmp_path / "run"), "arms": ["coreset"], "budgets": ["epochs"]}
+    config = inputs[1] | changes | {"reference_fraction": 0.5, "reference_num_train_epochs": 2}
+    run_command("run", "--config", write_config(tmp_path, config))
+    selection = read_results(tmp_path)["selection"]
+    # 30 rows in batches of 8, twice.
+    assert (selection["reference_rows"], selection["reference_steps"], selection["rows"]) == (30, 8, NUM_POOL)
+
+
+@pytest.mark.parametrize("form", ["messages", "conversational", "text", "alpaca", "sharegpt"])
+def test_every_format(inputs: Inputs, tmp_path: Path, form: str) -> None:
+    shutil.copytree(inputs[0] / "model", tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "model")
+
+    def convert(path: str) -> str:
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        converted: list[dict[str, Any]] = []
+        for row in rows:
+            user = {"role": "user", "content": row["prompt"]}
+            assistant = {"role": "assistant", "content": row["completion"]}
+            said = [{"from": "human", "value": row["prompt"]}, {"from": "gpt", "value": row["completion"]}]
+            converted.append(
+                {
+                    "messages": {"messages": [user, assistant]},
+                    "conversational": {"prompt": [user], "completion": [assistant]},
+                    "text": {"text": row["prompt"] + row["completion"]},
+                    "alpaca": {"instruction": row["prompt"], "input": "", "output": row["completion"]},
+                    "sharegpt": {"conversations": said},
+                }[form]
+            )
+        return write_rows(tmp_path / Path(path).name, converted)
+
+    config = inputs[1] | {
+        "model_name_or_path": str(tmp_path / "model"),
+        "pool": convert(inputs[1]["pool"]),
+        "validation": [convert(inputs[1]["validation"][0])],
+        "test": convert(inputs[1]["test"]),
+        "columns": [form] if form in ("alpaca", "sharegpt") else None,
+        "task_column": None,
+        "wrong_column": None,
+        "output_dir": str(tmp_path / "run"),
+        "arms": ["coreset"],
+        "budgets": ["epochs"],
+        "max_steps": 2,
+    }
+    run_command("run", "--config", write_config(tmp_path, config))
+    results = read_results(tmp_path)
+    assert results["arms"][0]["rows"] == 15
+    assert results["examples"]["proponents"][0]["text"].strip()
