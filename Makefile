@@ -4,7 +4,8 @@ UV ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP_INSTALL := $(if $(UV),uv pip install --python $(BIN)/python,$(BIN)/python -m pip install --disable-pip-version-check)
+# Into the virtual environment of the target.
+PIP_INSTALL = $(if $(UV),uv pip install --python $(@D)/bin/python,$(@D)/bin/python -m pip install --disable-pip-version-check)
 
 # Nothing here needs the Hub: what would reach for it fails at once instead.
 export HF_HUB_OFFLINE := 1
@@ -14,11 +15,11 @@ export TOKENIZERS_PARALLELISM := false
 # Two workers of one thread each; a file stays with one worker, which keeps what its tests share.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help install demo test test-all lint clean
+.PHONY: help install demo test test-all test-versions test-oldest test-newest lint clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP)  ## Make .venv with the tested versions (again only when they change)
 
@@ -38,6 +39,19 @@ test: install  ## Fast tests
 
 test-all: install  ## Every test, the slow ones too
 	$(PYTEST) -m "slow or not slow"
+
+test-versions: test-oldest test-newest  ## Fast tests on the oldest and the newest TRL, transformers and datasets
+
+test-oldest test-newest: test-%: .venv-%/.installed
+	.venv-$*/bin/python -m pytest -n 2 --dist loadfile
+
+# The few pins of constraints-oldest.txt or constraints-newest.txt take the place of those in constraints.txt.
+.venv-%/.installed: pyproject.toml constraints.txt constraints-%.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	awk -F == 'NR == FNR { pinned[$$1] } NR == FNR || !($$1 in pinned)' constraints-$*.txt constraints.txt > $(@D)/constraints.txt
+	$(PIP_INSTALL) -c $(@D)/constraints.txt torch==2.13.0
+	$(PIP_INSTALL) -c $(@D)/constraints.txt -e '.[dev]'
+	touch $@
 
 lint: install  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check

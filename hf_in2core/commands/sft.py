@@ -33,7 +33,7 @@ def main(settings: Settings) -> None:
     from hf_in2core.pipeline.arm_tasks import describe_scores, evaluate_on_tasks, load_given_tasks
     from hf_in2core.pipeline.inputs import check_model, check_trainable, load_tokenizer
     from hf_in2core.pipeline.run_folder import agree, join_processes, say
-    from hf_in2core.pipeline.training import evaluate_model, make_trainer, train_and_save
+    from hf_in2core.pipeline.training import evaluate_model, make_trainer, tokenize, train_and_save
     from hf_in2core.rows.sources import find_hub_id, load_rows
 
     args: SftCoresetArguments = settings.arguments
@@ -61,7 +61,7 @@ def main(settings: Settings) -> None:
     if args.test is not None:
         prepared_test = check_trainable(load_rows(args.test, "test set"), "test set", training_args, tokenizer)
     tasks = load_given_tasks(args) if args.tasks else {}
-    trainer = make_trainer(model_args, training_args, rows, tokenizer)
+    trainer = make_trainer(model_args, training_args, tokenize(rows, training_args, tokenizer), tokenizer)
     trained = train_and_save(trainer, settings, "Target")
     if prepared_test is not None:
         trained |= evaluate_model(trainer.model, prepared_test, training_args, training_args.tokens_per_batch)

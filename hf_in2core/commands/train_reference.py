@@ -22,7 +22,7 @@ def main(settings: Settings) -> None:
     from hf_in2core import InfluenceConfig
     from hf_in2core.pipeline.inputs import check_model, load_tokenizer, take_fraction
     from hf_in2core.pipeline.run_folder import join_processes, say
-    from hf_in2core.pipeline.training import make_trainer, train_and_save
+    from hf_in2core.pipeline.training import make_trainer, tokenize, train_and_save
     from hf_in2core.rows.sources import load_rows
 
     args: TrainReferenceArguments = settings.arguments
@@ -34,6 +34,6 @@ def main(settings: Settings) -> None:
     tokenizer = load_tokenizer(model_args, training_args)
     assert args.pool is not None
     rows = take_fraction(load_rows(args.pool, "pool"), args.reference_fraction, training_args.seed)
-    trainer = make_trainer(model_args, training_args, rows, tokenizer)
+    trainer = make_trainer(model_args, training_args, tokenize(rows, training_args, tokenizer), tokenizer)
     trained = train_and_save(trainer, settings, "Reference")
     say(f"{trained['rows']:,} rows, {trained['steps']:,} steps, {trained['seconds']:.0f} s: {args.output_dir}")

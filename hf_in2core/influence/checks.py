@@ -27,7 +27,9 @@ def check_settings(args: InfluenceConfig, kwargs: dict[str, Any]) -> None:
     if not isinstance(args, InfluenceConfig):
         raise TypeError(f"`args` is a {type(args).__name__}. Pass an `InfluenceConfig`, which extends `SFTConfig`.")
     refused = {
-        "loss_type": args.loss_type != "nll" and f"`loss_type={args.loss_type!r}`: only the negative log-likelihood",
+        # In TRL 1.14 `chunked_nll` is the default, and in each TRL the same loss, computed in less memory.
+        "loss_type": args.loss_type not in ("nll", "chunked_nll")
+        and f"`loss_type={args.loss_type!r}`: only the negative log-likelihood",
         "label_smoothing_factor": args.label_smoothing_factor > 0 and "`label_smoothing_factor`",
         "compute_loss_func": kwargs.get("compute_loss_func") is not None and "`compute_loss_func`",
         "data_collator": kwargs.get("data_collator") is not None and "`data_collator`",

@@ -28,7 +28,7 @@ from hf_in2core.engine.verification import verify_gradients
 from hf_in2core.names import NUM_LOSS_TOKENS, VALIDATION, list_added_columns, list_score_columns
 from hf_in2core.rows.preparation import Preparation, map_rows
 from hf_in2core.rows.scored import add_influence_columns, add_query_column, make_top_rows, spread
-from hf_in2core.rows.trainer_data import count_loss_tokens, take_over_rows
+from hf_in2core.rows.trainer_data import check_first_rows, count_loss_tokens, take_over_rows
 from hf_in2core.selection.coreset import read_scores
 
 from .checkpoints import average_readings, compute_checkpoint_weights, kept_adapter, read_checkpoints
@@ -150,6 +150,7 @@ class InfluenceTrainer(SFTTrainer):
         )
         trained = self.eval_dataset if isinstance(self.eval_dataset, dict) else {VALIDATION: self.eval_dataset}
         self.prepared_pool = self._take_over(self.train_dataset, mapped.pop(""), "pool")
+        check_first_rows(self.pool, self.prepared_pool, self.preparation)
         self.prepared_validation = {
             name: self._take_over(trained[name], rows, f"validation set `{name}`") for name, rows in mapped.items()
         }

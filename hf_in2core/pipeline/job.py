@@ -1,7 +1,7 @@
 """A run before any long work: loading, checking, and claiming its folder."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from trl import ModelConfig, SFTConfig
 from hf_in2core import InfluenceConfig
 from hf_in2core.cards.publish import check_published_columns
 from hf_in2core.hub.commits import PushCheck, check_can_push
-from hf_in2core.rows.preparation import Preparation
+from hf_in2core.rows.preparation import Preparation, hash_tokenization, tokenize_rows
 from hf_in2core.rows.sources import find_hub_id, hash_value, parse_named_sources
 
 from .arguments import In2CoreArguments
@@ -72,6 +72,7 @@ class Job:
     target_tokenizer: PreTrainedTokenizerBase
     prepared_test: Dataset
     identities: dict[str, str]
+    tokens: dict[str, Dataset] = field(default_factory=dict, repr=False)
 
     @property
     def args(self) -> In2CoreArguments:
@@ -83,6 +84,14 @@ class Job:
         """Validation sets as InfluenceTrainer takes them."""
         sets = self.inputs.validation
         return sets[""] if list(sets) == [""] else sets
+
+    def tokenize_pool(self, training_args: InfluenceConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        """Tokens and labels of every row of the pool, made once for all models that prepare it alike."""
+        preparation = Preparation.from_args(training_args, tokenizer, self.inputs.pool)
+        key = hash_tokenization(preparation)
+        if key not in self.tokens:
+            self.tokens[key] = tokenize_rows(self.inputs.pool, preparation, training_args.dataset_num_proc)
+        return self.tokens[key]
 
     def identify(self, reference: bool, config_type: type, *extra: Any) -> str:
         """Hash of the settings that shape a result, and of what else does."""

@@ -1,6 +1,7 @@
 """The steps of `in2core run`: each returns at once what an earlier run of the same settings has finished."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,8 @@ def compute_reference_losses(job: Job, adapter: str) -> np.ndarray:
     training_args = job.settings.make(InfluenceConfig, reference=True)
     preparation = Preparation.from_args(training_args, job.reference_tokenizer, job.inputs.pool)
     with quiet_loading():
-        prepared = prepare_rows(job.inputs.pool, preparation)
+        whole = job.tokenize_pool(training_args, job.reference_tokenizer)
+        prepared = prepare_rows(whole, replace(preparation, columns=None))
         model = load_model(job.reference_model, training_args, adapter)
     nll, tokens, _ = compute_losses(model, prepared, training_args, training_args.tokens_per_batch, "Loss of the pool")
     losses = np.full(len(job.inputs.pool), np.nan)
@@ -170,8 +172,8 @@ def evaluate_base(job: Job, scored: Dataset) -> dict[str, Any]:
         checkpoints = job.folder / "checkpoints" / "base"
         training_args = job.settings.make(InfluenceConfig, output_dir=str(checkpoints))
         with quiet_loading(repeated=True):
-            rows = job.inputs.pool.select(positions)
-            trainer = make_trainer(job.target_model, training_args, rows, job.target_tokenizer)
+            tokens = job.tokenize_pool(training_args, job.target_tokenizer).select(positions)
+            trainer = make_trainer(job.target_model, training_args, tokens, job.target_tokenizer)
         steps = training_args.max_steps if training_args.max_steps > 0 else count_steps(trainer)
         # A fresh LoRA adapter changes nothing: this is the base model.
         evaluation = evaluate_model(trainer.model, job.prepared_test, training_args, training_args.tokens_per_batch)
@@ -209,8 +211,8 @@ def train_arm(job: Job, arm: Arm, scored: Dataset, steps: int) -> dict[str, Any]
         checkpoints = job.folder / "checkpoints" / run.name
         training_args = job.settings.make(InfluenceConfig, output_dir=str(checkpoints), seed=run.seed, **budget)
         with quiet_loading(repeated=True):
-            rows = job.inputs.pool.select(positions)
-            trainer = make_trainer(job.target_model, training_args, rows, job.target_tokenizer)
+            tokens = job.tokenize_pool(training_args, job.target_tokenizer).select(positions)
+            trainer = make_trainer(job.target_model, training_args, tokens, job.target_tokenizer)
         with written_folder(folder) as temporary:
             trained = train(trainer, f"{run.arm}, fraction {run.fraction:g}, seed {run.seed}, equal {run.budget}")
             evaluation = evaluate_model(

@@ -1,6 +1,7 @@
 """What the commands do, one function per stage; `in2core run` and the commands of single stages call the same ones."""
 
 import time
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,7 @@ from hf_in2core.evaluation.judge import TokenAccuracy, TokenPerplexity
 from hf_in2core.influence.config import AUTOCAST_DTYPES, choose_autocast
 from hf_in2core.influence.scorer_files import find_revision
 from hf_in2core.progress import make_bar
-from hf_in2core.rows.columns import apply_columns
-from hf_in2core.rows.preparation import Preparation
+from hf_in2core.rows.preparation import Preparation, tokenize_rows
 from hf_in2core.rows.scored import add_influence_columns, add_query_column
 
 from .parser import Settings
@@ -93,20 +93,27 @@ class StepProgress(TrainerCallback):
         self.bar.close()
 
 
+def tokenize(rows: Dataset, training_args: InfluenceConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Raw rows as the `input_ids` and `labels` that SFT would make of them, every one and whole."""
+    preparation = Preparation.from_args(training_args, tokenizer, rows)
+    return tokenize_rows(rows, preparation, training_args.dataset_num_proc)
+
+
 def make_trainer(
     model_args: ModelConfig,
     training_args: InfluenceConfig,
-    rows: Dataset,
+    tokens: Dataset,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Any:
-    """A TRL SFTTrainer for a fresh adapter, seeded by `training_args.seed`, on raw rows."""
-    training_args.model_init_kwargs = make_model_kwargs(model_args, training_args)
-    columns = Preparation.from_args(training_args, tokenizer, rows).columns
-    training_args.dataset_text_field = "text"
+    """A TRL SFTTrainer for a fresh adapter, seeded by `training_args.seed`, on rows from [`tokenize`]."""
+    args = copy(training_args)
+    args.model_init_kwargs = make_model_kwargs(model_args, training_args)
+    # The labels say so already, and TRL would look for conversations.
+    args.assistant_only_loss = False
     return SFTTrainer(
         model=model_args.model_name_or_path or "",
-        args=training_args,
-        train_dataset=apply_columns(rows, columns, tokenizer),
+        args=args,
+        train_dataset=tokens,
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),

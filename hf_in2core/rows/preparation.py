@@ -3,20 +3,19 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import datasets
 import numpy as np
+from accelerate import DistributedType, PartialState
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import is_conversational, is_conversational_from_value
-from trl.trainer import sft_trainer
 
 from hf_in2core.engine.batches import read_token_rows
 
@@ -24,6 +23,7 @@ from .columns import apply_columns
 
 
 ROW_COLUMN = "in2core_row"
+CUTTING = ("max_length", "truncation_mode")
 
 
 @dataclass
@@ -143,7 +143,7 @@ def map_rows(dataset: Dataset, preparation: Preparation) -> Dataset:
     return add_row_column(apply_columns(dataset, preparation.columns, preparation.processing_class))
 
 
-def prepare_mapped(dataset: Any, preparation: Preparation) -> Any:
+def prepare_mapped(dataset: Any, preparation: Preparation, num_proc: int | None = None) -> Any:
     """
     Hand rows to TRL's own preparation, unpacked and in order.
 
@@ -152,31 +152,48 @@ def prepare_mapped(dataset: Any, preparation: Preparation) -> Any:
             Rows in one of TRL's formats, with the column `in2core_row`.
         preparation ([`Preparation`]):
             How to prepare them.
+        num_proc (`int`, *optional*):
+            Processes that a [`~datasets.Dataset`] is shared out among.
 
     Returns:
         The same kind of dataset with `input_ids` and `labels`; rows left without a label by truncation are missing.
     """
-    args: Any = SimpleNamespace(
-        dataset_num_proc=None,
-        dataset_text_field="text",
-        assistant_only_loss=preparation.assistant_only_loss,
-        max_length=preparation.max_length,
-        truncation_mode=preparation.truncation_mode,
-        shuffle_dataset=False,
-        seed=0,
-    )
+    # Of whatever fields a TRL reads, those not named here have their defaults.
+    settings = {field.name: field.default for field in fields(SFTConfig)} | {
+        "dataset_num_proc": num_proc,
+        "dataset_text_field": "text",
+        "assistant_only_loss": preparation.assistant_only_loss,
+        "max_length": preparation.max_length,
+        "truncation_mode": preparation.truncation_mode,
+        "shuffle_dataset": False,
+    }
     trainer: Any = SimpleNamespace(
         _tokenizer=preparation.processing_class,
         chat_template=preparation.chat_template,
         completion_only_loss=preparation.completion_only_loss,
     )
-    # TRL lets the main process prepare first, behind a barrier. Inside a `map` over a stream every process is on its
-    # own batch, so a barrier there would wait for ever.
-    streaming = isinstance(dataset, IterableDataset)
-    with patch.object(sft_trainer, "global_then_local_main_first", nullcontext) if streaming else nullcontext():
+    args: Any = SimpleNamespace(**settings)
+    with _without_barriers() if isinstance(dataset, IterableDataset) else nullcontext():
         return SFTTrainer._prepare_dataset(
             trainer, dataset, preparation.processing_class, args, False, None, "influence"
         )
+
+
+@contextmanager
+def _without_barriers() -> Iterator[None]:
+    """
+    Let no process wait for the others.
+
+    TRL lets the main process prepare first, behind a barrier of accelerate's. Inside a `map` over a stream every
+    process is on its own batch, so a barrier there would wait for ever.
+    """
+    state = PartialState()
+    kept = state.distributed_type
+    state.distributed_type = DistributedType.NO
+    try:
+        yield
+    finally:
+        state.distributed_type = kept
 
 
 def prepare_rows(dataset: Dataset, preparation: Preparation) -> Dataset:
@@ -194,6 +211,26 @@ def prepare_rows(dataset: Dataset, preparation: Preparation) -> Dataset:
         carries no loss), in the order of `dataset`; rows without a label are missing.
     """
     return keep_token_columns(prepare_mapped(map_rows(dataset, preparation), preparation))
+
+
+def tokenize_rows(dataset: Dataset, preparation: Preparation, num_proc: int | None = None) -> Dataset:
+    """
+    Turn raw rows into tokens and labels once, for several trainings: SFT cuts, drops and packs them as raw ones.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Raw rows, with at least one row.
+        preparation ([`Preparation`]):
+            How to prepare them; its `max_length` is left to SFT.
+        num_proc (`int`, *optional*):
+            Processes that the rows are shared out among.
+
+    Returns:
+        `datasets.Dataset` with `input_ids` and `labels` of every row, in the order of `dataset`.
+    """
+    mapped = apply_columns(dataset, preparation.columns, preparation.processing_class)
+    tokens = prepare_mapped(mapped, replace(preparation, max_length=None), num_proc)
+    return tokens.select_columns(["input_ids", "labels"])
 
 
 def keep_token_columns(prepared: Dataset) -> Dataset:
@@ -273,6 +310,13 @@ def hash_tokenizer(processing_class: PreTrainedTokenizerBase) -> str:
     rules = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
     identity = json.dumps([rules, processing_class.eos_token, processing_class.bos_token], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def hash_tokenization(preparation: Preparation) -> str:
+    """Hash of all that shapes what [`tokenize_rows`] returns: equal ones give equal tokens and labels."""
+    shaping = {name: value for name, value in preparation.to_dict().items() if name not in CUTTING}
+    identity = [shaping, hash_tokenizer(preparation.processing_class), hash_template(preparation)]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def hash_template(preparation: Preparation) -> str:

@@ -3,16 +3,20 @@
 import logging
 
 import numpy as np
+import trl
 from datasets import Dataset
 
 from hf_in2core.engine.batches import read_token_rows
 
-from .preparation import ROW_COLUMN, Preparation, keep_token_columns, prepare_mapped
+from .preparation import ROW_COLUMN, Preparation, keep_token_columns, prepare_batch, prepare_mapped
 
 
 logger = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 10_000
+ROWS_COMPARED = 4
+# The versions that the tests run on: constraints-oldest.txt and constraints-newest.txt.
+TESTED_TRL = "1.14.0", "1.16.0"
 
 
 def take_over_rows(
@@ -68,6 +72,44 @@ def take_over_rows(
             max_length,
         )
     return prepared
+
+
+def check_first_rows(pool: Dataset, prepared: Dataset, preparation: Preparation) -> None:
+    """
+    Check that the scorer's preparation of the first rows with loss is that of SFT.
+
+    A scorer prepares raw rows by TRL's private preparation, outside the trainer, so another TRL may part the two. Rows
+    that SFT packs are not its own any more, and agree.
+
+    Args:
+        pool ([`~datasets.Dataset`]):
+            Raw rows.
+        prepared ([`~datasets.Dataset`]):
+            What [`take_over_rows`] took over from SFT.
+        preparation ([`Preparation`]):
+            How the scorer will prepare rows.
+
+    Raises:
+        ValueError: if tokens or labels differ, naming the row, the token and the version of TRL.
+    """
+    first = prepared.with_format(None)[:ROWS_COMPARED]
+    found = {row["row"]: row for row in prepare_batch(pool.with_format(None)[first["row"]], preparation)}
+    for position, row in enumerate(first["row"]):
+        for column in ("input_ids", "labels"):
+            trained: list[int] = first[column][position]
+            scored: list[int] = found[position][column] if position in found else []
+            if trained == scored:
+                continue
+            pairs = zip(trained, scored, strict=False)
+            shorter = min(len(trained), len(scored))
+            token = next((token for token, (one, other) in enumerate(pairs) if one != other), shorter)
+            raise ValueError(
+                f"TRL {trl.__version__} prepares row {row} of the pool for training in another way than for scoring: "
+                f"`{column}` differs at token {token} ({trained[token:][:5]} … of {len(trained)} in training, "
+                f"{scored[token:][:5]} … of {len(scored)} in scoring). Scores of new rows would be those of other "
+                f"tokens than are trained on. Install a tested TRL (`pip install 'trl>={TESTED_TRL[0]},"
+                f"<={TESTED_TRL[1]}'`), or tokenise the rows yourself: `input_ids` and `labels` are taken as they are."
+            )
 
 
 def _count_rows_of_length(prepared: Dataset, length: int | None) -> int:

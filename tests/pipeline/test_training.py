@@ -1,0 +1,106 @@
+"""An arm trained on tokens that were made once is the arm that TRL's SFT trains on the raw rows."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHAT_TEMPLATE, make_model, make_prompt_completion, make_tokenizer
+from datasets import Dataset
+from test_trainer import make_config
+from transformers import AutoTokenizer
+from trl import ModelConfig, SFTTrainer, get_peft_config
+
+from hf_in2core import InfluenceConfig
+from hf_in2core.pipeline.training import count_loss_tokens, count_steps, make_model_kwargs, make_trainer, tokenize
+from hf_in2core.rows.columns import apply_columns
+
+
+def make_messages(rows: Dataset) -> list[dict[str, Any]]:
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"]},
+                {"role": "user", "content": row["prompt"][::-1]},
+                {"role": "assistant", "content": " sat"},
+            ]
+        }
+        for row in rows
+    ]
+
+
+ROWS = make_prompt_completion(24, seed=3)
+# A prompt that fills `max_length`: cut, the row carries no loss.
+LONG = {"id": "long", "prompt": "the cat " * 40, "completion": " sat"}
+TEXTS = Dataset.from_list([{"note": row["prompt"] + row["completion"]} for row in [*ROWS, LONG]])
+PLAIN = Dataset.from_list([*ROWS, LONG])
+CASES: dict[str, tuple[Dataset, dict[str, Any]]] = {
+    "assistant_only": (Dataset.from_list(make_messages(ROWS)), {"assistant_only_loss": True}),
+    "messages": (Dataset.from_list(make_messages(ROWS)), {}),
+    "prompt_completion": (PLAIN, {}),
+    "whole_rows": (PLAIN, {"completion_only_loss": False}),
+    "keep_end": (PLAIN, {"truncation_mode": "keep_end"}),
+    "text": (TEXTS, {"dataset_text_field": "note"}),
+    "columns": (TEXTS, {"columns": ["text=note"]}),
+    "packing": (PLAIN, {"packing": True}),
+    "wrapped": (PLAIN, {"packing": True, "packing_strategy": "wrapped"}),
+    "shuffled": (PLAIN, {"shuffle_dataset": True}),
+    "tokens": (Dataset.from_list([{"input_ids": [5, 6, 7, n], "labels": [-100, -100, 7, n]} for n in range(9)]), {}),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    make_model(num_layers=2).save_pretrained(folder)
+    return folder
+
+
+def make_sft(model_args: ModelConfig, args: InfluenceConfig, rows: Dataset, tokenizer: Any) -> SFTTrainer:
+    """TRL's own trainer on the raw rows."""
+    args.model_init_kwargs = make_model_kwargs(model_args, args)
+    return SFTTrainer(
+        model=model_args.model_name_or_path or "",
+        args=args,
+        train_dataset=apply_columns(rows, args.columns, tokenizer) if args.columns else rows,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_on_tokens_is_training_on_raw_rows(tmp_path, folder, case) -> None:
+    rows, options = CASES[case]
+    model_args = ModelConfig(str(folder), use_peft=True, lora_r=4, lora_target_modules=["all-linear"])
+    positions = np.arange(len(rows))[::-2]
+    trainers = []
+    for name in ("once", "raw"):
+        args = make_config(
+            tmp_path / name,
+            **{"max_length": 30, "num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01},
+            **{"logging_steps": 1, "seed": 5, **options},
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if name == "once":
+            tokens = tokenize(rows, args, tokenizer).select(positions)
+            trainer = make_trainer(model_args, args, tokens, tokenizer)
+        else:
+            trainer = make_sft(model_args, args, rows.select(positions), tokenizer)
+        steps = count_steps(trainer)
+        trainer.train()
+        assert steps == trainer.state.global_step > 1
+        trainers.append(trainer)
+    once, raw = trainers
+    assert count_loss_tokens(once.train_dataset) == count_loss_tokens(raw.train_dataset)
+    for column in once.train_dataset.column_names:
+        assert once.train_dataset[column][:] == raw.train_dataset[column][:]
+    losses = [[entry["loss"] for entry in trainer.state.log_history if "loss" in entry] for trainer in trainers]
+    assert losses[0] == losses[1]
+    adapters = [{n: p for n, p in t.model.named_parameters() if p.requires_grad} for t in trainers]
+    assert adapters[0].keys() == adapters[1].keys() and adapters[0]
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
