@@ -32,7 +32,7 @@ from hf_in2core.engine.passes import Passes  # noqa: E402
 from hf_in2core.evaluation.judge import compute_auc, compute_confidence_interval  # noqa: E402
 from hf_in2core.pipeline.arguments import In2CoreArguments  # noqa: E402
 from hf_in2core.pipeline.job import Job, check  # noqa: E402
-from hf_in2core.pipeline.parser import RecipeParser, Settings  # noqa: E402
+from hf_in2core.pipeline.parser import Settings, make_run_parser  # noqa: E402
 from hf_in2core.pipeline.run_folder import join_processes, quiet_loading, run_setup_script  # noqa: E402
 from hf_in2core.pipeline.training import make_reference_trainer  # noqa: E402
 from hf_in2core.rows.preparation import Preparation, prepare_rows  # noqa: E402
@@ -348,7 +348,7 @@ def main() -> None:
     if args.quick:
         args.read_at = [2, 5]
         defaults += ["--seeds", "0", "--reference_max_steps", "5", "--reference_warmup_steps", "1"]
-    settings = RecipeParser(In2CoreArguments, reference=True).parse([*defaults, *rest])
+    settings = make_run_parser().parse([*defaults, *rest])
     join_processes(settings)
     recipe: In2CoreArguments = settings.arguments
     if recipe.task_column is None:

@@ -8,7 +8,7 @@ from datasets import Dataset
 from hf_in2core import InfluenceConfig, InfluenceTrainer  # noqa: E402
 from hf_in2core.pipeline.arguments import In2CoreArguments  # noqa: E402
 from hf_in2core.pipeline.job import Job, check  # noqa: E402
-from hf_in2core.pipeline.parser import RecipeParser, Settings  # noqa: E402
+from hf_in2core.pipeline.parser import Settings, make_run_parser  # noqa: E402
 from hf_in2core.pipeline.run_folder import join_processes, quiet_loading, run_setup_script  # noqa: E402
 from hf_in2core.pipeline.steps import train_reference  # noqa: E402
 from hf_in2core.pipeline.training import load_model  # noqa: E402
@@ -25,7 +25,7 @@ def parse_settings(argv: list[str], quick: bool) -> Settings:
         defaults += ["--output_dir", f"runs/benchmarks/references{'_quick' if quick else ''}"]
     if quick:
         defaults += ["--seeds", "0", "--reference_max_steps", "5", "--reference_warmup_steps", "1"]
-    settings = RecipeParser(In2CoreArguments, reference=True).parse([*defaults, *argv])
+    settings = make_run_parser().parse([*defaults, *argv])
     join_processes(settings)
     if settings.arguments.setup_script is not None:
         run_setup_script(settings.arguments.setup_script)

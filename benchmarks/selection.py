@@ -25,7 +25,7 @@ from hf_in2core.pipeline.arguments import In2CoreArguments  # noqa: E402
 from hf_in2core.pipeline.comparison import describe_machine, find_equal_run  # noqa: E402
 from hf_in2core.pipeline.inputs import check_trainable  # noqa: E402
 from hf_in2core.pipeline.job import Job, check  # noqa: E402
-from hf_in2core.pipeline.parser import RecipeParser, Settings  # noqa: E402
+from hf_in2core.pipeline.parser import Settings, make_run_parser  # noqa: E402
 from hf_in2core.pipeline.run_folder import join_processes, quiet_loading, run_setup_script, say, write_json  # noqa: E402
 from hf_in2core.pipeline.steps import evaluate_base, read_result, score_pool, train_arm, train_reference  # noqa: E402
 from hf_in2core.pipeline.training import load_model  # noqa: E402
@@ -279,7 +279,7 @@ def parse(parser: argparse.ArgumentParser, name: str) -> tuple[argparse.Namespac
         defaults += ["--output_dir", f"runs/benchmarks/{name}{'_quick' if args.quick else ''}"]
     if args.quick:
         defaults += ["--seeds", "0", "--max_steps", "5", "--warmup_steps", "1"]
-    settings = RecipeParser(In2CoreArguments, reference=True).parse([*defaults, *rest])
+    settings = make_run_parser().parse([*defaults, *rest])
     join_processes(settings)
     if settings.arguments.setup_script is not None:
         run_setup_script(settings.arguments.setup_script)

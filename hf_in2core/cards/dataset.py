@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Value
+from scipy.stats import spearmanr
 
 from .splits import Record, list_commands, say_choice
 from .text import (
@@ -60,9 +61,8 @@ def summarise_influence(scored: Dataset, show: int = 3) -> dict[str, Any]:
     correlation = "not known"
     if "num_loss_tokens" in scored.column_names and len(rows) > 2:
         lengths = _read_column(scored, "num_loss_tokens")[rows]
-        first, second = _rank(influence[rows]), _rank(lengths)
-        if np.ptp(first) > 0 and np.ptp(second) > 0:
-            correlation = f"{np.corrcoef(first, second)[0, 1]:.2f}"
+        if np.ptp(influence[rows]) > 0 and np.ptp(lengths) > 0:
+            correlation = f"{spearmanr(influence[rows], lengths).statistic:.2f}"
     proponents, opponents = order[influence[order] < 0][:show], order[influence[order] > 0][::-1][:show]
     extremes = [("Proponent", rank, int(row)) for rank, row in enumerate(proponents)]
     extremes += [("Opponent", len(rows) - 1 - place, int(row)) for place, row in enumerate(opponents)]
@@ -95,11 +95,6 @@ def is_influence_column(name: str) -> bool:
 def _read_column(scored: Dataset, name: str) -> np.ndarray:
     column = scored.with_format("numpy", columns=[name])[:][name]
     return np.asarray(column, dtype=np.float64)
-
-
-def _rank(values: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def render_influence_section(

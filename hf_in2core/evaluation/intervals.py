@@ -67,8 +67,7 @@ def compare_arms(first: Mapping[int, float], second: Mapping[int, float], level:
     if n < 2 or (np.ptp(a) == 0 and np.ptp(b) == 0):
         return {"mean": difference, "half_width": None, "low": None, "high": None} | rest
     if paired:
-        differences = np.array([first[seed] - second[seed] for seed in first], dtype=np.float64)
-        return _interval(difference, float(differences.std(ddof=1)) / math.sqrt(n), n - 1, level) | rest
+        return compute_confidence_interval([first[seed] - second[seed] for seed in first], level) | rest
     square_a, square_b = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
     freedom = (square_a + square_b) ** 2 / (square_a**2 / (len(a) - 1) + square_b**2 / (len(b) - 1))
     return _interval(difference, math.sqrt(square_a + square_b), float(freedom), level) | rest
