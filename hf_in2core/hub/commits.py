@@ -53,7 +53,6 @@ __all__ = [
     "publish_files",
     "read_head",
     "refuse_secrets",
-    "upload_folder_in_one_commit",
 ]
 
 logger = logging.getLogger(__name__)
@@ -189,59 +188,6 @@ def publish_files(
                 failures += 1
             continue
         return _verify(target, info.oid, info.pr_url, change)
-
-
-def upload_folder_in_one_commit(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    repo_type: str = "model",
-    path_in_repo: str = "",
-    message: str = "Upload folder",
-    compose: Compose | None = None,
-    token: str | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-) -> Publication:
-    """
-    Publish a folder in one commit, with the guarantees of [`publish_files`].
-
-    Hidden files, pickles and `training_args.bin` are left out.
-
-    Args:
-        folder (`str` or `Path`):
-            The local folder.
-        repo_id (`str`):
-            Repository, `"user/name"` or `"name"` for the token's own user.
-        repo_type (`str`, *optional*, defaults to `"model"`):
-            `"dataset"` or `"model"`.
-        path_in_repo (`str`, *optional*, defaults to `""`):
-            Folder in the repository, its root by default.
-        message (`str`, *optional*, defaults to `"Upload folder"`):
-            First line of the commit message.
-        compose (`Callable`, *optional*):
-            See [`publish_files`]; what it returns wins over the folder's file of the same path.
-        token, private, revision, create_pr:
-            See [`publish_files`].
-
-    Returns:
-        [`Publication`]: the verified commit.
-    """
-    files = list_folder(folder, path_in_repo)
-    if not files:
-        raise ValueError(f"{Path(folder).name} holds no file to publish. Save into it first.")
-    return publish_files(
-        repo_id,
-        files,
-        repo_type=repo_type,
-        message=message,
-        compose=compose,
-        token=token,
-        private=private,
-        revision=revision,
-        create_pr=create_pr,
-    )
 
 
 @dataclass(frozen=True)

@@ -134,8 +134,8 @@ def call_with_retries(call: Callable[[], T]) -> T:
 
 def list_folder(folder: str | Path, path_in_repo: str = "") -> dict[str, Path]:
     """
-    Path in the repository → file, for everything in `folder` that may be published (see
-    [`upload_folder_in_one_commit`]).
+    Path in the repository → file, for everything in `folder` that may be published: no hidden files, no pickles, no
+    `training_args.bin`.
 
     Raises:
         ValueError: a link in it leads to a file elsewhere, which nobody may have meant to publish.

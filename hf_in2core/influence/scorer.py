@@ -1,6 +1,5 @@
 """[`InfluenceScorer`]: a fitted influence function as a callable for `Dataset.map`; saved, loaded, pushed."""
 
-import json
 import logging
 import os
 import tempfile
@@ -37,6 +36,7 @@ from .scorer_files import (
     read_directions,
     read_scorer_config,
     tidy_saved_files,
+    write_scorer_config,
 )
 
 
@@ -240,10 +240,7 @@ class InfluenceScorer:
         # One key only: several are written in no fixed order, and the same scorer would be other bytes.
         write_tensors(path / DIRECTIONS_FILE, self.directions, {"fingerprint": self.fingerprint})
         # Unsorted: the order of the validation sets is that of the directions.
-        text = json.dumps(vars(self.config), indent=2, ensure_ascii=False)
-        temporary = path / f".{CONFIG_FILE}.tmp"
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(path / CONFIG_FILE)
+        write_scorer_config(path, self.config)
 
     @classmethod
     def from_pretrained(
@@ -367,7 +364,7 @@ class InfluenceScorer:
             `str` or `None`: the URL of the commit or pull request; `None` on every process but the main one.
         """
         from hf_in2core.cards.model import render_scorer_card
-        from hf_in2core.hub.commits import Head, is_main_process, upload_folder_in_one_commit
+        from hf_in2core.hub.commits import Head, is_main_process, list_folder, publish_files
 
         if not is_main_process():
             return None
@@ -378,9 +375,9 @@ class InfluenceScorer:
 
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            publication = upload_folder_in_one_commit(
-                folder,
+            publication = publish_files(
                 repo_id,
+                list_folder(folder),
                 repo_type="model",
                 message="Publish scorer",
                 compose=compose,

@@ -96,6 +96,13 @@ class ScorerConfig:
     format_version: int = FORMAT_VERSION
 
 
+def write_scorer_config(path: Path, config: ScorerConfig) -> None:
+    """Write `config.json` of a scorer's folder, whole or not at all."""
+    temporary = path / f".{CONFIG_FILE}.tmp"
+    temporary.write_text(json.dumps(vars(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path / CONFIG_FILE)
+
+
 def read_scorer_config(path: Path) -> ScorerConfig:
     """
     Read and check `config.json` of a scorer's folder.

@@ -298,9 +298,8 @@ def pretrain_model(
     schedule = get_cosine_schedule_with_warmup(optimizer, 20, settings.pretrain_steps)
     batches = iterate_batches(encoded, PRETRAIN_BATCH_SIZE)
     interval = 0.2 if sys.stderr.isatty() else 60
-    progress = tqdm(
-        batches, "Pretraining the quickstart model", settings.pretrain_steps, unit="step", mininterval=interval
-    )
+    label = "Pretraining the quickstart model"
+    progress = tqdm(batches, label, settings.pretrain_steps, unit="step", mininterval=interval)
     for batch in progress:
         inputs = tokenizer.pad({"input_ids": batch}, padding_side="right", return_tensors="pt")
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
@@ -328,17 +327,8 @@ def compute_answer_losses(model: Any, tokenizer: Any, rows: Sequence[dict[str, A
     return {task: round(sum(values) / len(values), 4) for task, values in losses.items()}
 
 
-def hash_file(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def is_complete(folder: Path, settings: Settings) -> bool:
-    """
-    Whether `folder` holds a generation of these settings (`True`), or nothing yet (`False`).
-
-    Raises:
-        FileExistsError: if it holds anything else: other files, other settings, or a file that changed since.
-    """
+    """Whether `folder` holds a generation of these settings, or nothing yet; anything else is a `FileExistsError`."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     advice = "Remove it, or give another --output_dir."
@@ -351,7 +341,7 @@ def is_complete(folder: Path, settings: Settings) -> bool:
     if found != wanted:
         raise FileExistsError(f"{folder} was generated with {found}, but {wanted} is asked for. {advice}")
     for name, digest in files.items():
-        if not (folder / name).is_file() or hash_file(folder / name) != digest:
+        if not (folder / name).is_file() or hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
             raise FileExistsError(f"{folder / name} is missing or was changed after it was generated. {advice}")
     return True
 
@@ -376,7 +366,7 @@ def generate(folder: Path, settings: Settings) -> None:
             "instructions": compute_answer_losses(model, tokenizer, held_out),
             "exercises": compute_answer_losses(model, tokenizer, exercises),
         },
-        "files": {str(path.relative_to(folder)): hash_file(path) for path in files},
+        "files": {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 

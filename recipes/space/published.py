@@ -17,13 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi, HfFileSystem, hf_hub_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import errors as hub_errors
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import httpx, validate_repo_id
 
@@ -50,7 +44,7 @@ TEXT_FORMATS = (
 )
 GROUP_NAMES = ("task", "source", "category", "subset", "dataset", "language", "kind")
 REMEDY = (
-    "Give the id of a dataset that was published with `push_influence_dataset`, `recipes/publish.py` or `--hub_id`, "
+    "Give the id of a dataset that was published with `push_influence_dataset`, `in2core publish` or `--hub_id`, "
     "such as `user/alpaca-in2core`."
 )
 
@@ -120,17 +114,17 @@ def read_published(name: str) -> Published:
         reader = _Reader(repo_id, commit)
         published = _read(reader, splits)
         published.verdict = read_verdict(reader, folder, paths)
-    except GatedRepoError as error:
+    except hub_errors.GatedRepoError as error:
         raise CannotShow(
             f"{repo_id} is gated: its owner grants access one by one. This page reads public datasets."
         ) from error
-    except RepositoryNotFoundError as error:
+    except hub_errors.RepositoryNotFoundError as error:
         raise CannotShow(
             f"There is no public dataset {repo_id}. Check its spelling; private ones are not shown. {REMEDY}"
         ) from error
-    except OfflineModeIsEnabled as error:
+    except hub_errors.OfflineModeIsEnabled as error:
         raise CannotShow("HF_HUB_OFFLINE is set where this page runs, so it reaches no Hub. Unset it.") from error
-    except (HfHubHTTPError, httpx.HTTPError) as error:
+    except (hub_errors.HfHubHTTPError, httpx.HTTPError) as error:
         raise CannotShow(
             f"The Hub did not deliver {repo_id} ({type(error).__name__}). Try again in a minute."
         ) from error
@@ -150,7 +144,7 @@ def parse_name(name: str) -> str:
     repo_id = "/".join(repo_id.split("/")[:2])
     try:
         validate_repo_id(repo_id)
-    except HFValidationError as error:
+    except hub_errors.HFValidationError as error:
         raise CannotShow(f"{typed[:200]!r} is no dataset id. {REMEDY}") from error
     if "/" not in repo_id:
         raise CannotShow(f"{typed[:200]!r} names no user. {REMEDY}")
