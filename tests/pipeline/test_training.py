@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, make_model, make_prompt_completion, make_tokenizer
 from datasets import Dataset
-from test_trainer import make_config
+from helpers import CHAT_TEMPLATE, make_config, make_model, make_prompt_completion, make_tokenizer
 from transformers import AutoTokenizer
 from trl import ModelConfig, SFTTrainer, get_peft_config
 
