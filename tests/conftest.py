@@ -1,5 +1,6 @@
 """Fixtures of all rooms: tiny models, rows, and runs of the pipeline; nothing is downloaded."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,3 +75,11 @@ def validation() -> Dataset:
 def exact_damping(monkeypatch) -> None:
     """A second fit pass takes the exact damping from the first, whatever the bound on the pilot's error says."""
     monkeypatch.setattr("hf_in2core.engine.fit.MAX_INNER_DAMPING_ERROR", 0.0)
+
+
+@pytest.fixture(autouse=True)
+def no_command_left() -> Iterator[None]:
+    """What `in2core` leaves in the environment for the processes that it launches is of one test alone."""
+    yield
+    for name in ("IN2CORE_PROCESSES", "IN2CORE_TYPED"):
+        os.environ.pop(name, None)
