@@ -250,12 +250,15 @@ def prepare_batch(batch: dict[str, list], preparation: Preparation) -> Dataset:
     """
     Prepare one batch of raw rows, as `Dataset.map(..., batched=True)` passes it, without touching the cache.
 
-    Streams are used because a `Dataset.map` would pickle the tokenizer to hash it, for every batch anew.
+    Streams are used because a `Dataset.map` would pickle the tokenizer to hash it, for every batch anew. The rows go
+    through them as they are: made into a dataset again, the columns would get the Arrow types of this batch alone, and
+    a row its neighbours' keys.
 
     Returns:
         `datasets.Dataset` as from [`prepare_rows`]; `row` is the position in the batch.
     """
-    raw = Dataset.from_dict(batch).to_iterable_dataset()
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    raw = IterableDataset.from_generator(lambda: iter(rows))
     stream = apply_columns(raw, preparation.columns, preparation.processing_class)
     stream = stream.map(_number_row, with_indices=True)
     prepared: dict[str, list] = {"row": [], "input_ids": [], "labels": []}

@@ -1,5 +1,6 @@
 """The scorer's preparation of rows against SFT's own, without barriers, and tokens that are made once."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from helpers import (
 
 from hf_in2core import InfluenceTrainer
 from hf_in2core.rows.preparation import Preparation, hash_tokenization, prepare_batch, prepare_rows, tokenize_rows
+from hf_in2core.rows.sources import load_rows
 from hf_in2core.rows.trainer_data import TESTED_TRL
 
 
@@ -119,3 +121,52 @@ def test_a_stream_is_scored_as_the_pool_is(tmp_path, pool, validation) -> None:
     scored = trainer.score_influence()
     mapped = pool.to_iterable_dataset().map(trainer.fit_influence(), batched=True, batch_size=5)
     assert [row["influence"] for row in mapped] == pytest.approx(scored["influence"][:], rel=1e-4)
+
+
+TOOL_TEMPLATE = CHAT_TEMPLATE.replace(
+    "{{ message['content'] }}</s>",
+    "{{ message['content'] or '' }}{% for call in message.tool_calls or [] %}{{ call | tojson }}{% endfor %}</s>",
+)
+
+
+def make_tool_rows() -> list[dict[str, Any]]:
+    """Conversations whose tool calls, contents and unused columns have no type in common."""
+    rows: list[dict[str, Any]] = []
+    for number in range(4):
+        for arguments in ({"city": f"red {number}"}, {"a": number, "b": [2, None]}, {}):
+            call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+            answer = {"role": "assistant", "content": None, "tool_calls": [call]}
+            turns = [{"role": "user", "content": f"birds {number}"}, answer, {"role": "assistant", "content": "walls"}]
+            rows.append({"messages": turns, "note": str(number) if number % 2 else None})
+    return rows
+
+
+def test_a_row_is_prepared_as_in_training_whatever_stands_beside_it(tmp_path) -> None:
+    path = tmp_path / "pool.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in make_tool_rows()), encoding="utf-8")
+    pool = load_rows(str(path))
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TOOL_TEMPLATE
+    trainer = make_trainer(tmp_path / "ref", pool, pool.select([0, 4]), tokenizer=tokenizer)
+    trained = {row["row"]: (row["input_ids"], row["labels"]) for row in trainer.prepared_pool.with_format(None)}
+    assert len(trained) == len(pool)
+    for size in (1, 5, len(pool)):
+        for start in range(0, len(pool), size):
+            batch = pool[start : start + size]
+            for row in prepare_batch(batch, trainer.preparation):
+                assert (row["input_ids"], row["labels"]) == trained[start + row["row"]]
+    scored = trainer.score_influence()
+    for mapped in (pool, pool.to_iterable_dataset()):
+        rows = list(mapped.map(trainer.fit_influence(), batched=True, batch_size=5))
+        torch.testing.assert_close([row["influence"] for row in rows], list(scored["influence"]), rtol=1e-9, atol=0)
+
+
+def test_contents_of_different_types_stand_in_one_batch() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    contents = ["walls", [{"type": "text", "text": "walls"}]]
+    turns = [[{"role": "user", "content": "birds"}, {"role": "assistant", "content": content}] for content in contents]
+    preparation = Preparation(tokenizer)
+    together = prepare_batch({"messages": turns}, preparation)
+    alone = [prepare_batch({"messages": [one]}, preparation)[0] for one in turns]
+    assert [row["input_ids"] for row in together] == [row["input_ids"] for row in alone]
