@@ -12,13 +12,13 @@ RESERVED_SET_NAMES = ("rank", "per_query", "per_checkpoint", "")
 
 # --- sets of rows ---
 
-POOL = "pool"
 # The name of a validation set that was given none.
 VALIDATION = "validation"
 
 # --- arms of a comparison ---
 
 ARMS = ("full", "coreset", "random", "opponents")
+# In the order in which a headline prefers them.
 BUDGETS = {"steps": "equal steps", "epochs": "equal epochs"}
 
 # --- how rows are chosen ---

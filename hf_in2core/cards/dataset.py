@@ -11,6 +11,8 @@ import numpy as np
 from datasets import Dataset, Features, Value
 from scipy.stats import spearmanr
 
+from hf_in2core.names import ARMS, is_influence_column
+
 from .splits import Record, list_commands, say_choice
 from .text import (
     Markdown,
@@ -25,7 +27,6 @@ from .text import (
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", flags=re.ASCII)
 _NO_TEMPLATE = hashlib.sha256(b"").hexdigest()
-_ARM_ORDER = ("full", "coreset", "random", "opponents")
 _CAPTIONS = {
     "arms": "Test loss of the arms, with intervals",
     "influence": "Histogram of influence",
@@ -85,11 +86,6 @@ def summarise_influence(scored: Dataset, show: int = 3) -> dict[str, Any]:
 def is_hub_id(name: str) -> bool:
     """Whether a model's or dataset's name has the form of a Hub id, rather than that of a path."""
     return _HUB_ID.fullmatch(name) is not None
-
-
-def is_influence_column(name: str) -> bool:
-    """Whether a column is one that scoring adds."""
-    return name in _MEANINGS or name.startswith("influence_")
 
 
 def _read_column(scored: Dataset, name: str) -> np.ndarray:
@@ -234,7 +230,7 @@ def list_arms(arms: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for run in arms:
         key = str(run.get("arm")), str(run.get("fraction")), str(run.get("budget"))
         groups.setdefault(key, []).append(run)
-    order = {name: place for place, name in enumerate(_ARM_ORDER)}
+    order = {name: place for place, name in enumerate(ARMS)}
     keys = sorted(groups, key=lambda key: (key[2], key[1], order.get(key[0], len(order)), key[0]))
     return [
         {

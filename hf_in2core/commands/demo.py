@@ -5,8 +5,7 @@
 `in2core run` on the quickstart, into runs/quickstart/ of the folder you are in; its flags are those of `in2core run`.
 """
 
-from hf_in2core.pipeline.arguments import In2CoreArguments
-from hf_in2core.pipeline.parser import TRAINING, RecipeParser
+from hf_in2core.pipeline.parser import RecipeParser, make_run_parser
 from hf_in2core.shipped import find_shipped
 
 from .run import main
@@ -17,11 +16,4 @@ __all__ = ["main", "make_parser"]
 
 def make_parser() -> RecipeParser:
     """Parser of this command."""
-    return RecipeParser(
-        "demo",
-        In2CoreArguments,
-        __doc__,
-        reference=True,
-        shown={"influence": ("estimator",), "targets": TRAINING},
-        config=find_shipped("recipes/quickstart/in2core.yaml"),
-    )
+    return make_run_parser(__doc__, "demo", find_shipped("recipes/quickstart/in2core.yaml"))

@@ -11,6 +11,7 @@ Coresets and random controls are selected anew as they were (`splits.json`; else
 import re
 from typing import Any
 
+from hf_in2core.names import name_coreset
 from hf_in2core.pipeline.arguments import GrowArguments, describe_command
 from hf_in2core.pipeline.parser import RecipeParser, Settings
 
@@ -167,7 +168,7 @@ def choose_splits(
         if "strategy" in record and name in published
     }
     if fractions is not None:
-        named = {f"coreset_{100 * fraction:g}": fraction for fraction in fractions}
+        named = {name_coreset(fraction): fraction for fraction in fractions}
         return {name: known.get(name, {}) | {"fraction": fraction} for name, fraction in named.items()}
     by_name = {
         name: {"strategy": "random" if match[1] == "random" else "top", "fraction": float(match[2]) / 100}

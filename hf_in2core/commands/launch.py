@@ -49,25 +49,20 @@ def launch(name: str, argv: Sequence[str]) -> None:
 
 def resolve_config(argv: list[str]) -> list[str]:
     """`--accelerate_config NAME` as `--config_file` with that file: one of ours by its name, or the user's own."""
-    resolved: list[str] = []
-    for token in argv:
-        flag, has_value, value = token.partition("=")
-        if flag == "--accelerate_config":
-            resolved += ["--config_file", *([value] if has_value else [])]
-        else:
-            resolved.append(token)
-    place = resolved.index("--config_file") + 1 if "--config_file" in resolved else len(resolved)
-    if place < len(resolved) and "--accelerate_config" in "".join(argv) and not Path(resolved[place]).is_file():
+    flag = "--accelerate_config"
+    parts = [part for token in argv for part in (token.split("=", 1) if token.startswith(f"{flag}=") else [token])]
+    if flag not in parts[:-1]:
+        return parts
+    place = parts.index(flag)
+    path = Path(parts[place + 1])
+    if not path.is_file():
         try:
-            resolved[place] = str(find_shipped(f"recipes/accelerate_configs/{resolved[place]}.yaml"))
+            path = find_shipped(f"recipes/accelerate_configs/{path}.yaml")
         except FileNotFoundError:
-            print(
-                f"in2core: error: --accelerate_config {resolved[place]} is neither a file nor one of cpu, single_gpu, "
-                "multi_gpu, fsdp.",
-                file=sys.stderr,
-            )
+            known = "cpu, single_gpu, multi_gpu, fsdp"
+            print(f"in2core: error: {flag} {path} is neither a file nor one of {known}.", file=sys.stderr)
             raise SystemExit(2) from None
-    return resolved
+    return [*parts[:place], "--config_file", str(path), *parts[place + 2 :]]
 
 
 def split_flags(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from hf_in2core.names import name_coreset
 from hf_in2core.pipeline.arguments import PublishArguments, describe_command
 from hf_in2core.pipeline.parser import RecipeParser, Settings
 
@@ -34,8 +35,8 @@ def main(settings: Settings) -> None:
     if not (run / "scored").is_dir():
         make_parser().error(f"{run} holds no scored/ folder. Give the output_dir of `in2core run`.")
     fractions = args.fractions if args.fractions is not None else read_fractions(run)
-    names = [f"coreset_{100 * fraction:g}" for fraction in fractions]
-    controls = [name.replace("coreset", "random") for name in names] if args.random_controls else []
+    names = [name_coreset(fraction) for fraction in fractions]
+    controls = [name_coreset(fraction, "random") for fraction in fractions] if args.random_controls else []
     sources = args.source_datasets if args.source_datasets is not None else read_sources(run)
     private = True if args.private else None
     try:

@@ -4,11 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hf_in2core.names import ARMS, BUDGETS
+
 from .intervals import compute_confidence_interval
 
 
-ARMS = ("full", "coreset", "random", "opponents")
-BUDGETS = {"steps": "equal steps", "epochs": "equal epochs"}
 LEVEL = 0.95
 ARM_COLUMNS = ("arm", "rows", "loss tokens", "steps", "seconds", "test loss", "perplexity")
 

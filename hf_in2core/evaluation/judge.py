@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import mannwhitneyu
 
+from hf_in2core.names import ARMS, BUDGETS
 from hf_in2core.notebook import Verdict
 
 from .intervals import compare_arms, compute_confidence_interval
@@ -29,9 +30,6 @@ __all__ = [
     "judge",
 ]
 
-ARMS = ("full", "coreset", "random", "opponents")
-# In the order in which a headline prefers them.
-BUDGETS = ("steps", "epochs")
 COMPARISONS = (("coreset", "random"), ("coreset", "full"), ("opponents", "random"), ("coreset", "opponents"))
 
 
@@ -176,7 +174,7 @@ def _group_runs(arms: Iterable[Mapping[str, Any]]) -> _Runs:
         if arm not in ARMS:
             continue
         if budget not in BUDGETS:
-            raise ValueError(f"budget={budget!r} of the arm {arm!r} does not exist. Use one of {BUDGETS}.")
+            raise ValueError(f"budget={budget!r} of the arm {arm!r} does not exist. Use one of {tuple(BUDGETS)}.")
         key = (arm, None if arm == "full" else float(entry["fraction"]), budget)
         seeds = runs.setdefault(key, {})
         if seed in seeds:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from hf_in2core.engine.blocks import find_blocks
+from hf_in2core.names import VALIDATION, list_added_columns
 from hf_in2core.rows.columns import apply_columns, get_column_names
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.rows.sources import find_shared_rows, hash_rows, hash_value, load_rows
@@ -111,12 +112,7 @@ def check_pool_columns(pool: Dataset, validation_names: list[str], needed: list[
     Raises:
         ValueError: if the pool already has a column that scoring adds, or lacks one that a flag names.
     """
-    added = [
-        "influence",
-        "influence_rank",
-        "num_loss_tokens",
-        *(f"influence_{name}" for name in validation_names if name),
-    ]
+    added = list_added_columns([name for name in validation_names if name] or [VALIDATION])
     names = get_column_names(pool)
     clashes = [name for name in added if name in names]
     if clashes:

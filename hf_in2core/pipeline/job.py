@@ -14,6 +14,7 @@ from trl import ModelConfig, SFTConfig
 from hf_in2core import InfluenceConfig
 from hf_in2core.cards.publish import check_published_columns
 from hf_in2core.hub.commits import PushCheck, check_can_push
+from hf_in2core.names import NUM_LOSS_TOKENS, RANK, VALIDATION, list_score_columns, name_coreset
 from hf_in2core.rows.preparation import Preparation, hash_tokenization, tokenize_rows
 from hf_in2core.rows.sources import find_hub_id, hash_value, parse_named_sources
 
@@ -132,7 +133,7 @@ def check(settings: Settings) -> Job:
     check_pool_columns(inputs.pool, list(inputs.validation), [args.task_column, args.wrong_column])
     if found is not None:
         features = Features(dict(inputs.pool.features) | name_influence_features(list(inputs.validation)))
-        check_published_columns(found.head, features, ["train", *name_coresets(args)], "default")
+        check_published_columns(found.head, features, ["train", *map(name_coreset, args.fractions)], "default")
     smallest = min(args.fractions)
     if round(smallest * len(inputs.pool)) == 0:
         raise ValueError(f"fraction {smallest} of a pool of {len(inputs.pool)} rows is no row. Give a larger one.")
@@ -173,7 +174,7 @@ def check_hub(args: In2CoreArguments, private: bool | None) -> PushCheck | None:
     if not PartialState().is_main_process:
         return None
     assert args.hub_id is not None
-    splits = ["train", *name_coresets(args)]
+    splits = ["train", *map(name_coreset, args.fractions)]
     found = check_can_push(args.hub_id, private=private, splits=splits, source_datasets=find_sources(args))
     for warning in found.warnings:
         warn(warning)
@@ -184,9 +185,8 @@ def check_hub(args: In2CoreArguments, private: bool | None) -> PushCheck | None:
 
 def name_influence_features(validation: list[str]) -> dict[str, Value]:
     """The columns that scoring will add."""
-    named = [] if validation in ([""], ["validation"]) else [f"influence_{name}" for name in validation]
-    scores = dict.fromkeys(["influence", *named], Value("float64"))
-    return scores | dict.fromkeys(["influence_rank", "num_loss_tokens"], Value("int64"))
+    scores = list_score_columns([name or VALIDATION for name in validation])
+    return dict.fromkeys(scores, Value("float64")) | dict.fromkeys([RANK, NUM_LOSS_TOKENS], Value("int64"))
 
 
 def check_disk(folder: Path, pool: Dataset, adapter_parameters: int, num_arms: int) -> None:
@@ -250,8 +250,3 @@ def find_sources(args: In2CoreArguments) -> list[str]:
     """Hub ids that the pool comes from."""
     hub_id = find_hub_id(args.pool or "")
     return [] if hub_id is None else [hub_id]
-
-
-def name_coresets(args: In2CoreArguments) -> list[str]:
-    """Split names of the coresets: `coreset_25` for fraction 0.25."""
-    return [f"coreset_{100 * fraction:g}" for fraction in args.fractions]

@@ -294,10 +294,10 @@ class RecipeParser:
         self.error(f"unknown {what} `{token}`. {hint}")
 
 
-def make_run_parser(description: str | None = None) -> RecipeParser:
-    """The parser of `in2core run`, by which a run's `config.yaml` is read again too."""
+def make_run_parser(description: str | None = None, name: str = "run", config: Path | None = None) -> RecipeParser:
+    """The parser of `in2core run`, by which a run's `config.yaml` is read again too; of the demo with its `config`."""
     shown = {"influence": ("estimator",), "targets": TRAINING}
-    return RecipeParser("run", In2CoreArguments, description, reference=True, shown=shown)
+    return RecipeParser(name, In2CoreArguments, description, reference=True, shown=shown, config=config)
 
 
 def _resolve_defaults(values: dict[str, Any]) -> None:

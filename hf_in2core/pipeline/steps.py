@@ -12,14 +12,14 @@ from trl import SFTConfig
 
 from hf_in2core import InfluenceConfig, push_influence_dataset
 from hf_in2core.influence.plan import plan_influence
-from hf_in2core.names import STRATEGIES_BY_ROW
+from hf_in2core.names import STRATEGIES_BY_ROW, name_coreset
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.rows.sources import hash_value
 
 from .arguments import describe_command
 from .comparison import Arm, find_equal_run, plan_arms
 from .inputs import take_fraction
-from .job import Job, find_sources, name_coresets
+from .job import Job, find_sources
 from .run_folder import agree, quiet_loading, read_json, read_tasks, say, warn, write_json, written_folder
 from .training import (
     compute_influence,
@@ -242,8 +242,7 @@ def publish(job: Job, scored: Dataset) -> None:
     if PartialState().is_main_process:
         say(f"Publishing to {args.hub_id}.")
         coresets = {
-            name: {"strategy": args.strategy, "fraction": fraction}
-            for name, fraction in zip(name_coresets(args), args.fractions, strict=True)
+            name_coreset(fraction): {"strategy": args.strategy, "fraction": fraction} for fraction in args.fractions
         }
         try:
             push_influence_dataset(

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_in2core.evaluation.arms import BUDGETS, LEVEL, count_seeds, find_finite, name_group, summarize_arms
+from hf_in2core.evaluation.arms import LEVEL, count_seeds, find_finite, name_group, summarize_arms
 from hf_in2core.evaluation.intervals import compute_confidence_interval
+from hf_in2core.names import BUDGETS
 
 
 if TYPE_CHECKING:

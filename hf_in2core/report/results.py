@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from hf_in2core.evaluation.arms import ARM_COLUMNS, BUDGETS, LEVEL, count_seeds, format_arm, summarize_arms
-from hf_in2core.names import LOSS_REDUCTIONS
+from hf_in2core.evaluation.arms import ARM_COLUMNS, LEVEL, count_seeds, format_arm, summarize_arms
+from hf_in2core.names import BUDGETS, LOSS_REDUCTIONS
 
 from .run import Run, get_value, is_number, show_number
 

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset
 
+from hf_in2core.names import list_set_columns
 from hf_in2core.selection.coreset import select_coreset
 
 from .run import Run, is_number, read_numbers
@@ -125,8 +126,7 @@ def choose_rows(pool: Pool, also: Iterable[int], max_rows: int = MAX_ROWS) -> np
 
 def find_set_columns(scored: Dataset) -> list[str]:
     """Columns with the influence on each of several validation sets."""
-    known = ("influence_rank", "influence_per_query")
-    found = [name for name in scored.column_names if name.startswith("influence_") and name not in known]
+    found = list_set_columns(scored.column_names)
     return [name for name in found if getattr(scored.features[name], "dtype", "").startswith("float")][:MAX_SETS]
 
 

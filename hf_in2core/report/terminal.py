@@ -16,7 +16,6 @@ from rich.text import Text
 
 from hf_in2core.evaluation.arms import (
     ARM_COLUMNS,
-    BUDGETS,
     LEVEL,
     count_seeds,
     format_arm,
@@ -24,6 +23,7 @@ from hf_in2core.evaluation.arms import (
     summarize_arms,
     summarize_tasks,
 )
+from hf_in2core.names import BUDGETS
 
 from .page import write_report
 from .plots import plot_arms, plot_influence, plot_length

@@ -10,15 +10,13 @@ import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 
+from hf_in2core.names import STRATEGIES, STRATEGIES_BY_ROW, list_set_columns
+
 from .greedy import take_greedy
 
 
-STRATEGIES = ("top", "bottom", "random", "round_robin", "round_robin_rows", "greedy")
 GROUP_QUOTAS = ("proportional", "equal")
 ORDERS = ("influence", "original")
-
-# Columns that score_influence adds beside `influence` and that are not validation sets.
-NOT_VALIDATION_SETS = ("influence_rank", "influence_per_query")
 
 
 def select_coreset(
@@ -154,7 +152,7 @@ def select_coreset(
     set_scores = None
     if strategy == "round_robin":
         set_scores = _read_set_scores(scored, rows)
-    elif strategy in ("round_robin_rows", "greedy"):
+    elif strategy in STRATEGIES_BY_ROW:
         set_scores = read_query_scores(scored, strategy)
     generator = np.random.default_rng(seed)
     if group_column is None:
@@ -259,11 +257,8 @@ def _read_set_scores(scored: Dataset, rows: np.ndarray) -> np.ndarray:
     """Read the `influence_<name>` columns of the validation sets as float64 of shape `[Q, pool]`."""
     names = [
         name
-        for name, feature in scored.features.items()
-        if name.startswith("influence_")
-        and name not in NOT_VALIDATION_SETS
-        and isinstance(feature, Value)
-        and feature.dtype.startswith("float")
+        for name in list_set_columns(scored.column_names)
+        if isinstance(feature := scored.features[name], Value) and feature.dtype.startswith("float")
     ]
     if len(names) < 2:
         raise ValueError(
