@@ -15,9 +15,8 @@ def find_shipped(name: str) -> Path:
     Raises:
         FileNotFoundError: neither place has it.
     """
-    packaged = Path(str(resources.files("hf_in2core"))) / name
-    beside = packaged.parents[name.count("/") + 1] / name
-    for path in (packaged, beside):
+    package = Path(str(resources.files("hf_in2core"))).resolve()  # a checkout's may be reached through a link
+    for path in (package / name, package.parent / name):
         if path.is_file():
             return path
     raise FileNotFoundError(f"{name} is neither in the installed package nor beside it. Install hf-in2core again.")

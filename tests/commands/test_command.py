@@ -96,6 +96,16 @@ def test_a_configuration_of_ours_is_found_by_its_name(tmp_path: Path, capsys: py
     assert "multi_gpus is neither a file nor one of cpu" in capsys.readouterr().err
 
 
+def test_what_is_shipped_is_found_through_a_link_to_the_package(tmp_path: Path) -> None:
+    (tmp_path / "hf_in2core").symlink_to(ROOT / "hf_in2core")
+    code = "from hf_in2core.shipped import find_shipped as f; print(f('dataset_cards/scorer.md').read_text()[:1])"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert answer.returncode == 0, answer.stderr
+
+
 def test_several_processes_on_a_cpu_join(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.delenv("IN2CORE_PROCESSES", raising=False)
