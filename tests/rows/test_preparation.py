@@ -7,16 +7,21 @@ import pytest
 import torch
 import trl
 from accelerate import DistributedType, PartialState
-from conftest import CHAT_TEMPLATE, add_trained_adapter, make_model, make_prompt_completion, make_tokenizer
 from datasets import Dataset
-from test_trainer import make_config, make_trainer
+from helpers import (
+    CHAT_TEMPLATE,
+    ROOT,
+    add_trained_adapter,
+    make_config,
+    make_model,
+    make_prompt_completion,
+    make_tokenizer,
+    make_trainer,
+)
 
 from hf_in2core import InfluenceTrainer
 from hf_in2core.rows.preparation import Preparation, hash_tokenization, prepare_batch, prepare_rows, tokenize_rows
 from hf_in2core.rows.trainer_data import TESTED_TRL
-
-
-ROOT = Path(__file__).parents[2]
 
 
 class OtherTRL(InfluenceTrainer):
