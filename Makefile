@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 # Two workers of one thread each; a file stays with one worker, which keeps what its tests share.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: help install demo test test-all test-versions test-oldest test-newest lint clean
 .DEFAULT_GOAL := help
@@ -42,8 +42,9 @@ test-all: install  ## Every test, the slow ones too
 
 test-versions: test-oldest test-newest  ## Fast tests on the oldest and the newest TRL, transformers and datasets
 
+test-oldest test-newest: BIN = .venv-$(@:test-%=%)/bin
 test-oldest test-newest: test-%: .venv-%/.installed
-	.venv-$*/bin/python -m pytest -n 2 --dist loadfile
+	$(PYTEST)
 
 # The few pins of constraints-oldest.txt or constraints-newest.txt take the place of those in constraints.txt.
 .venv-%/.installed: pyproject.toml constraints.txt constraints-%.txt

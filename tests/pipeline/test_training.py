@@ -8,10 +8,12 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import CHAT_TEMPLATE, make_config, make_model, make_prompt_completion, make_tokenizer
+from recipe_runs import Inputs, load_command, write_config
 from transformers import AutoTokenizer
 from trl import ModelConfig, SFTTrainer, get_peft_config
 
 from hf_in2core import InfluenceConfig
+from hf_in2core.pipeline.job import check
 from hf_in2core.pipeline.training import count_loss_tokens, count_steps, make_model_kwargs, make_trainer, tokenize
 from hf_in2core.rows.columns import apply_columns
 
@@ -81,7 +83,7 @@ def test_training_on_tokens_is_training_on_raw_rows(tmp_path, folder, case) -> N
     for name in ("once", "raw"):
         args = make_config(
             tmp_path / name,
-            **{"max_length": 30, "num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01},
+            **{"max_length": 30, "num_train_epochs": 1, "per_device_train_batch_size": 4, "learning_rate": 0.01},
             **{"logging_steps": 1, "seed": 5, **options},
         )
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -103,3 +105,14 @@ def test_training_on_tokens_is_training_on_raw_rows(tmp_path, folder, case) -> N
     adapters = [{n: p for n, p in t.model.named_parameters() if p.requires_grad} for t in trainers]
     assert adapters[0].keys() == adapters[1].keys() and adapters[0]
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+
+def test_models_of_a_run_share_the_tokens_of_the_pool(inputs: Inputs, tmp_path: Path) -> None:
+    config = inputs[1] | {"output_dir": str(tmp_path / "run"), "reference_max_length": 20}
+    job = check(load_command("run").make_parser().parse(["--config", write_config(tmp_path, config)]))
+    target, reference = job.settings.make(InfluenceConfig), job.settings.make(InfluenceConfig, reference=True)
+    assert target.max_length != reference.max_length
+    tokens = job.tokenize_pool(target, job.target_tokenizer)
+    assert job.tokenize_pool(reference, job.reference_tokenizer) is tokens
+    reference.completion_only_loss = False
+    assert job.tokenize_pool(reference, job.reference_tokenizer)["labels"][0] != tokens["labels"][0]

@@ -1,6 +1,7 @@
 """The scorer's preparation of rows against SFT's own, without barriers, and tokens that are made once."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from accelerate import DistributedType, PartialState
 from datasets import Dataset
 from helpers import (
     CHAT_TEMPLATE,
+    ROOT,
     add_trained_adapter,
     make_config,
     make_model,
@@ -23,9 +25,6 @@ from hf_in2core import InfluenceTrainer
 from hf_in2core.rows.preparation import Preparation, hash_tokenization, prepare_batch, prepare_rows, tokenize_rows
 from hf_in2core.rows.sources import load_rows
 from hf_in2core.rows.trainer_data import TESTED_TRL
-
-
-ROOT = Path(__file__).parents[2]
 
 
 class OtherTRL(InfluenceTrainer):
@@ -80,9 +79,15 @@ def test_rows_cut_dropped_shuffled_and_of_another_format_agree(tmp_path, validat
     assert trainer.prepared_pool.with_format(None)["row"][:3] == [1, 3, 4]
 
 
-def test_the_tested_versions_are_those_of_the_constraints() -> None:
-    for name, version in zip(("oldest", "newest"), TESTED_TRL, strict=True):
-        assert f"\ntrl=={version}\n" in (ROOT / f"constraints-{name}.txt").read_text(encoding="utf-8")
+def test_what_is_promised_and_called_tested_is_what_the_tests_run_on() -> None:
+    oldest, newest = (
+        dict(re.findall(r"^(\w+)==(.+)$", (ROOT / f"constraints-{end}.txt").read_text(encoding="utf-8"), re.MULTILINE))
+        for end in ("oldest", "newest")
+    )
+    assert (oldest["trl"], newest["trl"]) == TESTED_TRL
+    promised = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for name in ("trl", "transformers", "datasets"):
+        assert f'"{name}>={oldest[name].rpartition(".")[0]},<' in promised
 
 
 def test_a_batch_is_prepared_without_waiting_for_other_processes(pool, monkeypatch) -> None:
