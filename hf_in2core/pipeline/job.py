@@ -7,14 +7,16 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig
 
 from hf_in2core import InfluenceConfig
 from hf_in2core.cards.publish import check_published_columns
 from hf_in2core.hub.commits import PushCheck, check_can_push
+from hf_in2core.names import POOL, STRATEGIES_BY_ROW, describe_set, name_coreset
 from hf_in2core.rows.preparation import Preparation, hash_tokenization, tokenize_rows
+from hf_in2core.rows.scored import describe_columns
 from hf_in2core.rows.sources import find_hub_id, hash_value, parse_named_sources
 
 from .arguments import In2CoreArguments
@@ -79,12 +81,6 @@ class Job:
         """The command's own settings."""
         return self.settings.arguments
 
-    @property
-    def validation(self) -> Dataset | dict[str, Dataset]:
-        """Validation sets as InfluenceTrainer takes them."""
-        sets = self.inputs.validation
-        return sets[""] if list(sets) == [""] else sets
-
     def tokenize_pool(self, training_args: InfluenceConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """Tokens and labels of every row of the pool, made once for all models that prepare it alike."""
         preparation = Preparation.from_args(training_args, tokenizer, self.inputs.pool)
@@ -100,7 +96,7 @@ class Job:
 
     def identify_target(self, *extra: Any) -> str:
         """The same for a target: its batches are as large as there are processes, so arms of other runs do not fit."""
-        inputs = [self.identities[name] for name in ("target model", "pool", "test")]
+        inputs = [self.identities[name] for name in ("target model", POOL, "test")]
         return self.identify(False, SFTConfig, inputs, PartialState().num_processes, *extra)
 
 
@@ -129,17 +125,18 @@ def check(settings: Settings) -> Job:
         inputs = load_inputs(
             args.pool, validation_sources, args.test, args.columns, reference_tokenizer, args.drop_overlap
         )
-    check_pool_columns(inputs.pool, list(inputs.validation), [args.task_column, args.wrong_column])
+    needed, per_query = [args.task_column, args.wrong_column], args.strategy in STRATEGIES_BY_ROW
+    check_pool_columns(inputs.pool, inputs.validation, needed, per_query)
     if found is not None:
-        features = Features(dict(inputs.pool.features) | name_influence_features(list(inputs.validation)))
-        check_published_columns(found.head, features, ["train", *name_coresets(args)], "default")
+        features = Features(dict(inputs.pool.features) | describe_columns(list(inputs.validation)))
+        check_published_columns(found.head, features, ["train", *map(name_coreset, args.fractions)], "default")
     smallest = min(args.fractions)
     if round(smallest * len(inputs.pool)) == 0:
         raise ValueError(f"fraction {smallest} of a pool of {len(inputs.pool)} rows is no row. Give a larger one.")
     Preparation.from_args(target_args, target_tokenizer, inputs.pool)
     with quiet_loading():
         for name, rows in inputs.validation.items():
-            check_trainable(rows, f"validation set {name}".strip(), reference_args, reference_tokenizer)
+            check_trainable(rows, f"{describe_set(name)} set", reference_args, reference_tokenizer)
         prepared_test = check_trainable(inputs.test, "test set", target_args, target_tokenizer)
 
     check_model(reference_model, reference_args, for_influence=True)
@@ -173,20 +170,13 @@ def check_hub(args: In2CoreArguments, private: bool | None) -> PushCheck | None:
     if not PartialState().is_main_process:
         return None
     assert args.hub_id is not None
-    splits = ["train", *name_coresets(args)]
+    splits = ["train", *map(name_coreset, args.fractions)]
     found = check_can_push(args.hub_id, private=private, splits=splits, source_datasets=find_sources(args))
     for warning in found.warnings:
         warn(warning)
     if found.overwrites:
         warn(f"{args.hub_id} holds {', '.join(found.overwrites)}, which the publication at the end replaces.")
     return found
-
-
-def name_influence_features(validation: list[str]) -> dict[str, Value]:
-    """The columns that scoring will add."""
-    named = [] if validation in ([""], ["validation"]) else [f"influence_{name}" for name in validation]
-    scores = dict.fromkeys(["influence", *named], Value("float64"))
-    return scores | dict.fromkeys(["influence_rank", "num_loss_tokens"], Value("int64"))
 
 
 def check_disk(folder: Path, pool: Dataset, adapter_parameters: int, num_arms: int) -> None:
@@ -250,8 +240,3 @@ def find_sources(args: In2CoreArguments) -> list[str]:
     """Hub ids that the pool comes from."""
     hub_id = find_hub_id(args.pool or "")
     return [] if hub_id is None else [hub_id]
-
-
-def name_coresets(args: In2CoreArguments) -> list[str]:
-    """Split names of the coresets: `coreset_25` for fraction 0.25."""
-    return [f"coreset_{100 * fraction:g}" for fraction in args.fractions]

@@ -29,9 +29,10 @@ from hf_in2core.engine.losses import compute_row_losses
 from hf_in2core.evaluation.judge import TokenAccuracy, TokenPerplexity
 from hf_in2core.influence.config import AUTOCAST_DTYPES, choose_autocast
 from hf_in2core.influence.scorer_files import find_revision
+from hf_in2core.names import NUM_LOSS_TOKENS, PER_QUERY
 from hf_in2core.progress import make_bar
 from hf_in2core.rows.preparation import Preparation, tokenize_rows
-from hf_in2core.rows.scored import add_influence_columns, add_query_column
+from hf_in2core.rows.scored import add_influence_columns, add_list_column
 
 from .parser import Settings
 from .run_folder import quiet_loading, write_json
@@ -261,12 +262,12 @@ def score_with(scorer: InfluenceScorer, pool: Dataset) -> Dataset:
     if state.num_processes > 1:
         columns = {name: gather_object(values) for name, values in columns.items()}
     arrays = {
-        name: np.array(values, dtype=np.int64 if name == "num_loss_tokens" else np.float64)
+        name: np.array(values, dtype=np.int64 if name == NUM_LOSS_TOKENS else np.float64)
         for name, values in columns.items()
     }
-    per_query = arrays.pop("influence_per_query", None)
+    per_query = arrays.pop(PER_QUERY, None)
     scored_pool = add_influence_columns(pool, arrays)
-    return scored_pool if per_query is None else add_query_column(scored_pool, per_query)
+    return scored_pool if per_query is None else add_list_column(scored_pool, PER_QUERY, per_query)
 
 
 def compute_losses(
