@@ -204,7 +204,7 @@ def read_reference(settings: Settings, read_at: list[int], validation_tasks: lis
     args = settings.make(InfluenceConfig, reference=True, output_dir=str(job.folder / "checkpoints"), seed=seed)
     with quiet_loading():
         trainer = make_reference_trainer(
-            job.reference_model, args, job.inputs.pool, job.validation, job.reference_tokenizer
+            job.reference_model, args, job.inputs.pool, job.inputs.validation, job.reference_tokenizer
         )
         preparation = Preparation.from_args(args, job.reference_tokenizer, job.inputs.pool)
         readings = Readings(job, trainer, preparation, seed)

@@ -53,6 +53,6 @@ def make_trainer(
             model=load_model(job.reference_model, args, adapter),
             args=args,
             train_dataset=job.inputs.pool,
-            eval_dataset=job.validation if validation is None else validation,
+            eval_dataset=job.inputs.validation if validation is None else validation,
             processing_class=job.reference_tokenizer,
         )

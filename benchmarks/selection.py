@@ -22,7 +22,7 @@ from hf_in2core import InfluenceConfig  # noqa: E402
 from hf_in2core.engine.losses import compute_row_losses  # noqa: E402
 from hf_in2core.evaluation.judge import compare_arms, compute_confidence_interval  # noqa: E402
 from hf_in2core.pipeline.arguments import In2CoreArguments  # noqa: E402
-from hf_in2core.pipeline.comparison import describe_machine, find_equal_run  # noqa: E402
+from hf_in2core.pipeline.comparison import describe_machine, find_equal_run, plan_arms  # noqa: E402
 from hf_in2core.pipeline.inputs import check_trainable  # noqa: E402
 from hf_in2core.pipeline.job import Job, check  # noqa: E402
 from hf_in2core.pipeline.parser import Settings, make_run_parser  # noqa: E402
@@ -31,6 +31,7 @@ from hf_in2core.pipeline.steps import evaluate_base, read_result, score_pool, tr
 from hf_in2core.pipeline.training import load_model  # noqa: E402
 from hf_in2core.rows.columns import apply_columns  # noqa: E402
 from hf_in2core.rows.sources import hash_rows, hash_value, load_rows  # noqa: E402
+from hf_in2core.selection.coreset import select_positions  # noqa: E402
 
 
 def load_tests(job: Job, more: list[str]) -> dict[str, Dataset]:
@@ -86,7 +87,8 @@ def train_arms(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Train and judge the arms of the methods; returns them, with the `positions` of their rows, and the base."""
     args, tasks, sets = job.args, find_tasks(job), tuple(job.inputs.validation)
-    base = evaluate_base(job, scored)
+    largest = max(arm.fraction for arm in plan_arms(args))
+    base = evaluate_base(job, select_positions(scored, fraction=largest, order="original").tolist())
     base["tests"] = evaluate_on_tests(job, None, tests)
     plan = [
         MethodArm(method, 1.0 if method == "full" else fraction, seed, budget, args.task_column, tasks, sets)
@@ -98,10 +100,11 @@ def train_arms(
     ]
     arms: list[dict[str, Any]] = []
     for number, arm in enumerate(plan, 1):
-        result = train_arm(job, arm, scored, base["steps"])
-        folder = job.folder / "arms" / find_equal_run(arm, args, job.settings.values["max_steps"]).name
+        positions = arm.select(scored)
+        result = train_arm(job, arm, positions, base["steps"])
+        folder = find_equal_run(arm, args, job.settings.values["max_steps"]).find_folder(job.folder)
         result["tests"] = evaluate_on_tests(job, folder, tests)
-        arms.append(result | {"positions": arm.select(scored)})
+        arms.append(result | {"positions": positions})
         say(f"[{number}/{len(plan)}] {arm.name}: {result['rows']} rows, test loss {result['test_loss']:.3f}")
     return arms, base
 

@@ -8,17 +8,19 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets, load_from_disk  # noqa: E402
 
-from hf_in2core import InfluenceConfig, InfluenceTrainer, select_coreset  # noqa: E402
+from hf_in2core import InfluenceConfig, InfluenceTrainer  # noqa: E402
 from hf_in2core.evaluation.judge import compute_auc  # noqa: E402
-from hf_in2core.pipeline.comparison import Arm, read_influence  # noqa: E402
+from hf_in2core.names import INFLUENCE, NUM_LOSS_TOKENS, name_set_column  # noqa: E402
+from hf_in2core.pipeline.comparison import Arm  # noqa: E402
 from hf_in2core.pipeline.job import Job  # noqa: E402
 from hf_in2core.pipeline.run_folder import quiet_loading, say, write_json, written_folder  # noqa: E402
 from hf_in2core.pipeline.steps import read_result  # noqa: E402
 from hf_in2core.pipeline.training import load_model  # noqa: E402
 from hf_in2core.rows.preparation import Preparation  # noqa: E402
+from hf_in2core.rows.scored import read_query_scores, read_scores  # noqa: E402
 from hf_in2core.rows.sources import hash_value  # noqa: E402
 from hf_in2core.selection.baselines import add_bm25, add_ifd, add_loss, add_rds, select_length_matched  # noqa: E402
-from hf_in2core.selection.coreset import take_round_robin  # noqa: E402
+from hf_in2core.selection.coreset import select_positions, take_round_robin  # noqa: E402
 
 
 ESTIMATORS = {"gradient_dot": "dot", "gradient_cosine": "cosine"}
@@ -53,8 +55,9 @@ class MethodArm(Arm):
     tasks: tuple[str, ...] = ()
     sets: tuple[str, ...] = ()
 
-    def select(self, scored: Dataset, strategy: str = "top") -> list[int]:
-        column, strategy, _, _ = METHODS[self.arm]  # in place of the run's own
+    def select(self, scored: Dataset) -> list[int]:
+        """Positions of its rows in the pool, ascending."""
+        column, strategy, _, _ = METHODS[self.arm]
         if strategy in ("oracle", "right"):
             if strategy == "right":
                 ours = np.flatnonzero(~np.array(scored[column]))
@@ -62,15 +65,14 @@ class MethodArm(Arm):
                 ours = np.flatnonzero(np.isin(np.array(scored[self.task_column], dtype=str), self.tasks))
             count = min(round(self.fraction * len(scored)), len(ours))
             return sorted(np.random.default_rng(self.seed).choice(ours, count, replace=False).tolist())
-        sets = [f"influence_{name}" for name in self.sets] if strategy == "round_robin" else []
-        names = list(dict.fromkeys([column, "num_loss_tokens", *sets]))
-        numbered = scored.select_columns(names).add_column("row", np.arange(len(scored)))
         if strategy == "length":
-            chosen = select_length_matched(numbered, fraction=self.fraction, seed=self.seed)
-        else:
-            options: dict[str, Any] = {"column": column, "strategy": strategy, "order": "original", "seed": self.seed}
-            chosen = select_coreset(numbered, fraction=self.fraction, **options)
-        return chosen.with_format(None)["row"][:]
+            numbered = scored.select_columns([column, NUM_LOSS_TOKENS]).add_column("row", np.arange(len(scored)))
+            return select_length_matched(numbered, fraction=self.fraction, seed=self.seed)["row"][:]
+        if strategy == "round_robin":
+            # Of the columns that are called like those of a validation set, some hold other estimators.
+            scored = scored.select_columns([column, *map(name_set_column, self.sets)])
+        options: dict[str, Any] = {"column": column, "strategy": strategy, "order": "original", "seed": self.seed}
+        return select_positions(scored, fraction=self.fraction, **options).tolist()
 
 
 def add_estimator(job: Job, adapter: str, scored: Dataset, estimator: str, per_row: bool) -> Dataset:
@@ -81,18 +83,16 @@ def add_estimator(job: Job, adapter: str, scored: Dataset, estimator: str, per_r
             model=load_model(job.reference_model, influence_args, adapter),
             args=influence_args,
             train_dataset=job.inputs.pool,
-            eval_dataset=job.validation,
+            eval_dataset=job.inputs.validation,
             processing_class=job.reference_tokenizer,
         )
     trainer.fit_influence(per_example=per_row)
     found = trainer.score_influence()
     if not per_row:
         return scored.add_column(f"influence_{ESTIMATORS[estimator]}", found["influence"][:])
-    per_query = found.with_format("numpy")["influence_per_query"][:]
-    rows = np.flatnonzero(~np.isnan(read_influence(found)))
+    rows = np.flatnonzero(~np.isnan(read_scores(found, INFLUENCE)))
     turns = np.full(len(found), np.nan)
-    scores = np.stack([np.asarray(per_query[row], dtype=np.float64) for row in range(len(found))]).T
-    turns[take_round_robin(rows, len(rows), scores)] = np.arange(len(rows))
+    turns[take_round_robin(rows, len(rows), read_query_scores(found))] = np.arange(len(rows))
     return scored.add_column("turns_rank" if estimator == "datainf" else f"turns_{ESTIMATORS[estimator]}_rank", turns)
 
 

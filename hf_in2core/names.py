@@ -1,5 +1,6 @@
 """Names that stand in data: columns of influence, sets, arms, budgets, strategies, and what a coreset is called."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -12,6 +13,7 @@ RESERVED_SET_NAMES = ("rank", "per_query", "per_checkpoint", "")
 
 # --- sets of rows ---
 
+POOL = "pool"
 # The name of a validation set that was given none.
 VALIDATION = "validation"
 
@@ -78,3 +80,20 @@ def name_coreset(fraction: float, arm: str = "coreset") -> str:
     `coreset_25` for a quarter, `random_12.5` for an eighth at random; `full` has no share in its name.
     """
     return arm if arm == "full" else f"{arm}_{100 * fraction:g}"
+
+
+def parse_coreset(name: str) -> tuple[str, float | None]:
+    """
+    The arm and the fraction that a name says; no fraction where it names none in (0, 1].
+
+    `("coreset", 0.25)` for `coreset_25`, `("full", 1.0)` for `full`, `("by_hand", None)` for `by_hand`.
+    """
+    arm, _, percent = name.rpartition("_")
+    if arm and re.fullmatch(r"\d+(\.\d+)?", percent) and 0 < float(percent) <= 100:
+        return arm, float(percent) / 100
+    return name, 1.0 if name == "full" else None
+
+
+def describe_set(validation_set: str) -> str:
+    """A validation set in words, for `the … set`: `validation math`; `validation` where it was given no name."""
+    return VALIDATION if validation_set == VALIDATION else f"{VALIDATION} {validation_set}"

@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 from scipy.stats import spearmanr
 
-from hf_in2core.selection.coreset import read_query_scores
+from hf_in2core.rows.scored import read_query_scores
 
 
 MIN_QUERIES, MIN_ROWS, MAX_ROWS = 10, 30, 10_000

@@ -17,7 +17,7 @@ from hf_in2core.engine.scoring import TopRows
 from hf_in2core.evaluation.intervals import MIN_PAIRS, compute_rank_correlation
 from hf_in2core.influence.config import AUTOCAST_DTYPES
 from hf_in2core.rows.preparation import find_shared_rows
-from hf_in2core.selection.coreset import read_query_scores, read_scores
+from hf_in2core.rows.scored import read_query_scores, read_scores
 from hf_in2core.selection.similarities import compute_bm25_similarities, compute_rds_similarities, decode_rows
 
 

@@ -17,7 +17,9 @@ from huggingface_hub.utils import HfHubHTTPError
 from hf_in2core.hub.checks import check_can_push, check_names, get_data_folder
 from hf_in2core.hub.commits import Head, Publication, is_main_process, list_folder, publish_files, refuse_secrets
 from hf_in2core.hub.state import call_with_retries, check_inside, get_status
+from hf_in2core.names import INFLUENCE, VALIDATION
 from hf_in2core.selection.coreset import select_coreset
+from hf_in2core.selection.record import Coreset
 
 from .composer import (
     CARD,
@@ -48,7 +50,7 @@ def push_influence_dataset(
     repo_id: str,
     scored: Dataset,
     *,
-    coresets: Mapping[str, Dataset | Mapping[str, Any]] | None = None,
+    coresets: Mapping[str, Dataset | Coreset | Mapping[str, Any]] | None = None,
     scorer: SavesItself | str | Path | None = None,
     report: str | Path | None = None,
     validation: Dataset | Mapping[str, Dataset] | None = None,
@@ -83,10 +85,11 @@ def push_influence_dataset(
             Dataset repository, `"user/name"`; created when it does not exist.
         scored (`datasets.Dataset`):
             The annotated pool: its own columns and `influence` (float; null or NaN where a row carries no loss).
-        coresets (`Mapping[str, datasets.Dataset | Mapping]`, *optional*):
-            Split name → rows with the pool's columns, or the arguments of [`select_coreset`] that choose them, as in
-            `{"coreset_50": {"fraction": 0.5}}`. Random controls and opponents are given here too. The card tells how
-            each was chosen; of rows that are given as they are, as far as their influence shows it.
+        coresets (`Mapping[str, datasets.Dataset | Coreset | Mapping]`, *optional*):
+            Split name → rows with the pool's columns, the arguments of [`select_coreset`] that choose them, as in
+            `{"coreset_50": {"fraction": 0.5}}`, or a [`~selection.record.Coreset`] of a run. Random controls and
+            opponents are given here too. The card tells how each was chosen; of rows that are given as they are, as
+            far as their influence shows it.
         scorer ([`InfluenceScorer`], `str` or `Path`, *optional*):
             The fitted scorer, or the folder it was saved in; published under `scorer/`.
         report (`str` or `Path`, *optional*):
@@ -135,7 +138,7 @@ def push_influence_dataset(
         )
     check_names(["train", *(coresets or {})], config_name)
     splits, records = _choose_splits(scored, coresets or {}, command)
-    sets = {"validation": validation} if isinstance(validation, Dataset) else dict(validation or {})
+    sets = {VALIDATION: validation} if isinstance(validation, Dataset) else dict(validation or {})
     validation_config = "validation" if config_name == "default" else f"{config_name}-validation"
     if sets:
         check_names(sets, validation_config)
@@ -204,7 +207,7 @@ def check_published_columns(head: Head | None, features: Features, splits: Seque
 
 
 def _choose_splits(
-    scored: Dataset, coresets: Mapping[str, Dataset | Mapping[str, Any]], command: str | None
+    scored: Dataset, coresets: Mapping[str, Dataset | Coreset | Mapping[str, Any]], command: str | None
 ) -> tuple[dict[str, Dataset], dict[str, Record]]:
     """Rows of every split, and what is known of how they were chosen."""
     splits, records = {"train": _align_columns("train", scored, scored)}, {"train": Record()}
@@ -212,6 +215,9 @@ def _choose_splits(
         if isinstance(given, Mapping):
             splits[name] = _align_columns(name, select_coreset(scored, **given), scored)
             records[name] = record_choice(given)
+        elif isinstance(given, Coreset):
+            splits[name] = _align_columns(name, given.take_from(scored), scored)
+            records[name] = record_choice(given.arguments)
         else:
             splits[name] = _align_columns(name, given, scored)
             records[name] = recognise_choice(name, splits[name], scored)
@@ -226,9 +232,9 @@ def _align_columns(name: str, dataset: Dataset, scored: Dataset) -> Dataset:
         )
     if len(dataset) == 0:
         raise ValueError(f"{name!r} has no rows, so there is nothing to publish under that name. Leave it out.")
-    if "influence" not in scored.column_names:
+    if INFLUENCE not in scored.column_names:
         raise ValueError(
-            f"The pool has no column 'influence' (it has {', '.join(scored.column_names)}). Score it first, with "
+            f"The pool has no column {INFLUENCE!r} (it has {', '.join(scored.column_names)}). Score it first, with "
             "InfluenceTrainer.score_influence() or dataset.map(scorer, batched=True)."
         )
     if set(dataset.column_names) != set(scored.column_names):

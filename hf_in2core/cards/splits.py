@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from hf_in2core.selection.coreset import read_scores
+from hf_in2core.names import INFLUENCE, parse_coreset
+from hf_in2core.rows.scored import read_scores
 
 from .text import Markdown, escape_markdown, format_code
 
@@ -27,12 +28,11 @@ _CHOICES = {
     "round_robin": "each validation set in turn takes its strongest proponent",
     "round_robin_rows": "each validation row in turn takes its strongest proponent",
 }
-_NAMED_SHARE = re.compile(r"\D+_(\d+(?:\.\d+)?)")
 
 
 def record_choice(arguments: Mapping[str, Any]) -> Record:
     """What is kept of a split that [`select_coreset`] chose: its arguments, the ones that decide always among them."""
-    return {"strategy": "top", "column": "influence", **arguments}
+    return {"strategy": "top", "column": INFLUENCE, **arguments}
 
 
 def recognise_choice(name: str, rows: Dataset, pool: Dataset) -> Record:
@@ -51,7 +51,7 @@ def recognise_choice(name: str, rows: Dataset, pool: Dataset) -> Record:
         `dict`: as of [`record_choice`] where the rows hold the strongest proponents or the strongest opponents of the
         pool and nothing else; empty otherwise.
     """
-    own, scores = np.sort(read_scores(rows, "influence")), np.sort(read_scores(pool, "influence"))
+    own, scores = np.sort(read_scores(rows, INFLUENCE)), np.sort(read_scores(pool, INFLUENCE))
     scores = scores[~np.isnan(scores)]
     if np.isnan(own).any() or len(own) > len(scores):
         return {}
@@ -59,9 +59,8 @@ def recognise_choice(name: str, rows: Dataset, pool: Dataset) -> Record:
     strategy = next((strategy for strategy, end in ends.items() if np.array_equal(own, end)), None)
     if strategy is None:
         return {}
-    match = _NAMED_SHARE.fullmatch(name)
-    share = float(match[1]) / 100 if match else 0.0
-    is_right = round(share * len(scores)) == len(own)
+    _, share = parse_coreset(name)
+    is_right = share is not None and round(share * len(scores)) == len(own)
     return record_choice({"strategy": strategy, **({"fraction": share} if is_right else {"size": len(own)})})
 
 
@@ -91,8 +90,8 @@ def say_choice(record: Mapping[str, Any]) -> Markdown:
     if not isinstance(strategy, str):
         return Markdown("not told by who published it")
     words = _CHOICES.get(strategy, "")
-    column = record.get("column", "influence")
-    if column == "influence":
+    column = record.get("column", INFLUENCE)
+    if column == INFLUENCE:
         words = {"top": "the strongest proponents", "bottom": "the strongest opponents"}.get(strategy, words)
     words = words.format(format_code(str(column)))
     arguments = [f"{key}={value!r}" for key, value in record.items() if key != "command"]

@@ -8,10 +8,9 @@ Coresets and random controls are selected anew as they were (`splits.json`; else
 `random_25`). Negative influence = proponent.
 """
 
-import re
 from typing import Any
 
-from hf_in2core.names import name_coreset
+from hf_in2core.names import VALIDATION, name_coreset, parse_coreset
 from hf_in2core.pipeline.arguments import GrowArguments, describe_command
 from hf_in2core.pipeline.parser import RecipeParser, Settings
 
@@ -140,7 +139,7 @@ def say_agreement(args: GrowArguments, scorer: Any, grown: Any, head: str) -> st
     from hf_in2core.influence.pools import check_fitted_pool
 
     # Every process measures the same, on the same sample.
-    correlation = check_fitted_pool(scorer, grown, load_validation(args, head))
+    correlation = check_fitted_pool(scorer, grown, find_validation(args, head))
     return "" if correlation is None else f" (rank correlation with a refit on a sample: {correlation:.3f})"
 
 
@@ -170,10 +169,11 @@ def choose_splits(
     if fractions is not None:
         named = {name_coreset(fraction): fraction for fraction in fractions}
         return {name: known.get(name, {}) | {"fraction": fraction} for name, fraction in named.items()}
+    parsed = {name: parse_coreset(name) for name in published}
     by_name = {
-        name: {"strategy": "random" if match[1] == "random" else "top", "fraction": float(match[2]) / 100}
-        for name in published
-        if (match := re.fullmatch(r"(coreset|random)_(\d+(?:\.\d+)?)", name)) and 0 < float(match[2]) <= 100
+        name: {"strategy": "random" if arm == "random" else "top", "fraction": fraction}
+        for name, (arm, fraction) in parsed.items()
+        if arm in ("coreset", "random") and fraction is not None
     }
     return {name: (by_name | known)[name] for name in published if name in by_name | known}
 
@@ -189,17 +189,16 @@ def read_scorer_hash(repo_id: str, revision: str | None, prefix: str = "") -> st
     return files[path].sha256 or files[path].blob_id
 
 
-def load_validation(args: GrowArguments, head: str) -> Any:
+def find_validation(args: GrowArguments, head: str) -> Any:
     """The validation sets as they were given, or as they are published beside the pool; `None` where neither is."""
     from datasets import get_dataset_config_names, load_dataset
 
-    from hf_in2core.rows.sources import load_rows, parse_named_sources
+    from hf_in2core.pipeline.inputs import load_validation
+    from hf_in2core.rows.sources import parse_named_sources
 
     if args.validation:
-        named = parse_named_sources(args.validation)
-        sets = {name: load_rows(source, f"validation set {name}".strip()) for name, source in named.items()}
-        return sets[""] if list(sets) == [""] else sets
-    name = "validation" if args.config_name == "default" else f"{args.config_name}-validation"
+        return load_validation(parse_named_sources(args.validation))
+    name = VALIDATION if args.config_name == "default" else f"{args.config_name}-{VALIDATION}"
     if name not in get_dataset_config_names(args.hub_id, revision=head):
         return None
     return dict(load_dataset(args.hub_id, name, revision=head))

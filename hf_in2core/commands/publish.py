@@ -27,6 +27,7 @@ def main(settings: Settings) -> None:
 
     from hf_in2core import push_influence_dataset
     from hf_in2core.hub.commits import check_can_push, is_main_process
+    from hf_in2core.selection.record import describe_choice, take_coresets
 
     args: PublishArguments = settings.arguments
     if not is_main_process():
@@ -35,8 +36,8 @@ def main(settings: Settings) -> None:
     if not (run / "scored").is_dir():
         make_parser().error(f"{run} holds no scored/ folder. Give the output_dir of `in2core run`.")
     fractions = args.fractions if args.fractions is not None else read_fractions(run)
-    names = [name_coreset(fraction) for fraction in fractions]
-    controls = [name_coreset(fraction, "random") for fraction in fractions] if args.random_controls else []
+    arms = ["coreset", "random"] if args.random_controls else ["coreset"]
+    splits = {name_coreset(share, arm): (arm, share) for arm in arms for share in fractions}
     sources = args.source_datasets if args.source_datasets is not None else read_sources(run)
     private = True if args.private else None
     try:
@@ -45,7 +46,7 @@ def main(settings: Settings) -> None:
             revision=args.revision,
             private=private,
             create_pr=args.create_pr,
-            splits=["train", *names, *controls],
+            splits=["train", *splits],
             config_name=args.config_name,
             source_datasets=sources,
         )
@@ -56,15 +57,12 @@ def main(settings: Settings) -> None:
 
     scored = load_from_disk(str(run / "scored"))
     strategy = read_config(run).get("strategy", "top")
-    coresets: dict[str, dict[str, Any]] = {
-        name: {"strategy": strategy, "fraction": share} for name, share in zip(names, fractions, strict=True)
-    }
-    for name, share in zip(controls, fractions, strict=False):
-        coresets[name] = {"strategy": "random", "fraction": share, "seed": args.seed}
+    wanted = {name: describe_choice(arm, share, args.seed, strategy) for name, (arm, share) in splits.items()}
+    coresets = take_coresets(run, scored, dict(wanted.values()))
     published = push_influence_dataset(
         args.hub_id,
         scored,
-        coresets=coresets,
+        coresets={name: coresets[rows] for name, (rows, _) in wanted.items()},
         scorer=run / "scorer" if (run / "scorer").is_dir() else None,
         report=run if has_report(run) else None,
         source_datasets=sources,

@@ -26,8 +26,10 @@ def main(settings: Settings) -> None:
     from hf_in2core.pipeline.analyses import analyse_run
     from hf_in2core.pipeline.comparison import (
         build_results,
+        choose_coresets,
         compute_aucs,
         find_examples,
+        find_headline,
         find_lengths,
         plan_arms,
         write_results,
@@ -60,11 +62,13 @@ def main(settings: Settings) -> None:
     adapter, reference = train_reference(job)
     selection = score_pool(job, adapter, reference)
     scored = load_from_disk(str(job.folder / "scored"))
+    coresets = choose_coresets(args, job.folder, scored)
+    headline = find_headline(args.fractions, coresets)
     named = [name for name in scored.column_names if name in ("id", args.task_column, args.wrong_column)]
     findings: dict[str, Any] = {
         "examples": find_examples(scored, job.inputs.pool, args.columns, job.reference_tokenizer, named)
     }
-    if (lengths := find_lengths(scored, args.fractions, args.strategy)) is not None:
+    if (lengths := find_lengths(scored, headline)) is not None:
         findings["lengths"] = lengths
         if lengths["warning"] is not None:
             warn(lengths["warning"])
@@ -75,11 +79,11 @@ def main(settings: Settings) -> None:
 
     # The targets: the same training on the rows of each arm, judged on the test set.
     plan = plan_arms(args)
-    base = evaluate_base(job, scored)
+    base = evaluate_base(job, max((coresets[arm.rows].positions for arm in plan), key=len))
     arms: list[dict[str, Any]] = []
     results: dict[str, Any] = {}
     for arm in plan:
-        result = train_arm(job, arm, scored, base["steps"])
+        result = train_arm(job, arm, coresets[arm.rows].positions, base["steps"])
         arms.append(result)
         say(
             f"[{len(arms)}/{len(plan)}] {arm.arm}, fraction {arm.fraction:g}, seed {arm.seed}, equal {arm.budget}: "
@@ -87,6 +91,6 @@ def main(settings: Settings) -> None:
             f"test loss {show(result['test_loss'])}"
         )
         results = build_results(settings.values, arms, len(plan), base, selection, findings, args.fractions)
-        write_results(job.folder, results, scored)
+        write_results(job.folder, results, scored, headline)
     if args.hub_id is not None:
-        publish(job, scored)
+        publish(job, scored, coresets)

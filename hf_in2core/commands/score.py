@@ -29,7 +29,13 @@ def main(settings: Settings) -> None:
     from hf_in2core import InfluenceConfig, InfluenceScorer
     from hf_in2core.influence.plan import plan_influence
     from hf_in2core.influence.pools import check_fitted_pool
-    from hf_in2core.pipeline.inputs import check_adapter, check_pool_columns, check_whole_model, load_tokenizer
+    from hf_in2core.pipeline.inputs import (
+        check_adapter,
+        check_pool_columns,
+        check_whole_model,
+        load_tokenizer,
+        load_validation,
+    )
     from hf_in2core.pipeline.run_folder import join_processes, say, written_folder
     from hf_in2core.pipeline.training import compute_influence, make_influence_trainer, score_with
     from hf_in2core.rows.sources import load_rows, parse_named_sources
@@ -40,15 +46,14 @@ def main(settings: Settings) -> None:
     assert args.pool is not None and args.output_dir is not None
     folder = Path(args.output_dir)
     pool = load_rows(args.pool, "pool")
-    sources = parse_named_sources(args.validation or [])
-    validation = {name: load_rows(source, f"validation set {name}".strip()) for name, source in sources.items()}
+    validation = load_validation(parse_named_sources(args.validation or []))
     if args.scorer is not None:
         scorer = InfluenceScorer.from_pretrained(args.scorer)
-        check_pool_columns(pool, list(scorer.config.validation_sets), [])
-        check_fitted_pool(scorer, pool, {name or "validation": rows for name, rows in validation.items()})
+        check_pool_columns(pool, scorer.config.validation_sets, per_query=scorer.config.per_example)
+        check_fitted_pool(scorer, pool, validation)
         scored = score_with(scorer, pool)
     else:
-        check_pool_columns(pool, list(validation), [])
+        check_pool_columns(pool, validation)
         model_args, influence_args = settings.make(ModelConfig, use_peft=True), settings.make(InfluenceConfig)
         assert args.reference_adapter is not None
         check_adapter(args.reference_adapter, model_args.model_name_or_path or "")
@@ -57,7 +62,7 @@ def main(settings: Settings) -> None:
             influence_args,
             args.reference_adapter,
             pool,
-            validation[""] if list(validation) == [""] else validation,
+            validation,
             load_tokenizer(model_args, influence_args),
         )
         if args.dry_run:

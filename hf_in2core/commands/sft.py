@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hf_in2core.names import ARMS, parse_coreset
 from hf_in2core.pipeline.arguments import SftCoresetArguments
 from hf_in2core.pipeline.parser import TRAINING, RecipeParser, Settings
 
@@ -104,14 +105,16 @@ def prepare_card(
     if hub_id is not None:
         split = split or (source.split(":")[-1] if ":" in source else "train")
         results = read_results(read_head(hub_id, repo_type="dataset", revision=revision).read("results.json"))
-    arm = {"coreset": "coreset", "random": "random", "train": "full"}.get((split or "").split("_")[0], "–")
+    arm, share = parse_coreset("full" if split == "train" else split or "")
+    if args.fraction is not None:
+        arm, share = "coreset", args.fraction
     model_name = (args.hub_id or args.output_dir or "").rstrip("/").split("/")[-1]
     render = partial(
         render_target_model_card,
         model_name,
         base_model=args.model_name_or_path or "",
         dataset_id=hub_id or source,
-        run=run | {"arm": "coreset" if args.fraction else arm, "fraction": args.fraction or "–"},
+        run=run | {"arm": arm if arm in ARMS else "–", "fraction": share or "–"},
         results=results,
         split=split,
         dataset_revision=revision if hub_id else None,

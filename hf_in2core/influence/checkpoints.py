@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from datasets import Dataset, List, Value
+from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
@@ -25,8 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_in2core.engine.blocks import read_adapter_settings
 from hf_in2core.names import INFLUENCE, NUM_LOSS_TOKENS, PER_CHECKPOINT, PER_QUERY, RANK
-from hf_in2core.rows.scored import add_influence_columns, add_query_column
-from hf_in2core.selection.coreset import read_query_scores, read_scores
+from hf_in2core.rows.scored import add_influence_columns, add_list_column, read_query_scores, read_scores
 
 
 logger = logging.getLogger(__name__)
@@ -198,7 +196,5 @@ def average_readings(pool: Dataset, readings: list[Dataset], names: list[str], w
     scored = add_influence_columns(pool.remove_columns(replaced), columns)
     if PER_QUERY in names:
         matrices = np.stack([read_query_scores(one).T for one in readings])
-        scored = add_query_column(scored, np.einsum("c,cnq->nq", weights, matrices))
-    values: list[Any] = [None if np.isnan(row).any() else row.tolist() for row in per_checkpoint[INFLUENCE]]
-    feature = List(Value("float64"), length=len(readings))
-    return scored.add_column(PER_CHECKPOINT, values, feature=feature)
+        scored = add_list_column(scored, PER_QUERY, np.einsum("c,cnq->nq", weights, matrices))
+    return add_list_column(scored, PER_CHECKPOINT, per_checkpoint[INFLUENCE])

@@ -14,7 +14,7 @@ from trl.trainer.utils import get_config_model_id
 from hf_in2core.engine.blocks import Blocks, check_not_offloaded, count_elements, find_blocks
 from hf_in2core.engine.forwards import find_checkpointable_layers
 from hf_in2core.engine.passes import Passes
-from hf_in2core.names import RESERVED_SET_NAMES, VALIDATION
+from hf_in2core.names import RESERVED_SET_NAMES, VALIDATION, describe_set
 
 from .config import InfluenceConfig
 
@@ -57,7 +57,9 @@ def _as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
 
 
 def check_adapter_given(model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> None:
-    """Refuse a model without an adapter and without the configuration of one."""
+    """Refuse a model without an adapter and without the configuration of one, or with weights that are elsewhere."""
+    if not isinstance(model, str):
+        check_not_offloaded(model)
     if peft_config is None and not isinstance(model, PeftModel):
         raise ValueError(
             "There is no adapter: influence is taken through one (full fine-tuning is not supported). Pass "
@@ -92,13 +94,14 @@ def check_datasets(
     validation = dict(eval_dataset) if isinstance(eval_dataset, dict) else {VALIDATION: eval_dataset}
     if not validation:
         raise ValueError("`eval_dataset` is an empty dict. Pass at least one validation set.")
-    for name, dataset in {"pool": train_dataset, **validation}.items():
+    sets = [(f"The {describe_set(name)} set", dataset) for name, dataset in validation.items()]
+    for name, dataset in [("The pool", train_dataset), *sets]:
         if not isinstance(dataset, Dataset):
-            raise ValueError(f"The validation set `{name}` is a {type(dataset).__name__}; pass a `datasets.Dataset`.")
+            raise ValueError(f"{name} is a {type(dataset).__name__}; pass a `datasets.Dataset`.")
         if len(dataset) == 0:
-            raise ValueError(f"`{name}` is empty: it has no rows. Check its source or the split's name.")
+            raise ValueError(f"{name} is empty: it has no rows. Check its source or the split's name.")
         if {"image", "images"} & set(dataset.column_names):
-            raise ValueError(f"`{name}` has images: vision models are not supported. Pass text rows.")
+            raise ValueError(f"{name} has images: vision models are not supported. Pass text rows.")
     reserved = set(RESERVED_SET_NAMES) & set(validation)
     if reserved:
         raise ValueError(f"A validation set is named {sorted(reserved)}, which is reserved. Give it another name.")

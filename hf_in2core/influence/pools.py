@@ -15,9 +15,17 @@ from hf_in2core.engine.gradients import GradientRecorder
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.scoring import Directions, score_token_rows
 from hf_in2core.engine.state import hash_prepared
-from hf_in2core.names import is_influence_column
+from hf_in2core.names import (
+    INFLUENCE,
+    NUM_LOSS_TOKENS,
+    PER_CHECKPOINT,
+    PER_QUERY,
+    RANK,
+    VALIDATION,
+    is_influence_column,
+)
 from hf_in2core.rows.preparation import prepare_rows
-from hf_in2core.rows.scored import add_influence_columns, add_query_column
+from hf_in2core.rows.scored import add_influence_columns, add_list_column, read_query_scores, read_scores
 from hf_in2core.rows.sources import find_shared_rows, hash_rows
 
 from .scorer import InfluenceScorer
@@ -50,18 +58,18 @@ def merge_scored(pools: Sequence[Dataset]) -> Dataset:
     """
     first = pools[0]
     own = get_own_columns(first)
-    columns = [name for name in first.column_names if name != "influence_rank"]
+    columns = [name for name in first.column_names if name != RANK]
     parts = [first.select_columns(columns).with_format(None)]
-    known = dict(zip(hash_rows(first.select_columns(own)), _read(first, "influence"), strict=True))
+    known = dict(zip(hash_rows(first.select_columns(own)), read_scores(first, INFLUENCE), strict=True))
     for number, pool in enumerate(pools[1:], start=2):
-        differing = sorted(set(columns) ^ (set(pool.column_names) - {"influence_rank"}))
+        differing = sorted(set(columns) ^ (set(pool.column_names) - {RANK}))
         if differing:
             raise ValueError(
                 f"Pool {number} and the first differ in the columns {', '.join(differing)}, so they do not make one "
                 "pool. Bring its rows into the same columns, and score them with the same scorer."
             )
         pool = pool.select_columns(columns).with_format(None)
-        hashes, influence = hash_rows(pool.select_columns(own)), _read(pool, "influence")
+        hashes, influence = hash_rows(pool.select_columns(own)), read_scores(pool, INFLUENCE)
         is_known = find_shared_rows(hashes, known)
         _check_same_scorer(np.array([known[h] for h in np.array(hashes)[is_known]]), influence[is_known], number)
         if is_known.any():
@@ -70,17 +78,13 @@ def merge_scored(pools: Sequence[Dataset]) -> Dataset:
         parts.append(pool.select(new).cast(parts[0].features))
         known |= {hashes[row]: influence[row] for row in new}
     merged = concatenate_datasets(parts)
-    scores = {name: _read(merged, name) for name in columns if is_influence_column(name)}
-    per_query = merged["influence_per_query"][:] if "influence_per_query" in columns else None
-    for name in ("influence_per_query", "influence_per_checkpoint"):
-        scores.pop(name, None)
-    num_loss_tokens = scores.get("num_loss_tokens")
-    if num_loss_tokens is not None:
-        scores["num_loss_tokens"] = num_loss_tokens.astype(np.int64)
+    lists = (PER_QUERY, PER_CHECKPOINT)
+    scores = {name: read_scores(merged, name) for name in columns if is_influence_column(name) and name not in lists}
+    if NUM_LOSS_TOKENS in scores:
+        scores[NUM_LOSS_TOKENS] = scores[NUM_LOSS_TOKENS].astype(np.int64)
     ranked = add_influence_columns(merged.select_columns(own), scores)
-    if per_query is not None:
-        width = max(len(row) for row in per_query if row is not None)
-        ranked = add_query_column(ranked, np.array([[np.nan] * width if row is None else row for row in per_query]))
+    if PER_QUERY in columns:
+        ranked = add_list_column(ranked, PER_QUERY, read_query_scores(merged).T)
     return ranked
 
 
@@ -135,7 +139,7 @@ def check_fitted_pool(
     Raises:
         ValueError: if `validation` is not what the scorer was fitted with, by names and numbers of rows.
     """
-    sets = {"validation": validation} if isinstance(validation, Dataset) else dict(validation or {})
+    sets = {VALIDATION: validation} if isinstance(validation, Dataset) else dict(validation or {})
     given, stated = {name: len(rows) for name, rows in sets.items()}, dict(scorer.config.validation_sets)
     if sets and given != stated:
         raise ValueError(
@@ -183,12 +187,3 @@ def _measure_agreement(scorer: InfluenceScorer, sample: Dataset, validation: Map
 def _score(scorer: InfluenceScorer, passes: Passes, sample: Dataset, directions: Directions) -> np.ndarray:
     with GradientRecorder(scorer.model, passes.blocks, passes.autocast) as recorder:
         return score_token_rows(passes, recorder, read_token_rows(sample), directions, cosine=False).mean(axis=1)
-
-
-def _read(pool: Dataset, name: str) -> np.ndarray:
-    if name not in pool.column_names:
-        raise ValueError(f"A pool has no column {name!r} (it has {', '.join(pool.column_names)}). Score it first.")
-    if name in ("influence_per_query", "influence_per_checkpoint"):
-        return np.zeros(0)
-    values = pool.with_format(None)[name][:]
-    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)

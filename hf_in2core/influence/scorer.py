@@ -18,7 +18,7 @@ from hf_in2core.engine.gradients import GradientRecorder
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.scoring import average_over_sets, count_queries, score_token_rows
 from hf_in2core.engine.state import hash_adapter, hash_base, hash_json, hash_tensors, write_tensors
-from hf_in2core.names import LOSS_REDUCTIONS, NUM_LOSS_TOKENS, RANK, list_added_columns, list_score_columns
+from hf_in2core.names import LOSS_REDUCTIONS, NUM_LOSS_TOKENS, PER_QUERY, RANK, list_added_columns, list_score_columns
 from hf_in2core.notebook import render_html
 from hf_in2core.rows.preparation import Preparation, hash_template, hash_tokenizer, prepare_batch
 
@@ -190,7 +190,7 @@ class InfluenceScorer:
             columns = self.make_columns(influence, num_loss_tokens)
         else:
             sets = average_over_sets(influence, list(self.config.validation_sets.values()))
-            columns = {**self.make_columns(sets, num_loss_tokens), "influence_per_query": influence}
+            columns = {**self.make_columns(sets, num_loss_tokens), PER_QUERY: influence}
         return {name: column.tolist() for name, column in columns.items()}
 
     @property

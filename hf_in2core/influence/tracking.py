@@ -8,6 +8,7 @@ from transformers import Trainer
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_in2core.engine.fit import FitResult
+from hf_in2core.names import INFLUENCE
 
 
 QUANTILES = {"minimum": 0.0, "quantile_05": 0.05, "median": 0.5, "quantile_95": 0.95, "maximum": 1.0}
@@ -30,7 +31,7 @@ def summarize_influence(columns: Mapping[str, np.ndarray], num_loss_tokens: np.n
         the share of rows below 0 among those that carry loss; and `influence/length_correlation`, the rank correlation
         of influence and loss tokens, where both vary.
     """
-    has_loss = ~np.isnan(columns["influence"])
+    has_loss = ~np.isnan(columns[INFLUENCE])
     statistics = {"influence/rows": float(len(has_loss)), "influence/rows_without_loss": float((~has_loss).sum())}
     if not has_loss.any():
         return statistics
@@ -40,8 +41,8 @@ def summarize_influence(columns: Mapping[str, np.ndarray], num_loss_tokens: np.n
         found |= {"mean": values.mean(), "proponents": (values < 0).mean()}
         statistics |= {f"{name}/{key}": float(value) for key, value in found.items()}
     tokens = num_loss_tokens[has_loss]
-    if np.ptp(tokens) > 0 and np.ptp(columns["influence"][has_loss]) > 0:
-        correlation = spearmanr(columns["influence"][has_loss], tokens).statistic
+    if np.ptp(tokens) > 0 and np.ptp(columns[INFLUENCE][has_loss]) > 0:
+        correlation = spearmanr(columns[INFLUENCE][has_loss], tokens).statistic
         statistics["influence/length_correlation"] = float(correlation)
     return statistics
 

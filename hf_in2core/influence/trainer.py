@@ -25,11 +25,10 @@ from hf_in2core.engine.scoring import run_score_pass
 from hf_in2core.engine.state import hash_json, hash_prepared, open_state
 from hf_in2core.engine.store import GradientStore, choose_store_dtype
 from hf_in2core.engine.verification import verify_gradients
-from hf_in2core.names import NUM_LOSS_TOKENS, VALIDATION, list_added_columns, list_score_columns
+from hf_in2core.names import NUM_LOSS_TOKENS, PER_QUERY, POOL, VALIDATION, list_added_columns, list_score_columns
 from hf_in2core.rows.preparation import Preparation, map_rows
-from hf_in2core.rows.scored import add_influence_columns, add_query_column, make_top_rows, spread
+from hf_in2core.rows.scored import add_influence_columns, add_list_column, make_top_rows, read_scores, spread
 from hf_in2core.rows.trainer_data import check_first_rows, count_loss_tokens, take_over_rows
-from hf_in2core.selection.coreset import read_scores
 
 from .checkpoints import average_readings, compute_checkpoint_weights, kept_adapter, read_checkpoints
 from .checks import (
@@ -127,15 +126,15 @@ class InfluenceTrainer(SFTTrainer):
         self.pool: Dataset = train_dataset  # type: ignore[assignment]
         with stand_in_template(processing_class, args.chat_template_path):
             preparation = Preparation.from_args(args, processing_class, self.pool)
-            mapped = {name: map_rows(rows, preparation) for name, rows in {"": self.pool, **validation}.items()}
+            mapped_pool = map_rows(self.pool, preparation)
+            mapped = {name: map_rows(rows, preparation) for name, rows in validation.items()}
         args = copy(args)  # the mapped rows carry their text in `text`; the caller's arguments stay as they are
         args.dataset_text_field = "text"
-        mapped_validation = {name: mapped[name] for name in validation}
         super().__init__(
             model=model,
             args=args,
-            train_dataset=mapped[""],
-            eval_dataset=mapped_validation if isinstance(eval_dataset, dict) else mapped_validation[VALIDATION],
+            train_dataset=mapped_pool,
+            eval_dataset=mapped if isinstance(eval_dataset, dict) else mapped[VALIDATION],
             processing_class=processing_class,
             **kwargs,
         )
@@ -149,7 +148,7 @@ class InfluenceTrainer(SFTTrainer):
             chat_template=self.chat_template,
         )
         trained = self.eval_dataset if isinstance(self.eval_dataset, dict) else {VALIDATION: self.eval_dataset}
-        self.prepared_pool = self._take_over(self.train_dataset, mapped.pop(""), "pool")
+        self.prepared_pool = self._take_over(self.train_dataset, mapped_pool, POOL)
         check_first_rows(self.pool, self.prepared_pool, self.preparation)
         self.prepared_validation = {
             name: self._take_over(trained[name], rows, f"validation set `{name}`") for name, rows in mapped.items()
@@ -372,7 +371,7 @@ class InfluenceTrainer(SFTTrainer):
         statistics = summarize_influence(named, num_loss_tokens)
         report(self, statistics | {"influence/score_seconds": time.perf_counter() - started})
         if scores.per_query is not None:
-            scored = add_query_column(scored, spread(scores.per_query, rows, len(pool)))
+            scored = add_list_column(scored, PER_QUERY, spread(scores.per_query, rows, len(pool)))
         self.top_rows = None
         if scores.top is not None:
             self.top_rows = make_top_rows(scores.top, self.prepared_validation)

@@ -15,6 +15,7 @@ from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.analysis.coverage import compute_coverage, correlate_coverage
 from hf_in2core.analysis.layers import choose_layers, compute_layer_scores
 from hf_in2core.evaluation.intervals import MIN_PAIRS
+from hf_in2core.names import NUM_LOSS_TOKENS, POOL, describe_set
 from hf_in2core.rows.columns import apply_columns
 
 from .arguments import ANALYSES
@@ -54,8 +55,8 @@ def analyse_run(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, 
     }
     findings: dict[str, Any] = {}
     for name in ANALYSES:
-        judges = ["test"] if name == "coverage" else [key for key in job.identities if key.startswith("validation")]
-        inputs = {key: job.identities[key] for key in ["pool", *judges]}
+        judges = ["test"] if name == "coverage" else map(describe_set, job.inputs.validation)
+        inputs = {key: job.identities[key] for key in [POOL, *judges]}
         sizes = (PILOT_ROWS, LAYER_BUDGET) if name == "layers" else (MAX_TEST_ROWS, TOP_K)
         identity = job.identify(True, InfluenceConfig, reference["identity"], inputs, name, sizes)
         path = job.folder / "analyses" / f"{name}.json"
@@ -92,7 +93,7 @@ def make_trainer(job: Job, adapter: str, name: str) -> InfluenceTrainer:
             )
         queries: Any = job.inputs.test.select(choose_test_rows(job))
     else:
-        queries = job.validation
+        queries = job.inputs.validation
     inputs = (job.inputs.pool, queries, job.reference_tokenizer)
     return make_influence_trainer(job.reference_model, influence_args, adapter, *inputs)
 
@@ -157,7 +158,7 @@ def list_least_covered(job: Job, coverage: Dataset, rows: np.ndarray) -> list[di
             "row": int(rows[position]),
             "coverage": entry["coverage_top_k"],
             "loss": entry["loss"],
-            "num_loss_tokens": entry["num_loss_tokens"],
+            NUM_LOSS_TOKENS: entry[NUM_LOSS_TOKENS],
             "text": render_text(text, job.reference_tokenizer),
             "proponents": [
                 {"row": row, "influence": influence}

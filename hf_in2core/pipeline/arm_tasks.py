@@ -133,9 +133,8 @@ def find_folders(run: Path, args: EvaluateArguments, run_args: In2CoreArguments,
             + (f" with the seeds {', '.join(map(str, args.seeds))}" if args.seeds else "")
             + ". Give others with --arms or --seeds."
         )
-    folders = {
-        arm.name: run / "arms" / arm.name for arm in (find_arm(entry, run_args, max_steps) for entry in entries)
-    }
+    arms = [find_arm(entry, run_args, max_steps) for entry in entries]
+    folders = {arm.name: arm.find_folder(run) for arm in arms}
     for folder in [run / "arms" / "base", *folders.values()]:
         needed = "result.json" if folder.name == "base" else "adapter_config.json"
         if not (folder / needed).is_file():
@@ -158,6 +157,6 @@ def merge_tasks(run: Path, run_args: In2CoreArguments, max_steps: int) -> None:
     if tasks := read_tasks(run / "arms" / "base"):
         results["base"] = (results.get("base") or {}) | {"tasks": tasks}
     for entry in results["arms"]:
-        if tasks := read_tasks(run / "arms" / find_arm(entry, run_args, max_steps).name):
+        if tasks := read_tasks(find_arm(entry, run_args, max_steps).find_folder(run)):
             entry["tasks"] = tasks
     write_json(run / "results.json", results)

@@ -14,19 +14,20 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hf_in2core import select_coreset
 from hf_in2core.evaluation.judge import compute_auc, judge
+from hf_in2core.names import INFLUENCE, NUM_LOSS_TOKENS, RANK, name_coreset
 from hf_in2core.report.run import RESULTS_VERSION
 from hf_in2core.report.terminal import plot_arms, plot_influence, plot_length, print_results, write_report
 from hf_in2core.rows.columns import apply_columns
+from hf_in2core.rows.scored import read_scores
 from hf_in2core.selection.lengths import MIN_ROWS, compare_lengths
+from hf_in2core.selection.record import Coreset, describe_choice, take_coresets
 
 from .arguments import In2CoreArguments, describe_command
 from .run_folder import write_json
 
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
-STRATEGIES = {"full": "top", "random": "random", "opponents": "bottom"}
 NUM_EXAMPLES = 10
 LONGEST_TEXT = 2000
 
@@ -42,21 +43,18 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """Name of its folder."""
-        return f"{self.budget}-{self.arm}-{self.fraction:g}-{self.seed}"
+        """Its rows, the budget that it has and its seed: `coreset_25-steps-seed0`."""
+        return f"{name_coreset(self.fraction, self.arm)}-{self.budget}-seed{self.seed}"
 
-    def select(self, scored: Dataset, strategy: str = "top") -> list[int]:
-        """
-        Positions of the rows it trains on, in the pool's order; the full arm has all rows that carry loss.
+    @property
+    def rows(self) -> str:
+        """What the rows that it trains on are called in the run's record."""
+        return describe_choice(self.arm, self.fraction, self.seed)[0]
 
-        `strategy` is that of the coreset; the other arms have their own.
-        """
-        named = [name for name in scored.column_names if name.startswith("influence")]
-        numbered = scored.select_columns(named).add_column("row", np.arange(len(scored)))
-        strategy = strategy if self.arm == "coreset" else STRATEGIES[self.arm]
-        return select_coreset(
-            numbered, fraction=self.fraction, strategy=strategy, order="original", seed=self.seed
-        ).with_format(None)["row"][:]
+    def find_folder(self, run: Path) -> Path:
+        """Where its adapter is, or will be; version 0.1 called the folder otherwise."""
+        before = run / "arms" / f"{self.budget}-{self.arm}-{self.fraction:g}-{self.seed}"
+        return before if before.is_dir() else run / "arms" / self.name
 
 
 def plan_arms(args: In2CoreArguments) -> list[Arm]:
@@ -69,6 +67,14 @@ def plan_arms(args: In2CoreArguments) -> list[Arm]:
         for arm in args.arms
         if arm != "full" or position == 0
     ]
+
+
+def choose_coresets(args: In2CoreArguments, run: Path, scored: Dataset) -> dict[str, Coreset]:
+    """The rows of every arm, and the coreset of every fraction: as they are recorded, or chosen now and recorded."""
+    arms = [Arm("coreset", fraction, 0, "") for fraction in args.fractions] + plan_arms(args)
+    wanted = dict(describe_choice(arm.arm, arm.fraction, arm.seed, args.strategy) for arm in arms)
+    # Every process chooses alike, so none waits for another.
+    return take_coresets(run, scored, wanted, renew=True, write=PartialState().is_main_process)
 
 
 def find_equal_run(arm: Arm, args: In2CoreArguments, max_steps: int) -> Arm:
@@ -104,7 +110,7 @@ def build_results(
     }
 
 
-def write_results(run: Path, results: dict[str, Any], scored: Dataset) -> None:
+def write_results(run: Path, results: dict[str, Any], scored: Dataset, coreset: Coreset | None) -> None:
     """Write `results.json`, and when the comparison is complete print it, draw it and write the page of it."""
     if not PartialState().is_main_process:
         return
@@ -115,25 +121,27 @@ def write_results(run: Path, results: dict[str, Any], scored: Dataset) -> None:
     if find_spec("matplotlib") is None:
         print("No pictures: matplotlib is not installed (`pip install hf-in2core[report]`).")
     else:
-        draw_results(run, results, scored)
+        draw_results(run, results, scored, coreset)
     print(f"Report: {write_report(run)}")
 
 
-def draw_results(run: Path, results: dict[str, Any], scored: Dataset) -> None:
-    """Draw the arms of a complete comparison, and the influence of the pool, also against the length of its rows."""
+def draw_results(run: Path, results: dict[str, Any], scored: Dataset, coreset: Coreset | None) -> None:
+    """
+    Draw the arms of a complete comparison, and the influence of the pool, also against the length of its rows.
+
+    `coreset` is that of the headline; `None` where all rows are kept.
+    """
     plot_arms(results, run / "arms.png")
-    headline = next((fraction for fraction in results["config"]["fractions"] if fraction < 1), None)
-    # Only the coreset of the smallest influence ends at a cut.
-    cut = None
-    if headline is not None and results["config"]["strategy"] == "top":
-        cut = max(select_coreset(scored, fraction=headline)["influence"])
-    influence = read_influence(scored)
-    plot_influence(influence, run / "influence.png", cut=cut)
+    influence = read_scores(scored, INFLUENCE)
     kept = np.zeros(len(scored), dtype=bool)
-    if headline is not None:
-        kept[Arm("coreset", headline, 0, "").select(scored, results["config"]["strategy"])] = True
+    cut = None
+    if coreset is not None:
+        kept[coreset.positions] = True
+        # Only the coreset of the smallest influence ends at a cut.
+        cut = float(influence[kept].max()) if coreset.arguments["strategy"] == "top" else None
+    plot_influence(influence, run / "influence.png", cut=cut)
     carries_loss = np.isfinite(influence)
-    lengths = np.array(scored.with_format(None)["num_loss_tokens"][:])
+    lengths = read_scores(scored, NUM_LOSS_TOKENS)
     plot_length(influence[carries_loss], lengths[carries_loss], kept[carries_loss], run / "influence_by_length.png")
 
 
@@ -174,14 +182,14 @@ def find_examples(
     Returns:
         `dict`: `proponents` (influence below 0), the strongest first, and `opponents` (above 0), the strongest first.
     """
-    influence = read_influence(scored)
+    influence = read_scores(scored, INFLUENCE)
     order = np.argsort(influence, kind="stable")[: int((~np.isnan(influence)).sum())]
     # Among the last of a pool that helps throughout there are proponents too.
     found = {
         "proponents": order[influence[order] < 0][:NUM_EXAMPLES],
         "opponents": order[influence[order] > 0][::-1][:NUM_EXAMPLES],
     }
-    shown = ["influence", "influence_rank", "num_loss_tokens", *extra]
+    shown = [INFLUENCE, RANK, NUM_LOSS_TOKENS, *extra]
     examples: dict[str, list[dict[str, Any]]] = {}
     for name, positions in found.items():
         if len(positions) == 0:  # a dataset without rows has no columns left to map
@@ -235,7 +243,7 @@ def compute_aucs(
         `dict`: `auc`, by kind of row and score (0.5 = chance; influence as a sign of tasks of interest is taken
         negative, and of wrong answers positive; the loss likewise low and high), and `auc_rows`, how many there are.
     """
-    influence = read_influence(scored)
+    influence = read_scores(scored, INFLUENCE)
     everything = np.ones(len(scored), dtype=bool)
     interest = everything
     if task_column is not None:
@@ -248,7 +256,7 @@ def compute_aucs(
         counts[kind] = int(labels[among].sum())
         auc[kind] = {
             name: compute_auc(sign * scores[among], labels[among])
-            for name, scores in (("influence", influence), ("loss", row_losses))
+            for name, scores in ((INFLUENCE, influence), ("loss", row_losses))
         }
 
     if task_column is not None:
@@ -261,15 +269,13 @@ def compute_aucs(
     return {"auc": auc, "auc_rows": counts}
 
 
-def find_lengths(scored: Dataset, fractions: list[float], strategy: str) -> dict[str, Any] | None:
+def find_headline(fractions: list[float], coresets: dict[str, Coreset]) -> Coreset | None:
+    """The coreset that the run is about: of the first fraction below 1."""
+    return next((coresets[name_coreset(fraction)] for fraction in fractions if fraction < 1), None)
+
+
+def find_lengths(scored: Dataset, coreset: Coreset | None) -> dict[str, Any] | None:
     """Lengths of the headline's coreset against the pool's; `None` where the pool is too small to tell."""
-    fraction = next((fraction for fraction in fractions if fraction < 1), None)
-    if fraction is None or int((~np.isnan(read_influence(scored))).sum()) < MIN_ROWS:
+    if coreset is None or coreset.rows_with_loss < MIN_ROWS:
         return None
-    return compare_lengths(scored, select_coreset(scored, fraction=fraction, strategy=strategy))
-
-
-def read_influence(scored: Dataset) -> np.ndarray:
-    """Influence as float64, NaN where a row carries no loss."""
-    values = scored.with_format(None)["influence"][:]
-    return np.array([np.nan if value is None else value for value in values])
+    return compare_lengths(scored, scored.select(coreset.positions))

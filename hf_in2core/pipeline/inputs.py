@@ -1,6 +1,7 @@
 """What a command is given: rows, tokenizers, models, adapters; and everything that can be checked before long work."""
 
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from hf_in2core.engine.blocks import find_blocks
-from hf_in2core.names import VALIDATION, list_added_columns
+from hf_in2core.names import POOL, describe_set, list_added_columns
 from hf_in2core.rows.columns import apply_columns, get_column_names
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.rows.sources import find_shared_rows, hash_rows, hash_value, load_rows
@@ -49,7 +50,7 @@ def load_tokenizer(model_args: ModelConfig, training_args: SFTConfig) -> PreTrai
 
 @dataclass
 class Inputs:
-    """Pool, validation sets by name (`""` for a single one) and test set; raw rows and the hash of each set."""
+    """Pool, validation sets by name and test set; raw rows and the hash of each set, as [`load_inputs`] calls them."""
 
     pool: Dataset
     validation: dict[str, Dataset]
@@ -75,14 +76,12 @@ def load_inputs(
         ValueError: if a set is empty, or nothing is left of it.
     """
     with PartialState().main_process_first():
-        raw = {"pool": load_rows(pool_source, "pool"), "test": load_rows(test_source, "test set")}
-        raw |= {
-            f"validation {name}".strip(): load_rows(source, f"validation set {name}".strip())
-            for name, source in validation_sources.items()
-        }
+        raw = {POOL: load_rows(pool_source, POOL), "test": load_rows(test_source, "test set")}
+        validation = load_validation(validation_sources)
+        raw |= {describe_set(name): rows for name, rows in validation.items()}
         hashes = {name: hash_rows(apply_columns(dataset, columns, tokenizer)) for name, dataset in raw.items()}
-    for name in [*[name for name in raw if name.startswith("validation")], "pool"]:
-        judges = ["test"] if name != "pool" else [other for other in raw if other != "pool"]
+    for name in [*map(describe_set, validation), POOL]:
+        judges = ["test"] if name != POOL else [other for other in raw if other != POOL]
         for other in judges:
             shared = find_shared_rows(hashes[name], hashes[other])
             if not shared.any():
@@ -98,23 +97,29 @@ def load_inputs(
             raw[name] = raw[name].select(keep)
             hashes[name] = [hashes[name][row] for row in keep]
     return Inputs(
-        pool=raw["pool"],
-        validation={name: raw[f"validation {name}".strip()] for name in validation_sources},
+        pool=raw[POOL],
+        validation={name: raw[describe_set(name)] for name in validation},
         test=raw["test"],
         hashes={name: hash_value(hash_rows(dataset)) for name, dataset in raw.items()},
     )
 
 
-def check_pool_columns(pool: Dataset, validation_names: list[str], needed: list[str | None]) -> None:
+def load_validation(sources: dict[str, str]) -> dict[str, Dataset]:
+    """Load the validation sets of [`~hf_in2core.rows.sources.parse_named_sources`] by their names."""
+    return {name: load_rows(source, f"{describe_set(name)} set") for name, source in sources.items()}
+
+
+def check_pool_columns(
+    pool: Dataset, validation_sets: Iterable[str], needed: Sequence[str | None] = (), per_query: bool = False
+) -> None:
     """
     Check the pool's column names.
 
     Raises:
         ValueError: if the pool already has a column that scoring adds, or lacks one that a flag names.
     """
-    added = list_added_columns([name for name in validation_names if name] or [VALIDATION])
     names = get_column_names(pool)
-    clashes = [name for name in added if name in names]
+    clashes = [name for name in list_added_columns(validation_sets, per_query) if name in names]
     if clashes:
         raise ValueError(
             f"The pool already has the column(s) {', '.join(clashes)}. Remove or rename them before scoring."

@@ -7,15 +7,16 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig
 
 from hf_in2core import InfluenceConfig
 from hf_in2core.cards.publish import check_published_columns
 from hf_in2core.hub.commits import PushCheck, check_can_push
-from hf_in2core.names import NUM_LOSS_TOKENS, RANK, VALIDATION, list_score_columns, name_coreset
+from hf_in2core.names import POOL, STRATEGIES_BY_ROW, describe_set, name_coreset
 from hf_in2core.rows.preparation import Preparation, hash_tokenization, tokenize_rows
+from hf_in2core.rows.scored import describe_columns
 from hf_in2core.rows.sources import find_hub_id, hash_value, parse_named_sources
 
 from .arguments import In2CoreArguments
@@ -80,12 +81,6 @@ class Job:
         """The command's own settings."""
         return self.settings.arguments
 
-    @property
-    def validation(self) -> Dataset | dict[str, Dataset]:
-        """Validation sets as InfluenceTrainer takes them."""
-        sets = self.inputs.validation
-        return sets[""] if list(sets) == [""] else sets
-
     def tokenize_pool(self, training_args: InfluenceConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """Tokens and labels of every row of the pool, made once for all models that prepare it alike."""
         preparation = Preparation.from_args(training_args, tokenizer, self.inputs.pool)
@@ -101,7 +96,7 @@ class Job:
 
     def identify_target(self, *extra: Any) -> str:
         """The same for a target: its batches are as large as there are processes, so arms of other runs do not fit."""
-        inputs = [self.identities[name] for name in ("target model", "pool", "test")]
+        inputs = [self.identities[name] for name in ("target model", POOL, "test")]
         return self.identify(False, SFTConfig, inputs, PartialState().num_processes, *extra)
 
 
@@ -130,9 +125,10 @@ def check(settings: Settings) -> Job:
         inputs = load_inputs(
             args.pool, validation_sources, args.test, args.columns, reference_tokenizer, args.drop_overlap
         )
-    check_pool_columns(inputs.pool, list(inputs.validation), [args.task_column, args.wrong_column])
+    needed, per_query = [args.task_column, args.wrong_column], args.strategy in STRATEGIES_BY_ROW
+    check_pool_columns(inputs.pool, inputs.validation, needed, per_query)
     if found is not None:
-        features = Features(dict(inputs.pool.features) | name_influence_features(list(inputs.validation)))
+        features = Features(dict(inputs.pool.features) | describe_columns(list(inputs.validation)))
         check_published_columns(found.head, features, ["train", *map(name_coreset, args.fractions)], "default")
     smallest = min(args.fractions)
     if round(smallest * len(inputs.pool)) == 0:
@@ -140,7 +136,7 @@ def check(settings: Settings) -> Job:
     Preparation.from_args(target_args, target_tokenizer, inputs.pool)
     with quiet_loading():
         for name, rows in inputs.validation.items():
-            check_trainable(rows, f"validation set {name}".strip(), reference_args, reference_tokenizer)
+            check_trainable(rows, f"{describe_set(name)} set", reference_args, reference_tokenizer)
         prepared_test = check_trainable(inputs.test, "test set", target_args, target_tokenizer)
 
     check_model(reference_model, reference_args, for_influence=True)
@@ -181,12 +177,6 @@ def check_hub(args: In2CoreArguments, private: bool | None) -> PushCheck | None:
     if found.overwrites:
         warn(f"{args.hub_id} holds {', '.join(found.overwrites)}, which the publication at the end replaces.")
     return found
-
-
-def name_influence_features(validation: list[str]) -> dict[str, Value]:
-    """The columns that scoring will add."""
-    scores = list_score_columns([name or VALIDATION for name in validation])
-    return dict.fromkeys(scores, Value("float64")) | dict.fromkeys([RANK, NUM_LOSS_TOKENS], Value("int64"))
 
 
 def check_disk(folder: Path, pool: Dataset, adapter_parameters: int, num_arms: int) -> None:

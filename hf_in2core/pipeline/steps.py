@@ -12,9 +12,10 @@ from trl import SFTConfig
 
 from hf_in2core import InfluenceConfig, push_influence_dataset
 from hf_in2core.influence.plan import plan_influence
-from hf_in2core.names import STRATEGIES_BY_ROW, name_coreset
+from hf_in2core.names import POOL, STRATEGIES_BY_ROW, describe_set, name_coreset
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.rows.sources import hash_value
+from hf_in2core.selection.record import Coreset
 
 from .arguments import describe_command
 from .comparison import Arm, find_equal_run, plan_arms
@@ -38,7 +39,7 @@ from .training import (
 def plan_run(job: Job) -> None:
     """Say what influence will take and which trainings surround it; writes nothing."""
     influence_args = job.settings.make(InfluenceConfig, reference=True)
-    inputs = (job.inputs.pool, job.validation, job.reference_tokenizer)
+    inputs = (job.inputs.pool, job.inputs.validation, job.reference_tokenizer)
     if job.args.reference_adapter is not None:
         trainer = make_influence_trainer(job.reference_model, influence_args, job.args.reference_adapter, *inputs)
     else:
@@ -66,7 +67,7 @@ def train_reference(job: Job) -> tuple[str, dict[str, Any]]:
         identity = hash_value([job.identities["reference adapter"], job.identities["reference model"]])
         return args.reference_adapter, {"rows": 0, "loss_tokens": 0, "steps": 0, "seconds": 0.0, "identity": identity}
     folder = job.folder / "reference"
-    hashes = [job.identities[name] for name in ("reference model", "pool")]
+    hashes = [job.identities[name] for name in ("reference model", POOL)]
     identity = job.identify(True, SFTConfig, hashes, args.reference_fraction)
     result = agree(lambda: read_result(folder / "training.json", identity))
     if result is None:
@@ -74,9 +75,8 @@ def train_reference(job: Job) -> tuple[str, dict[str, Any]]:
         influence_args = job.settings.make(InfluenceConfig, reference=True, output_dir=str(checkpoints))
         rows = take_fraction(job.inputs.pool, args.reference_fraction, influence_args.seed)
         with quiet_loading():
-            trainer = make_reference_trainer(
-                job.reference_model, influence_args, rows, job.validation, job.reference_tokenizer
-            )
+            inputs = (rows, job.inputs.validation, job.reference_tokenizer)
+            trainer = make_reference_trainer(job.reference_model, influence_args, *inputs)
         with written_folder(folder) as temporary:
             result = train(trainer, "Reference") | {"identity": identity}
             if PartialState().is_main_process:
@@ -95,10 +95,10 @@ def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, A
     Returns:
         `dict`: the `selection` of `results.json`.
     """
-    sets = {name: job.identities[f"validation {name}".strip()] for name in job.inputs.validation}
+    sets = {name: job.identities[describe_set(name)] for name in job.inputs.validation}
     per_example = job.args.strategy in STRATEGIES_BY_ROW
     identity = job.identify(
-        True, InfluenceConfig, reference["identity"], sets, job.identities["pool"], *(["per example"] * per_example)
+        True, InfluenceConfig, reference["identity"], sets, job.identities[POOL], *(["per example"] * per_example)
     )
     path = job.folder / "selection.json"
     result = agree(lambda: read_result(path, identity))
@@ -110,7 +110,7 @@ def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, A
             influence_args,
             adapter,
             job.inputs.pool,
-            job.validation,
+            job.inputs.validation,
             job.reference_tokenizer,
             per_example,
         )
@@ -124,7 +124,7 @@ def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, A
             "seconds": seconds,
             "reference_seconds": reference["seconds"],
             "rows": len(scored),
-            "validation_rows": {name or "validation": len(rows) for name, rows in job.inputs.validation.items()},
+            "validation_rows": {name: len(rows) for name, rows in job.inputs.validation.items()},
             "reference_rows": reference["rows"],
             "reference_steps": reference["steps"],
             "estimator": influence_args.estimator,
@@ -156,15 +156,17 @@ def compute_reference_losses(job: Job, adapter: str) -> np.ndarray:
     return losses
 
 
-def evaluate_base(job: Job, scored: Dataset) -> dict[str, Any]:
+def evaluate_base(job: Job, positions: list[int]) -> dict[str, Any]:
     """
     Evaluate the target model before any training, and count the steps of the largest arm.
+
+    Args:
+        job ([`Job`]): The run.
+        positions (`list[int]`): Rows of the pool that the largest arm trains on.
 
     Returns:
         `dict`: `steps`, and the loss, perplexity and accuracy on the test set.
     """
-    largest = max(plan_arms(job.args), key=lambda arm: arm.fraction)
-    positions = largest.select(scored, job.args.strategy)
     folder = job.folder / "arms" / "base"
     identity = job.identify_target(positions)
     result = agree(lambda: read_result(folder / "result.json", identity))
@@ -187,14 +189,14 @@ def evaluate_base(job: Job, scored: Dataset) -> dict[str, Any]:
     return result | tasks_of(folder)
 
 
-def train_arm(job: Job, arm: Arm, scored: Dataset, steps: int) -> dict[str, Any]:
+def train_arm(job: Job, arm: Arm, positions: list[int], steps: int) -> dict[str, Any]:
     """
     Train a target on an arm's rows and evaluate it on the test set; keep the adapter and the result.
 
     Args:
         job ([`Job`]): The run.
-        arm ([`Arm`]): Which rows, seed and budget.
-        scored ([`~datasets.Dataset`]): The scored pool.
+        arm ([`Arm`]): Which seed and budget.
+        positions (`list[int]`): Its rows of the pool.
         steps (`int`): Optimiser steps under the budget `steps`.
 
     Returns:
@@ -202,8 +204,7 @@ def train_arm(job: Job, arm: Arm, scored: Dataset, steps: int) -> dict[str, Any]
     """
     max_steps = job.settings.values["max_steps"]
     run = find_equal_run(arm, job.args, max_steps)
-    positions = run.select(scored, job.args.strategy)
-    folder = job.folder / "arms" / run.name
+    folder = run.find_folder(job.folder)
     budget: dict[str, Any] = {"max_steps": steps if run.budget == "steps" else -1}
     identity = job.identify_target(positions, run.seed, budget)
     result = agree(lambda: read_result(folder / "result.json", identity))
@@ -235,20 +236,17 @@ def tasks_of(folder: Path) -> dict[str, Any]:
     return {"tasks": tasks} if tasks else {}
 
 
-def publish(job: Job, scored: Dataset) -> None:
+def publish(job: Job, scored: Dataset, coresets: dict[str, Coreset]) -> None:
     """Push the annotated pool, the coresets, the scorer and the results in one commit, from the main process."""
     args = job.args
     assert args.hub_id is not None and args.pool is not None
     if PartialState().is_main_process:
         say(f"Publishing to {args.hub_id}.")
-        coresets = {
-            name_coreset(fraction): {"strategy": args.strategy, "fraction": fraction} for fraction in args.fractions
-        }
         try:
             push_influence_dataset(
                 args.hub_id,
                 scored,
-                coresets=coresets,
+                coresets={name: coresets[name] for name in map(name_coreset, args.fractions)},
                 scorer=job.folder / "scorer",
                 report=job.folder,
                 source_datasets=find_sources(args),

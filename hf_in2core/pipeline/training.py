@@ -18,6 +18,7 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -29,9 +30,10 @@ from hf_in2core.engine.losses import compute_row_losses
 from hf_in2core.evaluation.judge import TokenAccuracy, TokenPerplexity
 from hf_in2core.influence.config import AUTOCAST_DTYPES, choose_autocast
 from hf_in2core.influence.scorer_files import find_revision
+from hf_in2core.names import NUM_LOSS_TOKENS, PER_QUERY
 from hf_in2core.progress import make_bar
 from hf_in2core.rows.preparation import Preparation, tokenize_rows
-from hf_in2core.rows.scored import add_influence_columns, add_query_column
+from hf_in2core.rows.scored import add_influence_columns, add_list_column
 
 from .parser import Settings
 from .run_folder import quiet_loading, write_json
@@ -110,6 +112,8 @@ def make_trainer(
     args.model_init_kwargs = make_model_kwargs(model_args, training_args)
     # The labels say so already, and TRL would look for conversations.
     args.assistant_only_loss = False
+    # TRL 1.14 draws the adapter without a seed of its own.
+    set_seed(args.seed)
     return SFTTrainer(
         model=model_args.model_name_or_path or "",
         args=args,
@@ -129,6 +133,7 @@ def make_reference_trainer(
 ) -> InfluenceTrainer:
     """The same for the reference model; its construction checks everything that influence will need later."""
     influence_args.model_init_kwargs = make_model_kwargs(model_args, influence_args)
+    set_seed(influence_args.seed)
     return InfluenceTrainer(
         model=model_args.model_name_or_path or "",
         args=influence_args,
@@ -261,12 +266,12 @@ def score_with(scorer: InfluenceScorer, pool: Dataset) -> Dataset:
     if state.num_processes > 1:
         columns = {name: gather_object(values) for name, values in columns.items()}
     arrays = {
-        name: np.array(values, dtype=np.int64 if name == "num_loss_tokens" else np.float64)
+        name: np.array(values, dtype=np.int64 if name == NUM_LOSS_TOKENS else np.float64)
         for name, values in columns.items()
     }
-    per_query = arrays.pop("influence_per_query", None)
+    per_query = arrays.pop(PER_QUERY, None)
     scored_pool = add_influence_columns(pool, arrays)
-    return scored_pool if per_query is None else add_query_column(scored_pool, per_query)
+    return scored_pool if per_query is None else add_list_column(scored_pool, PER_QUERY, per_query)
 
 
 def compute_losses(

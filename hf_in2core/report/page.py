@@ -22,21 +22,23 @@ from markupsafe import Markup
 from scipy.stats import spearmanr
 
 from hf_in2core.evaluation.arms import summarize_tasks
+from hf_in2core.names import list_added_columns
+from hf_in2core.rows.scored import find_set_columns, read_numbers
 
 from .analyses import show_coverage, show_layers
 from .results import show_arms, show_auc, show_comparisons, show_cost, show_provenance, show_verdict
 from .rows import (
+    MAX_SETS,
     Groups,
     Pool,
     choose_rows,
     find_groups,
-    find_set_columns,
     find_text_columns,
     read_cells,
     read_pool,
     summarize_groups,
 )
-from .run import Run, read_numbers, read_run
+from .run import Run, read_run
 from .tokens import choose_mask_rows, compute_masks, find_query_rows
 
 
@@ -246,9 +248,8 @@ def _collect_rows(
     """The rows of the table as the script reads them: a list for each column."""
     scored = run.scored
     assert scored is not None
-    sets = find_set_columns(scored)
-    lists = ("influence_per_query", "influence_per_checkpoint")
-    added = ("influence", "influence_rank", "num_loss_tokens", *lists, *sets)
+    sets = find_set_columns(scored)[:MAX_SETS]
+    added = (*list_added_columns([], per_query=True, per_checkpoint=True), *sets)
     others = [name for name in scored.column_names if name not in added and name not in text_columns]
     cells, cut, limit = read_cells(scored, rows, [*text_columns, *others])
     masks, note = compute_masks(run, scored, pool, choose_mask_rows(pool, rows))

@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset
 
-from hf_in2core.names import list_set_columns
-from hf_in2core.selection.coreset import select_coreset
+from hf_in2core.names import INFLUENCE, NUM_LOSS_TOKENS
+from hf_in2core.rows.scored import read_numbers
+from hf_in2core.selection.record import describe_choice, take_coresets
 
-from .run import Run, is_number, read_numbers
+from .run import Run, is_number
 
 
 MAX_ROWS = 5000
@@ -79,26 +80,28 @@ class Groups:
 
 def read_pool(run: Run, scored: Dataset) -> Pool:
     """Read influence, ranks and lengths of the whole pool, and which coresets have a row."""
-    influence = read_numbers(scored, "influence")
+    influence = read_numbers(scored, INFLUENCE)
     order = np.argsort(influence, kind="stable")[: int(np.isfinite(influence).sum())]
     rank = np.full(len(influence), np.nan)
     rank[order] = np.arange(len(order))
     found = {float(arm["fraction"]) for arm in run.results["arms"] if arm["arm"] == "coreset"}
     fractions = sorted(fraction for fraction in found if 0 < fraction <= 1)
     coreset = np.full(len(influence), np.nan)
-    if len(order):
-        strategy = run.get("config", "strategy") or "top"
-        named = [name for name in scored.column_names if name.startswith("influence")] if strategy != "top" else []
-        numbered = scored.select_columns(named) if named else Dataset.from_dict({"influence": influence})
-        numbered = numbered.add_column("row", np.arange(len(influence)))
-        for fraction in reversed(fractions):
-            if round(fraction * len(order)) > 0:
-                chosen = select_coreset(numbered, fraction=fraction, strategy=strategy)
-                coreset[chosen["row"][:]] = fraction
+    wanted = {
+        fraction: describe_choice("coreset", fraction, strategy=str(run.get("config", "strategy") or "top"))
+        for fraction in reversed(fractions)
+        if round(fraction * len(order)) > 0
+    }
+    try:
+        coresets = take_coresets(run.folder, scored, dict(wanted.values()))
+        for fraction, (name, _) in wanted.items():
+            coreset[coresets[name].positions] = fraction
+    except (ValueError, TypeError) as error:
+        run.notes.append(f"Which rows the coresets have is not shown: {error}")
     headline = run.get("verdict", "fraction")
     if not is_number(headline) or headline not in fractions:
         headline = fractions[0] if fractions else None
-    return Pool(influence, read_numbers(scored, "num_loss_tokens"), rank, coreset, fractions, headline)
+    return Pool(influence, read_numbers(scored, NUM_LOSS_TOKENS), rank, coreset, fractions, headline)
 
 
 def choose_rows(pool: Pool, also: Iterable[int], max_rows: int = MAX_ROWS) -> np.ndarray:
@@ -122,12 +125,6 @@ def choose_rows(pool: Pool, also: Iterable[int], max_rows: int = MAX_ROWS) -> np
     rest = np.setdiff1d(np.arange(num_rows), strongest)
     sample = np.random.default_rng(0).choice(rest, size=min(max_rows - len(strongest), len(rest)), replace=False)
     return np.union1d(np.union1d(strongest, sample), np.fromiter(also, dtype=np.int64))
-
-
-def find_set_columns(scored: Dataset) -> list[str]:
-    """Columns with the influence on each of several validation sets."""
-    found = list_set_columns(scored.column_names)
-    return [name for name in found if getattr(scored.features[name], "dtype", "").startswith("float")][:MAX_SETS]
 
 
 def find_text_columns(run: Run, scored: Dataset) -> list[str]:

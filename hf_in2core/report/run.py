@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 from datasets import Dataset, load_from_disk
 
 
@@ -176,15 +174,3 @@ def read_scored(folder: Path, notes: list[str]) -> Dataset | None:
         notes.append(f"scored/ is not a scored pool: it has no column `influence`, or no rows. {again}")
         return None
     return scored.with_format("arrow")
-
-
-def read_numbers(scored: Dataset, column: str) -> np.ndarray:
-    """A numeric column as float64 of shape `[n]`, null as NaN; all NaN where it is missing or not numeric."""
-    missing = np.full(len(scored), np.nan)
-    if column not in scored.column_names:
-        return missing
-    values = scored.select_columns([column])[:].column(0)
-    if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
-        return missing
-    numbers = values.cast(pa.float64()).to_numpy().astype(np.float64)
-    return np.where(np.isfinite(numbers), numbers, np.nan)

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from hf_in2core.names import PER_QUERY, VALIDATION, is_influence_column
 from hf_in2core.rows.sources import find_hub_id, load_rows, parse_named_sources
 
 from .rows import LIMITS, Pool, _show_cell
@@ -61,7 +62,9 @@ def compute_masks(run: Run, scored: Dataset, pool: Pool, rows: np.ndarray) -> tu
         preparation = Preparation(processing_class=tokenizer, **config.preparation)
     except Exception as error:  # a damaged folder fails in many ways, and the page can do without it
         return {}, f"Which tokens carried loss is not shown: scorer/ cannot be used ({_say(error)})."
-    raw = scored.select_columns([name for name in scored.column_names if not _is_added(name)]).with_format(None)
+    raw = scored.select_columns([name for name in scored.column_names if not is_influence_column(name)]).with_format(
+        None
+    )
     masks: dict[str, list] = {}
     reason = ""
     for start in range(0, len(rows), MASK_CHUNK):
@@ -110,10 +113,6 @@ def split_by_loss(input_ids: Sequence[int], carries_loss: np.ndarray, tokenizer:
     return parts
 
 
-def _is_added(name: str) -> bool:
-    return name == "num_loss_tokens" or name == "influence" or name.startswith("influence_")
-
-
 def _say(error: Exception) -> str:
     """An error in one line that fits a note."""
     line = " ".join(f"{type(error).__name__}: {error}".split())
@@ -131,7 +130,7 @@ def find_query_rows(run: Run, scored: Dataset, notes: list[str]) -> list[dict[st
         `list[dict]`: for each validation row `set`, `row` (its position), `text` (or `None`), `proponents` and
         `opponents` (`[position, influence]`, strongest first).
     """
-    if "influence_per_query" not in scored.column_names:
+    if PER_QUERY not in scored.column_names:
         return []
     try:
         queries, proponents, opponents = _find_strongest(scored)
@@ -142,7 +141,7 @@ def find_query_rows(run: Run, scored: Dataset, notes: list[str]) -> list[dict[st
     texts = _read_validation(run, notes)
     found = []
     for index, query in enumerate(queries):
-        name, row = names[query] if query < len(names) else ("validation", int(query))
+        name, row = names[query] if query < len(names) else (VALIDATION, int(query))
         found.append(
             {
                 "set": name,
@@ -157,7 +156,7 @@ def find_query_rows(run: Run, scored: Dataset, notes: list[str]) -> list[dict[st
 
 def _find_strongest(scored: Dataset) -> tuple[np.ndarray, list, list]:
     """A seeded sample of queries, and the strongest rows of either sign for each; one chunk of the pool at a time."""
-    column = scored.select_columns(["influence_per_query"])
+    column = scored.select_columns([PER_QUERY])
     queries = np.zeros(0, dtype=np.int64)
     values, positions = np.zeros((0, 0)), np.zeros((0, 0), dtype=np.int64)
     for start in range(0, len(scored), QUERY_CHUNK):
@@ -200,8 +199,8 @@ def _read_validation(run: Run, notes: list[str]) -> dict[str, list[str]]:
     try:
         for name, source in parse_named_sources([str(source) for source in sources]).items():
             rows = load_rows(source, "validation set") if find_hub_id(source) is None else None
-            if rows is not None and len(rows) == get_value(sets, name or "validation"):
-                texts[name or "validation"] = [_join_row(row) for row in rows]
+            if rows is not None and len(rows) == get_value(sets, name):
+                texts[name] = [_join_row(row) for row in rows]
     except (OSError, ValueError) as error:
         notes.append(f"The texts of the validation rows are not shown: {_say(error)}")
     return texts

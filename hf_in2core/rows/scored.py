@@ -1,10 +1,24 @@
-"""The columns that scoring adds to a dataset."""
+"""The columns that scoring adds to a dataset, written and read. What is missing is null there and NaN in numpy."""
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 from datasets import Dataset, Features, List, Value
 
-from hf_in2core.engine.scoring import TopRows
+from hf_in2core.names import INFLUENCE, NUM_LOSS_TOKENS, PER_QUERY, RANK, list_added_columns, list_set_columns
+
+
+if TYPE_CHECKING:
+    from hf_in2core.engine.scoring import TopRows
+
+
+# Rows of `influence_per_query` that are hashed at once.
+HASHED_ROWS = 10_000
+
+
+# --- writing ---
 
 
 def add_influence_columns(dataset: Dataset, columns: dict[str, np.ndarray]) -> Dataset:
@@ -20,7 +34,7 @@ def add_influence_columns(dataset: Dataset, columns: dict[str, np.ndarray]) -> D
     Returns:
         [`~datasets.Dataset`]
     """
-    influence = columns["influence"]
+    influence = columns[INFLUENCE]
     carries_loss = ~np.isnan(influence)
     order = np.argsort(influence[carries_loss], kind="stable")
     ranks = np.empty(len(order), dtype=np.int64)
@@ -34,8 +48,8 @@ def add_influence_columns(dataset: Dataset, columns: dict[str, np.ndarray]) -> D
             continue
         values = [None if np.isnan(value) else float(value) for value in column]
         dataset = dataset.add_column(name, values, feature=Value("float64"))
-        if name == "influence":
-            dataset = dataset.add_column("influence_rank", rank_column, feature=Value("int64"))
+        if name == INFLUENCE:
+            dataset = dataset.add_column(RANK, rank_column, feature=Value("int64"))
     return dataset
 
 
@@ -46,15 +60,17 @@ def spread(values: np.ndarray, rows: np.ndarray, num_rows: int) -> np.ndarray:
     return spread_values
 
 
-def add_query_column(dataset: Dataset, influence: np.ndarray) -> Dataset:
+def add_list_column(dataset: Dataset, name: str, influence: np.ndarray) -> Dataset:
     """
-    Add `influence_per_query`: for every row a list of `Q` float64, null where the row carries no loss.
+    Add `influence_per_query` or another column of lists of float64, null where the row carries no loss.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Rows.
+        name (`str`):
+            Name of the column.
         influence (`numpy.ndarray` of shape `[n, Q]`):
-            Influence on every query; negative = proponent.
+            For example influence on every query; negative = proponent.
 
     Returns:
         [`~datasets.Dataset`]
@@ -62,10 +78,10 @@ def add_query_column(dataset: Dataset, influence: np.ndarray) -> Dataset:
     empty = np.isnan(influence).any(axis=1)
     column = pa.FixedSizeListArray.from_arrays(pa.array(influence.ravel()), influence.shape[1], mask=pa.array(empty))
     feature = List(Value("float64"), length=influence.shape[1])
-    return dataset.add_column("influence_per_query", column, feature=feature)
+    return dataset.add_column(name, column, feature=feature)
 
 
-def make_top_rows(top: TopRows, validation: dict[str, Dataset]) -> Dataset:
+def make_top_rows(top: "TopRows", validation: dict[str, Dataset]) -> Dataset:
     """
     The strongest training rows of every validation row as a dataset.
 
@@ -100,3 +116,105 @@ def make_top_rows(top: TopRows, validation: dict[str, Dataset]) -> Dataset:
         }
     )
     return Dataset.from_dict(columns, features=features)
+
+
+def describe_columns(validation_sets: list[str]) -> dict[str, Value]:
+    """The columns with one value per row that scoring adds, and their types."""
+    return {
+        name: Value("int64" if name in (RANK, NUM_LOSS_TOKENS) else "float64")
+        for name in list_added_columns(validation_sets)
+    }
+
+
+# --- reading ---
+
+
+def read_column(scored: Dataset, column: str) -> pa.ChunkedArray:
+    """
+    Read a column, and no other, as arrow.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if column not in scored.column_names:
+        raise ValueError(f"The dataset has no column {column!r} (its columns: {scored.column_names}). Score it first.")
+    # Selecting the column first keeps the others (the texts) on disk; "arrow" is independent of the user's format.
+    return scored.select_columns(column).with_format("arrow")[:].column(column)
+
+
+def is_numeric(kind: pa.DataType) -> bool:
+    """Whether a column of this type can hold scores; one that is null throughout has no other type."""
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)
+
+
+def read_scores(scored: Dataset, column: str) -> np.ndarray:
+    """
+    Read a column of scores as float64 of shape `[rows]`, null as NaN.
+
+    Raises:
+        TypeError: if the column holds no numbers.
+        ValueError: if there is none of that name, or it has infinite values.
+    """
+    values = read_column(scored, column)
+    if not is_numeric(values.type):
+        raise TypeError(f"Column {column!r} holds {values.type}, but scores are numbers. Score the dataset again.")
+    scores = values.cast(pa.float64()).to_numpy().astype(np.float64)
+    infinite = np.flatnonzero(np.isinf(scores))
+    if len(infinite):
+        raise ValueError(
+            f"Column {column!r} is infinite in {len(infinite)} rows (the first is row {infinite[0]}), so they cannot "
+            "be compared with the others. Look at these rows and score the dataset again, or filter them out."
+        )
+    return scores
+
+
+def read_numbers(scored: Dataset, column: str) -> np.ndarray:
+    """Read what is finite of a column, as [`read_scores`] does; all NaN where it is missing or holds no numbers."""
+    values = read_column(scored, column) if column in scored.column_names else None
+    if values is None or not is_numeric(values.type):
+        return np.full(len(scored), np.nan)
+    numbers = values.cast(pa.float64()).to_numpy().astype(np.float64)
+    return np.where(np.isfinite(numbers), numbers, np.nan)
+
+
+def find_set_columns(scored: Dataset) -> list[str]:
+    """The columns with the influence on each of several named validation sets."""
+    features = scored.features
+    return [
+        name
+        for name in list_set_columns(scored.column_names)
+        if isinstance(features[name], Value) and features[name].dtype.startswith("float")
+    ]
+
+
+def read_query_scores(scored: Dataset) -> np.ndarray:
+    """
+    Read `influence_per_query` as float64 of shape `[Q, rows]`; NaN where the row has none.
+
+    Raises:
+        ValueError: if the dataset has no such column.
+    """
+    if PER_QUERY not in scored.column_names:
+        raise ValueError(
+            f"The influence on every validation row needs the column {PER_QUERY}, but the dataset has "
+            f"{scored.column_names}. Call `trainer.fit_influence(per_example=True)` before scoring."
+        )
+    column = read_column(scored, PER_QUERY).combine_chunks()
+    filled = column.is_valid().to_numpy(zero_copy_only=False)
+    values = column.drop_null().flatten().to_numpy(zero_copy_only=False)
+    scores = np.full((len(column), len(values) // max(int(filled.sum()), 1)), np.nan)
+    scores[filled] = values.reshape(int(filled.sum()), -1)
+    return scores.T
+
+
+def hash_scores(scored: Dataset) -> str:
+    """Hash of the influence of every row, all that rows are chosen by: 32 hexadecimal digits."""
+    digest = xxhash.xxh3_128()
+    for name in [INFLUENCE, *find_set_columns(scored)]:
+        digest.update(name.encode())
+        digest.update(read_scores(scored, name).tobytes())
+    if PER_QUERY in scored.column_names:
+        for start in range(0, len(scored), HASHED_ROWS):
+            part = scored.select(range(start, min(start + HASHED_ROWS, len(scored))))
+            digest.update(read_query_scores(part).tobytes())
+    return digest.hexdigest()

@@ -10,6 +10,8 @@ import numpy as np
 import xxhash
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
+from hf_in2core.names import VALIDATION
+
 
 # File suffix -> builder of `datasets.load_dataset`.
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -113,7 +115,7 @@ def _load_from_hub(source: str, revision: str | None) -> Dataset:
     return _take_split(load_dataset(name, config, revision=revision), None)
 
 
-def parse_named_sources(sources: list[str], what: str = "validation") -> dict[str, str]:
+def parse_named_sources(sources: list[str], what: str = VALIDATION) -> dict[str, str]:
     """
     Read `--validation V`, `--validation name=V name2=V2` or `--validation V name2=V2`.
 
@@ -124,8 +126,7 @@ def parse_named_sources(sources: list[str], what: str = "validation") -> dict[st
             Flag, named in errors.
 
     Returns:
-        `dict[str, str]`: source by name; a source without one is called `""` where it is the only one, and `what`
-        beside others.
+        `dict[str, str]`: source by name; a source without one is called `what`.
 
     Raises:
         ValueError: if several sources lack names, or a name is given twice.
@@ -133,14 +134,12 @@ def parse_named_sources(sources: list[str], what: str = "validation") -> dict[st
     named: dict[str, str] = {}
     for source in sources:
         match = None if Path(source).expanduser().exists() else NAMED_SOURCE.fullmatch(source)
-        name, value = (match.group(1), match.group(2)) if match else ("", source)
-        if not name and len(sources) > 1:
-            if what in named:
-                raise ValueError(
-                    f"`--{what}` has {len(sources)} sources, and `{source}` is not the first without a name. Name "
-                    f"them: `--{what} math=data/math.jsonl code=data/code.jsonl`."
-                )
-            name = what
+        name, value = (match.group(1), match.group(2)) if match else (what, source)
+        if not match and what in named:
+            raise ValueError(
+                f"`--{what}` has {len(sources)} sources, and `{source}` is not the first without a name. Name "
+                f"them: `--{what} math=data/math.jsonl code=data/code.jsonl`."
+            )
         if name in named:
             raise ValueError(f"`--{what}` has the name `{name}` twice. Give each source a name of its own.")
         named[name] = value

@@ -22,9 +22,11 @@ from datasets import Dataset, Value
 from torch import nn
 
 from hf_in2core.engine.losses import compute_row_losses
+from hf_in2core.names import NUM_LOSS_TOKENS
 from hf_in2core.rows.preparation import Preparation, prepare_rows
+from hf_in2core.rows.scored import read_scores
 
-from .coreset import select_coreset, take_round_robin
+from .coreset import select_positions, take_round_robin
 from .similarities import compute_bm25_similarities, compute_rds_similarities, import_bm25s
 
 
@@ -256,17 +258,15 @@ def select_length_matched(
     Raises:
         ValueError: as [`select_coreset`], or if there is no `num_loss_tokens`.
     """
-    if "num_loss_tokens" not in scored.column_names:
+    if NUM_LOSS_TOKENS not in scored.column_names:
         raise ValueError(
-            f"The dataset has no column 'num_loss_tokens' to match lengths by (its columns: {scored.column_names}). "
+            f"The dataset has no column {NUM_LOSS_TOKENS!r} to match lengths by (its columns: {scored.column_names}). "
             "Score it first: `trainer.score_influence()`."
         )
-    names = list(dict.fromkeys([column, "num_loss_tokens"]))
-    numbered = scored.select_columns(names).add_column("in2core_position", np.arange(len(scored)))
-    everything = select_coreset(numbered, fraction=1.0, column=column, order="original").with_format("numpy")
-    coreset = select_coreset(numbered, fraction=fraction, size=size, column=column, strategy=strategy)
-    rows, lengths = everything["in2core_position"][:], everything["num_loss_tokens"][:]
-    in_coreset = np.isin(rows, coreset.with_format("numpy")["in2core_position"][:])
+    rows = select_positions(scored, fraction=1.0, column=column, order="original")
+    lengths = read_scores(scored, NUM_LOSS_TOKENS)[rows]
+    coreset = select_positions(scored, fraction=fraction, size=size, column=column, strategy=strategy)
+    in_coreset = np.isin(rows, coreset)
     generator = np.random.default_rng(seed)
     # Equal lengths fall on either side of a border in a random order, not in that of the pool.
     shuffled = generator.permutation(len(rows))

@@ -7,10 +7,10 @@ import operator
 import warnings
 
 import numpy as np
-import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 
-from hf_in2core.names import STRATEGIES, STRATEGIES_BY_ROW, list_set_columns
+from hf_in2core.names import INFLUENCE, PER_QUERY, STRATEGIES, STRATEGIES_BY_ROW
+from hf_in2core.rows.scored import find_set_columns, read_column, read_query_scores, read_scores
 
 from .greedy import take_greedy
 
@@ -25,7 +25,7 @@ def select_coreset(
     fraction: float | None = None,
     size: int | None = None,
     strategy: str = "top",
-    column: str = "influence",
+    column: str = INFLUENCE,
     proponents_only: bool = False,
     group_column: str | None = None,
     group_quota: str = "proportional",
@@ -105,6 +105,35 @@ def select_coreset(
         `ValueError`: a missing column, an option that does not exist or that needs influence where `column` is
             another, a fraction outside (0, 1], more rows asked for than carry loss, or nothing to select from.
     """
+    positions = select_positions(
+        scored,
+        fraction=fraction,
+        size=size,
+        strategy=strategy,
+        column=column,
+        proponents_only=proponents_only,
+        group_column=group_column,
+        group_quota=group_quota,
+        order=order,
+        seed=seed,
+    )
+    return scored.select(positions)
+
+
+def select_positions(
+    scored: Dataset,
+    *,
+    fraction: float | None = None,
+    size: int | None = None,
+    strategy: str = "top",
+    column: str = INFLUENCE,
+    proponents_only: bool = False,
+    group_column: str | None = None,
+    group_quota: str = "proportional",
+    order: str = "influence",
+    seed: int = 0,
+) -> np.ndarray:
+    """[`select_coreset`] where only the positions of the rows are wanted: int64 of shape `[rows kept]`."""
     _check_dataset(scored, column)
     _check_choice("strategy", strategy, STRATEGIES)
     _check_choice("group_quota", group_quota, GROUP_QUOTAS)
@@ -117,7 +146,7 @@ def select_coreset(
     if group_column is not None and group_column not in scored.column_names:
         raise ValueError(f"group_column={group_column!r} is not a column of the dataset: {scored.column_names}.")
     _check_request(fraction, size)
-    if column != "influence" and (proponents_only or strategy.startswith(("round_robin", "greedy"))):
+    if column != INFLUENCE and (proponents_only or strategy.startswith(("round_robin", "greedy"))):
         asked = "proponents_only=True" if proponents_only else f"strategy={strategy!r}"
         raise ValueError(
             f"{asked} needs influence, whose sign means something, but column={column!r} is to select. Leave out one "
@@ -145,7 +174,7 @@ def select_coreset(
             warnings.warn(
                 f"{count} rows were asked for, but only {len(proponents)} of the {len(rows)} rows that carry loss are "
                 f"proponents (influence < 0); proponents_only=True returns these {len(proponents)}.",
-                stacklevel=2,
+                stacklevel=3,
             )
         rows, count = proponents, min(count, len(proponents))
 
@@ -153,7 +182,12 @@ def select_coreset(
     if strategy == "round_robin":
         set_scores = _read_set_scores(scored, rows)
     elif strategy in STRATEGIES_BY_ROW:
-        set_scores = read_query_scores(scored, strategy)
+        if PER_QUERY not in scored.column_names:
+            raise ValueError(
+                f"strategy={strategy!r} needs the column {PER_QUERY}, but the dataset has {scored.column_names}. Call "
+                '`trainer.fit_influence(per_example=True)` before scoring, or use strategy="top".'
+            )
+        set_scores = read_query_scores(scored)
     generator = np.random.default_rng(seed)
     if group_column is None:
         selected = _take(rows, count, strategy, influence, set_scores, generator)
@@ -168,9 +202,7 @@ def select_coreset(
         )
 
     selected = np.sort(selected)
-    if order == "influence":
-        selected = selected[np.argsort(influence[selected], kind="stable")]
-    return scored.select(selected)
+    return selected[np.argsort(influence[selected], kind="stable")] if order == "influence" else selected
 
 
 def _take(
@@ -233,33 +265,9 @@ def _compute_quotas(sizes: list[int], count: int, group_quota: str) -> list[int]
     return quotas
 
 
-def _read_column(scored: Dataset, column: str) -> pa.ChunkedArray:
-    # Selecting the column first keeps the others (the texts) on disk; "arrow" is independent of the user's format.
-    return scored.select_columns(column).with_format("arrow")[:].column(column)
-
-
-def read_scores(scored: Dataset, column: str) -> np.ndarray:
-    """Read a column of scores as float64 of shape `[rows]`, null as NaN."""
-    values = _read_column(scored, column)
-    if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type) or pa.types.is_null(values.type)):
-        raise TypeError(f"Column {column!r} holds {values.type}, but scores are numbers. Score the dataset again.")
-    scores = values.cast(pa.float64()).to_numpy().astype(np.float64)
-    infinite = np.flatnonzero(np.isinf(scores))
-    if len(infinite):
-        raise ValueError(
-            f"Column {column!r} is infinite in {len(infinite)} rows (the first is row {infinite[0]}), so they cannot "
-            "be compared with the others. Look at these rows and score the dataset again, or filter them out."
-        )
-    return scores
-
-
 def _read_set_scores(scored: Dataset, rows: np.ndarray) -> np.ndarray:
     """Read the `influence_<name>` columns of the validation sets as float64 of shape `[Q, pool]`."""
-    names = [
-        name
-        for name in list_set_columns(scored.column_names)
-        if isinstance(feature := scored.features[name], Value) and feature.dtype.startswith("float")
-    ]
+    names = find_set_columns(scored)
     if len(names) < 2:
         raise ValueError(
             f"strategy='round_robin' needs the influence_<name> columns of at least two validation sets, but the "
@@ -277,22 +285,6 @@ def _read_set_scores(scored: Dataset, rows: np.ndarray) -> np.ndarray:
     return set_scores
 
 
-def read_query_scores(scored: Dataset, strategy: str = "round_robin_rows") -> np.ndarray:
-    """Read `influence_per_query` as float64 of shape `[Q, pool]`; NaN where the row has none."""
-    if "influence_per_query" not in scored.column_names:
-        raise ValueError(
-            f"strategy={strategy!r} needs the column influence_per_query, but the dataset has "
-            f"{scored.column_names}. Call `trainer.fit_influence(per_example=True)` before scoring, or use "
-            'strategy="top".'
-        )
-    column = _read_column(scored, "influence_per_query").combine_chunks()
-    filled = column.is_valid().to_numpy(zero_copy_only=False)
-    values = column.drop_null().flatten().to_numpy(zero_copy_only=False)
-    scores = np.full((len(column), len(values) // max(int(filled.sum()), 1)), np.nan)
-    scores[filled] = values.reshape(int(filled.sum()), -1)
-    return scores.T
-
-
 def _read_groups(scored: Dataset, group_column: str, rows: np.ndarray) -> list[np.ndarray]:
     """Split row positions into groups, in the order in which the groups first appear among `rows`."""
     feature = scored.features[group_column]
@@ -302,7 +294,7 @@ def _read_groups(scored: Dataset, group_column: str, rows: np.ndarray) -> list[n
             "strings, integers or booleans."
         )
     # "encode" gives null a code of its own. All chunks of the result share one dictionary.
-    encoded = _read_column(scored, group_column).dictionary_encode(null_encoding="encode")
+    encoded = read_column(scored, group_column).dictionary_encode(null_encoding="encode")
     codes = np.concatenate([chunk.indices.to_numpy(zero_copy_only=False) for chunk in encoded.chunks])[rows]
     _, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
     by_group = np.split(rows[np.argsort(inverse, kind="stable")], np.cumsum(np.bincount(inverse))[:-1])
@@ -324,7 +316,7 @@ def _check_dataset(scored: Dataset, column: str) -> None:
         remedy = (
             "Score it first: `trainer.score_influence()`, or `dataset.map(scorer, batched=True)` with a fitted "
             "InfluenceScorer."
-            if column == "influence"
+            if column == INFLUENCE
             else "Add it first, for example with a function of `hf_in2core.selection.baselines`, or name one of these."
         )
         raise ValueError(f"The dataset has no column {column!r} (its columns: {scored.column_names}). {remedy}")

@@ -5,8 +5,7 @@ from datasets import Dataset
 from scipy.stats import ks_2samp, spearmanr
 
 from hf_in2core.notebook import Lengths
-
-from .coreset import read_scores
+from hf_in2core.rows.scored import read_scores
 
 
 # A coreset whose lengths differ by more is warned of: a gap of 0.25 means that at least a quarter of its rows would

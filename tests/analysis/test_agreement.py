@@ -9,14 +9,15 @@ from helpers import add_trained_adapter, make_model, make_prompt_completion, mak
 from scipy.stats import spearmanr
 
 from hf_in2core.analysis.agreement import measure_agreement
-from hf_in2core.rows.scored import add_query_column
+from hf_in2core.names import PER_QUERY
+from hf_in2core.rows.scored import add_list_column
 
 
 def make_scored(signal: float, num_rows: int = 2000, num_queries: int = 40, seed: int = 0) -> Dataset:
     """Every validation row sees the same signal and noise of its own."""
     generator = np.random.default_rng(seed)
     influence = signal * generator.normal(size=(num_rows, 1)) + generator.normal(size=(num_rows, num_queries))
-    return add_query_column(Dataset.from_dict({"id": range(num_rows)}), influence)
+    return add_list_column(Dataset.from_dict({"id": range(num_rows)}), PER_QUERY, influence)
 
 
 @pytest.mark.parametrize("signal", [0.0, 0.1, 0.3, 1.0])
@@ -38,7 +39,7 @@ def test_rows_without_loss_and_a_seed_change_little() -> None:
     scored = make_scored(0.3)
     matrix = np.array(scored["influence_per_query"])
     matrix[5] = np.nan
-    gappy = measure_agreement(add_query_column(scored.select_columns(["id"]), matrix))
+    gappy = measure_agreement(add_list_column(scored.select_columns(["id"]), PER_QUERY, matrix))
     assert gappy["num_rows"] == 1999
     assert gappy["agreement"] == pytest.approx(measure_agreement(scored)["agreement"], abs=0.01)
     assert measure_agreement(scored, seed=1)["agreement"] == pytest.approx(gappy["agreement"], abs=0.03)
@@ -62,4 +63,4 @@ def test_what_says_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="9 validation rows"):
         measure_agreement(make_scored(1.0, num_queries=9))
     with pytest.raises(ValueError, match="the same influence"):
-        measure_agreement(add_query_column(scored.select_columns(["id"]), np.ones((2000, 12))))
+        measure_agreement(add_list_column(scored.select_columns(["id"]), PER_QUERY, np.ones((2000, 12))))

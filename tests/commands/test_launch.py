@@ -103,7 +103,7 @@ def test_interrupted_and_resumed(inputs: Inputs, finished: Path, tmp_path: Path,
     partial = read_results(tmp_path)
     assert not partial["complete"] and "not finished" in partial["verdict"]["text"]
     kept = stamp(tmp_path)
-    assert any("steps-random-0.25-0/result.json" in name for name in kept)
+    assert any("random_25-steps-seed0/result.json" in name for name in kept)
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=500)
     now = stamp(tmp_path)
     assert all(now[name] == kept[name] for name in kept if "arms" in name or "reference" in name)

@@ -45,7 +45,8 @@ def test_hooks_stay_and_change_nothing(tmp_path, monkeypatch, validation, adapte
         set_peft_model_state_dict(hooked, get_peft_model_state_dict(model))
     trainer = InfluenceTrainer(
         model=hooked,
-        args=make_config(tmp_path / "b", **options),
+        # The default of TRL 1.14 cannot be laid over the hooks of a model without an adapter.
+        args=make_config(tmp_path / "b", loss_type="nll", **options),
         train_dataset=rows,
         eval_dataset=validation,
         processing_class=make_tokenizer(),

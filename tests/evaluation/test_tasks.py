@@ -270,7 +270,7 @@ def test_scores_of_a_run_reach_results_report_and_cards(
     assert without["arms"] == before["arms"] and without["base"] == before["base"]  # nothing else was touched
 
     # The score of an arm is that of its own adapter on the run's target model.
-    folder = next((copied / "arms").glob("steps-coreset-*"))
+    folder = next((copied / "arms").glob("coreset_25-steps-*"))
     flags_of_one = ["--model_name_or_path", str(finished / "model"), "--adapters", str(folder), *flags[2:]]
     run_command("evaluate", *flags_of_one, "--output_dir", str(copied / "alone"))
     alone = json.loads((copied / "alone" / "evaluation.json").read_text(encoding="utf-8"))
@@ -357,7 +357,7 @@ def test_a_run_without_an_adapter_or_arm_is_refused(copied: Path, tasks_folder: 
     flags = ["--run", str(copied), "--tasks", "mmlu", "--include_path", tasks_folder]
     with pytest.raises(ValueError, match="no result of the arms full with the seeds 7"):
         run_command("evaluate", *flags, "--arms", "full", "--seeds", "7")
-    next((copied / "arms").glob("steps-random-*/adapter_config.json")).unlink()
+    next((copied / "arms").glob("random_25-steps-*/adapter_config.json")).unlink()
     with pytest.raises(ValueError, match="holds no adapter_config.json, so this arm cannot be evaluated"):
         run_command("evaluate", *flags)
     with pytest.raises(ValueError, match="holds no results.json"):

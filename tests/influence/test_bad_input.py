@@ -27,9 +27,9 @@ def conversational_tokenizer(template: str = CHAT_TEMPLATE):
 
 
 def test_empty_or_missing_data(tmp_path, pool, validation) -> None:
-    with pytest.raises(ValueError, match="`pool` is empty"):
+    with pytest.raises(ValueError, match="The pool is empty"):
         make_trainer(tmp_path, pool.select([]), validation)
-    with pytest.raises(ValueError, match="`validation` is empty"):
+    with pytest.raises(ValueError, match="The validation set is empty"):
         make_trainer(tmp_path, pool, validation.select([]))
     with pytest.raises(ValueError, match="`eval_dataset` is missing"):
         make_trainer(tmp_path, pool, None)

@@ -147,7 +147,7 @@ def test_several_validation_sets_a_given_adapter_and_another_target(finished: Pa
     assert scored["influence"][:] == pytest.approx(both.mean(0))
     # The same adapter and validation set as in the finished run.
     before = load_from_disk(str(finished / "run" / "scored"))
-    assert scored["influence_reverse"][:] == pytest.approx(before["influence"][:], rel=1e-5)
+    assert scored["influence_reverse"][:] == pytest.approx(before["influence"][:], rel=1e-5, abs=1e-3)
     results = read_results(tmp_path)
     assert results["selection"]["reference_seconds"] == 0
     assert results["selection"]["validation_rows"] == {"reverse": NUM_VALIDATION, "copy": 6}

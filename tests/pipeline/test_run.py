@@ -26,6 +26,8 @@ from recipe_runs import (
 from transformers import AutoModelForCausalLM
 
 from hf_in2core import InfluenceScorer, select_coreset
+from hf_in2core.names import name_coreset
+from hf_in2core.selection.record import read_record
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def test_results_have_every_arm_and_its_figures(finished: Path) -> None:
 
 def test_the_full_arm_is_trained_once_for_both_budgets(finished: Path) -> None:
     names = {path.name for path in (finished / "run" / "arms").iterdir()}
-    assert "steps-full-1-0" in names and "epochs-full-1-0" not in names
+    assert "full-steps-seed0" in names and "full-epochs-seed0" not in names
     full = [arm for arm in read_results(finished)["arms"] if arm["arm"] == "full"]
     assert len(full) == 2 and full[0] | {"budget": "epochs"} == full[1]
 
@@ -89,16 +91,15 @@ def test_test_losses_equal_a_naive_loop(finished: Path) -> None:
     for arm in results["arms"]:
         if arm["arm"] == "full" and arm["budget"] == "epochs":
             continue
-        folder = finished / "run" / "arms" / f"{arm['budget']}-{arm['arm']}-{arm['fraction']:g}-{arm['seed']}"
+        folder = finished / "run" / "arms" / f"{name_coreset(arm['fraction'], arm['arm'])}-{arm['budget']}-seed0"
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(finished / "model"), folder).eval()
         assert arm["test_loss"] == pytest.approx(compute_naive_loss(model, finished, rows)[0], rel=1e-5)
         assert arm["test_loss"] != results["base"]["test_loss"]
 
 
 def test_arms_train_on_the_rows_they_are_named_for(finished: Path) -> None:
-    from hf_in2core.pipeline.comparison import Arm
-
     scored = load_from_disk(str(finished / "run" / "scored"))
+    _, recorded = read_record(finished / "run" / "coresets.json", len(scored))
     base = AutoModelForCausalLM.from_pretrained(finished / "model").eval()
     order = np.argsort(scored["influence"][:])
     expected = {
@@ -109,7 +110,8 @@ def test_arms_train_on_the_rows_they_are_named_for(finished: Path) -> None:
     }
     for arm in read_results(finished)["arms"]:
         rows = expected[arm["arm"]].to_list()
-        positions = Arm(arm["arm"], arm["fraction"], arm["seed"], arm["budget"]).select(scored)
+        name = {"coreset": "coreset_25", "opponents": "opponents_25", "random": "random_25-seed0", "full": "full"}
+        positions = recorded[name[arm["arm"]]].positions
         assert set(scored.select(positions)["id"][:]) == {row["id"] for row in rows}
         assert positions == sorted(positions)
         assert arm["loss_tokens"] == compute_naive_loss(base, finished, rows)[1]
@@ -193,8 +195,8 @@ def test_the_written_config_replays(finished: Path, tmp_path: Path) -> None:
 def test_lost_parts_are_made_again_alike(finished: Path, copied: Callable[..., Path], tmp_path: Path) -> None:
     # As a kill leaves them: an arm half written, a result file cut off, a selection without its mark.
     run = tmp_path / "run"
-    shutil.move(run / "arms" / "steps-coreset-0.25-0", run / "arms" / ".steps-coreset-0.25-0.tmp")
-    cut = run / "arms" / "steps-random-0.25-0" / "result.json"
+    shutil.move(run / "arms" / "coreset_25-steps-seed0", run / "arms" / ".coreset_25-steps-seed0.tmp")
+    cut = run / "arms" / "random_25-steps-seed0" / "result.json"
     cut.write_text(cut.read_text(encoding="utf-8")[:40], encoding="utf-8")
     (run / "selection.json").unlink()
     (run / "results.json").unlink()
@@ -204,8 +206,8 @@ def test_lost_parts_are_made_again_alike(finished: Path, copied: Callable[..., P
     assert after["selection"]["resumed"]
     times, now = stamp(finished), stamp(folder)
     assert {Path(name).parts[2] for name in times if "arms" in name and times[name] != now[name]} == {
-        "steps-coreset-0.25-0",
-        "steps-random-0.25-0",
+        "coreset_25-steps-seed0",
+        "random_25-steps-seed0",
     }
     assert not [path for path in (folder / "run" / "arms").iterdir() if path.name.startswith(".")]
 

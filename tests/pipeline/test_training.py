@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from helpers import CHAT_TEMPLATE, make_config, make_model, make_prompt_completion, make_tokenizer
 from recipe_runs import Inputs, load_command, write_config
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, set_seed
 from trl import ModelConfig, SFTTrainer, get_peft_config
 
 from hf_in2core import InfluenceConfig
@@ -35,7 +36,9 @@ def make_messages(rows: Dataset) -> list[dict[str, Any]]:
 ROWS = make_prompt_completion(24, seed=3)
 # A prompt that fills `max_length`: cut, the row carries no loss.
 LONG = {"id": "long", "prompt": "the cat " * 40, "completion": " sat"}
-TEXTS = Dataset.from_list([{"note": row["prompt"] + row["completion"]} for row in [*ROWS, LONG]])
+# TRL 1.14 appends the end of sequence to the column `text` alone.
+FIELD = "text" if trl.__version__.startswith("1.14.") else "note"
+TEXTS = Dataset.from_list([{FIELD: row["prompt"] + row["completion"]} for row in [*ROWS, LONG]])
 PLAIN = Dataset.from_list([*ROWS, LONG])
 CASES: dict[str, tuple[Dataset, dict[str, Any]]] = {
     "assistant_only": (Dataset.from_list(make_messages(ROWS)), {"assistant_only_loss": True}),
@@ -43,8 +46,8 @@ CASES: dict[str, tuple[Dataset, dict[str, Any]]] = {
     "prompt_completion": (PLAIN, {}),
     "whole_rows": (PLAIN, {"completion_only_loss": False}),
     "keep_end": (PLAIN, {"truncation_mode": "keep_end"}),
-    "text": (TEXTS, {"dataset_text_field": "note"}),
-    "columns": (TEXTS, {"columns": ["text=note"]}),
+    "text": (TEXTS, {"dataset_text_field": FIELD}),
+    "columns": (TEXTS, {"columns": [f"text={FIELD}"]}),
     "packing": (PLAIN, {"packing": True}),
     "wrapped": (PLAIN, {"packing": True, "packing_strategy": "wrapped"}),
     "shuffled": (PLAIN, {"shuffle_dataset": True}),
@@ -65,6 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_sft(model_args: ModelConfig, args: InfluenceConfig, rows: Dataset, tokenizer: Any) -> SFTTrainer:
     """TRL's own trainer on the raw rows."""
     args.model_init_kwargs = make_model_kwargs(model_args, args)
+    set_seed(args.seed)
     return SFTTrainer(
         model=model_args.model_name_or_path or "",
         args=args,

@@ -108,7 +108,7 @@ def test_hub_id_of_a_local_file(tmp_path: Path) -> None:
 
 
 def test_named_sources(tmp_path: Path) -> None:
-    assert parse_named_sources(["a.jsonl"]) == {"": "a.jsonl"}
+    assert parse_named_sources(["a.jsonl"]) == {"validation": "a.jsonl"}
     assert parse_named_sources(["math=a.jsonl", "code=user/repo:test"]) == {
         "math": "a.jsonl",
         "code": "user/repo:test",
@@ -117,7 +117,7 @@ def test_named_sources(tmp_path: Path) -> None:
     # A file whose name looks like a named source is a file.
     path = tmp_path / "lr=1.jsonl"
     path.write_text("{}", encoding="utf-8")
-    assert parse_named_sources([str(path)]) == {"": str(path)}
+    assert parse_named_sources([str(path)]) == {"validation": str(path)}
 
 
 def test_named_sources_refused() -> None:

@@ -1,0 +1,156 @@
+"""Which rows a run's arms have: chosen once from the scored pool, written down as `coresets.json`, and read by all.
+
+What is trained on, published and shown are these rows. The file holds, under one name each (`coreset_25`), the
+arguments of [`select_coreset`] and a list for every fact about the rows, as long as there are rows.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from hf_in2core.names import INFLUENCE, name_coreset
+from hf_in2core.rows.scored import hash_scores, read_scores
+
+from .coreset import select_positions
+
+
+RECORD = "coresets.json"
+RECORD_VERSION = 1
+# The strategy of a coreset is the run's own.
+ARM_STRATEGIES = {"full": "top", "random": "random", "opponents": "bottom"}
+
+
+@dataclass(frozen=True)
+class Coreset:
+    """
+    Rows that were chosen from a scored pool.
+
+    Attributes:
+        arguments (`dict`):
+            Those of [`select_coreset`] that chose them.
+        rows_with_loss (`int`):
+            Rows of the pool that they were chosen from.
+        rows (`dict[str, list]`):
+            What is known of each row, in the order of the pool: `position`, its place in the pool.
+    """
+
+    arguments: dict[str, Any]
+    rows_with_loss: int
+    rows: dict[str, list[Any]]
+
+    @property
+    def positions(self) -> list[int]:
+        """Where its rows stand in the pool, ascending."""
+        return self.rows["position"]
+
+    def take_from(self, scored: Dataset) -> Dataset:
+        """Its rows as [`select_coreset`] returns them: the smallest influence, or value of another column, first."""
+        scores = read_scores(scored, self.arguments.get("column", INFLUENCE))
+        positions = np.array(self.positions)
+        return scored.select(positions[np.argsort(scores[positions], kind="stable")])
+
+
+def describe_choice(arm: str, fraction: float, seed: int = 0, strategy: str = "top") -> tuple[str, dict[str, Any]]:
+    """
+    What an arm's rows are called in the record, and the arguments of [`select_coreset`] that choose them.
+
+    Rows that are drawn have their seed in the name: `random_25-seed0`. `strategy` is that of the arm `coreset`.
+    """
+    name, arguments = name_coreset(fraction, arm), {"strategy": ARM_STRATEGIES.get(arm, strategy), "column": INFLUENCE}
+    if arm == "random":
+        return f"{name}-seed{seed}", arguments | {"fraction": fraction, "seed": seed}
+    return name, arguments | {"fraction": fraction}
+
+
+def take_coresets(
+    run: str | Path,
+    scored: Dataset,
+    wanted: Mapping[str, Mapping[str, Any]],
+    renew: bool = False,
+    write: bool = True,
+) -> dict[str, Coreset]:
+    """
+    Take the recorded coresets of a run; those that are wanted and not recorded are chosen now, and recorded.
+
+    Args:
+        run (`str` or `Path`):
+            Folder of the run.
+        scored ([`~datasets.Dataset`]):
+            Its scored pool.
+        wanted (`Mapping[str, Mapping]`):
+            Name → arguments of [`select_coreset`], as of [`describe_choice`].
+        renew (`bool`, *optional*, defaults to `False`):
+            For the run itself: choose again what was chosen from other scores or by other arguments.
+        write (`bool`, *optional*, defaults to `True`):
+            Whether this process writes, where there is something new. A folder that is only read may be read-only.
+
+    Returns:
+        `dict[str, Coreset]`: all that the record has then, by name.
+
+    Raises:
+        ValueError: if what is recorded was chosen from other scores, or by a newer version; or as
+            [`select_coreset`].
+    """
+    path, scores = Path(run) / RECORD, hash_scores(scored)
+    recorded_from, recorded = read_record(path, len(scored))
+    if recorded and recorded_from != scores:
+        if not renew:
+            raise ValueError(
+                f"{path} holds rows that were chosen from other scores than those in {path.parent / 'scored'}: the "
+                "run was interrupted, or its scores were replaced. Start `in2core run` again into this folder."
+            )
+        recorded = {}
+    coresets = dict(recorded)
+    for name, arguments in wanted.items():
+        if name not in recorded or (renew and recorded[name].arguments != arguments):
+            positions = select_positions(scored, **arguments, order="original").tolist()
+            with_loss = int(np.isfinite(read_scores(scored, arguments["column"])).sum())
+            coresets[name] = Coreset(dict(arguments), with_loss, {"position": positions})
+    if write and coresets != recorded and (renew or os.access(path.parent, os.W_OK)):
+        write_record(path, scores, coresets)
+    return coresets
+
+
+def read_record(path: Path, num_rows: int) -> tuple[str, dict[str, Coreset]]:
+    """
+    Read the scores' hash and the coresets of a `coresets.json`; none where it is missing or damaged.
+
+    Raises:
+        ValueError: if a newer version has written it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format_version"] > RECORD_VERSION:
+            raise ValueError(
+                f"{path} has format version {content['format_version']}, but this hf_in2core reads up to "
+                f"{RECORD_VERSION}. Upgrade: `pip install -U hf-in2core`."
+            )
+        coresets = {name: Coreset(**entry) for name, entry in content["coresets"].items()}
+        valid = all(_is_valid(coreset, num_rows) for coreset in coresets.values())
+        return content["scores"], coresets if valid else {}
+    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        return "", {}
+
+
+def _is_valid(coreset: Coreset, num_rows: int) -> bool:
+    """Whether every row is one of the pool, once and in its order, and every fact is told of all of them."""
+    positions = coreset.positions
+    in_pool = all(type(row) is int and 0 <= row < num_rows for row in positions)
+    in_order = all(first < second for first, second in zip(positions, positions[1:], strict=False))
+    same_length = all(len(values) == len(positions) for values in coreset.rows.values())
+    return bool(positions) and in_pool and in_order and same_length and isinstance(coreset.arguments, dict)
+
+
+def write_record(path: Path, scores: str, coresets: Mapping[str, Coreset]) -> None:
+    """Write a `coresets.json` whole or not at all, a line for each coreset: 7 MB for a million rows."""
+    entries = ",\n".join(f"{json.dumps(name)}: {json.dumps(asdict(coreset))}" for name, coreset in coresets.items())
+    text = f'{{"format_version": {RECORD_VERSION}, "scores": "{scores}", "coresets": {{\n{entries}\n}}}}\n'
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
