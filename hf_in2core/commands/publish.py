@@ -58,7 +58,10 @@ def main(settings: Settings) -> None:
     scored = load_from_disk(str(run / "scored"))
     strategy = read_config(run).get("strategy", "top")
     wanted = {name: describe_choice(arm, share, args.seed, strategy) for name, (arm, share) in splits.items()}
-    coresets = take_coresets(run, scored, dict(wanted.values()))
+    try:
+        coresets = take_coresets(run, scored, dict(wanted.values()))
+    except ValueError as error:
+        make_parser().error(str(error))
     published = push_influence_dataset(
         args.hub_id,
         scored,

@@ -187,16 +187,16 @@ def find_set_columns(scored: Dataset) -> list[str]:
     ]
 
 
-def read_query_scores(scored: Dataset) -> np.ndarray:
+def read_query_scores(scored: Dataset, reader: str = "This") -> np.ndarray:
     """
-    Read `influence_per_query` as float64 of shape `[Q, rows]`; NaN where the row has none.
+    Read `influence_per_query` as float64 of shape `[Q, rows]`, NaN where the row has none; `reader` says who needs it.
 
     Raises:
         ValueError: if the dataset has no such column.
     """
     if PER_QUERY not in scored.column_names:
         raise ValueError(
-            f"The influence on every validation row needs the column {PER_QUERY}, but the dataset has "
+            f"{reader} needs the column {PER_QUERY}, the influence on every validation row, but the dataset has "
             f"{scored.column_names}. Call `trainer.fit_influence(per_example=True)` before scoring."
         )
     column = read_column(scored, PER_QUERY).combine_chunks()

@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 
-from hf_in2core.names import INFLUENCE, PER_QUERY, STRATEGIES, STRATEGIES_BY_ROW
+from hf_in2core.names import INFLUENCE, STRATEGIES, STRATEGIES_BY_ROW
 from hf_in2core.rows.scored import find_set_columns, read_column, read_query_scores, read_scores
 
 from .greedy import take_greedy
@@ -182,12 +182,7 @@ def select_positions(
     if strategy == "round_robin":
         set_scores = _read_set_scores(scored, rows)
     elif strategy in STRATEGIES_BY_ROW:
-        if PER_QUERY not in scored.column_names:
-            raise ValueError(
-                f"strategy={strategy!r} needs the column {PER_QUERY}, but the dataset has {scored.column_names}. Call "
-                '`trainer.fit_influence(per_example=True)` before scoring, or use strategy="top".'
-            )
-        set_scores = read_query_scores(scored)
+        set_scores = read_query_scores(scored, f"strategy={strategy!r}")
     generator = np.random.default_rng(seed)
     if group_column is None:
         selected = _take(rows, count, strategy, influence, set_scores, generator)

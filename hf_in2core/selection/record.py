@@ -1,7 +1,7 @@
 """Which rows a run's arms have: chosen once from the scored pool, written down as `coresets.json`, and read by all.
 
 What is trained on, published and shown are these rows. The file holds, under one name each (`coreset_25`), the
-arguments of [`select_coreset`] and a list for every fact about the rows, as long as there are rows.
+arguments of [`select_coreset`] and the positions of the rows in the pool.
 """
 
 import json
@@ -36,18 +36,13 @@ class Coreset:
             Those of [`select_coreset`] that chose them.
         rows_with_loss (`int`):
             Rows of the pool that they were chosen from.
-        rows (`dict[str, list]`):
-            What is known of each row, in the order of the pool: `position`, its place in the pool.
+        positions (`list[int]`):
+            Where they stand in the pool, ascending.
     """
 
     arguments: dict[str, Any]
     rows_with_loss: int
-    rows: dict[str, list[Any]]
-
-    @property
-    def positions(self) -> list[int]:
-        """Where its rows stand in the pool, ascending."""
-        return self.rows["position"]
+    positions: list[int]
 
     def take_from(self, scored: Dataset) -> Dataset:
         """Its rows as [`select_coreset`] returns them: the smallest influence, or value of another column, first."""
@@ -111,7 +106,7 @@ def take_coresets(
         if name not in recorded or (renew and recorded[name].arguments != arguments):
             positions = select_positions(scored, **arguments, order="original").tolist()
             with_loss = int(np.isfinite(read_scores(scored, arguments["column"])).sum())
-            coresets[name] = Coreset(dict(arguments), with_loss, {"position": positions})
+            coresets[name] = Coreset(dict(arguments), with_loss, positions)
     if write and coresets != recorded and (renew or os.access(path.parent, os.W_OK)):
         write_record(path, scores, coresets)
     return coresets
@@ -139,12 +134,11 @@ def read_record(path: Path, num_rows: int) -> tuple[str, dict[str, Coreset]]:
 
 
 def _is_valid(coreset: Coreset, num_rows: int) -> bool:
-    """Whether every row is one of the pool, once and in its order, and every fact is told of all of them."""
+    """Whether every row is one of the pool, once and in its order."""
     positions = coreset.positions
     in_pool = all(type(row) is int and 0 <= row < num_rows for row in positions)
     in_order = all(first < second for first, second in zip(positions, positions[1:], strict=False))
-    same_length = all(len(values) == len(positions) for values in coreset.rows.values())
-    return bool(positions) and in_pool and in_order and same_length and isinstance(coreset.arguments, dict)
+    return bool(positions) and in_pool and in_order and isinstance(coreset.arguments, dict)
 
 
 def write_record(path: Path, scores: str, coresets: Mapping[str, Coreset]) -> None:

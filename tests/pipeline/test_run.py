@@ -26,8 +26,11 @@ from recipe_runs import (
 from transformers import AutoModelForCausalLM
 
 from hf_in2core import InfluenceScorer, select_coreset
+from hf_in2core.cards.publish import _choose_splits
 from hf_in2core.names import name_coreset
-from hf_in2core.selection.record import read_record
+from hf_in2core.report.rows import read_pool
+from hf_in2core.report.run import read_run
+from hf_in2core.selection.record import read_record, take_coresets
 
 
 @pytest.fixture
@@ -190,6 +193,31 @@ def test_the_written_config_replays(finished: Path, tmp_path: Path) -> None:
     wanted = {arm["arm"]: arm["test_loss"] for arm in read_results(finished)["arms"] if arm["budget"] == "epochs"}
     for arm in read_results(tmp_path)["arms"]:
         assert arm["test_loss"] == pytest.approx(wanted[arm["arm"]], rel=1e-6)
+
+
+def test_trained_is_shown_is_published_is_what_the_record_says(
+    finished: Path, copied: Callable[..., Path], tmp_path: Path
+) -> None:
+    record = tmp_path / "run" / "coresets.json"
+    content = json.loads(record.read_text(encoding="utf-8"))
+    chosen = content["coresets"]["coreset_25"]["positions"]
+    other = sorted(set(range(NUM_POOL)) - set(chosen))[: len(chosen)]
+    content["coresets"]["coreset_25"]["positions"] = other
+    record.write_text(json.dumps(content), encoding="utf-8")
+    folder = copied()
+    scored = load_from_disk(str(folder / "run" / "scored"))
+    rows = scored.select(other).to_list()
+    base = AutoModelForCausalLM.from_pretrained(finished / "model").eval()
+    trained = [arm for arm in read_results(folder)["arms"] if arm["arm"] == "coreset"]
+    assert len(trained) == 2
+    assert all(arm["loss_tokens"] == compute_naive_loss(base, finished, rows)[1] for arm in trained)
+    before = [arm for arm in read_results(finished)["arms"] if arm["arm"] == "coreset"]
+    assert [arm["test_loss"] for arm in trained] != [arm["test_loss"] for arm in before]
+    shown = read_pool(read_run(folder / "run"), scored)
+    assert np.flatnonzero(shown.coreset == 0.25).tolist() == other
+    coreset = take_coresets(folder / "run", scored, {})["coreset_25"]
+    splits, _ = _choose_splits(scored, {"coreset_25": coreset}, None)
+    assert set(splits["coreset_25"]["id"][:]) == {row["id"] for row in rows}
 
 
 def test_lost_parts_are_made_again_alike(finished: Path, copied: Callable[..., Path], tmp_path: Path) -> None:
