@@ -10,7 +10,7 @@ import pytest
 import yaml
 from datasets import Dataset, load_dataset, load_from_disk
 from helpers import ROOT
-from recipe_runs import load_command, run_command
+from recipe_runs import load_command, run_command, stamp
 
 from hf_in2core import InfluenceScorer, select_coreset
 from hf_in2core.pipeline.comparison import Arm
@@ -54,6 +54,17 @@ def test_a_run_is_shown_with_the_rows_it_trained_on(legacy: Path) -> None:
     scored = load_from_disk("run/scored")
     coreset = take_coresets(legacy / "run", scored, {})["coreset_25"]
     assert coreset.take_from(scored)["id"][:] == select_coreset(scored, fraction=0.25)["id"][:]
+
+
+def test_nothing_of_a_finished_run_is_computed_again(legacy: Path) -> None:
+    before = stamp(legacy)
+    assert {"run/selection.json", "run/arms/steps-coreset-0.25-1/result.json"} <= set(before)
+    run_command("run", "--config", "inputs/settings.yaml")
+    after = stamp(legacy)
+    assert {name: after[name] for name in before} == before
+    assert {path.name for path in (legacy / "run" / "arms").iterdir()} == {
+        Path(name).parts[2] for name in before if "/arms/" in name
+    }
 
 
 def test_the_folders_of_arms_are_found(legacy: Path) -> None:

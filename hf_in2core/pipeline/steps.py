@@ -12,7 +12,7 @@ from trl import SFTConfig
 
 from hf_in2core import InfluenceConfig, push_influence_dataset
 from hf_in2core.influence.plan import plan_influence
-from hf_in2core.names import POOL, STRATEGIES_BY_ROW, describe_set, name_coreset
+from hf_in2core.names import POOL, STRATEGIES_BY_ROW, describe_set, has_named_sets, name_coreset
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.rows.sources import hash_value
 from hf_in2core.selection.record import Coreset
@@ -95,7 +95,9 @@ def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, A
     Returns:
         `dict`: the `selection` of `results.json`.
     """
-    sets = {name: job.identities[describe_set(name)] for name in job.inputs.validation}
+    validation = job.inputs.validation
+    # Scores in run folders are marked so: a set without a name is "" in their hash.
+    sets = {name if has_named_sets(validation) else "": job.identities[describe_set(name)] for name in validation}
     per_example = job.args.strategy in STRATEGIES_BY_ROW
     identity = job.identify(
         True, InfluenceConfig, reference["identity"], sets, job.identities[POOL], *(["per example"] * per_example)
