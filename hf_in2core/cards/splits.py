@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from hf_in2core.names import INFLUENCE
 from hf_in2core.selection.coreset import read_scores
 
-from .text import Markdown, escape_markdown, format_code
+from .text import Markdown, format_block, format_code
 
 
 Record = dict[str, Any]
@@ -32,7 +33,7 @@ _NAMED_SHARE = re.compile(r"\D+_(\d+(?:\.\d+)?)")
 
 def record_choice(arguments: Mapping[str, Any]) -> Record:
     """What is kept of a split that [`select_coreset`] chose: its arguments, the ones that decide always among them."""
-    return {"strategy": "top", "column": "influence", **arguments}
+    return {"strategy": "top", "column": INFLUENCE, **arguments}
 
 
 def recognise_choice(name: str, rows: Dataset, pool: Dataset) -> Record:
@@ -51,7 +52,7 @@ def recognise_choice(name: str, rows: Dataset, pool: Dataset) -> Record:
         `dict`: as of [`record_choice`] where the rows hold the strongest proponents or the strongest opponents of the
         pool and nothing else; empty otherwise.
     """
-    own, scores = np.sort(read_scores(rows, "influence")), np.sort(read_scores(pool, "influence"))
+    own, scores = np.sort(read_scores(rows, INFLUENCE)), np.sort(read_scores(pool, INFLUENCE))
     scores = scores[~np.isnan(scores)]
     if np.isnan(own).any() or len(own) > len(scores):
         return {}
@@ -91,8 +92,8 @@ def say_choice(record: Mapping[str, Any]) -> Markdown:
     if not isinstance(strategy, str):
         return Markdown("not told by who published it")
     words = _CHOICES.get(strategy, "")
-    column = record.get("column", "influence")
-    if column == "influence":
+    column = record.get("column", INFLUENCE)
+    if column == INFLUENCE:
         words = {"top": "the strongest proponents", "bottom": "the strongest opponents"}.get(strategy, words)
     words = words.format(format_code(str(column)))
     arguments = [f"{key}={value!r}" for key, value in record.items() if key != "command"]
@@ -119,5 +120,4 @@ def format_command(command: str) -> Markdown:
         command = command.replace(" --", " \\\n    --")
     if re.fullmatch(r"[\x20-\x7e\n]*", command) and not re.search(r"[`<]", command):
         return Markdown(f"```bash\n{command}\n```")
-    lines = "\n".join(escape_markdown(line) for line in command.splitlines())
-    return Markdown(f"<pre><code>{lines}</code></pre>")
+    return format_block(command)

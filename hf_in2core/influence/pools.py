@@ -9,13 +9,13 @@ from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from scipy.stats import spearmanr
 
-from hf_in2core.cards.dataset import is_influence_column
 from hf_in2core.engine.batches import read_token_rows
 from hf_in2core.engine.fit import run_fit_pass, run_validation_pass
 from hf_in2core.engine.gradients import GradientRecorder
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.scoring import Directions, score_token_rows
 from hf_in2core.engine.state import hash_prepared
+from hf_in2core.names import is_influence_column
 from hf_in2core.rows.preparation import prepare_rows
 from hf_in2core.rows.scored import add_influence_columns, add_query_column
 from hf_in2core.rows.sources import find_shared_rows, hash_rows

@@ -16,9 +16,10 @@ from hf_in2core.analysis.coverage import compute_coverage, correlate_coverage
 from hf_in2core.analysis.layers import choose_layers, compute_layer_scores
 from hf_in2core.evaluation.intervals import MIN_PAIRS
 from hf_in2core.rows.columns import apply_columns
+from hf_in2core.rows.text import render_row
 
 from .arguments import ANALYSES
-from .comparison import render_text
+from .comparison import LONGEST_TEXT
 from .job import Job
 from .run_folder import agree, say, warn, write_json
 from .steps import read_result
@@ -158,7 +159,7 @@ def list_least_covered(job: Job, coverage: Dataset, rows: np.ndarray) -> list[di
             "coverage": entry["coverage_top_k"],
             "loss": entry["loss"],
             "num_loss_tokens": entry["num_loss_tokens"],
-            "text": render_text(text, job.reference_tokenizer),
+            "text": render_row(text, LONGEST_TEXT, job.reference_tokenizer),
             "proponents": [
                 {"row": row, "influence": influence}
                 for row, influence in zip(entry["proponents"], entry["proponent_influence"], strict=True)

@@ -8,9 +8,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from hf_in2core.names import PER_QUERY, VALIDATION, is_influence_column
 from hf_in2core.rows.sources import find_hub_id, load_rows, parse_named_sources
+from hf_in2core.rows.text import render_line, render_row
 
-from .rows import LIMITS, Pool, _show_cell
+from .rows import LIMITS, Pool
 from .run import Run, get_value
 
 
@@ -61,7 +63,9 @@ def compute_masks(run: Run, scored: Dataset, pool: Pool, rows: np.ndarray) -> tu
         preparation = Preparation(processing_class=tokenizer, **config.preparation)
     except Exception as error:  # a damaged folder fails in many ways, and the page can do without it
         return {}, f"Which tokens carried loss is not shown: scorer/ cannot be used ({_say(error)})."
-    raw = scored.select_columns([name for name in scored.column_names if not _is_added(name)]).with_format(None)
+    raw = scored.select_columns([name for name in scored.column_names if not is_influence_column(name)]).with_format(
+        None
+    )
     masks: dict[str, list] = {}
     reason = ""
     for start in range(0, len(rows), MASK_CHUNK):
@@ -110,14 +114,9 @@ def split_by_loss(input_ids: Sequence[int], carries_loss: np.ndarray, tokenizer:
     return parts
 
 
-def _is_added(name: str) -> bool:
-    return name == "num_loss_tokens" or name == "influence" or name.startswith("influence_")
-
-
 def _say(error: Exception) -> str:
     """An error in one line that fits a note."""
-    line = " ".join(f"{type(error).__name__}: {error}".split())
-    return line if len(line) <= 200 else line[:200] + " …"
+    return render_line(f"{type(error).__name__}: {error}", 200)
 
 
 # --- validation rows ---
@@ -131,18 +130,18 @@ def find_query_rows(run: Run, scored: Dataset, notes: list[str]) -> list[dict[st
         `list[dict]`: for each validation row `set`, `row` (its position), `text` (or `None`), `proponents` and
         `opponents` (`[position, influence]`, strongest first).
     """
-    if "influence_per_query" not in scored.column_names:
+    if PER_QUERY not in scored.column_names:
         return []
     try:
         queries, proponents, opponents = _find_strongest(scored)
     except (ValueError, pa.ArrowException) as error:
-        notes.append(f"Validation rows are not shown: influence_per_query cannot be read ({_say(error)}).")
+        notes.append(f"Validation rows are not shown: {PER_QUERY} cannot be read ({_say(error)}).")
         return []
     names = _name_queries(run)
     texts = _read_validation(run, notes)
     found = []
     for index, query in enumerate(queries):
-        name, row = names[query] if query < len(names) else ("validation", int(query))
+        name, row = names[query] if query < len(names) else (VALIDATION, int(query))
         found.append(
             {
                 "set": name,
@@ -157,7 +156,7 @@ def find_query_rows(run: Run, scored: Dataset, notes: list[str]) -> list[dict[st
 
 def _find_strongest(scored: Dataset) -> tuple[np.ndarray, list, list]:
     """A seeded sample of queries, and the strongest rows of either sign for each; one chunk of the pool at a time."""
-    column = scored.select_columns(["influence_per_query"])
+    column = scored.select_columns([PER_QUERY])
     queries = np.zeros(0, dtype=np.int64)
     values, positions = np.zeros((0, 0)), np.zeros((0, 0), dtype=np.int64)
     for start in range(0, len(scored), QUERY_CHUNK):
@@ -200,14 +199,8 @@ def _read_validation(run: Run, notes: list[str]) -> dict[str, list[str]]:
     try:
         for name, source in parse_named_sources([str(source) for source in sources]).items():
             rows = load_rows(source, "validation set") if find_hub_id(source) is None else None
-            if rows is not None and len(rows) == get_value(sets, name or "validation"):
-                texts[name or "validation"] = [_join_row(row) for row in rows]
+            if rows is not None and len(rows) == get_value(sets, name or VALIDATION):
+                texts[name or VALIDATION] = [render_row(row, LIMITS[0]) for row in rows]
     except (OSError, ValueError) as error:
         notes.append(f"The texts of the validation rows are not shown: {_say(error)}")
     return texts
-
-
-def _join_row(row: dict[str, Any]) -> str:
-    """The texts of a row, one after the other."""
-    shown = [_show_cell(value) for value in row.values() if isinstance(value, str | list)]
-    return "\n".join(str(value) for value in shown)[: LIMITS[0]]
