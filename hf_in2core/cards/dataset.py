@@ -12,6 +12,7 @@ import numpy as np
 from datasets import Dataset, Features, Value
 
 from hf_in2core.evaluation.arms import FIGURES, explain_means, list_costs, list_differences, summarize_arms
+from hf_in2core.evaluation.formats import get_object
 from hf_in2core.names import (
     INFLUENCE,
     NUM_LOSS_TOKENS,
@@ -166,7 +167,7 @@ def render_influence_section(
     results, scorer, records = results or {}, scorer or {}, records or {}
     pool_rows = splits.get("train", 0)
     arguments = json.dumps(repo_id) + (f", {json.dumps(config_name)}" if config_name != "default" else "")
-    verdict = results.get("verdict") or {}
+    verdict = get_object(results, "verdict")
     return render_template(
         "influence_dataset.md",
         repo_id=Markdown(repo_id),

@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from hf_in2core.evaluation.arms import FIGURES, explain_means, summarize_arms
-from hf_in2core.evaluation.formats import format_number, is_number
+from hf_in2core.evaluation.formats import format_number, get_value, is_number
 
 from .dataset import is_hub_id, list_provenance, say_validation
 from .metadata import add_tags, join_card, parse_card, replace_section
@@ -122,7 +122,7 @@ def render_target_model_card(
         test_name=test_name if evaluated else None,
         arms=(arms := summarize_arms(results.get("arms"))),
         means=explain_means(arms),
-        verdict=(results.get("verdict") or {}).get("text"),
+        verdict=get_value(results, "verdict", "text"),
     )
     return join_card(data, replace_section(body, "model", section))
 

@@ -93,7 +93,7 @@ def prepare_card(
     args: SftCoresetArguments, run: dict[str, Any], revision: str | None
 ) -> Callable[[bytes | None], str]:
     """The model's card as a function of the one that is there, with the comparison published beside its rows."""
-    from hf_in2core.cards.composer import read_results
+    from hf_in2core.cards.composer import read_object
     from hf_in2core.cards.model import add_task_results, render_target_model_card
     from hf_in2core.hub.commits import read_head
     from hf_in2core.rows.sources import find_hub_id
@@ -103,7 +103,7 @@ def prepare_card(
     results: dict[str, Any] = {}
     if hub_id is not None:
         split = split or (source.split(":")[-1] if ":" in source else "train")
-        results = read_results(read_head(hub_id, repo_type="dataset", revision=revision).read("results.json"))
+        results = read_object(read_head(hub_id, repo_type="dataset", revision=revision).read("results.json"))
     arm = {"coreset": "coreset", "random": "random", "train": "full"}.get((split or "").split("_")[0], "–")
     model_name = (args.hub_id or args.output_dir or "").rstrip("/").split("/")[-1]
     render = partial(

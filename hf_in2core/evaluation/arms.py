@@ -18,7 +18,10 @@ from .formats import (
     format_mean,
     format_number,
     format_seconds,
+    get_object,
+    get_value,
     is_number,
+    list_objects,
 )
 
 
@@ -83,12 +86,12 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class TaskTable:
-    """How the arms do on tasks of lm-eval: a line for each model, and a sentence for each task."""
+class Table:
+    """Cells as text, the first of each line its name, and sentences to stand below."""
 
     columns: list[str]
     lines: list[list[str]]
-    notes: list[str]
+    notes: Sequence[str] = ()
 
 
 def name_arm(arm: str, fraction: float | None) -> str:
@@ -108,11 +111,10 @@ def summarize_arms(entries: Any) -> list[ArmSummary]:
         `list[ArmSummary]`: empty where there are none.
     """
     groups: dict[tuple[str, float | None, str], list[Mapping[str, Any]]] = {}
-    for entry in entries if isinstance(entries, list) else []:
-        if isinstance(entry, Mapping):
-            fraction = entry.get("fraction")
-            key = str(entry.get("arm")), float(fraction) if is_number(fraction) else None, str(entry.get("budget", ""))  # type: ignore[arg-type]
-            groups.setdefault(key, []).append(entry)
+    for entry in list_objects(entries):
+        fraction = float(entry["fraction"]) if is_number(entry.get("fraction")) else None
+        key = str(entry.get("arm")), fraction, str(entry.get("budget", ""))
+        groups.setdefault(key, []).append(entry)
     fractions = list(dict.fromkeys(fraction for arm, fraction, _ in groups if arm != "full"))
 
     def sort_key(key: tuple[str, float | None, str]) -> tuple[int, ...]:
@@ -180,10 +182,9 @@ def list_differences(entries: Any) -> list[Difference]:
             has no `intervals` with a `mean` is left out.
     """
     found = []
-    for entry in entries if isinstance(entries, list) else []:
-        intervals = entry.get("intervals") if isinstance(entry, Mapping) else None
-        for name, interval in intervals.items() if isinstance(intervals, Mapping) else ():
-            if not isinstance(interval, Mapping) or not is_number(interval.get("mean")):
+    for entry in list_objects(entries):
+        for name, interval in get_object(entry, "intervals").items():
+            if not is_number(get_value(interval, "mean")):
                 continue
             budget = str(entry.get("budget") or DASH)
             found.append(
@@ -200,13 +201,12 @@ def list_differences(entries: Any) -> list[Difference]:
 
 def list_costs(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What a run cost, in words: from `selection`, `arms` and the verdict's `cost` of `results.json`."""
-    selection, arms = _get_object(results, "selection"), results.get("arms")
-    cost = _get_object(_get_object(results, "verdict"), "cost")
+    selection, cost = get_object(results, "selection"), get_object(results, "verdict", "cost")
     # The full arm may stand there under both budgets, but ran once.
     runs = {
         (str(arm.get("arm")), str(arm.get("fraction")), str(arm.get("seed")), arm["seconds"])
-        for arm in (arms if isinstance(arms, list) else [])
-        if isinstance(arm, Mapping) and is_number(arm.get("seconds"))
+        for arm in list_objects(results.get("arms"))
+        if is_number(arm.get("seconds"))
     }
     resumed = " (of the last part alone: the run was resumed)" if selection.get("resumed") is True else ""
     took = " on the full pool, ".join(format_seconds(cost.get(f"{arm}_seconds")) for arm in ("full", "coreset"))
@@ -224,23 +224,22 @@ def list_costs(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def _get_object(value: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = value.get(name)
-    return found if isinstance(found, Mapping) else {}
-
-
-def list_aucs(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """How well scores find the rows that are looked for: names of the columns, and a line for each kind of row."""
-    auc, counts = _get_object(results, "auc"), _get_object(results, "auc_rows")
-    by_kind = {str(kind): scores for kind, scores in auc.items() if isinstance(scores, Mapping)}
-    scores = list(dict.fromkeys(score for found in by_kind.values() for score in found))
-    return ["AUC (0.5 = chance)", "rows", *map(str, scores)], [
-        [kind, format_number(counts.get(kind), ",.0f"), *(format_number(found.get(score), ".3f") for score in scores)]
-        for kind, found in by_kind.items()
+def tabulate_auc(results: Mapping[str, Any]) -> Table:
+    """How well scores find the rows that are looked for, a line for each kind of row."""
+    by_kind = {str(kind): get_object(scores) for kind, scores in get_object(results, "auc").items()}
+    names = list(dict.fromkeys(name for scores in by_kind.values() for name in scores))
+    lines = [
+        [
+            kind,
+            format_number(get_value(results, "auc_rows", kind), ",.0f"),
+            *(format_number(scores.get(name), ".3f") for name in names),
+        ]
+        for kind, scores in by_kind.items()
     ]
+    return Table(["AUC (0.5 = chance)", "rows", *names], lines)
 
 
-def summarize_tasks(results: Mapping[str, Any]) -> TaskTable | None:
+def tabulate_tasks(results: Mapping[str, Any]) -> Table | None:
     """
     How the arms do on tasks of lm-eval; `None` where no task was evaluated.
 
@@ -250,56 +249,44 @@ def summarize_tasks(results: Mapping[str, Any]) -> TaskTable | None:
             [`~hf_in2core.evaluation.tasks.evaluate_tasks`] returns them.
 
     Returns:
-        [`TaskTable`]: a line for the model before training and for each arm. Scores are means over the seeds that
-        were evaluated, ± half of their 95 % interval.
+        [`Table`]: a line for the model before training and for each arm, and a sentence for each task. Scores are
+        means over the seeds that were evaluated, ± half of their 95 % interval.
     """
-    summaries = require_arms(results)
-    models: list[tuple[str, Sequence[Any]]] = [("before training", [_get_object(results, "base").get("tasks")])]
+    summaries = summarize_arms(results.get("arms"))
+    models: list[tuple[str, Sequence[Any]]] = [("before training", [get_value(results, "base", "tasks")])]
     several = len(split_by_budget(summaries)) > 1
-    for arm in summaries:
-        models.append((f"{arm.name}, {arm.budget_name}" if several else arm.name, arm.values["tasks"]))
-    first: dict[tuple[str, str], Mapping[str, Any]] = {}  # a result of each task and metric, which describes it
-    for _, evaluated in models:
-        for tasks in evaluated:
-            for task, found in (tasks if isinstance(tasks, Mapping) else {}).items():
-                for metric in _get_object(found, "metrics") if isinstance(found, Mapping) else ():
-                    first.setdefault((str(task), str(metric)), found)
+    models += [(f"{arm.name}, {arm.budget_name}" if several else arm.name, arm.values["tasks"]) for arm in summaries]
+    # A result of each task and metric, which describes it.
+    first: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for tasks in (tasks for _, evaluated in models for tasks in evaluated):
+        for task, found in get_object(tasks).items():
+            for metric in get_object(found, "metrics"):
+                first.setdefault((task, metric), found)
     if not first:
         return None
     lines = []
-    for name, evaluated in models:
-        scores = [[_read_score(tasks, *key) for tasks in evaluated] for key in first]
+    for model, evaluated in models:
+        scores = [[get_value(tasks, task, "metrics", name) for tasks in evaluated] for task, name in first]
         known = [[value for value in values if is_number(value)] for values in scores]
         if any(known):
-            lines.append([name, *(format_interval(values, 3) for values in known)])
+            lines.append([model, *(format_interval(values, 3) for values in known)])
     by_task = {task: found for (task, _), found in reversed(first.items())}
-    return TaskTable(
-        ["model", *(f"{task} {metric}" for task, metric in first)],
-        lines,
-        [_describe_task(task, found) for task, found in reversed(by_task.items())],
-    )
-
-
-def _read_score(tasks: Any, task: str, metric: str) -> Any:
-    found = tasks.get(task) if isinstance(tasks, Mapping) else None
-    return _get_object(found, "metrics").get(metric) if isinstance(found, Mapping) else None
+    notes = [_describe_task(task, found) for task, found in reversed(by_task.items())]
+    return Table(["model", *(f"{task} {metric}" for task, metric in first)], lines, notes)
 
 
 def _describe_task(task: str, found: Mapping[str, Any]) -> str:
-    numbers = {
-        name: found[name] if is_number(found.get(name)) and abs(found[name]) < 1e9 else None
+    questions, limit, examples, cut = (
+        found[name] if is_number(found.get(name)) else None
         for name in ("questions", "limit", "num_fewshot", "cut_prompts")
-    }
+    )
     parts = []
-    if numbers["questions"] is not None:
-        limit = numbers["limit"]
-        part = "" if limit is None else f" (a part: limit {limit:g} per task)"
-        parts.append(f"{numbers['questions']:,.0f} questions{part}")
-    if (examples := numbers["num_fewshot"]) is not None:
+    if questions is not None:
+        parts.append(f"{questions:,.0f} questions{'' if limit is None else f' (a part: limit {limit:g} per task)'}")
+    if examples is not None:
         parts.append(f"{examples:g} example{'' if examples == 1 else 's'} before each")
-    errors = [value for value in _get_object(found, "stderr").values() if is_number(value)]
-    if errors:
+    if errors := [value for value in get_object(found, "stderr").values() if is_number(value)]:
         parts.append(f"standard error of one model over questions {errors[0]:.3f}")
-    if cut := numbers["cut_prompts"]:
+    if cut:
         parts.append(f"{cut:,.0f} prompt{'' if cut == 1 else 's'} cut to the model's context")
     return f"{task}: {', '.join(parts)}." if parts else f"{task}."

@@ -1,4 +1,4 @@
-"""Numbers as text, alike on the terminal, on the page and on cards; whatever is no number is a dash."""
+"""Values of a JSON that may be anybody's, and numbers as text, alike on the terminal, on the page and on cards."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,24 @@ from .intervals import compute_confidence_interval
 
 LEVEL = 0.95
 DASH = "\N{EN DASH}"
+
+
+def get_value(value: Any, *names: str) -> Any:
+    """A value in nested objects by its path; `None` where there is none."""
+    for name in names:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def get_object(value: Any, *names: str) -> Mapping[str, Any]:
+    """An object in nested objects by its path; an empty one where there is none."""
+    found = get_value(value, *names)
+    return found if isinstance(found, Mapping) else {}
+
+
+def list_objects(value: Any) -> list[Mapping[str, Any]]:
+    """The objects of a list; none where it is no list."""
+    return [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, list) else []
 
 
 def is_number(value: Any) -> bool:

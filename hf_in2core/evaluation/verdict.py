@@ -46,7 +46,7 @@ class FractionVerdict:
     budget: str
     losses: dict[str, dict[str, Any]]
     diverged: list[str]
-    intervals: dict[str, dict[str, Any] | None]
+    intervals: dict[str, Any]
     beats_random: bool
     matches_full: bool
     beats_full: bool
@@ -115,7 +115,7 @@ class Verdict:
     budget: str | None
     margin: float
     level: float
-    intervals: dict[str, dict[str, Any] | None]
+    intervals: dict[str, Any]
     by_fraction: list[FractionVerdict]
     cost: SelectionCost
 

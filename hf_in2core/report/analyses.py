@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_in2core.evaluation.formats import DASH, format_number, is_number
+from hf_in2core.evaluation.formats import DASH, format_number, get_value, is_number
 from hf_in2core.rows.text import render_line
 
-from .run import Run, get_value
+from .run import Run
 
 
 MAX_LEAST_COVERED = 20

@@ -23,12 +23,12 @@ from markupsafe import Markup
 from hf_in2core.evaluation.arms import (
     FIGURES,
     explain_means,
-    list_aucs,
     list_costs,
     list_differences,
     require_arms,
     split_by_budget,
-    summarize_tasks,
+    tabulate_auc,
+    tabulate_tasks,
 )
 from hf_in2core.names import INFLUENCE, NUM_LOSS_TOKENS, PER_CHECKPOINT, PER_QUERY, RANK
 from hf_in2core.selection.lengths import correlate_with_length
@@ -111,8 +111,8 @@ def render_page(run: Run) -> str:
         figures=FIGURES,
         means=explain_means(arms),
         differences=list_differences(run.get("verdict", "by_fraction")),
-        tasks=summarize_tasks(run.results),
-        auc=list_aucs(run.results),
+        tasks=tabulate_tasks(run.results),
+        auc=tabulate_auc(run.results),
         layers=layers,
         coverage=coverage,
         cost=list_costs(run.results),

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from hf_in2core.evaluation.formats import get_value
 from hf_in2core.names import LOSS_REDUCTIONS
 
-from .run import Run, get_value
+from .run import Run
 
 
 LIBRARIES = ("python", "torch", "transformers", "trl", "peft", "datasets", "accelerate")

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, load_from_disk
 
-from hf_in2core.evaluation.formats import is_number
+from hf_in2core.evaluation.formats import get_value, is_number
 from hf_in2core.names import INFLUENCE
 
 
@@ -47,13 +47,6 @@ class Run:
     def get(self, *names: str) -> Any:
         """A value of `results.json` by its path; `None` where there is none."""
         return get_value(self.results, *names)
-
-
-def get_value(value: Any, *names: str) -> Any:
-    """A value in nested dictionaries by its path; `None` where there is none."""
-    for name in names:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
 
 
 def read_run(folder: str | Path) -> Run:

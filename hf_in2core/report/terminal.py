@@ -19,10 +19,10 @@ from rich.text import Text
 from hf_in2core.evaluation.arms import (
     FIGURES,
     explain_means,
-    list_aucs,
     require_arms,
     split_by_budget,
-    summarize_tasks,
+    tabulate_auc,
+    tabulate_tasks,
 )
 from hf_in2core.evaluation.formats import DASH
 from hf_in2core.rows.text import CUT, render_line
@@ -77,10 +77,9 @@ def print_results(results: Mapping[str, Any]) -> None:
         _write(console, f"Verdict: {text}\n", style="bold red" if "WARNING" in text else "bold")
 
     print_tasks(results, console)
-    columns, lines = list_aucs(results)
-    if lines:
+    if (auc := tabulate_auc(results)).lines:
         _write(console, "Finding rows by a score", style="bold")
-        _print_table(console, columns, lines)
+        _print_table(console, auc.columns, auc.lines)
 
     examples = results.get("examples", {})
     for kind, sign in (("proponents", "negative influence: lowers"), ("opponents", "positive influence: raises")):
@@ -92,7 +91,7 @@ def print_results(results: Mapping[str, Any]) -> None:
 def print_tasks(results: Mapping[str, Any], console: Console | None = None) -> None:
     """Print how the arms of a run do on tasks of lm-eval, as [`print_results`] does; nothing where none was run."""
     console = console or Console()
-    tasks = summarize_tasks(results)
+    tasks = tabulate_tasks(results)
     if tasks is None:
         return
     _write(console, "Benchmarks", style="bold")

@@ -8,12 +8,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from hf_in2core.evaluation.formats import get_value
 from hf_in2core.names import PER_QUERY, VALIDATION, is_influence_column
 from hf_in2core.rows.sources import find_hub_id, load_rows, parse_named_sources
 from hf_in2core.rows.text import render_line, render_row
 
 from .rows import LIMITS, Pool
-from .run import Run, get_value
+from .run import Run
 
 
 MAX_MASKS = 300

@@ -28,9 +28,9 @@ def render_row(row: Mapping[str, Any], limit: int, tokenizer: Any = None) -> str
         `str`: paragraphs.
     """
     if tokenizer is not None and row.get("input_ids") is not None:
-        texts, read = [str(tokenizer.decode(row["input_ids"]))], TOKEN_COLUMNS
+        texts, read = [str(tokenizer.decode(row["input_ids"]))], list(TOKEN_COLUMNS)
     else:
-        read = tuple(name for name in TEXT_COLUMNS if row.get(name) is not None)
+        read = [name for name in TEXT_COLUMNS if row.get(name) is not None]
         texts = [render_value(row[name], limit) for name in read]
         if all(isinstance(row[name], str) for name in read):
             texts = ["".join(texts)] if read else []
