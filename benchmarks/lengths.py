@@ -116,9 +116,9 @@ def run_seed(args: argparse.Namespace, seed: int, data: dict[str, Any]) -> list[
                 name,
                 strategy,
                 kept,
-                spearman=lengths["spearman"],
-                gap=lengths["gap"],
-                is_warned=lengths["warning"] is not None,
+                spearman=lengths.spearman,
+                gap=lengths.gap,
+                is_warned=lengths.warning is not None,
                 overlap=len(np.intersect1d(kept, first[strategy])) / len(kept),
             )
             if strategy == TOP:

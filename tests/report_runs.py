@@ -143,7 +143,7 @@ def make_results(seeds: int = 3, budgets: tuple[str, ...] = ("steps", "epochs"),
         for seed in range(seeds)
     ]
     selection = {"seconds": 62.0, "reference_seconds": 60.0, "rows": 1600}
-    return {"arms": arms, "selection": selection, "verdict": judge(arms, selection)}
+    return {"arms": arms, "selection": selection, "verdict": asdict(judge(arms, selection))}
 
 
 class Page(HTMLParser):

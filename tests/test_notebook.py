@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -54,15 +55,15 @@ def test_whatever_is_shown_is_text() -> None:
     assert shown.text.count(HOSTILE) == 5
 
 
-def test_a_verdict_is_its_dictionary_and_shows_its_sentences() -> None:
+def test_a_verdict_keeps_and_shows_its_sentences() -> None:
     results = make_results()
     verdict = judge(results["arms"], results["selection"])
-    assert json.loads(json.dumps(verdict)) == verdict == dict(verdict)
+    assert json.loads(json.dumps(asdict(verdict))) == asdict(verdict)
     assert pickle.loads(pickle.dumps(verdict)) == copy.deepcopy(verdict) == verdict
-    assert verdict["headline"] in repr(verdict) and verdict["text"] in repr(verdict) and len(repr(verdict)) < 1500
+    assert verdict.headline in repr(verdict) and verdict.text in repr(verdict) and len(repr(verdict)) < 1500
     text = Shown(verdict).text
-    assert verdict["headline"] in text and verdict["text"] in text
-    loss = verdict["by_fraction"][0]["losses"]["coreset"]
+    assert verdict.headline in text and verdict.text in text
+    loss = verdict.by_fraction[0].losses["coreset"]
     assert f"coreset 0.25 equal steps {loss['mean']:.4g} {loss['half_width']:.4g} 3" in text
 
 
@@ -71,17 +72,21 @@ def test_a_verdict_of_one_seed_or_of_nothing_shows() -> None:
     diverged["arms"][1]["test_loss"] = math.nan
     for arms in (diverged["arms"], [arm for arm in diverged["arms"] if arm["arm"] == "full"]):
         verdict = judge(arms, {})
-        assert verdict["text"] in repr(verdict) and verdict["text"] in Shown(verdict).text
+        assert verdict.text in repr(verdict) and verdict.text in Shown(verdict).text
 
 
 def test_lengths() -> None:
     scored = make_scored(40).remove_columns("num_loss_tokens").add_column("num_loss_tokens", list(range(1, 41)))
     lengths = compare_lengths(scored, scored.select(range(30, 40)))
-    assert lengths["warning"] in repr(lengths) and f"ratio {lengths['ratio']:.4g}" in repr(lengths)
-    assert f"of the coreset {lengths['coreset_tokens']:.4g}" in Shown(lengths).text
-    assert lengths["warning"] in Shown(lengths).text and json.loads(json.dumps(lengths)) == lengths
+    assert (
+        lengths.warning is not None
+        and lengths.warning in repr(lengths)
+        and f"ratio {lengths.ratio:.4g}" in repr(lengths)
+    )
+    assert f"of the coreset {lengths.coreset_tokens:.4g}" in Shown(lengths).text
+    assert lengths.warning in Shown(lengths).text and json.loads(json.dumps(asdict(lengths))) == asdict(lengths)
     same = compare_lengths(scored, select_coreset(scored, fraction=1.0))
-    assert same["warning"] is None and "None" not in repr(same) + Shown(same).text
+    assert same.warning is None and "None" not in repr(same) + Shown(same).text
 
 
 def test_trainer_scorer_and_plan(tmp_path: Path, pool: Dataset) -> None:

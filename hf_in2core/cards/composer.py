@@ -15,7 +15,7 @@ from hf_in2core.hub.checks import get_data_folder
 from hf_in2core.hub.commits import Head
 from hf_in2core.hub.state import LocalFile
 
-from .dataset import is_hub_id, render_influence_section
+from .dataset import InfluenceSummary, is_hub_id, render_influence_section
 from .metadata import (
     SplitFacts,
     add_tags,
@@ -77,7 +77,7 @@ class Composer:
         configs: Sequence[Configuration],
         files: Mapping[str, Path | str | bytes],
         prefix: str,
-        summary: Mapping[str, Any],
+        summary: InfluenceSummary,
         sources: Mapping[str, Mapping[str, Any]],
         records: Mapping[str, Record],
     ) -> None:
@@ -111,12 +111,12 @@ class Composer:
         if data.get("size_categories", [])[1:] == []:  # several were written by hand
             data["size_categories"] = [_name_size(max(rows["train"], _count_rows(data)))]
 
-        scorer = _read_object(self._read(head, f"{SCORER}/config.json"))
+        scorer = read_object(self._read(head, f"{SCORER}/config.json"))
         if is_hub_id(str(scorer.get("base_model") or "")):
             add_tags(data, "base_model", [scorer["base_model"]])
-        results = read_results(self._read(head, RESULTS))
+        results = read_object(self._read(head, RESULTS))
         is_same_pool = self._holds(head, "train")
-        stale = bool(results) and f"{self.prefix}{RESULTS}" not in self.files and not is_same_pool
+        stale = "arms" in results and f"{self.prefix}{RESULTS}" not in self.files and not is_same_pool
         records = self._merge_records(head, rows, is_same_pool)
         section = render_influence_section(
             head.repo_id,
@@ -173,25 +173,8 @@ class Composer:
         return Path(source).read_bytes() if source is not None else head.read(path)
 
 
-def read_results(content: bytes | None) -> dict[str, Any]:
-    """
-    What a `results.json` tells of a comparison: `arms`, `selection` and `verdict`, each where it has the right form.
-
-    The file may be anybody's, and need not be a run's at all; empty where nothing in it is.
-    """
-    value = _read_object(content)
-    kept: dict[str, Any] = {
-        key: dict(value[key]) for key in ("verdict", "selection") if isinstance(value.get(key), Mapping)
-    }
-    for key in ("intervals", "cost"):
-        if not isinstance(kept.get("verdict", {}).get(key, {}), Mapping):
-            del kept["verdict"][key]
-    if isinstance(value.get("arms"), list):
-        kept["arms"] = [arm for arm in value["arms"] if isinstance(arm, Mapping)]
-    return kept
-
-
-def _read_object(content: bytes | None) -> dict[str, Any]:
+def read_object(content: bytes | None) -> dict[str, Any]:
+    """What a JSON of a repository holds, which may be anybody's; empty where it is no object."""
     try:
         value = json.loads(content or b"{}")
     except (ValueError, RecursionError):

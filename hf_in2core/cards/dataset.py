@@ -3,48 +3,75 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Value
-from scipy.stats import spearmanr
 
-from hf_in2core.names import ARMS, is_influence_column
+from hf_in2core.evaluation.arms import FIGURES, explain_means, list_costs, list_differences, summarize_arms
+from hf_in2core.evaluation.formats import get_object
+from hf_in2core.names import (
+    INFLUENCE,
+    NUM_LOSS_TOKENS,
+    PER_CHECKPOINT,
+    PER_QUERY,
+    RANK,
+    has_named_sets,
+    is_influence_column,
+    name_set_column,
+)
+from hf_in2core.rows.scored import read_scores
+from hf_in2core.rows.text import render_row
+from hf_in2core.selection.lengths import correlate_with_length
 
 from .splits import Record, list_commands, say_choice
-from .text import (
-    Markdown,
-    escape_markdown,
-    format_code,
-    format_mean,
-    format_number,
-    format_row,
-    render_template,
-)
+from .text import Markdown, escape_markdown, format_block, format_code, render_template
 
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", flags=re.ASCII)
 _NO_TEMPLATE = hashlib.sha256(b"").hexdigest()
+_LONGEST_ROW = 2000
 _CAPTIONS = {
     "arms": "Test loss of the arms, with intervals",
     "influence": "Histogram of influence",
     "influence_by_length": "Influence against the number of labelled tokens",
 }
 _MEANINGS = {
-    "influence": "estimated influence on the validation loss; **negative = proponent**, positive = opponent; null "
+    INFLUENCE: "estimated influence on the validation loss; **negative = proponent**, positive = opponent; null "
     "where the row carries no loss",
-    "influence_rank": "rank in the whole pool; 0 = the strongest proponent; null where the row carries no loss",
-    "num_loss_tokens": "labelled tokens of the row",
-    "influence_per_query": "influence on each validation row",
-    "influence_per_checkpoint": "influence at each checkpoint of the reference run, before averaging",
+    RANK: "rank in the whole pool; 0 = the strongest proponent; null where the row carries no loss",
+    NUM_LOSS_TOKENS: "labelled tokens of the row",
+    PER_QUERY: "influence on each validation row",
+    PER_CHECKPOINT: "influence at each checkpoint of the reference run, before averaging",
 }
 
 
-def summarise_influence(scored: Dataset, show: int = 3) -> dict[str, Any]:
+@dataclass(frozen=True)
+class InfluenceSummary:
     """
-    What a card says about a scored pool in numbers.
+    What a card says about a scored pool in numbers, as text; influence is negative for proponents.
+
+    Attributes:
+        rows, without_loss, proponents (`str`): Numbers of rows.
+        quantiles (`list[str]`): 0, 5, 25, 50, 75, 95 and 100 % of influence; empty where no row carries loss.
+        length_correlation (`str`): Rank correlation of influence with the number of loss tokens.
+        extremes (`list[tuple[str, str]]`): The strongest proponents and opponents: what each is, and its text.
+    """
+
+    rows: str
+    without_loss: str
+    proponents: str
+    quantiles: list[str]
+    length_correlation: str
+    extremes: list[tuple[str, str]]
+
+
+def summarise_influence(scored: Dataset, show: int = 3) -> InfluenceSummary:
+    """
+    Sum up a scored pool for its card.
 
     Args:
         scored (`datasets.Dataset`):
@@ -53,44 +80,38 @@ def summarise_influence(scored: Dataset, show: int = 3) -> dict[str, Any]:
             Strongest proponents and opponents to show, each.
 
     Returns:
-        `dict`: values for the template; influence has the sign of the contract (negative = proponent).
+        [`InfluenceSummary`]
     """
-    influence = _read_column(scored, "influence")
+    influence = read_scores(scored, INFLUENCE)
     rows = np.flatnonzero(~np.isnan(influence))
     order = rows[np.argsort(influence[rows], kind="stable")]
-    quantiles = np.quantile(influence[rows], [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]) if len(rows) else []
-    correlation = "not known"
-    if "num_loss_tokens" in scored.column_names and len(rows) > 2:
-        lengths = _read_column(scored, "num_loss_tokens")[rows]
-        if np.ptp(influence[rows]) > 0 and np.ptp(lengths) > 0:
-            correlation = f"{spearmanr(influence[rows], lengths).statistic:.2f}"
+    correlation = None
+    if NUM_LOSS_TOKENS in scored.column_names:
+        correlation = correlate_with_length(influence[rows], read_scores(scored, NUM_LOSS_TOKENS)[rows])
     proponents, opponents = order[influence[order] < 0][:show], order[influence[order] > 0][::-1][:show]
     extremes = [("Proponent", rank, int(row)) for rank, row in enumerate(proponents)]
     extremes += [("Opponent", len(rows) - 1 - place, int(row)) for place, row in enumerate(opponents)]
-    return {
-        "rows": Markdown(f"{len(influence):,}"),
-        "without_loss": Markdown(f"{len(influence) - len(rows):,}"),
-        "proponents": Markdown(f"{int((influence[rows] < 0).sum()):,}"),
-        "quantiles": [Markdown(f"{value:.3g}") for value in quantiles],
-        "length_correlation": Markdown(correlation),
-        "extremes": [
-            {
-                "title": Markdown(f"{kind}, rank {rank:,}: row {row:,}, influence {influence[row]:.4g}"),
-                "json": format_row({k: v for k, v in scored[row].items() if not is_influence_column(k)}),
-            }
+    texts = scored.select_columns([name for name in scored.column_names if not is_influence_column(name)])
+    quantiles = np.quantile(influence[rows], [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]) if len(rows) else []
+    return InfluenceSummary(
+        rows=f"{len(influence):,}",
+        without_loss=f"{len(influence) - len(rows):,}",
+        proponents=f"{int((influence[rows] < 0).sum()):,}",
+        quantiles=[f"{value:.3g}" for value in quantiles],
+        length_correlation="not known" if correlation is None else f"{correlation:.2f}",
+        extremes=[
+            (
+                Markdown(f"{kind}, rank {rank:,}: row {row:,}, influence {influence[row]:.4g}"),
+                format_block(render_row(texts[row], _LONGEST_ROW)),
+            )
             for kind, rank, row in extremes
         ],
-    }
+    )
 
 
 def is_hub_id(name: str) -> bool:
     """Whether a model's or dataset's name has the form of a Hub id, rather than that of a path."""
     return _HUB_ID.fullmatch(name) is not None
-
-
-def _read_column(scored: Dataset, name: str) -> np.ndarray:
-    column = scored.with_format("numpy", columns=[name])[:][name]
-    return np.asarray(column, dtype=np.float64)
 
 
 def render_influence_section(
@@ -99,7 +120,7 @@ def render_influence_section(
     features: Features,
     splits: Mapping[str, int],
     config_name: str = "default",
-    summary: Mapping[str, Any] | None = None,
+    summary: InfluenceSummary | None = None,
     scorer: Mapping[str, Any] | None = None,
     scorer_folder: str | None = None,
     results: Mapping[str, Any] | None = None,
@@ -121,7 +142,7 @@ def render_influence_section(
             Split → rows; `train` is the pool.
         config_name (`str`, *optional*, defaults to `"default"`):
             Configuration that the splits belong to.
-        summary (`Mapping`, *optional*):
+        summary ([`InfluenceSummary`], *optional*):
             Of [`summarise_influence`].
         scorer (`Mapping`, *optional*):
             The scorer's `config.json`.
@@ -146,7 +167,7 @@ def render_influence_section(
     results, scorer, records = results or {}, scorer or {}, records or {}
     pool_rows = splits.get("train", 0)
     arguments = json.dumps(repo_id) + (f", {json.dumps(config_name)}" if config_name != "default" else "")
-    verdict = results.get("verdict") or {}
+    verdict = get_object(results, "verdict")
     return render_template(
         "influence_dataset.md",
         repo_id=Markdown(repo_id),
@@ -169,8 +190,10 @@ def render_influence_section(
         ],
         summary=summary,
         verdict=verdict.get("text"),
-        comparisons=list_comparisons(verdict.get("intervals") or {}),
-        arms=list_arms(results.get("arms") or []),
+        differences=list_differences([verdict]),
+        figures=FIGURES,
+        arms=(arms := summarize_arms(results.get("arms"))),
+        means=explain_means(arms),
         stale_results=stale_results,
         plots=[{"path": Markdown(path), "caption": _caption(Path(path).stem)} for path in plots],
         provenance=list_provenance(scorer),
@@ -179,7 +202,7 @@ def render_influence_section(
         commands=list_commands({name: records[name] for name in splits if name in records}),
         scorer_folder=Markdown(scorer_folder) if scorer_folder else None,
         influence_columns=Markdown(json.dumps([name for name in features if is_influence_column(name)])),
-        cost=_list_cost(results),
+        cost=list_costs(results),
     )
 
 
@@ -189,69 +212,21 @@ def _caption(name: str) -> str:
 
 def say_validation(sets: Any) -> Markdown:
     """What influence is on: the validation sets by name, from `validation_sets` of a scorer's `config.json`."""
-    if not isinstance(sets, Mapping) or not sets or list(sets) == ["validation"]:
+    if not isinstance(sets, Mapping) or not sets or not has_named_sets(sets):
         return Markdown("the loss on a validation set")
     named = ", ".join(f"{format_code(str(name))} ({escape_markdown(str(rows))} rows)" for name, rows in sets.items())
     return Markdown(f"the loss on {'a validation set' if len(sets) == 1 else 'the mean of validation sets'}: {named}")
 
 
 def _explain(name: str) -> Markdown:
-    if name not in _MEANINGS and name.startswith("influence_"):
-        return Markdown(f"the same for the validation set {format_code(name.removeprefix('influence_'))} alone")
+    if name not in _MEANINGS and is_influence_column(name):
+        validation_set = name.removeprefix(name_set_column(""))
+        return Markdown(f"the same for the validation set {format_code(validation_set)} alone")
     return Markdown(_MEANINGS.get(name, "as in the source"))
 
 
 def _name_type(feature: Any) -> str:
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__.lower()
-
-
-def list_comparisons(intervals: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Lines of the table of differences between arms, from `verdict["intervals"]` of `results.json`."""
-    return [
-        {
-            "name": name.replace("_", " "),
-            "mean": format_number(entry.get("mean"), "+.4f"),
-            "interval": Markdown(
-                f"[{format_number(entry['low'], '+.4f')}, {format_number(entry['high'], '+.4f')}]"
-                if entry.get("low") is not None and entry.get("high") is not None
-                else "none"
-            ),
-            "seeds": entry.get("n", "–"),
-            "outcome": entry.get("outcome", "–"),
-        }
-        for name, entry in intervals.items()
-        if isinstance(entry, Mapping)
-    ]
-
-
-def list_arms(arms: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of the table of arms, from `arms` of `results.json`: one per arm, fraction and budget, over its seeds."""
-    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
-    for run in arms:
-        key = str(run.get("arm")), str(run.get("fraction")), str(run.get("budget"))
-        groups.setdefault(key, []).append(run)
-    order = {name: place for place, name in enumerate(ARMS)}
-    keys = sorted(groups, key=lambda key: (key[2], key[1], order.get(key[0], len(order)), key[0]))
-    return [
-        {
-            "name": arm,
-            "fraction": fraction,
-            "budget": budget,
-            "seeds": len(groups[arm, fraction, budget]),
-            **{
-                name: format_mean([run.get(name) for run in groups[arm, fraction, budget]], form)
-                for name, form in [
-                    ("rows", ",.0f"),
-                    ("loss_tokens", ",.0f"),
-                    ("steps", ",.0f"),
-                    ("seconds", ",.1f"),
-                    ("test_loss", ".4f"),
-                    ("test_perplexity", ".3f"),
-                ]
-            },
-        }
-        for arm, fraction, budget in keys
-    ]
 
 
 def list_provenance(scorer: Mapping[str, Any]) -> list[tuple[str, Markdown]]:
@@ -288,20 +263,3 @@ def list_provenance(scorer: Mapping[str, Any]) -> list[tuple[str, Markdown]]:
             text = ", ".join(f"{escape_markdown(str(k))} {escape_markdown(str(v))}" for k, v in values.items())
             lines.append((label, Markdown(text)))
     return lines or [("Scorer", Markdown("not published with these rows"))]
-
-
-def _list_cost(results: Mapping[str, Any]) -> list[tuple[str, Markdown]]:
-    selection, cost = results.get("selection") or {}, (results.get("verdict") or {}).get("cost") or {}
-    lines = [
-        ("Training the reference model", selection.get("reference_seconds")),
-        ("Computing influence", selection.get("seconds")),
-        ("Training on the full pool", cost.get("full_seconds")),
-        ("Training on the coreset", cost.get("coreset_seconds")),
-    ]
-    said = [
-        (label, Markdown(f"{format_number(v, ',.1f')} seconds")) for label, v in lines if isinstance(v, int | float)
-    ]
-    runs = cost.get("break_even_runs")
-    if runs is not None:
-        said.append(("Target runs after which selecting has paid", escape_markdown(str(runs))))
-    return said

@@ -1,6 +1,5 @@
 """Cards of models on the Hub: a scorer, and a target that was fine-tuned on a coreset."""
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +7,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
-from .dataset import is_hub_id, list_arms, list_provenance, say_validation
+from hf_in2core.evaluation.arms import FIGURES, explain_means, summarize_arms
+from hf_in2core.evaluation.formats import format_number, get_value, is_number
+
+from .dataset import is_hub_id, list_provenance, say_validation
 from .metadata import add_tags, join_card, parse_card, replace_section
-from .text import Markdown, escape_markdown, format_code, format_number, render_template
+from .text import Markdown, escape_markdown, format_code, render_template
 
 
 # What may stand in a snippet as it is: ids, split names with slices, revisions.
@@ -96,7 +98,7 @@ def render_target_model_card(
             metric_value=run[key],
         )
         for kind, key, label in metrics
-        if isinstance(run.get(key), int | float) and math.isfinite(run[key])
+        if is_number(run.get(key))
     ]
     ours = ModelCardData(eval_results=evaluated or None, model_name=model_name).to_dict()
     data, body = parse_card(existing) if existing is not None else ({}, f"\n# {escape_markdown(model_name)}\n")
@@ -115,11 +117,12 @@ def render_target_model_card(
         dataset_revision=format_code(dataset_revision) if dataset_revision else None,
         split=format_code(split) if split else None,
         load_arguments=Markdown(arguments) if _has_page(dataset_id) and _PLAIN.fullmatch(arguments) else None,
-        this_run=list_arms([run]),
-        this_arm=str(run.get("arm")),
+        figures=FIGURES,
+        this_run=summarize_arms([run]),
         test_name=test_name if evaluated else None,
-        arms=list_arms(results.get("arms") or []),
-        verdict=(results.get("verdict") or {}).get("text"),
+        arms=(arms := summarize_arms(results.get("arms"))),
+        means=explain_means(arms),
+        verdict=get_value(results, "verdict", "text"),
     )
     return join_card(data, replace_section(body, "model", section))
 

@@ -16,7 +16,7 @@ from datasets import Dataset
 from hf_in2core.names import INFLUENCE, parse_coreset
 from hf_in2core.rows.scored import read_scores
 
-from .text import Markdown, escape_markdown, format_code
+from .text import Markdown, format_block, format_code
 
 
 Record = dict[str, Any]
@@ -118,5 +118,4 @@ def format_command(command: str) -> Markdown:
         command = command.replace(" --", " \\\n    --")
     if re.fullmatch(r"[\x20-\x7e\n]*", command) and not re.search(r"[`<]", command):
         return Markdown(f"```bash\n{command}\n```")
-    lines = "\n".join(escape_markdown(line) for line in command.splitlines())
-    return Markdown(f"<pre><code>{lines}</code></pre>")
+    return format_block(command)

@@ -94,7 +94,7 @@ def prepare_card(
     args: SftCoresetArguments, run: dict[str, Any], revision: str | None
 ) -> Callable[[bytes | None], str]:
     """The model's card as a function of the one that is there, with the comparison published beside its rows."""
-    from hf_in2core.cards.composer import read_results
+    from hf_in2core.cards.composer import read_object
     from hf_in2core.cards.model import add_task_results, render_target_model_card
     from hf_in2core.hub.commits import read_head
     from hf_in2core.rows.sources import find_hub_id
@@ -104,7 +104,7 @@ def prepare_card(
     results: dict[str, Any] = {}
     if hub_id is not None:
         split = split or (source.split(":")[-1] if ":" in source else "train")
-        results = read_results(read_head(hub_id, repo_type="dataset", revision=revision).read("results.json"))
+        results = read_object(read_head(hub_id, repo_type="dataset", revision=revision).read("results.json"))
     arm, share = parse_coreset("full" if split == "train" else split or "")
     if args.fraction is not None:
         arm, share = "coreset", args.fraction

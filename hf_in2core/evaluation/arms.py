@@ -1,32 +1,123 @@
-"""The arms of a run as rows of a table, for the terminal, the pictures and the page."""
+"""What results.json says of a comparison, for the terminal, the pictures, the page and cards alike.
 
-import math
-from collections.abc import Mapping, Sequence
+The file may be anybody's: what in it has another form than a run writes is left out or shown as a dash. Every text is
+as it stands there; whoever shows it escapes it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hf_in2core.names import ARMS, BUDGETS
 
-from .intervals import compute_confidence_interval
+from .formats import (
+    DASH,
+    LEVEL,
+    format_difference,
+    format_interval,
+    format_mean,
+    format_number,
+    format_seconds,
+    get_object,
+    get_value,
+    is_number,
+    list_objects,
+)
 
 
-LEVEL = 0.95
-ARM_COLUMNS = ("arm", "rows", "loss tokens", "steps", "seconds", "test loss", "perplexity")
+FIGURES = ("rows", "loss tokens", "steps", "seconds", "test loss", "perplexity")
+OUTCOMES = {"better": "lower loss", "worse": "higher loss", "no worse": "no worse", "inconclusive": "inconclusive"}
 
 
-def summarize_arms(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per arm, fraction and budget, in a fixed order, with the values of the seeds as lists."""
-    entries = results.get("arms")
-    if not entries:
-        raise ValueError(
-            f"The results hold no arms (their keys: {sorted(results)}), so there is nothing to show. Is this the "
-            "results.json of a finished `in2core run`?"
-        )
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for entry in entries:
-        groups.setdefault((entry["arm"], entry["fraction"], entry["budget"]), []).append(entry)
+@dataclass(frozen=True)
+class ArmSummary:
+    """
+    An arm at one fraction and budget, over its seeds.
+
+    Attributes:
+        arm (`str`): Its name.
+        fraction (`float`, *optional*): Share of the pool's rows that it keeps.
+        budget (`str`): `"steps"`, `"epochs"` or what else the file says.
+        seeds (`int`): How many there are.
+        values (`dict[str, list]`): Per seed `rows`, `loss_tokens`, `steps`, `seconds`, `test_loss`, `test_perplexity`,
+            each a finite number or `None` (it diverged), and `tasks`; an empty list for what was not recorded.
+    """
+
+    arm: str
+    fraction: float | None
+    budget: str
+    seeds: int
+    values: dict[str, list[Any]]
+
+    @property
+    def name(self) -> str:
+        """The arm and its fraction."""
+        return name_arm(self.arm, self.fraction)
+
+    @property
+    def budget_name(self) -> str:
+        """What is equal between the arms."""
+        return BUDGETS.get(self.budget, self.budget) or DASH
+
+    @property
+    def share(self) -> str:
+        """What its rows are a share of, as the plot's axis says it."""
+        return "full pool" if self.arm == "full" else format_number(self.fraction, "g")
+
+    @property
+    def figures(self) -> list[str]:
+        """The cells of a table with the columns `FIGURES`: means over the seeds, ± half of the 95 % interval."""
+        counts = [format_mean(self.values[name], ",.0f") for name in ("rows", "loss_tokens", "steps")]
+        seconds = format_mean(self.values["seconds"], ",.1f")
+        loss, perplexity = self.values["test_loss"], self.values["test_perplexity"]
+        return [*counts, seconds, format_interval(loss, 3), format_interval(perplexity, 2)]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much lower the test loss of one arm is than that of another, as the cells of a table."""
+
+    name: str
+    where: str
+    mean: str
+    interval: str
+    seeds: str
+    outcome: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text, the first of each line its name, and sentences to stand below."""
+
+    columns: list[str]
+    lines: list[list[str]]
+    notes: Sequence[str] = ()
+
+
+def name_arm(arm: str, fraction: float | None) -> str:
+    """An arm and its fraction."""
+    return arm if arm == "full" or fraction is None else f"{arm} {fraction:g}"
+
+
+def summarize_arms(entries: Any) -> list[ArmSummary]:
+    """
+    Sum up the runs of each arm, fraction and budget, in a fixed order.
+
+    Args:
+        entries (`list[dict]`):
+            The `arms` of `results.json`; an entry that is no object is left out.
+
+    Returns:
+        `list[ArmSummary]`: empty where there are none.
+    """
+    groups: dict[tuple[str, float | None, str], list[Mapping[str, Any]]] = {}
+    for entry in list_objects(entries):
+        fraction = float(entry["fraction"]) if is_number(entry.get("fraction")) else None
+        key = str(entry.get("arm")), fraction, str(entry.get("budget", ""))
+        groups.setdefault(key, []).append(entry)
     fractions = list(dict.fromkeys(fraction for arm, fraction, _ in groups if arm != "full"))
 
-    def sort_key(key: tuple[Any, ...]) -> tuple[int, ...]:
+    def sort_key(key: tuple[str, float | None, str]) -> tuple[int, ...]:
         arm, fraction, budget = key
         return (
             list(BUDGETS).index(budget) if budget in BUDGETS else len(BUDGETS),
@@ -34,35 +125,124 @@ def summarize_arms(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             ARMS.index(arm) if arm in ARMS else len(ARMS),
         )
 
-    columns = ("rows", "loss_tokens", "steps", "seconds", "test_loss", "test_perplexity", "tasks")
-    return [
-        dict(zip(("arm", "fraction", "budget"), key, strict=True))
-        | {column: [entry.get(column) for entry in groups[key]] for column in columns}
-        for key in sorted(groups, key=sort_key)
-    ]
+    columns = ("rows", "loss_tokens", "steps", "seconds", "test_loss", "test_perplexity")
+    summaries = []
+    for key in sorted(groups, key=sort_key):
+        runs = groups[key]
+        values: dict[str, list[Any]] = {
+            name: [run[name] if is_number(run[name]) else None for run in runs if name in run] for name in columns
+        }
+        summaries.append(ArmSummary(*key, len(runs), values | {"tasks": [run.get("tasks") for run in runs]}))
+    return summaries
 
 
-def format_arm(row: dict[str, Any]) -> list[str]:
-    """A row as the cells of a table with the columns `ARM_COLUMNS`."""
-    counts = [format_mean(row[column], "{:,.0f}") for column in ("rows", "loss_tokens", "steps")]
-    seconds = format_mean(row["seconds"], "{:,.1f}")
-    return [
-        name_arm(row),
-        *counts,
-        seconds,
-        format_interval(row["test_loss"], 3),
-        format_interval(row["test_perplexity"], 2),
-    ]
-
-
-def name_arm(row: dict[str, Any]) -> str:
-    """An arm and its fraction."""
-    return row["arm"] if row["arm"] == "full" or row["fraction"] is None else f"{row['arm']} {row['fraction']:g}"
-
-
-def summarize_tasks(results: Mapping[str, Any]) -> dict[str, Any] | None:
+def require_arms(results: Mapping[str, Any]) -> list[ArmSummary]:
     """
-    How the arms do on tasks of lm-eval, as a table; `None` where no task was evaluated.
+    [`summarize_arms`] of `results.json`, for what can show nothing without them.
+
+    Raises:
+        ValueError: the results hold no arms.
+    """
+    if not (summaries := summarize_arms(results.get("arms"))):
+        raise ValueError(
+            f"The results hold no arms (their keys: {sorted(results)}), so there is nothing to show. Is this the "
+            "results.json of a finished `in2core run`?"
+        )
+    return summaries
+
+
+def split_by_budget(summaries: Iterable[ArmSummary]) -> dict[str, list[ArmSummary]]:
+    """The arms of each budget, by what is equal between them."""
+    budgets: dict[str, list[ArmSummary]] = {}
+    for summary in summaries:
+        budgets.setdefault(summary.budget_name, []).append(summary)
+    return budgets
+
+
+def count_seeds(summaries: Iterable[ArmSummary]) -> str:
+    """How many seeds the arms have, in words."""
+    counts = [summary.seeds for summary in summaries]
+    low, high = min(counts, default=0), max(counts, default=0)
+    if low == high:
+        return "1 seed (none can be given)" if low == 1 else f"{low} seeds"
+    return f"{low} to {high} seeds"
+
+
+def explain_means(summaries: Iterable[ArmSummary]) -> str:
+    """What the figures of arms are, for below their table."""
+    return f"Means; ± is half the {LEVEL * 100:g} % Student-t interval over {count_seeds(summaries)}."
+
+
+def list_differences(entries: Any) -> list[Difference]:
+    """
+    The differences between arms with their intervals.
+
+    Args:
+        entries (`list[dict]`):
+            `by_fraction` of a verdict, or the verdict itself in a list for those of the headline alone; what in it
+            has no `intervals` with a `mean` is left out.
+    """
+    found = []
+    for entry in list_objects(entries):
+        for name, interval in get_object(entry, "intervals").items():
+            if not is_number(get_value(interval, "mean")):
+                continue
+            budget = str(entry.get("budget") or DASH)
+            found.append(
+                Difference(
+                    str(name).replace("_", " ").replace(" minus ", " \N{MINUS SIGN} "),
+                    f"{format_number(entry.get('fraction'), 'g')}, {BUDGETS.get(budget, budget)}",
+                    *format_difference(interval),
+                    format_number(interval.get("n"), ".0f"),
+                    OUTCOMES.get(str(interval.get("outcome")), "no interval"),
+                )
+            )
+    return found
+
+
+def list_costs(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a run cost, in words: from `selection`, `arms` and the verdict's `cost` of `results.json`."""
+    selection, cost = get_object(results, "selection"), get_object(results, "verdict", "cost")
+    # The full arm may stand there under both budgets, but ran once.
+    runs = {
+        (str(arm.get("arm")), str(arm.get("fraction")), str(arm.get("seed")), arm["seconds"])
+        for arm in list_objects(results.get("arms"))
+        if is_number(arm.get("seconds"))
+    }
+    resumed = " (of the last part alone: the run was resumed)" if selection.get("resumed") is True else ""
+    took = " on the full pool, ".join(format_seconds(cost.get(f"{arm}_seconds")) for arm in ("full", "coreset"))
+    known = {
+        "Training the reference": (selection.get("reference_seconds"), ""),
+        "Computing influence": (selection.get("seconds"), resumed),
+        "Training and testing the arms": (sum(run[-1] for run in runs) or None, f" for {len(runs)} runs"),
+        "Saved by each target run at equal epochs": (cost.get("saving_per_run"), f" ({took} on the coreset)"),
+    }
+    lines = [(label, format_seconds(value) + note) for label, (value, note) in known.items() if is_number(value)]
+    pays_after = cost.get("break_even_runs")
+    if is_number(pays_after) or isinstance(pays_after, str):
+        said = f"{pays_after:,}" if is_number(pays_after) else str(pays_after)
+        lines.append(("Target runs until selecting has paid", said))
+    return lines
+
+
+def tabulate_auc(results: Mapping[str, Any]) -> Table:
+    """How well scores find the rows that are looked for, a line for each kind of row."""
+    by_kind = {str(kind): get_object(scores) for kind, scores in get_object(results, "auc").items()}
+    names = list(dict.fromkeys(name for scores in by_kind.values() for name in scores))
+    lines = [
+        [
+            kind,
+            format_number(get_value(results, "auc_rows", kind), ",.0f"),
+            *(format_number(scores.get(name), ".3f") for name in names),
+        ]
+        for kind, scores in by_kind.items()
+    ]
+    return Table(["AUC (0.5 = chance)", "rows", *names], lines)
+
+
+def tabulate_tasks(results: Mapping[str, Any]) -> Table | None:
+    """
+    How the arms do on tasks of lm-eval; `None` where no task was evaluated.
 
     Args:
         results (`Mapping[str, Any]`):
@@ -70,104 +250,44 @@ def summarize_tasks(results: Mapping[str, Any]) -> dict[str, Any] | None:
             [`~hf_in2core.evaluation.tasks.evaluate_tasks`] returns them.
 
     Returns:
-        `dict`: `columns` and `lines` of text, a line for the model before training and for each arm, and `notes`, a
-        sentence for each task. Scores are means over the seeds that were evaluated, ± half of their interval.
+        [`Table`]: a line for the model before training and for each arm, and a sentence for each task. Scores are
+        means over the seeds that were evaluated, ± half of their 95 % interval.
     """
-    rows = summarize_arms(results)
-    base = results.get("base")
-    base_tasks = base.get("tasks") if isinstance(base, Mapping) else None
-    models = [("before training", [base_tasks])] if isinstance(base_tasks, Mapping) else []
-    several = len({row["budget"] for row in rows}) > 1
-    for row in rows:
-        budget = f", {BUDGETS.get(row['budget'], row['budget'])}" if several else ""
-        models.append((f"{name_arm(row)}{budget}", row["tasks"]))
-    first: dict[tuple[str, str], Mapping[str, Any]] = {}  # a result of each task and metric, which describes it
-    for _, evaluated in models:
-        for tasks in evaluated:
-            for task, found in (tasks if isinstance(tasks, Mapping) else {}).items():
-                for metric in found["metrics"] if _is_task_result(found) else ():
-                    first.setdefault((str(task), str(metric)), found)
+    summaries = summarize_arms(results.get("arms"))
+    models: list[tuple[str, Sequence[Any]]] = [("before training", [get_value(results, "base", "tasks")])]
+    several = len(split_by_budget(summaries)) > 1
+    models += [(f"{arm.name}, {arm.budget_name}" if several else arm.name, arm.values["tasks"]) for arm in summaries]
+    # A result of each task and metric, which describes it.
+    first: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for tasks in (tasks for _, evaluated in models for tasks in evaluated):
+        for task, found in get_object(tasks).items():
+            for metric in get_object(found, "metrics"):
+                first.setdefault((task, metric), found)
     if not first:
         return None
     lines = []
-    for name, evaluated in models:
-        scores = [[_read_score(tasks, *key) for tasks in evaluated] for key in first]
-        known = [[value for value in values if value is not None] for values in scores]
+    for model, evaluated in models:
+        scores = [[get_value(tasks, task, "metrics", name) for tasks in evaluated] for task, name in first]
+        known = [[value for value in values if is_number(value)] for values in scores]
         if any(known):
-            lines.append([name, *(format_interval(values, 3) if values else "-" for values in known)])
+            lines.append([model, *(format_interval(values, 3) for values in known)])
     by_task = {task: found for (task, _), found in reversed(first.items())}
-    return {
-        "columns": ["model", *(f"{task} {metric}" for task, metric in first)],
-        "lines": lines,
-        "notes": [_describe_task(task, found) for task, found in reversed(by_task.items())],
-    }
-
-
-def _is_task_result(found: Any) -> bool:
-    return isinstance(found, Mapping) and isinstance(found.get("metrics"), Mapping)
-
-
-def _read_score(tasks: Any, task: str, metric: str) -> float | None:
-    found = tasks.get(task) if isinstance(tasks, Mapping) else None
-    value = found["metrics"].get(metric) if _is_task_result(found) else None  # type: ignore[index]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-    return float(value) if is_number else None  # type: ignore[arg-type]
+    notes = [_describe_task(task, found) for task, found in reversed(by_task.items())]
+    return Table(["model", *(f"{task} {metric}" for task, metric in first)], lines, notes)
 
 
 def _describe_task(task: str, found: Mapping[str, Any]) -> str:
-    def read_number(name: str) -> int | float | None:
-        value = found.get(name)
-        return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9 else None
-
-    parts = []
-    if (questions := read_number("questions")) is not None:
-        limit = read_number("limit")
-        parts.append(f"{questions:,.0f} questions" + ("" if limit is None else f" (a part: limit {limit:g} per task)"))
-    if (examples := read_number("num_fewshot")) is not None:
-        parts.append(f"{examples:g} example{'' if examples == 1 else 's'} before each")
-    stderr = found.get("stderr")
-    errors = find_finite(
-        [value if isinstance(value, float) else None for value in stderr.values()]
-        if isinstance(stderr, Mapping)
-        else []
+    questions, limit, examples, cut = (
+        found[name] if is_number(found.get(name)) else None
+        for name in ("questions", "limit", "num_fewshot", "cut_prompts")
     )
-    if errors:
+    parts = []
+    if questions is not None:
+        parts.append(f"{questions:,.0f} questions{'' if limit is None else f' (a part: limit {limit:g} per task)'}")
+    if examples is not None:
+        parts.append(f"{examples:g} example{'' if examples == 1 else 's'} before each")
+    if errors := [value for value in get_object(found, "stderr").values() if is_number(value)]:
         parts.append(f"standard error of one model over questions {errors[0]:.3f}")
-    if cut := read_number("cut_prompts"):
+    if cut:
         parts.append(f"{cut:,.0f} prompt{'' if cut == 1 else 's'} cut to the model's context")
     return f"{task}: {', '.join(parts)}." if parts else f"{task}."
-
-
-def format_mean(values: list[float | None], pattern: str) -> str:
-    """The mean of the values that are finite; a dash where there is none."""
-    known = find_finite(values)
-    return pattern.format(sum(known) / len(known)) if known else "-"
-
-
-def format_interval(values: Sequence[float | None], decimals: int) -> str:
-    """The mean over seeds, ± half of its interval where it has one."""
-    known = find_finite(values)
-    if len(known) < len(values):
-        return f"not finite in {len(values) - len(known)} of {len(values)}"
-    interval = compute_confidence_interval(known, LEVEL)
-    if interval["half_width"] is None:
-        return f"{interval['mean']:.{decimals}f}"
-    return f"{interval['mean']:.{decimals}f} ± {interval['half_width']:.{decimals}f}"
-
-
-def find_finite(values: Sequence[float | None]) -> list[float]:
-    """The values that are finite numbers."""
-    return [float(value) for value in values if value is not None and math.isfinite(value)]
-
-
-def count_seeds(rows: list[dict[str, Any]]) -> str:
-    """How many seeds the arms have, in words."""
-    counts = sorted({len(row["test_loss"]) for row in rows})
-    if counts == [1]:
-        return "1 seed (none can be given)"
-    return f"{' to '.join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))} seeds"
-
-
-def name_group(row: dict[str, Any]) -> str:
-    """What an arm's rows are a share of, as the plot's axis says it."""
-    return "full pool" if row["arm"] == "full" else f"{row['fraction']:g}"

@@ -12,10 +12,9 @@ import numpy as np
 from scipy.stats import mannwhitneyu
 
 from hf_in2core.names import ARMS, BUDGETS
-from hf_in2core.notebook import Verdict
 
 from .intervals import compare_arms, compute_confidence_interval
-from .verdict import get_outcome, say_headline, say_verdict
+from .verdict import FractionVerdict, SelectionCost, Verdict, say_headline, say_verdict
 
 
 if TYPE_CHECKING:
@@ -106,24 +105,7 @@ def judge(
             Confidence level of every interval.
 
     Returns:
-        `dict`, ready for JSON, which a notebook shows as a table:
-
-        - `text` (`str`): the verdict in a few sentences; `headline` (`str`): in a few words.
-        - `beats_random` (`bool`): the whole interval of coreset - random is below 0.
-        - `matches_full` (`bool`): the upper end of coreset - full is below `margin` times the full pool's loss;
-          `beats_full` (`bool`): the whole interval is below 0.
-        - `fraction`, `budget`, `margin`, `level`: what the headline stands on.
-        - `intervals` (`dict`): the headline's `coreset_minus_random`, `coreset_minus_full`, `opponents_minus_random`
-          and `coreset_minus_opponents`, as from [`compare_arms`] plus `outcome`: `"better"`, `"worse"`,
-          `"inconclusive"` or `"no interval"`, against the full pool also `"no worse"`. `None` where an arm is missing.
-        - `by_fraction` (`list[dict]`): `fraction`, `budget`, `losses` (interval of each arm's own loss), `intervals`
-          and the three booleans, for every fraction and budget.
-        - `cost` (`dict`): `selection_seconds` (reference + influence); at equal epochs and the headline's fraction
-          `full_seconds`, `coreset_seconds`, `saving_per_run` and the outcomes `against_random` and `against_full`;
-          `break_even_runs` (`int` or `None` if not measured), the number of target runs after which selecting has
-          paid, `"never"` if nothing is saved or the coreset is worse than the full pool or as many random rows;
-          `break_even_cost_fraction`, the fraction of `selection_seconds` that one target run saves: where it is below
-          1, reference and influence would have to cost that fraction of what they did to pay with one run.
+        [`~hf_in2core.evaluation.verdict.Verdict`], which a notebook shows as a table.
 
     Raises:
         `ValueError`: a fraction that was not run, an arm run twice with the same seed, an unknown budget, or a margin
@@ -146,18 +128,18 @@ def judge(
     ]
     # A run of the full arm alone has nothing to compare; its results must not be lost over that.
     head = by_fraction[0] if by_fraction else _judge_fraction({}, math.nan, "steps", margin, level)
-    cost = _compute_cost(runs, selection, head["fraction"], by_fraction)
+    cost = _compute_cost(runs, selection, head.fraction, by_fraction)
     return Verdict(
         text=say_verdict(by_fraction, cost, margin),
         headline=say_headline(head),
-        beats_random=head["beats_random"],
-        matches_full=head["matches_full"],
-        beats_full=head["beats_full"],
-        fraction=head["fraction"] if by_fraction else None,
-        budget=head["budget"] if by_fraction else None,
+        beats_random=head.beats_random,
+        matches_full=head.matches_full,
+        beats_full=head.beats_full,
+        fraction=head.fraction if by_fraction else None,
+        budget=head.budget if by_fraction else None,
         margin=margin,
         level=level,
-        intervals=head["intervals"],
+        intervals=head.intervals,
         by_fraction=by_fraction,
         cost=cost,
     )
@@ -192,7 +174,7 @@ def _key(arm: str, fraction: float, budget: str) -> tuple[str, float | None, str
     return (arm, None if arm == "full" else fraction, budget)
 
 
-def _judge_fraction(runs: _Runs, fraction: float, budget: str, margin: float, level: float) -> dict[str, Any]:
+def _judge_fraction(runs: _Runs, fraction: float, budget: str, margin: float, level: float) -> FractionVerdict:
     losses = {
         arm: {seed: loss for seed, (loss, _) in runs[_key(arm, fraction, budget)].items()}
         for arm in ARMS
@@ -212,22 +194,22 @@ def _judge_fraction(runs: _Runs, fraction: float, budget: str, margin: float, le
             interval = compare_arms(losses[first], losses[second], level)
             allowed = margin * sum(losses["full"].values()) / len(losses["full"]) if second == "full" else 0.0
             intervals[name] = interval | {"outcome": _read_outcome(interval, allowed)}
-    against_full = get_outcome(intervals["coreset_minus_full"])
-    return {
-        "fraction": fraction,
-        "budget": budget,
-        "losses": {
+    outcomes = {name: None if found is None else found["outcome"] for name, found in intervals.items()}
+    return FractionVerdict(
+        fraction=fraction,
+        budget=budget,
+        losses={
             arm: unknown | {"n": len(by_seed), "level": level}
             if arm in diverged
             else compute_confidence_interval(list(by_seed.values()), level)
             for arm, by_seed in losses.items()
         },
-        "diverged": diverged,
-        "intervals": intervals,
-        "beats_random": get_outcome(intervals["coreset_minus_random"]) == "better",
-        "matches_full": against_full in ("better", "no worse"),
-        "beats_full": against_full == "better",
-    }
+        diverged=diverged,
+        intervals=intervals,
+        beats_random=outcomes["coreset_minus_random"] == "better",
+        matches_full=outcomes["coreset_minus_full"] in ("better", "no worse"),
+        beats_full=outcomes["coreset_minus_full"] == "better",
+    )
 
 
 def _read_outcome(interval: dict[str, Any], allowed: float) -> str:
@@ -242,17 +224,16 @@ def _read_outcome(interval: dict[str, Any], allowed: float) -> str:
 
 
 def _compute_cost(
-    runs: _Runs, selection: Mapping[str, Any], fraction: float, by_fraction: list[dict[str, Any]]
-) -> dict[str, Any]:
+    runs: _Runs, selection: Mapping[str, Any], fraction: float, by_fraction: list[FractionVerdict]
+) -> SelectionCost:
     influence, reference = selection.get("seconds"), selection.get("reference_seconds") or 0.0
     cost = None if influence is None else influence + reference
     full = _mean_seconds(runs.get(("full", None, "epochs"), {}))
     coreset = _mean_seconds(runs.get(("coreset", fraction, "epochs"), {}))
     saving = None if full is None or coreset is None else full - coreset
-    at_epochs = [entry for entry in by_fraction if entry["fraction"] == fraction and entry["budget"] == "epochs"]
+    at_epochs = [entry for entry in by_fraction if entry.fraction == fraction and entry.budget == "epochs"]
     against_random, against_full = (
-        get_outcome(at_epochs[0]["intervals"][f"coreset_minus_{arm}"]) if at_epochs else "not run"
-        for arm in ("random", "full")
+        at_epochs[0].get_outcome("coreset", arm) if at_epochs else "not run" for arm in ("random", "full")
     )
     runs_to_pay: int | str | None = None
     cost_fraction = None
@@ -263,18 +244,18 @@ def _compute_cost(
         else:
             runs_to_pay = max(1, math.ceil(cost / saving))
             cost_fraction = saving / cost if cost > 0 else None
-    return {
-        "selection_seconds": cost,
-        "reference_seconds": reference,
-        "influence_seconds": influence,
-        "full_seconds": full,
-        "coreset_seconds": coreset,
-        "saving_per_run": saving,
-        "against_random": against_random,
-        "against_full": against_full,
-        "break_even_runs": runs_to_pay,
-        "break_even_cost_fraction": cost_fraction,
-    }
+    return SelectionCost(
+        selection_seconds=cost,
+        reference_seconds=reference,
+        influence_seconds=influence,
+        full_seconds=full,
+        coreset_seconds=coreset,
+        saving_per_run=saving,
+        against_random=against_random,
+        against_full=against_full,
+        break_even_runs=runs_to_pay,
+        break_even_cost_fraction=cost_fraction,
+    )
 
 
 def _mean_seconds(seeds: dict[int, tuple[float, float | None]]) -> float | None:

@@ -1,10 +1,15 @@
 """The verdict between the arms of a run in words; `hf_in2core.evaluation.judge.judge` computes what it says."""
 
-import math
+from dataclasses import dataclass
 from typing import Any
 
+from hf_in2core.names import BUDGETS
+from hf_in2core.notebook import render_html, show_figure
 
-BUDGET_NAMES = {"steps": "equal steps", "epochs": "equal epochs"}
+from .arms import name_arm
+from .formats import format_difference, format_seconds
+
+
 AGAINST_RANDOM = {
     "better": "beat random rows",
     "worse": "lost to random rows",
@@ -18,15 +23,130 @@ AGAINST_FULL = {
 }
 
 
-def say_verdict(by_fraction: list[dict[str, Any]], cost: dict[str, Any], margin: float) -> str:
+@dataclass(frozen=True)
+class FractionVerdict:
+    """
+    What the seeds say at one fraction and budget.
+
+    Attributes:
+        fraction (`float`): Share of the pool's rows in the coreset.
+        budget (`str`): `"steps"` or `"epochs"`.
+        losses (`dict[str, dict]`): Interval of each arm's own loss.
+        diverged (`list[str]`): Arms with a loss that is not finite.
+        intervals (`dict[str, dict | None]`): `coreset_minus_random`, `coreset_minus_full`, `opponents_minus_random`
+            and `coreset_minus_opponents`, as from [`~hf_in2core.evaluation.intervals.compare_arms`] plus `outcome`:
+            `"better"`, `"worse"`, `"inconclusive"` or `"no interval"`, against the full pool also `"no worse"`. `None`
+            where an arm is missing.
+        beats_random (`bool`): The whole interval of coreset - random is below 0.
+        matches_full (`bool`): The upper end of coreset - full is below the margin.
+        beats_full (`bool`): The whole interval of coreset - full is below 0.
+    """
+
+    fraction: float
+    budget: str
+    losses: dict[str, dict[str, Any]]
+    diverged: list[str]
+    intervals: dict[str, Any]
+    beats_random: bool
+    matches_full: bool
+    beats_full: bool
+
+    @property
+    def where(self) -> str:
+        """Fraction and budget in words."""
+        return f"fraction {self.fraction:g}, {BUDGETS[self.budget]}"
+
+    def get_outcome(self, first: str, second: str) -> str:
+        """Outcome of one comparison; `"not run"` where one of its arms is missing."""
+        interval = self.intervals[f"{first}_minus_{second}"]
+        return "not run" if interval is None else interval["outcome"]
+
+
+@dataclass(frozen=True)
+class SelectionCost:
+    """
+    What selecting cost and saves, in seconds; `None` where it was not measured.
+
+    Attributes:
+        selection_seconds (`float`): Reference and influence together; then each of them.
+        full_seconds, coreset_seconds, saving_per_run (`float`): A target run at equal epochs and the headline's
+            fraction, and the difference.
+        against_random, against_full (`str`): Outcomes at equal epochs.
+        break_even_runs (`int` or `str`): Target runs after which selecting has paid; `"never"` if nothing is saved or
+            the coreset is worse than the full pool or as many random rows.
+        break_even_cost_fraction (`float`): Fraction of `selection_seconds` that one target run saves: where it is
+            below 1, reference and influence would have to cost that fraction of what they did to pay with one run.
+    """
+
+    selection_seconds: float | None
+    reference_seconds: float
+    influence_seconds: float | None
+    full_seconds: float | None
+    coreset_seconds: float | None
+    saving_per_run: float | None
+    against_random: str
+    against_full: str
+    break_even_runs: int | str | None
+    break_even_cost_fraction: float | None
+
+
+@dataclass(frozen=True, repr=False)
+class Verdict:
+    """
+    What [`~hf_in2core.evaluation.judge.judge`] returns; the `verdict` of results.json is `dataclasses.asdict` of it.
+
+    Attributes:
+        text (`str`): The verdict in a few sentences.
+        headline (`str`): In a few words.
+        beats_random, matches_full, beats_full, intervals: Those of the first of `by_fraction`.
+        fraction (`float`, *optional*), budget (`str`, *optional*): What the headline stands on.
+        margin (`float`): How much worse than the full pool still counts as no worse, relative to its loss.
+        level (`float`): Confidence level of every interval.
+        by_fraction (`list[FractionVerdict]`): For every fraction and budget, the headline first.
+        cost (`SelectionCost`): Whether selecting pays.
+    """
+
+    text: str
+    headline: str
+    beats_random: bool
+    matches_full: bool
+    beats_full: bool
+    fraction: float | None
+    budget: str | None
+    margin: float
+    level: float
+    intervals: dict[str, Any]
+    by_fraction: list[FractionVerdict]
+    cost: SelectionCost
+
+    def __repr__(self) -> str:
+        return f"Verdict: {self.headline}. {self.text}"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (
+                name_arm(arm, entry.fraction),
+                BUDGETS[entry.budget],
+                *map(show_figure, (loss["mean"], loss["half_width"])),
+                loss["n"],
+            )
+            for entry in self.by_fraction
+            for arm, loss in entry.losses.items()
+        ]
+        half = f"± (half the {self.level:.0%} interval)"
+        columns = ["arm", "budget", "test loss (lower is better)", half, "seeds"]
+        return render_html(self.headline, rows, columns=columns, notes=[self.text])
+
+
+def say_verdict(by_fraction: list[FractionVerdict], cost: SelectionCost, margin: float) -> str:
     r"""
     Put the verdict into two to five sentences.
 
     Args:
-        by_fraction (`list[dict]`):
-            `by_fraction` of [`~hf_in2core.evaluation.judge.judge`], the headline first.
-        cost (`dict`):
-            `cost` of [`~hf_in2core.evaluation.judge.judge`].
+        by_fraction (`list[FractionVerdict]`):
+            Every fraction and budget, the headline first.
+        cost (`SelectionCost`):
+            Whether selecting pays.
         margin (`float`):
             The margin within which the coreset counts as no worse than the full pool.
 
@@ -42,59 +162,45 @@ def say_verdict(by_fraction: list[dict[str, Any]], cost: dict[str, Any], margin:
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def say_headline(head: dict[str, Any]) -> str:
+def say_headline(head: FractionVerdict) -> str:
     """Say in one line what one entry of `by_fraction` shows; the title of a plot."""
-    where = f" ({_where(head)})" if head["losses"] else ""
+    where = f" ({head.where})" if head.losses else ""
     opponents = ", and had a higher loss than the opponents" if _opponents_won(head) else ""
     return f"Coreset{where}: {_say_outcomes(head)}{opponents}"
 
 
-def _where(entry: dict[str, Any]) -> str:
-    return f"fraction {entry['fraction']:g}, {BUDGET_NAMES[entry['budget']]}"
-
-
-def _say_outcomes(entry: dict[str, Any]) -> str:
+def _say_outcomes(entry: FractionVerdict) -> str:
     said = [
-        AGAINST_RANDOM.get(get_outcome(entry["intervals"]["coreset_minus_random"])),
-        AGAINST_FULL.get(get_outcome(entry["intervals"]["coreset_minus_full"])),
+        AGAINST_RANDOM.get(entry.get_outcome("coreset", "random")),
+        AGAINST_FULL.get(entry.get_outcome("coreset", "full")),
     ]
     return " and ".join(part for part in said if part) or "no conclusion"
 
 
-def get_outcome(interval: dict[str, Any] | None) -> str:
-    """Outcome of one comparison; `"not run"` where one of its arms is missing."""
-    return "not run" if interval is None else interval["outcome"]
-
-
-def _numbers(head: dict[str, Any], first: str, second: str) -> str:
+def _numbers(head: FractionVerdict, first: str, second: str) -> str:
     """Both losses and their difference with its interval."""
-    interval = head["intervals"][f"{first}_minus_{second}"]
-    losses = f"test loss {head['losses'][first]['mean']:.3f} against {head['losses'][second]['mean']:.3f}"
+    interval = head.intervals[f"{first}_minus_{second}"]
+    losses = f"test loss {head.losses[first]['mean']:.3f} against {head.losses[second]['mean']:.3f}"
     if interval["low"] is None:
         return losses
-    # Two digits of the half-width, so that an end close to 0 does not read as 0.
-    half_width = interval["half_width"]
-    decimals = 3 if half_width < 1e-6 else max(3, 1 - math.floor(math.log10(half_width)))
-    return (
-        f"{losses}, difference {interval['mean']:+.{decimals}f}, {interval['level'] * 100:g} % interval "
-        f"{interval['low']:+.{decimals}f} to {interval['high']:+.{decimals}f}, {interval['n']} seeds"
-    )
+    difference, ends = format_difference(interval)
+    return f"{losses}, difference {difference}, {interval['level'] * 100:g} % interval {ends}, {interval['n']} seeds"
 
 
-def _why_no_interval(head: dict[str, Any], first: str, second: str) -> str:
-    diverged = [arm for arm in (first, second) if arm in head["diverged"]]
+def _why_no_interval(head: FractionVerdict, first: str, second: str) -> str:
+    diverged = [arm for arm in (first, second) if arm in head.diverged]
     if diverged:
         return f"the test loss of the {' and the '.join(diverged)} arm is not finite for at least one seed"
-    n = head["intervals"][f"{first}_minus_{second}"]["n"]
+    n = head.intervals[f"{first}_minus_{second}"]["n"]
     if n < 2:
         return f"with {n} seed no confidence interval can be given, which takes at least 2 (better 3)"
     return f"all {n} seeds gave exactly the same loss, so they say nothing about noise"
 
 
-def _say_random(head: dict[str, Any]) -> str:
-    where = f"At fraction {head['fraction']:g} and {BUDGET_NAMES[head['budget']]}"
-    outcome = get_outcome(head["intervals"]["coreset_minus_random"])
-    if "coreset" not in head["losses"]:
+def _say_random(head: FractionVerdict) -> str:
+    where = f"At fraction {head.fraction:g} and {BUDGETS[head.budget]}"
+    outcome = head.get_outcome("coreset", "random")
+    if "coreset" not in head.losses:
         return f"{where} there is no coreset arm, so nothing is known about the coreset."
     if outcome == "not run":
         return f"{where} there is no random arm, so it is not known whether the coreset is better than random rows."
@@ -103,15 +209,14 @@ def _say_random(head: dict[str, Any]) -> str:
     return f"{where} the coreset {AGAINST_RANDOM[outcome]} ({_numbers(head, 'coreset', 'random')})."
 
 
-def _say_full(head: dict[str, Any], margin: float) -> str:
-    interval = head["intervals"]["coreset_minus_full"]
-    outcome = get_outcome(interval)
-    if "coreset" not in head["losses"]:
+def _say_full(head: FractionVerdict, margin: float) -> str:
+    outcome = head.get_outcome("coreset", "full")
+    if "coreset" not in head.losses:
         return ""
     if outcome == "not run":
         return "There is no full arm, so it is not known what leaving rows out costs."
     if outcome == "no interval":
-        if get_outcome(head["intervals"]["coreset_minus_random"]) == "no interval":
+        if head.get_outcome("coreset", "random") == "no interval":
             return ""
         return f"Against the full pool nothing is concluded: {_why_no_interval(head, 'coreset', 'full')}."
     numbers = _numbers(head, "coreset", "full")
@@ -122,22 +227,21 @@ def _say_full(head: dict[str, Any], margin: float) -> str:
     return f"It {AGAINST_FULL[outcome]} ({numbers})."
 
 
-def _opponents_won(head: dict[str, Any]) -> bool:
-    interval = head["intervals"]["coreset_minus_opponents"]
+def _opponents_won(head: FractionVerdict) -> bool:
+    interval = head.intervals["coreset_minus_opponents"]
     return interval is not None and interval["mean"] is not None and interval["mean"] > 0
 
 
-def _say_opponents(head: dict[str, Any]) -> str:
-    against_coreset = head["intervals"]["coreset_minus_opponents"]
+def _say_opponents(head: FractionVerdict) -> str:
     if _opponents_won(head):
         noise = {"worse": "beyond noise", "inconclusive": "within noise"}.get(
-            get_outcome(against_coreset), "without an interval"
+            head.get_outcome("coreset", "opponents"), "without an interval"
         )
         return (
             f"WARNING: the opponents did better than the coreset, {noise} ({_numbers(head, 'coreset', 'opponents')}); "
             "the ranking does not point the right way: check the validation set and the reference model before use."
         )
-    outcome = get_outcome(head["intervals"]["opponents_minus_random"])
+    outcome = head.get_outcome("opponents", "random")
     if outcome == "worse":
         return "The opponents were worse than random rows beyond noise, as they should be."
     if outcome == "better":
@@ -150,57 +254,56 @@ def _say_opponents(head: dict[str, Any]) -> str:
     return ""
 
 
-def _say_others(others: list[dict[str, Any]]) -> str:
+def _say_others(others: list[FractionVerdict]) -> str:
     if not others:
         return ""
     if len(others) > 3:
-        random = sum(entry["beats_random"] for entry in others)
-        full = sum(entry["matches_full"] for entry in others)
+        random = sum(entry.beats_random for entry in others)
+        full = sum(entry.matches_full for entry in others)
         return (
             f"Of the {len(others)} other fractions and budgets, the coreset beat random rows beyond noise in {random} "
             f"and was better or no worse than the full pool in {full}."
         )
-    return f"Elsewhere, {'; '.join(f'at {_where(entry)}: {_say_outcomes(entry)}' for entry in others)}."
+    return f"Elsewhere, {'; '.join(f'at {entry.where}: {_say_outcomes(entry)}' for entry in others)}."
 
 
-def _say_cost(cost: dict[str, Any]) -> str:
-    total, saving = cost["selection_seconds"], cost["saving_per_run"]
+def _say_cost(cost: SelectionCost) -> str:
+    total, saving = cost.selection_seconds, cost.saving_per_run
+    saved = format_seconds(saving)
     if total is None:
         return "What selecting cost was not recorded."
-    parts = f"influence {_seconds(cost['influence_seconds'])}"
-    if cost["reference_seconds"]:
-        parts = f"reference {_seconds(cost['reference_seconds'])}, {parts}"
+    parts = f"influence {format_seconds(cost.influence_seconds)}"
+    if cost.reference_seconds:
+        parts = f"reference {format_seconds(cost.reference_seconds)}, {parts}"
     else:
         parts += ", no training of a reference counted"
-    spent = f"Selecting cost {_seconds(total)} ({parts})"
+    spent = f"Selecting cost {format_seconds(total)} ({parts})"
     if saving is None:
         return f"{spent}; what it saves was not measured, which takes the full and the coreset arm at equal epochs."
-    took = f"{_seconds(cost['full_seconds'])} on the full pool, {_seconds(cost['coreset_seconds'])} on the coreset"
+    took = (
+        f"{format_seconds(cost.full_seconds)} on the full pool, {format_seconds(cost.coreset_seconds)} on the coreset"
+    )
     if saving <= 0:
         return f"{spent} and saved nothing: a target run at equal epochs took {took}, so it never pays."
-    if cost["break_even_runs"] == "never":
-        than = "on the full pool" if cost["against_full"] == "worse" else "on as many random rows"
+    if cost.break_even_runs == "never":
+        than = "on the full pool" if cost.against_full == "worse" else "on as many random rows"
         return (
-            f"{spent}; a target run at equal epochs was {_seconds(saving)} shorter ({took}), but worse than {than}, "
+            f"{spent}; a target run at equal epochs was {saved} shorter ({took}), but worse than {than}, "
             "so it never pays."
         )
     provisos = []
-    if cost["against_random"] != "better":
+    if cost.against_random != "better":
         provisos.append("as many random rows, which the coreset was not shown to beat, save the same for nothing")
-    if cost["against_full"] not in ("better", "no worse"):
+    if cost.against_full not in ("better", "no worse"):
         provisos.append("the coreset was not shown to match the full pool")
     proviso = f" (in time alone: at equal epochs {', and '.join(provisos)})" if provisos else ""
     if total <= saving:
         return (
-            f"{spent}, no more than the {_seconds(saving)} that a target run at equal epochs saves ({took}): it pays "
+            f"{spent}, no more than the {saved} that a target run at equal epochs saves ({took}): it pays "
             f"with the first run{proviso}."
         )
     return (
-        f"{spent}, more than the {_seconds(saving)} that a target run at equal epochs saves ({took}): it pays after "
-        f"{cost['break_even_runs']} target runs, or with one if reference and influence cost "
-        f"{cost['break_even_cost_fraction']:.2g} of that{proviso}."
+        f"{spent}, more than the {saved} that a target run at equal epochs saves ({took}): it pays after "
+        f"{cost.break_even_runs} target runs, or with one if reference and influence cost "
+        f"{cost.break_even_cost_fraction:.2g} of that{proviso}."
     )
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:,.0f} s" if seconds >= 100 else f"{seconds:.3g} s"

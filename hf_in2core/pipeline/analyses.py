@@ -15,11 +15,12 @@ from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.analysis.coverage import compute_coverage, correlate_coverage
 from hf_in2core.analysis.layers import choose_layers, compute_layer_scores
 from hf_in2core.evaluation.intervals import MIN_PAIRS
-from hf_in2core.names import NUM_LOSS_TOKENS, POOL, describe_set
+from hf_in2core.names import POOL, describe_set
 from hf_in2core.rows.columns import apply_columns
+from hf_in2core.rows.text import render_row
 
 from .arguments import ANALYSES
-from .comparison import render_text
+from .comparison import LONGEST_TEXT
 from .job import Job
 from .run_folder import agree, say, warn, write_json
 from .steps import read_result
@@ -158,8 +159,8 @@ def list_least_covered(job: Job, coverage: Dataset, rows: np.ndarray) -> list[di
             "row": int(rows[position]),
             "coverage": entry["coverage_top_k"],
             "loss": entry["loss"],
-            NUM_LOSS_TOKENS: entry[NUM_LOSS_TOKENS],
-            "text": render_text(text, job.reference_tokenizer),
+            "num_loss_tokens": entry["num_loss_tokens"],
+            "text": render_row(text, LONGEST_TEXT, job.reference_tokenizer),
             "proponents": [
                 {"row": row, "influence": influence}
                 for row, influence in zip(entry["proponents"], entry["proponent_influence"], strict=True)

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,7 @@ from hf_in2core.report.run import RESULTS_VERSION
 from hf_in2core.report.terminal import plot_arms, plot_influence, plot_length, print_results, write_report
 from hf_in2core.rows.columns import apply_columns
 from hf_in2core.rows.scored import read_scores
+from hf_in2core.rows.text import render_row
 from hf_in2core.selection.lengths import MIN_ROWS, compare_lengths
 from hf_in2core.selection.record import Coreset, describe_choice, take_coresets
 
@@ -100,7 +101,7 @@ def build_results(
         "format_version": RESULTS_VERSION,
         "arms": arms,
         "selection": selection,
-        "verdict": judge(arms, selection, fractions=fractions) if complete else verdict,
+        "verdict": asdict(judge(arms, selection, fractions=fractions)) if complete else verdict,
         "complete": complete,
         "base": base,
         **findings,
@@ -198,27 +199,14 @@ def find_examples(
         rows = scored.select(positions)
         texts = apply_columns(pool.select(positions), columns, tokenizer)
         examples[name] = [
-            {"row": int(position), **{key: row[key] for key in shown}, "text": render_text(text, tokenizer)}
+            {
+                "row": int(position),
+                **{key: row[key] for key in shown},
+                "text": render_row(text, LONGEST_TEXT, tokenizer),
+            }
             for position, row, text in zip(positions, rows, texts, strict=True)
         ]
     return examples
-
-
-def render_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    """A row in one of TRL's formats as plain text, cut when it is very long."""
-    if "input_ids" in row:
-        text = str(tokenizer.decode(row["input_ids"]))
-    else:
-        parts = [row[name] for name in ("prompt", "completion", "messages", "conversations", "text") if name in row]
-        text = "".join(part if isinstance(part, str) else render_turns(part) for part in parts)
-    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " …"
-
-
-def render_turns(turns: list[dict[str, Any]]) -> str:
-    """Turns of a conversation, one per paragraph."""
-    return "".join(
-        f"{turn.get('role', turn.get('from'))}: {turn.get('content', turn.get('value'))}\n" for turn in turns
-    )
 
 
 def compute_aucs(
@@ -278,4 +266,4 @@ def find_lengths(scored: Dataset, coreset: Coreset | None) -> dict[str, Any] | N
     """Lengths of the headline's coreset against the pool's; `None` where the pool is too small to tell."""
     if coreset is None or coreset.rows_with_loss < MIN_ROWS:
         return None
-    return compare_lengths(scored, scored.select(coreset.positions))
+    return asdict(compare_lengths(scored, scored.select(coreset.positions)))

@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .run import Run, get_value, is_number, show_number
+from hf_in2core.evaluation.formats import DASH, format_number, get_value, is_number
+from hf_in2core.rows.text import render_line
+
+from .run import Run
 
 
 MAX_LEAST_COVERED = 20
@@ -87,8 +90,8 @@ def _compare_numbers(candidates: Sequence[Mapping[str, Any]], everything: list[i
                 "memory": _percent(best["memory"]),
                 "spearman": f"{best['spearman']:+.3f}",
                 "backward": str(best["backward_layers"]),
-                "last": show_number(get_value(last, "spearman"), "+.3f"),
-                "last_backward": show_number(get_value(last, "backward_layers"), "d"),
+                "last": format_number(get_value(last, "spearman"), "+.3f"),
+                "last_backward": format_number(get_value(last, "backward_layers"), "d"),
             }
         )
     return lines
@@ -158,8 +161,8 @@ def _read_correlations(value: Any, top_k: Any) -> list[dict[str, str]]:
             {
                 "key": key,
                 "name": name.format(top_k),
-                "estimate": show_number(estimate, "+.2f"),
-                "interval": f"{low:+.2f} to {high:+.2f}" if is_number(low) and is_number(high) else "none",
+                "estimate": format_number(estimate, "+.2f"),
+                "interval": f"{low:+.2f} to {high:+.2f}" if is_number(low) and is_number(high) else DASH,
                 "conclusion": CONCLUSIONS[conclusion],
             }
         )
@@ -185,18 +188,11 @@ def _read_least_covered(value: Any) -> list[dict[str, Any]]:
                 "row": position,
                 "loss": f"{loss:.3f}",
                 "coverage": coverage,
-                "text": show_line(text),
+                "text": render_line(text, LONGEST_TEXT),
                 "proponents": pairs,
             }
         )
     return rows
-
-
-def show_line(text: str) -> str:
-    """A text from the data in one line that is not too long, without characters that steer how it shows."""
-    printable = "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    line = " ".join(printable[: 4 * LONGEST_TEXT].split())
-    return line if len(line) <= LONGEST_TEXT else line[:LONGEST_TEXT] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def _read_refusal(found: Any) -> str | None:

@@ -19,14 +19,23 @@ from typing import Any
 import jinja2
 import numpy as np
 from markupsafe import Markup
-from scipy.stats import spearmanr
 
-from hf_in2core.evaluation.arms import summarize_tasks
+from hf_in2core.evaluation.arms import (
+    FIGURES,
+    explain_means,
+    list_costs,
+    list_differences,
+    require_arms,
+    split_by_budget,
+    tabulate_auc,
+    tabulate_tasks,
+)
 from hf_in2core.names import list_added_columns
 from hf_in2core.rows.scored import find_set_columns, read_numbers
+from hf_in2core.selection.lengths import correlate_with_length
 
 from .analyses import show_coverage, show_layers
-from .results import show_arms, show_auc, show_comparisons, show_cost, show_provenance, show_verdict
+from .results import show_provenance, show_verdict
 from .rows import (
     MAX_SETS,
     Groups,
@@ -81,7 +90,7 @@ def render_page(run: Run) -> str:
     if find_spec("matplotlib") is None:
         notes.append("There are no pictures: matplotlib is not installed (`pip install hf-in2core[report]`).")
     values: dict[str, Any] = {"pool": None, "groups": [], "queries": 0, "shown": set(), "data": {}}
-    layers, coverage = show_layers(run), show_coverage(run)
+    arms, layers, coverage = require_arms(run.results), show_layers(run), show_coverage(run)
     if run.scored is not None:
         values |= _show_pool(run, plots, coverage)
     if find_spec("matplotlib") is not None:
@@ -99,13 +108,15 @@ def render_page(run: Run) -> str:
         data=Markup(escape_json(data)),
         name=run.name,
         verdict=show_verdict(run),
-        arms=show_arms(run),
-        comparisons=show_comparisons(run),
-        tasks=summarize_tasks(run.results),
-        auc=show_auc(run),
+        budgets=split_by_budget(arms),
+        figures=FIGURES,
+        means=explain_means(arms),
+        differences=list_differences(run.get("verdict", "by_fraction")),
+        tasks=tabulate_tasks(run.results),
+        auc=tabulate_auc(run.results),
         layers=layers,
         coverage=coverage,
-        cost=show_cost(run),
+        cost=list_costs(run.results),
         provenance=show_provenance(run),
         config=json.dumps(run.get("config"), indent=2, ensure_ascii=False) if run.get("config") else "",
         plots=plots,
@@ -219,8 +230,8 @@ def _draw_pool(pool: Pool, summaries: Sequence[Mapping[str, Any]], plots: dict[s
         cut = None
     known = bool((tokens >= 1).all())
     captions = {"cut": "" if cut is None else format_influence(cut), "correlation": "", "influence_note": ""}
-    if known and len(influence) > 2 and np.ptp(tokens) > 0 and np.ptp(influence) > 0:
-        captions["correlation"] = f"{spearmanr(influence, tokens).statistic:+.2f}"
+    if known and (correlation := correlate_with_length(influence, tokens)) is not None:
+        captions["correlation"] = f"{correlation:+.2f}"
     if find_spec("matplotlib") is None:
         return captions
     from .plots import PAGE_WIDTH, draw_groups, draw_influence, draw_length

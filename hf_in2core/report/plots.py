@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_in2core.evaluation.arms import LEVEL, count_seeds, find_finite, name_group, summarize_arms
+from hf_in2core.evaluation.arms import ArmSummary, count_seeds, require_arms, split_by_budget
+from hf_in2core.evaluation.formats import LEVEL
 from hf_in2core.evaluation.intervals import compute_confidence_interval
-from hf_in2core.names import BUDGETS
 
 
 if TYPE_CHECKING:
@@ -53,14 +53,14 @@ def plot_arms(results: Mapping[str, Any], path: str | PathLike[str]) -> None:
 
 def draw_arms(results: Mapping[str, Any], title: str = "", width: float = 7.0) -> "Figure":
     """The figure of [`plot_arms`] under a title, or without one, at least so many inches wide."""
-    rows = summarize_arms(results)
-    budgets = list(dict.fromkeys(row["budget"] for row in rows))
-    groups = list(dict.fromkeys(name_group(row) for row in rows))
+    arms = require_arms(results)
+    budgets = split_by_budget(arms)
+    groups = dict.fromkeys(arm.share for arm in arms)
     figure = _make_figure(width=min(14.0, max(width, len(budgets) * (1.0 + 1.1 * len(groups)))), height=4.8)
     panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
-    for panel, budget in zip(panels, budgets, strict=True):
-        _draw_panel(panel, [row for row in rows if row["budget"] == budget])
-        panel.set_title(BUDGETS.get(budget, str(budget)), fontsize=10)
+    for panel, (budget, members) in zip(panels, budgets.items(), strict=True):
+        _draw_panel(panel, members)
+        panel.set_title(budget, fontsize=10)
         panel.set_xlabel("fraction of the pool's rows kept")
     panels[0].set_ylabel("test loss\n(nats per labelled token, lower is better)")
 
@@ -68,7 +68,7 @@ def draw_arms(results: Mapping[str, Any], title: str = "", width: float = 7.0) -
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    note = f"bars: {LEVEL * 100:g} % Student-t interval over {count_seeds(rows)}; small points: single seeds"
+    note = f"bars: {LEVEL * 100:g} % Student-t interval over {count_seeds(arms)}; small points: single seeds"
     figure.legend(
         handles.values(),
         handles,
@@ -350,15 +350,15 @@ def _make_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _draw_panel(panel: "Axes", rows: list[dict[str, Any]]) -> None:
-    groups = list(dict.fromkeys(name_group(row) for row in rows))
+def _draw_panel(panel: "Axes", arms: list[ArmSummary]) -> None:
+    groups = list(dict.fromkeys(arm.share for arm in arms))
     for position, group in enumerate(groups):
-        members = [row for row in rows if name_group(row) == group]
-        for index, row in enumerate(members):
+        members = [arm for arm in arms if arm.share == group]
+        for index, arm in enumerate(members):
             x = position + (index - (len(members) - 1) / 2) * 0.25
-            colour = COLOURS.get(row["arm"], OTHER_COLOUR)
-            losses = find_finite(row["test_loss"])
-            if len(losses) < len(row["test_loss"]):
+            colour = COLOURS.get(arm.arm, OTHER_COLOUR)
+            losses = arm.values["test_loss"]
+            if None in losses or not losses:
                 panel.annotate(
                     "not finite", (x, 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="center",
                     fontsize=8, color=colour,
@@ -369,15 +369,15 @@ def _draw_panel(panel: "Axes", rows: list[dict[str, Any]]) -> None:
                 x,
                 interval["mean"],
                 yerr=interval["half_width"],
-                fmt=MARKERS.get(row["arm"], OTHER_MARKER),
+                fmt=MARKERS.get(arm.arm, OTHER_MARKER),
                 color=colour,
                 markersize=8,
                 capsize=4,
                 linewidth=1.5,
-                label=row["arm"],
+                label=arm.arm,
             )
             panel.plot([x + 0.08] * len(losses), losses, ".", color=colour, markersize=4, alpha=0.8)
-            if row["arm"] == "full":
+            if arm.arm == "full":
                 panel.axhline(interval["mean"], color=colour, linewidth=0.8, linestyle=":", zorder=0)
     panel.set_xticks(range(len(groups)), groups)
     panel.set_xlim(-0.6, len(groups) - 0.4)

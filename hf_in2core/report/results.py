@@ -1,14 +1,13 @@
-"""What results.json says, as the report page shows it: verdict, arms and their differences, AUC, cost, provenance."""
+"""What results.json says, as the report page shows it: the verdict and where the figures come from."""
 
 from typing import Any
 
-from hf_in2core.evaluation.arms import ARM_COLUMNS, LEVEL, count_seeds, format_arm, summarize_arms
-from hf_in2core.names import BUDGETS, LOSS_REDUCTIONS
+from hf_in2core.evaluation.formats import get_value
+from hf_in2core.names import LOSS_REDUCTIONS
 
-from .run import Run, get_value, is_number, show_number
+from .run import Run
 
 
-OUTCOMES = {"better": "lower loss", "worse": "higher loss", "no worse": "no worse", "inconclusive": "inconclusive"}
 LIBRARIES = ("python", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
 
@@ -33,86 +32,6 @@ def show_verdict(run: Run) -> dict[str, Any]:
         if isinstance(beats, bool) and isinstance(matches, bool)
         else [],
     }
-
-
-def show_arms(run: Run) -> dict[str, Any]:
-    """The arms as tables, one for each budget."""
-    rows = summarize_arms(run.results)
-    budgets = list(dict.fromkeys(row["budget"] for row in rows))
-    return {
-        "columns": ARM_COLUMNS,
-        "tables": [
-            {
-                "budget": BUDGETS.get(budget, budget),
-                "rows": [{"arm": row["arm"], "cells": format_arm(row)} for row in rows if row["budget"] == budget],
-            }
-            for budget in budgets
-        ],
-        "note": f"Means over {count_seeds(rows)}, ± half of the {LEVEL * 100:g} % Student-t interval.",
-    }
-
-
-def show_comparisons(run: Run) -> list[dict[str, str]]:
-    """Differences between arms with their intervals, for every fraction and budget."""
-    lines = []
-    entries = run.get("verdict", "by_fraction")
-    for entry in entries if isinstance(entries, list) else []:
-        intervals = get_value(entry, "intervals")
-        for name, interval in (intervals if isinstance(intervals, dict) else {}).items():
-            mean, low, high = (get_value(interval, key) for key in ("mean", "low", "high"))
-            if not is_number(mean):
-                continue
-            budget = str(get_value(entry, "budget"))
-            lines.append(
-                {
-                    "name": str(name).replace("_", " ").replace(" minus ", " − "),
-                    "where": f"{show_number(get_value(entry, 'fraction'), 'g')}, {BUDGETS.get(budget, budget)}",
-                    "mean": show_number(mean, "+.3f"),
-                    "interval": f"{low:+.3f} to {high:+.3f}" if is_number(low) and is_number(high) else "none",
-                    "seeds": show_number(get_value(interval, "n"), ".0f"),
-                    "outcome": OUTCOMES.get(str(get_value(interval, "outcome")), "no interval"),
-                }
-            )
-    return lines
-
-
-def show_auc(run: Run) -> dict[str, Any]:
-    """How well scores find the rows that are looked for."""
-    auc = run.get("auc")
-    auc = auc if isinstance(auc, dict) else {}
-    by_kind = {str(kind): scores for kind, scores in auc.items() if isinstance(scores, dict)}
-    scores = list(dict.fromkeys(str(score) for found in by_kind.values() for score in found))
-    return {
-        "scores": scores,
-        "lines": [
-            {
-                "kind": kind,
-                "rows": show_number(run.get("auc_rows", kind), ",.0f"),
-                "values": [show_number(found.get(score), ".3f") for score in scores],
-            }
-            for kind, found in by_kind.items()
-        ],
-    }
-
-
-def show_cost(run: Run) -> list[tuple[str, str]]:
-    """What the run cost, in words."""
-
-    def seconds(value: Any) -> str:
-        return f"{show_number(value, ',.1f')} s" if is_number(value) else ""
-
-    trained = {(arm["arm"], arm["fraction"], arm["seed"], arm.get("seconds")) for arm in run.results["arms"]}
-    spent = [entry[3] for entry in trained if is_number(entry[3])]
-    resumed = " (of the last part alone: the run was resumed)" if run.get("selection", "resumed") is True else ""
-    runs = run.get("verdict", "cost", "break_even_runs")
-    lines = [
-        ("Training the reference", seconds(run.get("selection", "reference_seconds"))),
-        ("Computing influence", seconds(run.get("selection", "seconds")) + resumed),
-        ("Training and testing the arms", f"{seconds(sum(spent))} for {len(spent)} runs" if spent else ""),
-        ("Saved by each target run at equal epochs", seconds(run.get("verdict", "cost", "saving_per_run"))),
-        ("Target runs until selecting has paid", show_number(runs, ",") if is_number(runs) else str(runs or "")),
-    ]
-    return [(label, value) for label, value in lines if value]
 
 
 def show_provenance(run: Run) -> list[tuple[str, str]]:

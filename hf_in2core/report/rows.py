@@ -1,8 +1,7 @@
 """The rows that the page shows: which of a large pool, their text, and the groups they fall into."""
 
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +9,13 @@ import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset
 
+from hf_in2core.evaluation.formats import is_number
 from hf_in2core.names import INFLUENCE, NUM_LOSS_TOKENS
 from hf_in2core.rows.scored import read_numbers
+from hf_in2core.rows.text import render_value
 from hf_in2core.selection.record import describe_choice, take_coresets
 
-from .run import Run, is_number
+from .run import Run
 
 
 MAX_ROWS = 5000
@@ -273,26 +274,9 @@ def _read_value(value: pa.Scalar) -> Any:
 
 
 def _show_cell(value: Any) -> Any:
-    """A value as a string, a number or a boolean; texts up to one character beyond the longest limit."""
-    longest = LIMITS[0] + 1
-    if isinstance(value, bytes):
-        # As many bytes as that many characters may take, and no more of a text of gigabytes.
-        return value[: 4 * longest].decode("utf-8", "replace")[:longest]
-    if value is None or isinstance(value, bool | int | str):
-        return value[:longest] if isinstance(value, str) else value
+    """A value as a string, a number or a boolean; a text longer than the longest limit stays longer than it."""
+    if value is None or isinstance(value, bool | int):
+        return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    turns = _show_turns(value)
-    if turns is None:
-        turns = json.dumps(value, ensure_ascii=False, default=lambda v: f"<{type(v).__name__}>")
-    return turns[:longest]
-
-
-def _show_turns(value: Any) -> str | None:
-    """Turns of a conversation, one per paragraph; `None` for anything else."""
-    if not isinstance(value, list) or not value or not all(isinstance(turn, Mapping) for turn in value):
-        return None
-    keys = ("role", "content") if "role" in value[0] else ("from", "value")
-    if not all(isinstance(turn.get(keys[1]), str) for turn in value):
-        return None
-    return "\n\n".join(f"{turn.get(keys[0])}: {turn[keys[1]]}" for turn in value)
+    return render_value(value, LIMITS[0])

@@ -7,6 +7,9 @@ from typing import Any
 
 from datasets import Dataset, load_from_disk
 
+from hf_in2core.evaluation.formats import get_value, is_number
+from hf_in2core.names import INFLUENCE
+
 
 # Version of the layout of results.json.
 RESULTS_VERSION = 1
@@ -42,13 +45,6 @@ class Run:
     def get(self, *names: str) -> Any:
         """A value of `results.json` by its path; `None` where there is none."""
         return get_value(self.results, *names)
-
-
-def get_value(value: Any, *names: str) -> Any:
-    """A value in nested dictionaries by its path; `None` where there is none."""
-    for name in names:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
 
 
 def read_run(folder: str | Path) -> Run:
@@ -140,17 +136,6 @@ def check_arms(path: Path, arms: Any) -> None:
                 raise ReportError(f"{path}: arms[{number}] has {value!r} as `{name}`, which is no number.")
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a finite number."""
-    # Compared, not converted: JSON has integers that no float holds.
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def show_number(value: Any, form: str) -> str:
-    """A number by a format; a dash for what is none."""
-    return format(value, form) if is_number(value) else "\N{EN DASH}"
-
-
 def read_json(path: Path) -> Any:
     """Read JSON; `None` where there is no whole file."""
     try:
@@ -170,7 +155,7 @@ def read_scored(folder: Path, notes: list[str]) -> Dataset | None:
     except Exception as error:  # datasets and arrow raise many types for a damaged folder
         notes.append(f"scored/ cannot be read ({type(error).__name__}): it is half-written or damaged. {again}")
         return None
-    if not isinstance(scored, Dataset) or "influence" not in scored.column_names or len(scored) == 0:
+    if not isinstance(scored, Dataset) or INFLUENCE not in scored.column_names or len(scored) == 0:
         notes.append(f"scored/ is not a scored pool: it has no column `influence`, or no rows. {again}")
         return None
     return scored.with_format("arrow")

@@ -15,15 +15,15 @@ from rich.table import Table
 from rich.text import Text
 
 from hf_in2core.evaluation.arms import (
-    ARM_COLUMNS,
-    LEVEL,
-    count_seeds,
-    format_arm,
-    format_mean,
-    summarize_arms,
-    summarize_tasks,
+    FIGURES,
+    explain_means,
+    require_arms,
+    split_by_budget,
+    tabulate_auc,
+    tabulate_tasks,
 )
-from hf_in2core.names import BUDGETS
+from hf_in2core.evaluation.formats import DASH
+from hf_in2core.rows.text import CUT, render_line
 
 from .page import write_report
 from .plots import plot_arms, plot_influence, plot_length
@@ -64,28 +64,20 @@ def print_results(results: Mapping[str, Any]) -> None:
     Raises:
         `ValueError`: `results` has no arms.
     """
-    rows = summarize_arms(results)
+    arms = require_arms(results)
     console = Console()
-    for budget in dict.fromkeys(row["budget"] for row in rows):
-        _write(console, f"Arms at {BUDGETS.get(budget, budget)}", style="bold")
-        _print_table(console, ARM_COLUMNS, [format_arm(row) for row in rows if row["budget"] == budget])
-    _write(
-        console,
-        f"Means over {count_seeds(rows)}, ± half of the {LEVEL * 100:g} % Student-t interval. Test loss in nats per "
-        "labelled token, lower is better.\n",
-    )
+    for budget, members in split_by_budget(arms).items():
+        _write(console, f"Arms at {budget}", style="bold")
+        _print_table(console, ("arm", *FIGURES), [[arm.name, *arm.figures] for arm in members])
+    note = "Test loss in nats per labelled token, lower is better."
+    _write(console, f"{explain_means(arms)} {note}\n")
     if text := results.get("verdict", {}).get("text"):
         _write(console, f"Verdict: {text}\n", style="bold red" if "WARNING" in text else "bold")
 
     print_tasks(results, console)
-    if auc := results.get("auc"):
-        scores = list(dict.fromkeys(score for by_score in auc.values() for score in by_score))
-        _write(console, "AUC of finding rows by a score (0.5 = chance)", style="bold")
-        lines = [
-            [kind, *(format_mean([by_score.get(score)], "{:.3f}") for score in scores)]
-            for kind, by_score in auc.items()
-        ]
-        _print_table(console, ["rows", *scores], lines)
+    if (auc := tabulate_auc(results)).lines:
+        _write(console, "Finding rows by a score", style="bold")
+        _print_table(console, auc.columns, auc.lines)
 
     examples = results.get("examples", {})
     for kind, sign in (("proponents", "negative influence: lowers"), ("opponents", "positive influence: raises")):
@@ -97,12 +89,12 @@ def print_results(results: Mapping[str, Any]) -> None:
 def print_tasks(results: Mapping[str, Any], console: Console | None = None) -> None:
     """Print how the arms of a run do on tasks of lm-eval, as [`print_results`] does; nothing where none was run."""
     console = console or Console()
-    tasks = summarize_tasks(results)
+    tasks = tabulate_tasks(results)
     if tasks is None:
         return
     _write(console, "Benchmarks", style="bold")
-    _print_table(console, tasks["columns"], tasks["lines"])
-    for note in [*tasks["notes"], "The verdict is of the test loss alone."]:
+    _print_table(console, tasks.columns, tasks.lines)
+    for note in [*tasks.notes, "The verdict is of the test loss alone."]:
         _write(console, note)
     console.print()
 
@@ -141,27 +133,18 @@ def _print_examples(console: Console, examples: Sequence[Mapping[str, Any]]) -> 
     for number, example in enumerate(examples, 1):
         rank = "" if example.get("influence_rank") is None else f"rank {example['influence_rank']:,}, "
         _write(console, f"{number:>2}. {rank}influence {example['influence']:+.3g}", style="cyan")
-        _write(console, _cut(str(example.get("text", ""))), indent=4)
+        _write(console, render_line(str(example.get("text", "")), MAX_TEXT_CHARACTERS), indent=4)
     console.print()
 
 
-def _cut(text: str) -> str:
-    """Text from the data in one line, without characters that would steer the terminal."""
-    # Cut before and after: cleaning a text of megabytes is wasted, and cleaning changes the length.
-    printable = "".join(c if c.isprintable() else " " for c in text[: 4 * MAX_TEXT_CHARACTERS])
-    line = " ".join(printable.split())
-    if len(line) > MAX_TEXT_CHARACTERS or len(text) > 4 * MAX_TEXT_CHARACTERS:
-        return line[:MAX_TEXT_CHARACTERS] + "..."
-    return line
-
-
 def _fit(text: object, encoding: str) -> str:
-    """What the terminal's encoding can show; ± as +/-, the rest as question marks."""
+    """What the terminal's encoding can show; our own signs in ASCII, the rest as question marks."""
+    shown = str(text)
     try:
-        str(text).encode(encoding)
+        shown.encode(encoding)
     except UnicodeEncodeError:
-        return str(text).replace("±", "+/-").encode(encoding, "replace").decode(encoding)
-    return str(text)
+        shown = shown.replace("±", "+/-").replace(DASH, "-").replace(CUT, "...")
+    return shown.encode(encoding, "replace").decode(encoding)
 
 
 # --- the page ---

@@ -8,11 +8,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from hf_in2core.evaluation.formats import get_value
 from hf_in2core.names import PER_QUERY, VALIDATION, is_influence_column
 from hf_in2core.rows.sources import find_hub_id, load_rows, parse_named_sources
+from hf_in2core.rows.text import render_line, render_row
 
-from .rows import LIMITS, Pool, _show_cell
-from .run import Run, get_value
+from .rows import LIMITS, Pool
+from .run import Run
 
 
 MAX_MASKS = 300
@@ -115,8 +117,7 @@ def split_by_loss(input_ids: Sequence[int], carries_loss: np.ndarray, tokenizer:
 
 def _say(error: Exception) -> str:
     """An error in one line that fits a note."""
-    line = " ".join(f"{type(error).__name__}: {error}".split())
-    return line if len(line) <= 200 else line[:200] + " …"
+    return render_line(f"{type(error).__name__}: {error}", 200)
 
 
 # --- validation rows ---
@@ -135,7 +136,7 @@ def find_query_rows(run: Run, scored: Dataset, notes: list[str]) -> list[dict[st
     try:
         queries, proponents, opponents = _find_strongest(scored)
     except (ValueError, pa.ArrowException) as error:
-        notes.append(f"Validation rows are not shown: influence_per_query cannot be read ({_say(error)}).")
+        notes.append(f"Validation rows are not shown: {PER_QUERY} cannot be read ({_say(error)}).")
         return []
     names = _name_queries(run)
     texts = _read_validation(run, notes)
@@ -200,13 +201,7 @@ def _read_validation(run: Run, notes: list[str]) -> dict[str, list[str]]:
         for name, source in parse_named_sources([str(source) for source in sources]).items():
             rows = load_rows(source, "validation set") if find_hub_id(source) is None else None
             if rows is not None and len(rows) == get_value(sets, name):
-                texts[name] = [_join_row(row) for row in rows]
+                texts[name] = [render_row(row, LIMITS[0]) for row in rows]
     except (OSError, ValueError) as error:
         notes.append(f"The texts of the validation rows are not shown: {_say(error)}")
     return texts
-
-
-def _join_row(row: dict[str, Any]) -> str:
-    """The texts of a row, one after the other."""
-    shown = [_show_cell(value) for value in row.values() if isinstance(value, str | list)]
-    return "\n".join(str(value) for value in shown)[: LIMITS[0]]

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import evaluate
@@ -299,15 +300,15 @@ SECONDS = {"full": 45.0, "coreset": 11.0, "random": 11.0, "opponents": 11.0}
 
 def test_a_coreset_that_wins() -> None:
     verdict = judge(make_arms(GOOD), SELECTION)
-    assert verdict["beats_random"] and verdict["matches_full"] and verdict["beats_full"]
-    assert "the coreset beat random rows" in verdict["text"] and "It beat the full pool" in verdict["text"]
-    assert "opponents were worse than random rows beyond noise" in verdict["text"]
-    assert "what it saves was not measured" in verdict["text"]
-    assert verdict["headline"].startswith("Coreset (fraction 0.25, equal steps): beat random rows")
-    interval = verdict["intervals"]["coreset_minus_random"]
+    assert verdict.beats_random and verdict.matches_full and verdict.beats_full
+    assert "the coreset beat random rows" in verdict.text and "It beat the full pool" in verdict.text
+    assert "opponents were worse than random rows beyond noise" in verdict.text
+    assert "what it saves was not measured" in verdict.text
+    assert verdict.headline.startswith("Coreset (fraction 0.25, equal steps): beat random rows")
+    interval = verdict.intervals["coreset_minus_random"]
     low, high = scipy.stats.ttest_rel(GOOD["coreset"], RANDOM).confidence_interval(0.95)
     assert (interval["low"], interval["high"]) == pytest.approx((low, high))
-    assert f"{low:+.3f} to {high:+.3f}" in verdict["text"]
+    assert f"{low:+.3f} to {high:+.3f}" in verdict.text
 
 
 @given(
@@ -327,66 +328,66 @@ def test_claims_follow_from_the_intervals(
     full_high = scipy.stats.ttest_rel(arms["coreset"], arms["full"]).confidence_interval(level).high
     allowed = margin * np.mean(arms["full"])
     assume(min(abs(random_high), abs(full_high), abs(full_high - allowed)) > 1e-9)
-    assert verdict["beats_random"] == (random_high < 0)
-    assert verdict["beats_full"] == (full_high < 0)
-    assert verdict["matches_full"] == (full_high < max(allowed, 0))
-    assert ("WARNING: the opponents did better" in verdict["text"]) == (
+    assert verdict.beats_random == (random_high < 0)
+    assert verdict.beats_full == (full_high < 0)
+    assert verdict.matches_full == (full_high < max(allowed, 0))
+    assert ("WARNING: the opponents did better" in verdict.text) == (
         np.mean(arms["opponents"]) < np.mean(arms["coreset"])
     )
-    json.dumps(verdict, allow_nan=False)
+    json.dumps(asdict(verdict), allow_nan=False)
 
 
 def test_noise_is_not_a_win() -> None:
     verdict = judge(make_arms(GOOD | {"coreset": [3.36, 3.30, 3.38]}), SELECTION)
-    assert not (verdict["beats_random"] or verdict["matches_full"] or verdict["beats_full"])
-    assert "did not beat random rows beyond noise" in verdict["text"]
-    assert "Whether it matches the full pool is inconclusive" in verdict["text"]
+    assert not (verdict.beats_random or verdict.matches_full or verdict.beats_full)
+    assert "did not beat random rows beyond noise" in verdict.text
+    assert "Whether it matches the full pool is inconclusive" in verdict.text
 
 
 def test_no_worse_than_full_within_the_margin() -> None:
     arms = make_arms(GOOD | {"coreset": [3.36, 3.368, 3.352]})
     verdict = judge(arms, SELECTION)
-    assert verdict["matches_full"] and not verdict["beats_full"]
-    assert "no worse than the full pool, within the margin of 1 % of its loss" in verdict["text"]
+    assert verdict.matches_full and not verdict.beats_full
+    assert "no worse than the full pool, within the margin of 1 % of its loss" in verdict.text
     strict = judge(arms, SELECTION, margin=0.001)
-    assert not strict["matches_full"] and "It was worse than the full pool" in strict["text"]
+    assert not strict.matches_full and "It was worse than the full pool" in strict.text
 
 
 def test_losing_is_said() -> None:
     verdict = judge(make_arms(GOOD | {"coreset": [3.46, 3.44, 3.47]}), SELECTION)
-    assert not verdict["beats_random"] and not verdict["matches_full"]
-    assert "the coreset lost to random rows" in verdict["text"]
-    assert "It was worse than the full pool" in verdict["text"]
+    assert not verdict.beats_random and not verdict.matches_full
+    assert "the coreset lost to random rows" in verdict.text
+    assert "It was worse than the full pool" in verdict.text
 
 
 def test_opponents_better_than_the_coreset_come_first_in_the_text() -> None:
     arms = make_arms(GOOD | {"opponents": GOOD["coreset"], "coreset": OPPONENTS})
     verdict = judge(arms, SELECTION)
-    assert verdict["text"].startswith("WARNING: the opponents did better than the coreset, beyond noise")
-    assert "had a higher loss than the opponents" in verdict["headline"]
-    assert "within noise" in judge(make_arms(GOOD | {"opponents": [3.20, 3.10, 3.16]}), SELECTION)["text"]
+    assert verdict.text.startswith("WARNING: the opponents did better than the coreset, beyond noise")
+    assert "had a higher loss than the opponents" in verdict.headline
+    assert "within noise" in judge(make_arms(GOOD | {"opponents": [3.20, 3.10, 3.16]}), SELECTION).text
 
 
 def test_one_seed_concludes_nothing() -> None:
     verdict = judge(make_arms({arm: losses[:1] for arm, losses in GOOD.items()}), SELECTION)
-    assert not (verdict["beats_random"] or verdict["matches_full"] or verdict["beats_full"])
-    assert "nothing is concluded: with 1 seed no confidence interval can be given" in verdict["text"]
-    assert verdict["headline"].endswith("no conclusion")
-    assert "beat" not in verdict["text"]
+    assert not (verdict.beats_random or verdict.matches_full or verdict.beats_full)
+    assert "nothing is concluded: with 1 seed no confidence interval can be given" in verdict.text
+    assert verdict.headline.endswith("no conclusion")
+    assert "beat" not in verdict.text
 
 
 def test_seeds_that_change_nothing_conclude_nothing() -> None:
     verdict = judge(make_arms({arm: losses[:1] * 3 for arm, losses in GOOD.items()}), SELECTION)
-    assert not verdict["beats_random"] and "all 3 seeds gave exactly the same loss" in verdict["text"]
+    assert not verdict.beats_random and "all 3 seeds gave exactly the same loss" in verdict.text
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, None])
 def test_a_diverged_arm_concludes_nothing(loss: Any) -> None:
     verdict = judge(make_arms(GOOD | {"coreset": [3.1, loss, 3.1]}), SELECTION)
-    assert not verdict["beats_random"] and not verdict["matches_full"]
-    assert "the test loss of the coreset arm is not finite" in verdict["text"]
-    json.dumps(verdict, allow_nan=False)
-    assert "opponents were worse than random" in verdict["text"]
+    assert not verdict.beats_random and not verdict.matches_full
+    assert "the test loss of the coreset arm is not finite" in verdict.text
+    json.dumps(asdict(verdict), allow_nan=False)
+    assert "opponents were worse than random" in verdict.text
 
 
 def test_headline_is_the_first_fraction_at_equal_steps() -> None:
@@ -394,25 +395,25 @@ def test_headline_is_the_first_fraction_at_equal_steps() -> None:
     arms = make_arms(GOOD, 0.5, "epochs", SECONDS) + make_arms(losing, 0.25, "epochs", SECONDS)[3:]
     arms += make_arms(GOOD, 0.5) + make_arms(losing, 0.25)[3:]
     verdict = judge(arms, SELECTION, fractions=[0.25, 0.5])
-    assert (verdict["fraction"], verdict["budget"], verdict["beats_random"]) == (0.25, "steps", False)
-    assert [(entry["fraction"], entry["budget"]) for entry in verdict["by_fraction"]] == [
+    assert (verdict.fraction, verdict.budget, verdict.beats_random) == (0.25, "steps", False)
+    assert [(entry.fraction, entry.budget) for entry in verdict.by_fraction] == [
         (0.25, "steps"),
         (0.25, "epochs"),
         (0.5, "steps"),
         (0.5, "epochs"),
     ]
-    assert [entry["beats_random"] for entry in verdict["by_fraction"]] == [False, False, True, True]
-    assert "at fraction 0.5, equal steps: beat random rows and beat the full pool" in verdict["text"]
-    assert judge(arms, SELECTION, fractions=[0.5, 0.25])["beats_random"]
-    assert judge(arms, SELECTION)["fraction"] == 0.5
+    assert [entry.beats_random for entry in verdict.by_fraction] == [False, False, True, True]
+    assert "at fraction 0.5, equal steps: beat random rows and beat the full pool" in verdict.text
+    assert judge(arms, SELECTION, fractions=[0.5, 0.25]).beats_random
+    assert judge(arms, SELECTION).fraction == 0.5
     only_epochs = [entry for entry in arms if entry["budget"] == "epochs"]
-    assert judge(only_epochs, SELECTION, fractions=[0.5])["budget"] == "epochs"
+    assert judge(only_epochs, SELECTION, fractions=[0.5]).budget == "epochs"
 
 
 def test_unequal_seeds_are_not_paired() -> None:
     verdict = judge(make_arms(GOOD | {"random": [*RANDOM, 3.35]}), SELECTION)
-    assert verdict["intervals"]["coreset_minus_random"]["method"] == "Welch t"
-    assert verdict["intervals"]["coreset_minus_full"]["method"] == "paired t"
+    assert verdict.intervals["coreset_minus_random"]["method"] == "Welch t"
+    assert verdict.intervals["coreset_minus_full"]["method"] == "paired t"
 
 
 @pytest.mark.parametrize(
@@ -440,15 +441,15 @@ def test_cost(
     # What the arms took at equal steps has nothing to do with it.
     at_steps = make_arms(GOOD, seconds=dict.fromkeys(GOOD, 99.0))
     verdict = judge(at_steps + make_arms(GOOD, budget="epochs", seconds=seconds), selection)
-    assert verdict["cost"]["break_even_runs"] == expected_runs
-    assert verdict["cost"]["break_even_cost_fraction"] == (expected_fraction and pytest.approx(expected_fraction))
-    assert text in verdict["text"]
+    assert verdict.cost.break_even_runs == expected_runs
+    assert verdict.cost.break_even_cost_fraction == (expected_fraction and pytest.approx(expected_fraction))
+    assert text in verdict.text
 
 
 def test_cost_is_measured_at_equal_epochs_only() -> None:
     verdict = judge(make_arms(GOOD, seconds=SECONDS), SELECTION)
-    assert verdict["cost"]["saving_per_run"] is None and verdict["cost"]["break_even_runs"] is None
-    assert verdict["cost"]["selection_seconds"] == 122.0
+    assert verdict.cost.saving_per_run is None and verdict.cost.break_even_runs is None
+    assert verdict.cost.selection_seconds == 122.0
 
 
 @pytest.mark.parametrize(
@@ -467,9 +468,9 @@ def test_cost_when_quality_is_lost(coreset: list[float], runs: Any, text: str) -
     )
     epochs = {"full": full, "coreset": coreset, "random": random}
     verdict = judge(make_arms(GOOD) + make_arms(epochs, budget="epochs", seconds=SECONDS), SELECTION)
-    assert verdict["beats_random"]  # at equal steps, the headline
-    assert verdict["cost"]["break_even_runs"] == runs
-    assert text in verdict["text"]
+    assert verdict.beats_random  # at equal steps, the headline
+    assert verdict.cost.break_even_runs == runs
+    assert text in verdict.text
 
 
 @pytest.mark.parametrize(
@@ -483,15 +484,15 @@ def test_cost_when_quality_is_lost(coreset: list[float], runs: Any, text: str) -
 )
 def test_missing_arms_lose_nothing(left_out: str, text: str) -> None:
     verdict = judge(make_arms({arm: losses for arm, losses in GOOD.items() if arm != left_out}), SELECTION)
-    assert text in verdict["text"]
-    assert verdict["beats_random"] == (left_out in ("full", "opponents"))
-    json.dumps(verdict, allow_nan=False)
+    assert text in verdict.text
+    assert verdict.beats_random == (left_out in ("full", "opponents"))
+    json.dumps(asdict(verdict), allow_nan=False)
 
 
 def test_only_the_full_arm() -> None:
     verdict = judge(make_arms({"full": FULL, "zero_shot": [8.0]}), SELECTION, fractions=[0.25])
-    assert verdict["text"].startswith("Nothing was compared") and verdict["by_fraction"] == []
-    json.dumps(verdict, allow_nan=False)
+    assert verdict.text.startswith("Nothing was compared") and verdict.by_fraction == []
+    json.dumps(asdict(verdict), allow_nan=False)
 
 
 def test_judge_refuses() -> None:

@@ -8,6 +8,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -284,8 +285,8 @@ def test_a_coreset_of_other_lengths_is_warned_of(tmp_path: Path) -> None:
     scored = make_scored(40).remove_columns("num_loss_tokens").add_column("num_loss_tokens", list(range(1, 41)))
     for name, rows, is_warned in (("long", range(30, 40), True), ("all", range(40), False)):
         lengths = compare_lengths(scored, scored.select(rows))
-        page = plain(tmp_path / name, scored, make_results() | {"lengths": lengths})
-        assert (lengths["warning"] is not None) == is_warned == ("rows are longer than the pool's" in page.words)
+        page = plain(tmp_path / name, scored, make_results() | {"lengths": asdict(lengths)})
+        assert (lengths.warning is not None) == is_warned == ("rows are longer than the pool's" in page.words)
 
 
 def test_an_unfinished_comparison(tmp_path: Path) -> None:
@@ -313,7 +314,7 @@ def test_benchmarks_are_means_over_the_seeds_that_were_evaluated(tmp_path: Path)
             entry["tasks"] = {"mmlu": TASKS["mmlu"] | score}
     page = plain(tmp_path / "run", make_scored(20), results)
     low, high = scipy.stats.t.interval(0.95, 1, 0.5, scipy.stats.sem([0.25, 0.75]))
-    assert f"before training 0.312 - coreset 0.25 0.500 ± {(high - low) / 2:.3f} 0.125" in page.words
+    assert f"before training 0.312 – coreset 0.25 0.500 ± {(high - low) / 2:.3f} 0.125" in page.words
     assert "mmlu acc mmlu <b>f1" in page.words
     note = "mmlu: 1,200 questions (a part: limit 10 per task), 5 examples before each, standard error of one model "
     assert note + "over questions 0.046, 3 prompts cut to the model's context." in page.words

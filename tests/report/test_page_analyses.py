@@ -59,7 +59,7 @@ def test_the_coverage_is_said_with_its_interval(page: Page) -> None:
     sentence = f"{strongest['estimate']:+.2f} (95 % interval {interval}). Better covered rows have the lower loss"
     assert sentence in page.words
     assert f"mean of the 10 strongest {strongest['estimate']:+.2f} {interval}" in page.words
-    assert "share of proponents – none" in page.words
+    assert "share of proponents – –" in page.words
     assert "A random sample of 80 of 1,234 test rows." in page.words
     pictures = [attributes["aria-label"] for tag, attributes in page.elements if tag == "svg"]
     assert "Loss of test rows against their coverage by the pool" in pictures and len(pictures) == 5

@@ -38,34 +38,34 @@ def test_lengths_are_those_counted() -> None:
     found = compare_lengths(scored, coreset)
     pool = [n for n in scored["num_loss_tokens"] if n]
     kept = coreset["num_loss_tokens"][:]
-    assert found["pool_tokens"] == pytest.approx(sum(pool) / len(pool))
-    assert found["coreset_tokens"] == pytest.approx(sum(kept) / len(kept))
-    assert found["ratio"] == pytest.approx(found["coreset_tokens"] / found["pool_tokens"])
-    assert found["gap"] == pytest.approx(naive_gap(kept, pool))
+    assert found.pool_tokens == pytest.approx(sum(pool) / len(pool))
+    assert found.coreset_tokens == pytest.approx(sum(kept) / len(kept))
+    assert found.ratio == pytest.approx(found.coreset_tokens / found.pool_tokens)
+    assert found.gap == pytest.approx(naive_gap(kept, pool))
     influence = [x for x in scored["influence"] if x is not None]
     ranks = [
         [sum(y < x for y in values) + sum(y == x for y in values) / 2 for x in values] for values in (influence, pool)
     ]
-    assert found["spearman"] == pytest.approx(float(np.corrcoef(ranks)[0, 1]))
+    assert found.spearman == pytest.approx(float(np.corrcoef(ranks)[0, 1]))
 
 
 def test_a_coreset_of_long_or_short_rows_is_warned_of_and_no_other() -> None:
     longer = make_scored(bias=0.2)
     found = compare_lengths(longer, select_coreset(longer, fraction=0.25))
-    assert found["spearman"] < -0.8
-    assert "longer than the pool's" in found["warning"]
+    assert (found.spearman or 0) < -0.8
+    assert "longer than the pool's" in str(found.warning)
     shorter = make_scored(bias=-0.2)
-    assert "shorter" in compare_lengths(shorter, select_coreset(shorter, fraction=0.25))["warning"]
+    assert "shorter" in str(compare_lengths(shorter, select_coreset(shorter, fraction=0.25)).warning)
     unbiased = make_scored(bias=0)
-    assert compare_lengths(unbiased, select_coreset(unbiased, fraction=0.25))["warning"] is None
+    assert compare_lengths(unbiased, select_coreset(unbiased, fraction=0.25)).warning is None
     # Rows matched to the long coreset are as long.
     matched = compare_lengths(longer, select_length_matched(longer, fraction=0.25))
-    assert matched["gap"] == pytest.approx(found["gap"], abs=0.05)
+    assert matched.gap == pytest.approx(found.gap, abs=0.05)
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
     scored = make_scored(bias=1)
-    assert compare_lengths(scored, scored, column="flat")["spearman"] is None
+    assert compare_lengths(scored, scored, column="flat").spearman is None
     with pytest.raises(ValueError, match="9 rows of the pool and 9 of the coreset"):
         compare_lengths(scored.select(range(10)), scored.select(range(10)))
     with pytest.raises(ValueError, match="The coreset has no column num_loss_tokens"):

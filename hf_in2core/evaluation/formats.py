@@ -1,0 +1,77 @@
+"""Values of a JSON that may be anybody's, and numbers as text, alike on the terminal, on the page and on cards."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .intervals import compute_confidence_interval
+
+
+LEVEL = 0.95
+DASH = "\N{EN DASH}"
+
+
+def get_value(value: Any, *names: str) -> Any:
+    """A value in nested objects by its path; `None` where there is none."""
+    for name in names:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def get_object(value: Any, *names: str) -> Mapping[str, Any]:
+    """An object in nested objects by its path; an empty one where there is none."""
+    found = get_value(value, *names)
+    return found if isinstance(found, Mapping) else {}
+
+
+def list_objects(value: Any) -> list[Mapping[str, Any]]:
+    """The objects of a list; none where it is no list."""
+    return [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, list) else []
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number."""
+    # Compared, not converted: JSON has integers that no float holds.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def format_number(value: Any, form: str) -> str:
+    """A number by a format; a dash for what is none."""
+    return format(value, form) if is_number(value) else DASH
+
+
+def format_seconds(value: Any) -> str:
+    """Seconds in three digits, or whole ones; a dash for what is no number."""
+    return f"{format_number(value, ',.0f' if is_number(value) and value >= 100 else '.3g')} s"
+
+
+def format_mean(values: Sequence[Any], form: str) -> str:
+    """The mean of the values that are numbers; a dash where there is none."""
+    known = [value for value in values if is_number(value)]
+    return format(sum(known) / len(known), form) if known else DASH
+
+
+def format_interval(values: Sequence[Any], decimals: int) -> str:
+    """The mean over seeds, ± half of its 95 % interval where it has one; a dash where there are no values."""
+    known = [float(value) for value in values if is_number(value)]
+    if len(known) < len(values):
+        return f"not finite in {len(values) - len(known)} of {len(values)}"
+    if not known:
+        return DASH
+    interval = compute_confidence_interval(known, LEVEL)
+    half = "" if interval["half_width"] is None else f" ± {interval['half_width']:.{decimals}f}"
+    return f"{interval['mean']:.{decimals}f}{half}"
+
+
+def format_difference(interval: Mapping[str, Any]) -> tuple[str, str]:
+    """
+    A difference of losses and the ends of its interval, from one of `intervals` of a verdict; dashes for no numbers.
+
+    Digits are two of the half-width, three decimals at least, so that an end close to 0 does not read as 0.
+    """
+    mean, low, high = (interval.get(key) for key in ("mean", "low", "high"))
+    if not (is_number(low) and is_number(high)):
+        return format_number(mean, "+.3f"), DASH
+    half_width = abs(high - low) / 2  # type: ignore[operator]
+    decimals = 3 if half_width < 1e-6 else max(3, 1 - math.floor(math.log10(half_width)))
+    return format_number(mean, f"+.{decimals}f"), f"{low:+.{decimals}f} to {high:+.{decimals}f}"
