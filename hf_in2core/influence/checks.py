@@ -3,18 +3,22 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch.distributed.tensor import DTensor
-from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
 from hf_in2core.engine.blocks import Blocks, check_not_offloaded, count_elements, find_blocks
 from hf_in2core.engine.forwards import find_checkpointable_layers
 from hf_in2core.engine.passes import Passes
-from hf_in2core.names import RESERVED_SET_NAMES, VALIDATION, describe_set
+from hf_in2core.names import POOL, RESERVED_SET_NAMES, VALIDATION, describe_set
+from hf_in2core.rows.checks import CheckedRows, check_rows, compare_masks, refuse_bad_rows, say_silent_turns
+from hf_in2core.rows.preparation import Preparation
 
 from .config import InfluenceConfig
 
@@ -108,6 +112,29 @@ def check_datasets(
     return validation
 
 
+def check_sets(
+    pool: Dataset, validation: dict[str, Dataset], preparation: Preparation, args: InfluenceConfig
+) -> list[CheckedRows]:
+    """
+    Look at every row of the pool and the validation sets, and tell on the main process what the user should know.
+
+    Returns:
+        `list[CheckedRows]`: of the pool, then of the validation sets.
+
+    Raises:
+        ValueError: naming malformed rows, or sets that cannot be masked alike.
+    """
+    sets = {POOL: pool} | {f"{describe_set(name)} set": rows for name, rows in validation.items()}
+    checked = [check_rows(rows, preparation, what) for what, rows in sets.items()]
+    refuse_bad_rows(checked)
+    warn = logger.warning if PartialState().is_main_process else logger.debug
+    for message in compare_masks(checked[0], checked[1:], args.completion_only_loss is not None):
+        warn(message)
+    for message in filter(None, map(say_silent_turns, checked)):
+        warn(message)
+    return checked
+
+
 def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool) -> None:
     """Refuse a model that the settings do not fit, or with trainable tensors that cannot be accounted for."""
     if not isinstance(model, PeftModel):
@@ -142,10 +169,12 @@ def load_tokenizer(model: str | PreTrainedModel | PeftModel, args: InfluenceConf
 
 @contextmanager
 def stand_in_template(processing_class: PreTrainedTokenizerBase, path: str | None) -> Iterator[None]:
-    """A stand-in chat template while formats are checked, before TRL has set the one of `chat_template_path`."""
+    """The chat template of `chat_template_path` while rows are checked, before TRL has set it."""
     original = processing_class.chat_template
-    if path is not None:
-        processing_class.chat_template = original or "set by chat_template_path"
+    if path is not None and path.endswith((".jinja", ".j2")):
+        processing_class.chat_template = Path(path).read_text(encoding="utf-8")
+    elif path is not None:
+        processing_class.chat_template = AutoTokenizer.from_pretrained(path).chat_template
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ import logging
 import os
 import tempfile
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from hf_in2core.engine.scoring import average_over_sets, count_queries, score_to
 from hf_in2core.engine.state import hash_adapter, hash_base, hash_json, hash_tensors, write_tensors
 from hf_in2core.names import LOSS_REDUCTIONS, NUM_LOSS_TOKENS, PER_QUERY, RANK, list_added_columns, list_score_columns
 from hf_in2core.notebook import render_html
+from hf_in2core.rows.checks import list_read_columns
+from hf_in2core.rows.columns import check_sources
 from hf_in2core.rows.preparation import Preparation, hash_template, hash_tokenizer, prepare_batch
 
 from .scorer_files import (
@@ -83,6 +86,7 @@ class InfluenceScorer:
         # What scoring has learnt about the memory here; not saved.
         self.tokens_per_batch = config.tokens_per_batch
         self.checkpointed_tokens: int | None = None
+        self._has_warned = False
         identity = {name: value for name, value in vars(config).items() if name != "tokens_per_batch"}
         self.fingerprint = hash_json([identity, list(config.validation_sets), hash_tensors(directions)])
         _live_scorers.add(self)
@@ -145,14 +149,17 @@ class InfluenceScorer:
         Returns:
             `dict[str, list]`: `influence` (float; NaN where a row carries no loss; negative = proponent),
             `influence_<name>` for each of several named validation sets (`influence` is then their mean), and
-            `num_loss_tokens` (int).
+            `num_loss_tokens` (int). Malformed rows are NaN too, with one warning that names the first.
 
         Raises:
             ValueError: if the rows' columns do not fit the scorer's preparation, already carry the columns to be
                 added, the map is not batched, the base weights are sharded over processes, or the adapter has changed
                 since the fit.
         """
-        if not all(isinstance(values, list) for values in batch.values()):
+        check_sources(batch, self.preparation.columns)
+        # No other column is decoded: a broken picture beside a text is nobody's business here.
+        read = {name: batch[name] for name in list_read_columns(batch, self.preparation.columns)}
+        if not all(isinstance(values, list) for values in read.values()):
             raise ValueError(
                 "The scorer got a single row. Score in batches: `dataset.map(scorer, batched=True)`, without a "
                 "`with_format` on the dataset."
@@ -163,8 +170,9 @@ class InfluenceScorer:
                 f"The rows already have the column(s) {', '.join(clashes)}. Remove or rename them first: "
                 f"`dataset.remove_columns({clashes})`."
             )
-        num_rows = len(next(iter(batch.values())))
-        prepared = prepare_batch(batch, self.preparation)
+        num_rows = len(next(iter(read.values())))
+        prepared, refused = prepare_batch(read, self.preparation)
+        self._tell_of_unscored(prepared["row"], refused, num_rows)
         influence = np.full((num_rows, count_queries(self.directions)), np.nan)
         num_loss_tokens = np.zeros(num_rows, dtype=np.int64)
         if len(prepared):
@@ -192,6 +200,20 @@ class InfluenceScorer:
             sets = average_over_sets(influence, list(self.config.validation_sets.values()))
             columns = {**self.make_columns(sets, num_loss_tokens), PER_QUERY: influence}
         return {name: column.tolist() for name, column in columns.items()}
+
+    def _tell_of_unscored(self, scored: Iterable[int], refused: dict[int, str], num_rows: int) -> None:
+        """Warn once, of the first row that gets no influence."""
+        if self._has_warned or (left := sorted(set(range(num_rows)) - set(scored))) == []:
+            return
+        self._has_warned = True
+        logger.warning(
+            "Row %d of a batch of %d gets no influence (NaN): %s. Others like it are not announced: "
+            "`hf_in2core.rows.scored.count_unscored` counts them after scoring, `hf_in2core.rows.checks.check_rows` names "
+            "them with the reason.",
+            left[0],
+            num_rows,
+            refused.get(left[0], f"no loss token is left at max_length={self.preparation.max_length}"),
+        )
 
     @property
     def column_names(self) -> list[str]:

@@ -26,7 +26,7 @@ from hf_in2core.engine.state import hash_json, hash_prepared, open_state
 from hf_in2core.engine.store import GradientStore, choose_store_dtype
 from hf_in2core.engine.verification import verify_gradients
 from hf_in2core.names import NUM_LOSS_TOKENS, PER_QUERY, POOL, VALIDATION, list_added_columns, list_score_columns
-from hf_in2core.rows.preparation import Preparation, map_rows
+from hf_in2core.rows.preparation import Preparation, map_trainable
 from hf_in2core.rows.scored import add_influence_columns, add_list_column, make_top_rows, read_scores, spread
 from hf_in2core.rows.trainer_data import check_first_rows, count_loss_tokens, take_over_rows
 
@@ -36,6 +36,7 @@ from .checks import (
     check_added_columns,
     check_datasets,
     check_model,
+    check_sets,
     check_settings,
     check_store,
     check_tokenizer,
@@ -126,8 +127,10 @@ class InfluenceTrainer(SFTTrainer):
         self.pool: Dataset = train_dataset  # type: ignore[assignment]
         with stand_in_template(processing_class, args.chat_template_path):
             preparation = Preparation.from_args(args, processing_class, self.pool)
-            mapped_pool = map_rows(self.pool, preparation)
-            mapped = {name: map_rows(rows, preparation) for name, rows in validation.items()}
+            checked = check_sets(self.pool, validation, preparation, args)
+            sets = zip([self.pool, *validation.values()], checked, strict=True)
+            mapped_pool, *rest = (map_trainable(rows, preparation, found) for rows, found in sets)
+            mapped = dict(zip(validation, rest, strict=True))
         args = copy(args)  # the mapped rows carry their text in `text`; the caller's arguments stay as they are
         args.dataset_text_field = "text"
         super().__init__(
@@ -148,10 +151,11 @@ class InfluenceTrainer(SFTTrainer):
             chat_template=self.chat_template,
         )
         trained = self.eval_dataset if isinstance(self.eval_dataset, dict) else {VALIDATION: self.eval_dataset}
-        self.prepared_pool = self._take_over(self.train_dataset, mapped_pool, POOL)
+        self.prepared_pool = self._take_over(self.train_dataset, mapped_pool, len(self.pool), POOL)
         check_first_rows(self.pool, self.prepared_pool, self.preparation)
         self.prepared_validation = {
-            name: self._take_over(trained[name], rows, f"validation set `{name}`") for name, rows in mapped.items()
+            name: self._take_over(trained[name], rows, len(validation[name]), f"validation set `{name}`")
+            for name, rows in mapped.items()
         }
         self._scorer: InfluenceScorer | None = None
         self._hashes: dict[str, Any] | None = None
@@ -165,10 +169,10 @@ class InfluenceTrainer(SFTTrainer):
             f"{self.state.global_step} steps trained, {'fitted' if self._scorer is not None else 'not fitted'})"
         )
 
-    def _take_over(self, trained: Dataset, mapped: Dataset, what: str) -> Dataset:
+    def _take_over(self, trained: Dataset, mapped: Dataset, num_rows: int, what: str) -> Dataset:
         """Take the prepared rows over from SFT, or prepare them unpacked where SFT packs them."""
         warn = self.is_world_process_zero()
-        return take_over_rows(trained, mapped, self.preparation, what, self.args.max_length, warn)
+        return take_over_rows(trained, mapped, num_rows, self.preparation, what, self.args.max_length, warn)
 
     @property
     def blocks(self) -> Blocks:

@@ -72,7 +72,7 @@ def compute_masks(run: Run, scored: Dataset, pool: Pool, rows: np.ndarray) -> tu
     for start in range(0, len(rows), MASK_CHUNK):
         chunk = rows[start : start + MASK_CHUNK]
         try:
-            prepared = prepare_batch(raw.select(chunk)[:], preparation)
+            prepared, _ = prepare_batch(raw.select(chunk)[:], preparation)
         except Exception as error:  # the rows are other people's; the page shows them without their mask
             reason = _say(error)
             continue

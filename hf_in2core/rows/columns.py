@@ -1,32 +1,20 @@
 """Raw columns as people have them, mapped to TRL's formats (`messages`, `prompt`/`completion`, `text`)."""
 
-import logging
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from .presets import PRESETS, describe_mapped, from_conversations
+
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
-
-logger = logging.getLogger(__name__)
 
 # Everything TRL's preparation reads; any other column is left out of it (a stray `text` beside `prompt` changes what
 # TRL does with a row).
 FORMAT_COLUMNS = ["input_ids", "labels", "messages", "conversations", "prompt", "completion", "text"]
 EXTRA_COLUMNS = ["completion_mask", "assistant_masks", "tools", "chat_template_kwargs"]
-PRESETS = ["alpaca", "sharegpt"]
-
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-    "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
-    "### Response:\n"
-)
-ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 def get_column_names(dataset: Dataset | IterableDataset) -> list[str]:
@@ -36,6 +24,18 @@ def get_column_names(dataset: Dataset | IterableDataset) -> list[str]:
     return list(next(iter(dataset)))
 
 
+def get_preset(columns: list[str] | None) -> str | None:
+    """The preset that a column mapping names; `None` for any other mapping and for none."""
+    return columns[0] if columns is not None and len(columns) == 1 and columns[0] in PRESETS else None
+
+
+def read_sources(columns: list[str] | None) -> dict[str, str]:
+    """Raw column by TRL's column of a mapping `target=source`; empty for a preset and for none."""
+    if columns is None or get_preset(columns) is not None:
+        return {}
+    return {target: source for target, _, source in (item.partition("=") for item in columns)}
+
+
 def check_columns(columns: list[str] | None) -> None:
     """
     Check the form of a column mapping, without data.
@@ -43,9 +43,9 @@ def check_columns(columns: list[str] | None) -> None:
     Raises:
         ValueError: if it is neither a preset nor a list of `target=source` with targets that TRL knows.
     """
-    if columns is None or (len(columns) == 1 and columns[0] in PRESETS):
+    if columns is None or get_preset(columns) is not None:
         return
-    targets = []
+    targets, sources = [], []
     for item in columns:
         target, equals, source = item.partition("=")
         if not equals or not source or target not in FORMAT_COLUMNS + EXTRA_COLUMNS:
@@ -55,60 +55,20 @@ def check_columns(columns: list[str] | None) -> None:
                 "`--columns prompt=instruction completion=output`."
             )
         targets.append(target)
-    if len(set(targets)) != len(targets):
-        raise ValueError(f"`columns` maps a target twice: {columns}. Give each target one source.")
+        sources.append(source)
+    for what, names in (("target", targets), ("source", sources)):
+        if len(set(names)) != len(names):
+            raise ValueError(f"`columns` maps a {what} twice: {columns}. Give each target one source of its own.")
 
 
-def apply_columns(
-    dataset: AnyDataset, columns: list[str] | None, processing_class: PreTrainedTokenizerBase
-) -> AnyDataset:
+def list_format_columns(names: Iterable[str]) -> list[str]:
     """
-    Map raw rows to the columns that TRL's preparation reads, and to nothing else; rows keep their order.
-
-    Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            Raw rows.
-        columns (`list[str]` or `None`):
-            `None` (rows are in one of TRL's formats already), `["alpaca"]` (`instruction`, `input`, `output`),
-            `["sharegpt"]` (`conversations` with `from` and `value`), or `["prompt=instruction", "completion=output"]`.
-        processing_class (`transformers.PreTrainedTokenizerBase`):
-            Tokenizer: with a chat template the Alpaca preset gives conversational rows, without one Alpaca's own text.
-
-    Returns:
-        `datasets.Dataset` or `datasets.IterableDataset`
+    Of a row's columns those that TRL's preparation should see.
 
     Raises:
-        ValueError: if a column is missing, or the columns fit no format or several.
+        ValueError: if they fit no format, or several.
     """
-    check_columns(columns)
-    names = get_column_names(dataset)
-    if columns is None:
-        mapped: AnyDataset = dataset
-    elif columns == ["alpaca"]:
-        _require(names, ["instruction", "output"], "the preset `alpaca`")
-        conversational = bool(processing_class.chat_template)
-        mapped = dataset.map(_from_alpaca, fn_kwargs={"conversational": conversational}, remove_columns=names)
-    elif columns == ["sharegpt"]:
-        _require(names, ["conversations"], "the preset `sharegpt`")
-        mapped = dataset.map(_from_sharegpt, remove_columns=names)
-    else:
-        sources = dict(item.split("=", 1) for item in columns)
-        _require(names, list(sources.values()), f"`columns={columns}`")
-        mapped = dataset.map(_rename, fn_kwargs={"sources": sources}, remove_columns=names)
-    return _keep_format_columns(mapped)
-
-
-def _require(names: list[str], needed: list[str], what: str) -> None:
-    missing = [name for name in needed if name not in names]
-    if missing:
-        raise ValueError(
-            f"{what} needs the column(s) {', '.join(missing)}, but the dataset has: {', '.join(names)}. Name the "
-            "right columns with `columns`, for example `--columns prompt=question completion=answer`."
-        )
-
-
-def _keep_format_columns(dataset: AnyDataset) -> AnyDataset:
-    names = get_column_names(dataset)
+    names = list(names)
     if "input_ids" in names:
         kept = ["input_ids", "labels", "completion_mask", "assistant_masks"]
     elif "messages" in names or "conversations" in names:
@@ -127,35 +87,96 @@ def _keep_format_columns(dataset: AnyDataset) -> AnyDataset:
         raise ValueError(
             f"The dataset's columns ({', '.join(names)}) are in none of TRL's formats. It needs `messages`, "
             "`prompt` and `completion`, or `text`: name them with `columns`, for example "
-            "`--columns prompt=question completion=answer`, or use a preset (`alpaca`, `sharegpt`)."
+            f"`--columns prompt=question completion=answer`, or use a preset ({', '.join(PRESETS)})."
         )
-    return dataset.select_columns([name for name in kept if name in names])
+    return [name for name in kept if name in names]
 
 
-def _from_alpaca(row: dict[str, Any], conversational: bool) -> dict[str, Any]:
-    instruction, context, output = row["instruction"], row.get("input") or "", row["output"]
-    if conversational:
-        content = f"{instruction}\n\n{context}" if context else instruction
-        return {
-            "prompt": [{"role": "user", "content": content}],
-            "completion": [{"role": "assistant", "content": output}],
-        }
-    template = ALPACA_WITH_INPUT if context else ALPACA_WITHOUT_INPUT
-    return {"prompt": template.format(instruction=instruction, input=context), "completion": output}
+def check_sources(names: Iterable[str], columns: list[str] | None) -> None:
+    """
+    Check that rows have the columns that a mapping reads, and that what they become is one of TRL's formats.
+
+    Raises:
+        ValueError: if a column is missing, or the columns fit no format or several.
+    """
+    check_columns(columns)
+    names = list(names)
+    preset = get_preset(columns)
+    sources = read_sources(columns)
+    needed = list(PRESETS[preset][1] if preset else sources.values())
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise ValueError(
+            f"{f'the preset `{preset}`' if preset else f'`columns={columns}`'} needs the column(s) "
+            f"{', '.join(missing)}, but the dataset has: {', '.join(names)}. Name the right columns with `columns`, "
+            "for example `--columns prompt=question completion=answer`."
+        )
+    if preset is None:
+        list_format_columns(sources or names)
 
 
-def _from_sharegpt(row: dict[str, Any]) -> dict[str, Any]:
-    messages = []
-    for turn in row["conversations"]:
-        role = SHAREGPT_ROLES.get(turn["from"])
-        if role is None:
-            raise ValueError(
-                f"A conversation has the speaker {turn['from']!r}; the preset `sharegpt` knows "
-                f"{', '.join(SHAREGPT_ROLES)}. Rename the speaker, or map the dataset to `messages` yourself."
-            )
-        messages.append({"role": role, "content": turn["value"]})
-    return {"messages": messages}
+def map_row(row: Mapping[str, Any], columns: list[str] | None, conversational: bool) -> dict[str, Any]:
+    """
+    A raw row as the columns that TRL's preparation reads, and nothing else; a function of the row alone.
+
+    Args:
+        row (`Mapping[str, Any]`):
+            Raw values by column, which [`check_sources`] has checked.
+        columns (`list[str]`, *optional*):
+            As of [`apply_columns`].
+        conversational (`bool`):
+            Whether the tokenizer has a chat template.
+
+    Raises:
+        RowError: if a cell is not what its preset needs.
+    """
+    if (preset := get_preset(columns)) is not None:
+        return PRESETS[preset][0](row, conversational)
+    sources = read_sources(columns)
+    mapped = {target: row[source] for target, source in sources.items()} if sources else row
+    kept = {name: mapped[name] for name in list_format_columns(mapped)}
+    return from_conversations(kept) if "conversations" in kept else kept
 
 
-def _rename(row: dict[str, Any], sources: dict[str, str]) -> dict[str, Any]:
-    return {target: row[source] for target, source in sources.items()}
+def apply_columns(
+    dataset: AnyDataset, columns: list[str] | None, processing_class: PreTrainedTokenizerBase
+) -> AnyDataset:
+    """
+    Map raw rows to the columns that TRL's preparation reads, and to nothing else; rows keep their order.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            Raw rows.
+        columns (`list[str]` or `None`):
+            `None` (rows are in one of TRL's formats already), `["alpaca"]` (`instruction`, `input`, `output`),
+            `["sharegpt"]` (`conversations` with `from` and `value`), `["openai"]` (`messages` with `weight`), or
+            `["prompt=instruction", "completion=output"]`.
+        processing_class (`transformers.PreTrainedTokenizerBase`):
+            Tokenizer: with a chat template the Alpaca preset gives conversational rows, without one Alpaca's own text.
+
+    Returns:
+        `datasets.Dataset` or `datasets.IterableDataset`: columns keep their types.
+
+    Raises:
+        ValueError: if a column is missing, or the columns fit no format or several.
+        RowError: if a cell is not what a preset needs; [`checks.check_rows`] finds all of these.
+    """
+    names = get_column_names(dataset)
+    check_sources(names, columns)
+    conversational = bool(processing_class.chat_template)
+    settings: dict[str, Any] = {"columns": columns, "conversational": conversational}
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(map_row, fn_kwargs=settings, remove_columns=names)
+    dataset, preset, sources = dataset.with_format(None), get_preset(columns), read_sources(columns)
+    if sources:
+        dataset = dataset.select_columns(list(sources.values()))
+        dataset = dataset.rename_columns({source: target for target, source in sources.items()})
+    kept = dataset.column_names if preset else list_format_columns(dataset.column_names)
+    if preset is None and "conversations" not in kept:
+        return dataset.select_columns(kept)
+    return dataset.map(
+        map_row,
+        fn_kwargs=settings | {"columns": columns if preset else None},
+        remove_columns=dataset.column_names,
+        features=describe_mapped(dataset.features, preset, conversational),
+    )

@@ -15,11 +15,12 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-from trl.data_utils import is_conversational, is_conversational_from_value
 
 from hf_in2core.engine.batches import read_token_rows
 
-from .columns import apply_columns
+from .checks import CheckedRows, check_row, check_rows, describe_kind, refuse_bad_rows
+from .columns import apply_columns, check_sources, get_column_names, map_row
+from .presets import RowError
 
 
 ROW_COLUMN = "in2core_row"
@@ -69,7 +70,7 @@ class Preparation:
             processing_class (`transformers.PreTrainedTokenizerBase`):
                 Tokenizer.
             dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-                Raw training rows; the first one decides `completion_only_loss`, as in TRL.
+                Raw training rows; the first that is well-formed decides `completion_only_loss`, as in TRL.
 
         Raises:
             ValueError: if the dataset is empty, its columns fit no format, conversational rows meet a tokenizer
@@ -78,8 +79,8 @@ class Preparation:
         columns = getattr(args, "columns", None)
         if args.dataset_text_field != "text":
             columns = columns or [f"text={args.dataset_text_field}"]
-        first = _first_row(apply_columns(_head(dataset), columns, processing_class))
-        conversational = is_conversational(first) or is_conversational_from_value(first)
+        first = find_first_row(dataset, columns, processing_class)
+        conversational = describe_kind(first) == "a conversation"
         prompt_completion = "prompt" in first and "completion" in first
         if conversational and not processing_class.chat_template:
             raise ValueError(
@@ -116,19 +117,35 @@ class Preparation:
         return {name: value for name, value in vars(self).items() if name != "processing_class"}
 
 
-def _head(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    if isinstance(dataset, IterableDataset):
-        return dataset.take(1)
-    if len(dataset) == 0:
-        raise ValueError("The dataset is empty: it has columns but no rows. Check its source or the split's name.")
-    return dataset.select(range(1))
+def find_first_row(
+    dataset: Dataset | IterableDataset, columns: list[str] | None, processing_class: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """
+    The first row that shows the format of a set, mapped; the very first where none does.
+
+    Raises:
+        ValueError: if there are no rows, or the set lacks columns or fits no format.
+    """
+    check_sources(get_column_names(dataset) if _has_rows(dataset) else [], columns)
+    first: dict[str, Any] | None = None
+    for row in dataset.with_format(None):
+        try:
+            mapped = map_row(row, columns, bool(processing_class.chat_template))
+        except RowError:
+            continue
+        first = mapped if first is None else first
+        read = [mapped[name] for name in ("messages", "prompt", "completion", "text", "input_ids") if name in mapped]
+        if all(isinstance(value, str | list) and value for value in read):
+            return mapped
+    if first is None:
+        refuse_bad_rows([check_rows(dataset, Preparation(processing_class, columns), "pool")])
+    return first or {}
 
 
-def _first_row(dataset: Dataset | IterableDataset) -> dict[str, Any]:
-    try:
-        return next(iter(dataset))
-    except StopIteration:
-        raise ValueError("The dataset is empty: it yields no rows. Check its source or the split's name.") from None
+def _has_rows(dataset: Dataset | IterableDataset) -> bool:
+    for _ in dataset.take(1) if isinstance(dataset, IterableDataset) else range(len(dataset)):
+        return True
+    raise ValueError("The dataset is empty: it has no rows. Check its source or the split's name.")
 
 
 def add_row_column(dataset: Dataset) -> Dataset:
@@ -138,9 +155,20 @@ def add_row_column(dataset: Dataset) -> Dataset:
     return dataset.add_column(ROW_COLUMN, np.arange(len(dataset), dtype=np.int64))
 
 
-def map_rows(dataset: Dataset, preparation: Preparation) -> Dataset:
-    """Apply the column mapping and number the rows, without tokenising them."""
-    return add_row_column(apply_columns(dataset, preparation.columns, preparation.processing_class))
+def map_trainable(dataset: Dataset, preparation: Preparation, checked: CheckedRows) -> Dataset:
+    """
+    Apply the column mapping and number the rows, without tokenising them; rows that no label can be made for are out.
+
+    Raises:
+        ValueError: if no row is left.
+    """
+    mapped = add_row_column(apply_columns(dataset, preparation.columns, preparation.processing_class))
+    if len(checked.without_label) == len(dataset):
+        raise ValueError(
+            f"No row of the {checked.what} ({len(dataset)} rows) can carry a loss token: none has a turn that is trained "
+            "on. Check roles and masks (`assistant_only_loss`, `weight`)."
+        )
+    return mapped.select(checked.list_trainable()) if checked.without_label else mapped
 
 
 def prepare_mapped(dataset: Any, preparation: Preparation, num_proc: int | None = None) -> Any:
@@ -209,8 +237,15 @@ def prepare_rows(dataset: Dataset, preparation: Preparation) -> Dataset:
     Returns:
         `datasets.Dataset` with `row` (int64, position in `dataset`), `input_ids` and `labels` (-100 where a token
         carries no loss), in the order of `dataset`; rows without a label are missing.
+
+    Raises:
+        ValueError: if rows are malformed, naming them.
     """
-    return keep_token_columns(prepare_mapped(map_rows(dataset, preparation), preparation))
+    checked = check_rows(dataset, preparation, "dataset")
+    refuse_bad_rows([checked])
+    if len(checked.without_label) == len(dataset):
+        return make_token_rows([])
+    return keep_token_columns(prepare_mapped(map_trainable(dataset, preparation, checked), preparation))
 
 
 def tokenize_rows(dataset: Dataset, preparation: Preparation, num_proc: int | None = None) -> Dataset:
@@ -246,26 +281,47 @@ def keep_token_columns(prepared: Dataset) -> Dataset:
     return prepared.select(np.flatnonzero(~empty)) if empty.any() else prepared
 
 
-def prepare_batch(batch: dict[str, list], preparation: Preparation) -> Dataset:
+def prepare_batch(batch: dict[str, list], preparation: Preparation) -> tuple[Dataset, dict[int, str]]:
     """
     Prepare one batch of raw rows, as `Dataset.map(..., batched=True)` passes it, without touching the cache.
 
-    Streams are used because a `Dataset.map` would pickle the tokenizer to hash it, for every batch anew. The rows go
-    through them as they are: made into a dataset again, the columns would get the Arrow types of this batch alone, and
-    a row its neighbours' keys.
+    Each row is prepared by itself. Streams are used because a `Dataset.map` would pickle the tokenizer to hash it, for
+    every batch anew; and made into a dataset again, the columns would get the Arrow types of this batch alone, and a
+    row its neighbours' keys. TRL takes the first row of what it prepares for all of them, so conversations and plain
+    texts are prepared apart.
 
     Returns:
-        `datasets.Dataset` as from [`prepare_rows`]; `row` is the position in the batch.
+        `tuple`: a `datasets.Dataset` as from [`prepare_rows`], whose `row` is the position in the batch, and why other
+        rows cannot be scored, by position: they are malformed, or no label can be made for them.
+
+    Raises:
+        ValueError: if the batch lacks columns or fits no format.
     """
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    raw = IterableDataset.from_generator(lambda: iter(rows))
-    stream = apply_columns(raw, preparation.columns, preparation.processing_class)
-    stream = stream.map(_number_row, with_indices=True)
-    prepared: dict[str, list] = {"row": [], "input_ids": [], "labels": []}
+    check_sources(batch, preparation.columns)
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    refused: dict[int, str] = {}
+    for position, values in enumerate(zip(*batch.values(), strict=True)):
+        try:
+            row, has_label = check_row(dict(zip(batch, values, strict=True)), preparation)
+        except RowError as error:
+            refused[position] = str(error)
+            continue
+        if has_label:
+            kinds.setdefault(describe_kind(row), []).append(row | {ROW_COLUMN: position})
+        else:
+            refused[position] = "no token of it carries loss"
+    prepared = [row for rows in kinds.values() for row in _prepare_stream(rows, preparation)]
+    return make_token_rows(sorted(prepared, key=lambda row: row["row"])), refused
+
+
+def _prepare_stream(rows: list[dict[str, Any]], preparation: Preparation) -> Iterator[dict[str, Any]]:
+    stream = IterableDataset.from_generator(lambda: iter(rows))
     for row in prepare_mapped(stream, preparation):
-        prepared["row"].append(row[ROW_COLUMN])
-        prepared["input_ids"].append(row["input_ids"])
-        prepared["labels"].append(row["labels"])
+        yield {"row": row[ROW_COLUMN], "input_ids": row["input_ids"], "labels": row["labels"]}
+
+
+def make_token_rows(rows: list[dict[str, Any]]) -> Dataset:
+    """Prepared rows as a dataset."""
     features = datasets.Features(
         {
             "row": datasets.Value("int64"),
@@ -273,11 +329,7 @@ def prepare_batch(batch: dict[str, list], preparation: Preparation) -> Dataset:
             "labels": datasets.List(datasets.Value("int64")),
         }
     )
-    return Dataset.from_dict(prepared, features=features)
-
-
-def _number_row(row: dict[str, Any], index: int) -> dict[str, Any]:
-    return {ROW_COLUMN: index}
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
 
 
 def find_shared_rows(prepared: Dataset, others: Iterable[Dataset]) -> np.ndarray:

@@ -168,6 +168,17 @@ def read_scores(scored: Dataset, column: str) -> np.ndarray:
     return scores
 
 
+def count_unscored(scored: Dataset) -> int:
+    """
+    How many rows have no influence after scoring: malformed ones, and those without a label.
+
+    Args:
+        scored ([`~datasets.Dataset`]):
+            Rows with `influence`, null or NaN where there is none; [`~hf_in2core.rows.checks.check_rows`] tells why.
+    """
+    return int(np.isnan(read_scores(scored, INFLUENCE)).sum())
+
+
 def read_numbers(scored: Dataset, column: str) -> np.ndarray:
     """Read what is finite of a column, as [`read_scores`] does; all NaN where it is missing or holds no numbers."""
     values = read_column(scored, column) if column in scored.column_names else None

@@ -20,7 +20,13 @@ TESTED_TRL = "1.14.0", "1.16.0"
 
 
 def take_over_rows(
-    trained: Dataset, mapped: Dataset, preparation: Preparation, what: str, max_length: int | None, warn: bool
+    trained: Dataset,
+    mapped: Dataset,
+    num_rows: int,
+    preparation: Preparation,
+    what: str,
+    max_length: int | None,
+    warn: bool,
 ) -> Dataset:
     """
     Rows that SFT has prepared for itself, for the passes; prepared again, unpacked, where SFT packs them.
@@ -30,6 +36,8 @@ def take_over_rows(
             The trainer's rows.
         mapped ([`~datasets.Dataset`]):
             The same before preparation, numbered.
+        num_rows (`int`):
+            Rows of the set, those without a label among them.
         preparation ([`Preparation`]):
             How to prepare them.
         what (`str`):
@@ -50,16 +58,17 @@ def take_over_rows(
     )
     if len(prepared) == 0:
         raise ValueError(
-            f"No row of the {what} ({len(mapped)} rows) carries a loss token after preparation with "
+            f"No row of the {what} ({num_rows} rows) carries a loss token after preparation with "
             f"`max_length={max_length}`: the prompts may fill it, or the loss masks hide every token. Raise "
             "`max_length` or check the completions."
         )
-    lost = len(mapped) - len(prepared)
+    lost = num_rows - len(prepared)
     if lost and warn:
         logger.warning(
-            "%d of %d rows of the %s carry no loss token (cut at `max_length=%s`, or empty); their influence is null.",
+            "%d of %d rows of the %s carry no loss token (cut at `max_length=%s`, empty, or no turn that is trained on); "
+            "their influence is null.",
             lost,
-            len(mapped),
+            num_rows,
             what,
             max_length,
         )
@@ -93,7 +102,8 @@ def check_first_rows(pool: Dataset, prepared: Dataset, preparation: Preparation)
         ValueError: if tokens or labels differ, naming the row, the token and the version of TRL.
     """
     first = prepared.with_format(None)[:ROWS_COMPARED]
-    found = {row["row"]: row for row in prepare_batch(pool.with_format(None)[first["row"]], preparation)}
+    batch, _ = prepare_batch(pool.with_format(None)[first["row"]], preparation)
+    found = {row["row"]: row for row in batch}
     for position, row in enumerate(first["row"]):
         for column in ("input_ids", "labels"):
             trained: list[int] = first[column][position]

@@ -94,7 +94,7 @@ def test_a_batch_is_prepared_without_waiting_for_other_processes(pool, monkeypat
     """Under two processes, of which the other never comes: without a process group a barrier fails at once."""
     monkeypatch.setattr(PartialState(), "distributed_type", DistributedType.MULTI_CPU)
     preparation = Preparation(make_tokenizer(), completion_only_loss=True)
-    prepared = prepare_batch(pool[:3], preparation)
+    prepared, _ = prepare_batch(pool[:3], preparation)
     assert PartialState().distributed_type == DistributedType.MULTI_CPU
     with pytest.raises((ValueError, RuntimeError), match="process group"):
         prepare_rows(pool, preparation)
@@ -158,7 +158,7 @@ def test_a_row_is_prepared_as_in_training_whatever_stands_beside_it(tmp_path) ->
     for size in (1, 5, len(pool)):
         for start in range(0, len(pool), size):
             batch = pool[start : start + size]
-            for row in prepare_batch(batch, trainer.preparation):
+            for row in prepare_batch(batch, trainer.preparation)[0]:
                 assert (row["input_ids"], row["labels"]) == trained[start + row["row"]]
     scored = trainer.score_influence()
     for mapped in (pool, pool.to_iterable_dataset()):
@@ -172,6 +172,6 @@ def test_contents_of_different_types_stand_in_one_batch() -> None:
     contents = ["walls", [{"type": "text", "text": "walls"}]]
     turns = [[{"role": "user", "content": "birds"}, {"role": "assistant", "content": content}] for content in contents]
     preparation = Preparation(tokenizer)
-    together = prepare_batch({"messages": turns}, preparation)
-    alone = [prepare_batch({"messages": [one]}, preparation)[0] for one in turns]
+    together, _ = prepare_batch({"messages": turns}, preparation)
+    alone = [prepare_batch({"messages": [one]}, preparation)[0][0] for one in turns]
     assert [row["input_ids"] for row in together] == [row["input_ids"] for row in alone]

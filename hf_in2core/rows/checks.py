@@ -1,0 +1,407 @@
+"""Every row looked at before any work: what cannot be trained on is refused by name, and what carries no label counted."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset
+
+from hf_in2core.progress import make_bar
+
+from .columns import FORMAT_COLUMNS, check_sources, get_preset, list_format_columns, map_row, read_sources
+from .presets import RowError, count_silent_turns, describe_value, read_tools, read_turns
+from .sources import hash_value
+
+
+if TYPE_CHECKING:
+    from .preparation import Preparation
+
+logger = logging.getLogger(__name__)
+
+# A role that a template spells out is known too.
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
+# A turn may say what it has to say in these instead of `content`.
+OTHER_CONTENTS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal")
+ID_COLUMNS = ("id", "_id", "row_id", "uid", "uuid", "example_id", "prompt_id", "conversation_id")
+SHOWN_ROWS = 5
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be trained on: its position, its id where it has one, the raw column and the reason."""
+
+    position: int
+    id: Any
+    column: str
+    reason: str
+
+    def __str__(self) -> str:
+        named = f"row {self.position}" if self.id is None else f"row {self.position} (id {self.id!r})"
+        return f"{named}: `{self.column}` {self.reason}"
+
+
+@dataclass
+class CheckedRows:
+    """
+    What [`check_rows`] found in one set.
+
+    Attributes:
+        what (`str`): What messages call the set.
+        num_rows (`int`): How many rows it has.
+        bad (`list[BadRow]`): Malformed rows.
+        without_label (`list[int]`): Positions of well-formed rows that no label can be made for: no assistant turn
+            under `assistant_only_loss`, or none that is trained on.
+        silent_turns (`int`): Turns with `weight` 0 that carry loss, because SFT has no mask for them.
+        format (`str`): The columns of TRL's format that its rows are in.
+        mask (`str`): Which tokens carry loss, in words.
+        hashes (`list[str]`): Hash of what is trained on of each row; empty unless they were asked for.
+    """
+
+    what: str
+    num_rows: int
+    bad: list[BadRow] = field(default_factory=list)
+    without_label: list[int] = field(default_factory=list)
+    silent_turns: int = 0
+    format: str = ""
+    mask: str = ""
+    hashes: list[str] = field(default_factory=list)
+
+    def list_good(self) -> np.ndarray:
+        """Positions of the rows that are well-formed, ascending."""
+        return np.setdiff1d(np.arange(self.num_rows), [row.position for row in self.bad])
+
+    def list_trainable(self) -> np.ndarray:
+        """Positions of the rows that can have a label, ascending."""
+        return np.setdiff1d(self.list_good(), self.without_label)
+
+
+def check_rows(dataset: Dataset, preparation: "Preparation", what: str, hashes: bool = False) -> CheckedRows:
+    """
+    Look at every row of a set as preparation will see it, without tokenising.
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Raw rows.
+        preparation ([`Preparation`]):
+            How they will be prepared.
+        what (`str`):
+            What messages call the set.
+        hashes (`bool`, *optional*, defaults to `False`):
+            Whether to hash what is trained on of each row, in the same pass.
+
+    Returns:
+        [`CheckedRows`]
+
+    Raises:
+        ValueError: if the set lacks columns or fits no format.
+    """
+    check_sources(dataset.column_names, preparation.columns)
+    found = CheckedRows(what, len(dataset))
+    id_column = next((name for name in ID_COLUMNS if name in dataset.column_names), None)
+    read = dataset.with_format(None).select_columns(list_read_columns(dataset.column_names, preparation.columns))
+    ids = dataset.with_format(None).select_columns([id_column]) if id_column is not None else None
+    kind: str | None = None
+    with make_bar(len(dataset), f"Checking the {what}", brief=True) as bar:
+        for position, row in enumerate(read):
+            try:
+                mapped, has_label = check_row(row, preparation)
+                this_kind = describe_kind(mapped)
+                if kind is not None and this_kind != kind:
+                    raise RowError(next(iter(mapped)), f"is {this_kind}, while the rows before it are {kind}")
+                kind = kind or this_kind
+                if not has_label:
+                    found.without_label.append(position)
+                found.silent_turns += count_silent_turns(row, preparation.columns)
+                found.mask = found.mask or describe_mask(mapped, preparation)
+                found.format = found.format or "/".join(name for name in mapped if name in FORMAT_COLUMNS)
+            except RowError as error:
+                bad_id = ids[position][id_column] if ids is not None else None
+                column = read_sources(preparation.columns).get(error.column, error.column)
+                found.bad.append(BadRow(position, bad_id, column, error.reason))
+                mapped = dict(row)
+            if hashes:
+                found.hashes.append(hash_value(mapped))
+            bar.update()
+    return found
+
+
+def list_read_columns(names: Iterable[str], columns: list[str] | None) -> list[str]:
+    """Of a set's columns those that its mapping may read, so that no other is decoded."""
+    names = list(names)
+    if (preset := get_preset(columns)) is not None:
+        read: Iterable[str] = {
+            "alpaca": ("instruction", "input", "output", "system", "history", "tools"),
+            "sharegpt": ("conversations", "system", "tools"),
+            "openai": ("messages", "tools"),
+        }[preset]
+    else:
+        read = read_sources(columns).values() or list_format_columns(names)
+    return [name for name in names if name in set(read)]
+
+
+def check_row(row: Mapping[str, Any], preparation: "Preparation") -> tuple[dict[str, Any], bool]:
+    """
+    Check one raw row, whose columns [`columns.check_sources`] has checked.
+
+    Args:
+        row (`Mapping[str, Any]`):
+            Raw values by column.
+        preparation ([`Preparation`]):
+            How it will be prepared.
+
+    Returns:
+        `tuple`: the row as TRL's preparation will see it, and whether it can have a label.
+
+    Raises:
+        RowError: if it cannot be trained on.
+    """
+    mapped = map_row(row, preparation.columns, bool(preparation.processing_class.chat_template))
+    if "input_ids" in mapped:
+        _check_tokens(mapped, len(preparation.processing_class))
+        return mapped, True
+    if "text" in mapped:
+        _check_text(mapped["text"], "text")
+        return mapped, True
+    if "messages" in mapped:
+        raw = "conversations" if "messages" not in row and "conversations" in row else "messages"
+        _check_turns(read_turns({raw: mapped["messages"]}, raw), raw, preparation)
+        return mapped, _check_template(mapped, raw, mapped["messages"], preparation)
+    prompt, completion = mapped["prompt"], mapped["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        _check_text(prompt, "prompt")
+        _check_text(completion, "completion")
+        return mapped, True
+    names = ("prompt", "completion")
+    if get_preset(preparation.columns) == "openai":
+        names = ("messages", "messages")
+        _check_turns(prompt + completion, "messages", preparation)
+        if not completion:
+            return mapped, False
+    else:
+        for name in names:
+            if not isinstance(mapped[name], str | list):
+                raise RowError(name, f"is {describe_value(mapped[name])}, neither text nor a list of turns")
+        if isinstance(prompt, str) or isinstance(completion, str):
+            raise RowError(
+                "completion", f"is {describe_value(completion)}, while `prompt` is {describe_value(prompt)}"
+            )
+        for name in names:
+            _check_turns(read_turns(mapped, name), name, preparation)
+    _check_template(mapped, names[0], prompt, preparation, add_generation_prompt=True)
+    return mapped, _check_template(mapped, names[1], prompt + completion, preparation)
+
+
+def _check_tokens(mapped: Mapping[str, Any], num_tokens: int) -> None:
+    tokens = mapped["input_ids"]
+    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+        raise RowError("input_ids", f"is {describe_value(tokens)}, not a list of token ids")
+    if tokens and not 0 <= min(tokens) <= max(tokens) < num_tokens:
+        wrong = min(tokens) if min(tokens) < 0 else max(tokens)
+        raise RowError("input_ids", f"has the token {wrong}, but the tokenizer's are 0 to {num_tokens - 1}")
+    for name in set(mapped) - {"input_ids"}:
+        values = mapped[name]
+        if not isinstance(values, list) or len(values) != len(tokens) or None in values:
+            length = f"{len(values)} values" if isinstance(values, list) else describe_value(values)
+            raise RowError(name, f"has {length} for {len(tokens)} tokens")
+
+
+def _check_text(value: Any, column: str) -> None:
+    if not isinstance(value, str):
+        raise RowError(column, f"is {describe_value(value)}, not text")
+    _check_unicode(value, column)
+
+
+def _check_unicode(value: str, column: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(column, f"has half a character (a lone surrogate) at {error.start}") from None
+
+
+def _check_turns(turns: list[Mapping[str, Any]], column: str, preparation: "Preparation") -> None:
+    if not turns:
+        raise RowError(column, "is an empty conversation")
+    for number, turn in enumerate(turns):
+        role = turn.get("role")
+        if not isinstance(role, str):
+            hint = ""
+            if "from" in turn and "value" in turn:
+                hint = "; rows with `from` and `value` are read by `--columns sharegpt`"
+            raise RowError(column, f"has no role in turn {number}{hint}")
+        if role not in ROLES and not _spells_out(preparation, role):
+            hint = "; rows of `human` and `gpt` are read by `--columns sharegpt`" if role in ("human", "gpt") else ""
+            raise RowError(column, f"has the unknown role {role!r} in turn {number}{hint}")
+        content = turn.get("content")
+        if isinstance(content, list):
+            for part in content:
+                _check_part(part, column, number)
+        elif content is None:
+            if all(turn.get(name) is None for name in OTHER_CONTENTS):
+                raise RowError(column, f"has no content in turn {number} ({role})")
+        elif not isinstance(content, str):
+            raise RowError(column, f"has {describe_value(content)} as the content of turn {number} ({role}), not text")
+        else:
+            _check_unicode(content, column)
+
+
+def _spells_out(preparation: "Preparation", role: str) -> bool:
+    """Whether the chat template names a role."""
+    template = str(preparation.chat_template or preparation.processing_class.chat_template or "")
+    return f"'{role}'" in template or f'"{role}"' in template
+
+
+def _check_part(part: Any, column: str, number: int) -> None:
+    if isinstance(part, str):
+        return
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind is None:
+        raise RowError(column, f"has {describe_value(part)} as a part of turn {number}, not an object with a type")
+    if kind in ("image", "image_url", "audio", "input_audio", "video"):
+        raise RowError(column, f"has a part of type {kind!r} in turn {number}; only text can be trained on here")
+    if kind == "text" and not isinstance(part.get("text"), str):
+        raise RowError(column, f"has {describe_value(part.get('text'))} as the text of a part of turn {number}")
+
+
+def _check_template(
+    mapped: Mapping[str, Any],
+    column: str,
+    turns: list[Any],
+    preparation: "Preparation",
+    add_generation_prompt: bool = False,
+) -> bool:
+    """Whether a conversation can have a label, by what the template makes of it; refuses what the template refuses."""
+    settings = mapped.get("chat_template_kwargs", {})
+    if not isinstance(settings, Mapping):
+        raise RowError(
+            "chat_template_kwargs", f"is {describe_value(settings)}; give every row an object, or none a column"
+        )
+    tools = read_tools(mapped)
+    masked = preparation.assistant_only_loss and not add_generation_prompt
+    if masked and not any(turn.get("role") == "assistant" for turn in turns):
+        masked = False
+        is_trained = False
+    else:
+        is_trained = True
+    tokenizer = preparation.processing_class
+    if not tokenizer.chat_template and not preparation.chat_template:
+        raise ValueError(
+            "The rows are conversations, but the tokenizer has no chat template, so they cannot be turned into tokens. "
+            "Set `chat_template_path` to a tokenizer or Jinja file that has one, or give plain `prompt`/`completion` "
+            "columns."
+        )
+    # Only a mask needs the tokens: TRL refuses a row in which no token is an assistant's.
+    options: dict[str, Any] = {"return_dict": True, "return_assistant_tokens_mask": True} if masked else {}
+    try:
+        rendered = tokenizer.apply_chat_template(
+            turns,
+            tools=tools,
+            chat_template=preparation.chat_template,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=masked,
+            **options,
+            **settings,
+        )
+    except Exception as error:  # a template may raise anything: Jinja's errors, and those of filters and of Python
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RowError(column, f"is refused by the chat template: {reason[:200]}") from error
+    return 1 in rendered["assistant_masks"] if masked else is_trained
+
+
+def describe_kind(mapped: Mapping[str, Any]) -> str:
+    """Which kind of rows a mapped row is of; TRL takes the first of a set for all of them."""
+    if "input_ids" in mapped:
+        return "tokens"
+    values = (mapped.get("messages"), mapped.get("prompt"))
+    return "a conversation" if any(isinstance(value, list) for value in values) else "plain text"
+
+
+def describe_mask(mapped: Mapping[str, Any], preparation: "Preparation") -> str:
+    """Which tokens of a mapped row carry loss, in words."""
+    if "labels" in mapped:
+        return "its own labels"
+    is_split = "prompt" in mapped or "completion_mask" in mapped
+    is_turns = describe_kind(mapped) == "a conversation" or "assistant_masks" in mapped
+    assistant = (preparation.assistant_only_loss and is_turns) or "assistant_masks" in mapped
+    completion = preparation.completion_only_loss and is_split
+    if assistant:
+        return "assistant turns of the completion" if completion else "assistant turns"
+    return "completions" if completion else "every token"
+
+
+def refuse_bad_rows(sets: Iterable[CheckedRows]) -> None:
+    """
+    Refuse sets with malformed rows.
+
+    Raises:
+        ValueError: naming the first rows of each set by position, id, column and reason, and how many there are.
+    """
+    found = [checked for checked in sets if checked.bad]
+    if not found:
+        return
+    lines = []
+    for checked in found:
+        shown = "".join(f"\n  - {row}" for row in checked.bad[:SHOWN_ROWS])
+        left = len(checked.bad) - SHOWN_ROWS
+        more = f"\n  … and {left} more" if left > 0 else ""
+        lines.append(f"{len(checked.bad)} of {checked.num_rows} rows of the {checked.what}:{shown}{more}")
+    raise ValueError(
+        f"Rows that cannot be trained on, {'; '.join(lines)}\nMend or remove them. The commands go on without them with "
+        "`--bad_rows drop`; in Python: `dataset.select(check_rows(dataset, preparation, 'pool').list_good())`, from "
+        "`hf_in2core.rows.checks`."
+    )
+
+
+def compare_masks(pool: CheckedRows, others: Iterable[CheckedRows], is_chosen: bool) -> list[str]:
+    """
+    Hold every set to one rule: what carries loss in the pool's rows carries loss in those that select and that judge.
+
+    Args:
+        pool ([`CheckedRows`]): The pool.
+        others (`Iterable[CheckedRows]`): Validation and test sets, checked with the pool's preparation.
+        is_chosen (`bool`): Whether the user has said by `completion_only_loss` which tokens carry loss.
+
+    Returns:
+        `list[str]`: what the user should know, in sentences.
+
+    Raises:
+        ValueError: if a set cannot be masked as the pool is.
+    """
+    said = []
+    for other in others:
+        if not pool.mask or not other.mask:
+            continue
+        if "its own labels" in (pool.mask, other.mask):
+            if other.mask != pool.mask:
+                said.append(
+                    f"What carries loss: {pool.mask} in the {pool.what}, {other.mask} in the {other.what}. Check that "
+                    "they mean the same."
+                )
+        elif other.mask != pool.mask:
+            raise ValueError(
+                f"Loss is on {pool.mask} in the {pool.what} (`{pool.format}`), but would be on {other.mask} in the "
+                f"{other.what} (`{other.format}`): what selects and what judges would not be what is trained on. Bring "
+                "both into one format, or let every token of both carry loss: `--completion_only_loss false`."
+            )
+        elif other.format != pool.format and not is_chosen and "every token" in other.mask:
+            said.append(
+                f"Loss is on every token of the {other.what} (`{other.format}`), its prompts included, because it is "
+                f"in the {pool.what} (`{pool.format}`). For answers alone give both as `prompt` and `completion`, or "
+                "use `assistant_only_loss`."
+            )
+    return said
+
+
+def say_silent_turns(checked: CheckedRows) -> str:
+    """What to know of turns with `weight` 0 that carry loss; empty where there are none."""
+    if not checked.silent_turns:
+        return ""
+    return (
+        f"{checked.silent_turns} assistant turns of the {checked.what} have `weight` 0, but carry loss all the same: "
+        + (
+            "they stand after a turn that is trained on, and SFT has no mask for a single turn."
+            if checked.format == "prompt/completion"
+            else "SFT does not read `weight`. The preset `--columns openai` does, where SFT has a mask for it."
+        )
+    )

@@ -1,0 +1,246 @@
+"""Rows of known formats as the columns that TRL's preparation reads; each a function of the row alone."""
+
+import datetime
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from datasets import Features, Json, List, Value
+
+
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
+    "### Response:\n"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+# Speakers of ShareGPT's rows, of its own and of the chat templates' spelling.
+SPEAKERS = {
+    **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"},
+    **{"chatgpt": "assistant", "model": "assistant", "observation": "tool", "tool": "tool"},
+    # What the assistant says is the call, as text.
+    "function_call": "assistant",
+}
+TURNS = List({"role": Value("string"), "content": Value("string")})
+
+
+class RowError(ValueError):
+    """
+    A row that cannot be trained on.
+
+    Attributes:
+        column (`str`): Where the reason lies.
+        reason (`str`): What is wrong, as the end of a sentence that begins with the column.
+    """
+
+    def __init__(self, column: str, reason: str) -> None:
+        super().__init__(f"`{column}` {reason}")
+        self.column, self.reason = column, reason
+
+
+def describe_value(value: Any) -> str:
+    """What a cell holds, in words."""
+    shown = repr(value) if len(repr(value)) <= 40 else repr(value)[:40] + "…"
+    kinds: tuple[tuple[Any, str], ...] = (
+        (type(None), "null"),
+        (bool, f"a truth value ({value})"),
+        ((int, float), f"a number ({shown})"),
+        ((datetime.date, datetime.time), f"a date ({value})"),
+        (str, f"text ({shown})"),
+        (list, "a list"),
+        (Mapping, "an object"),
+    )
+    return next((words for kind, words in kinds if isinstance(value, kind)), f"a {type(value).__name__}")
+
+
+def read_text(row: Mapping[str, Any], column: str, optional: bool = False) -> str:
+    """
+    The text of a cell; of an optional one, null and a missing column are no text.
+
+    Raises:
+        RowError: if the cell holds anything else.
+    """
+    value = row.get(column)
+    if isinstance(value, str):
+        return value
+    if value is None and optional:
+        return ""
+    raise RowError(column, f"is {describe_value(value)}, not text")
+
+
+def from_alpaca(row: Mapping[str, Any], conversational: bool) -> dict[str, Any]:
+    """
+    `instruction`, `input` and `output`, with LLaMA-Factory's `system`, `history` and `tools`.
+
+    Blank and null `input`, `system` and `history` mean that there is none.
+    """
+    instruction, output = read_text(row, "instruction"), read_text(row, "output")
+    context, system = (read_text(row, name, optional=True) for name in ("input", "system"))
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(_is_exchange(exchange) for exchange in history):
+        raise RowError("history", "is no list of pairs of texts")
+    if conversational:
+        turns = [{"role": "system", "content": system}] if system.strip() else []
+        for question, answer in history:
+            turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        content = f"{instruction}\n\n{context}" if context.strip() else instruction
+        turns.append({"role": "user", "content": content})
+        return {"prompt": turns, "completion": [{"role": "assistant", "content": output}], **take_tools(row)}
+    if history or take_tools(row).get("tools"):
+        raise RowError("history" if history else "tools", "needs a tokenizer with a chat template")
+    template = ALPACA_WITH_INPUT if context.strip() else ALPACA_WITHOUT_INPUT
+    prompt = template.format(instruction=instruction, input=context)
+    return {"prompt": f"{system}\n\n{prompt}" if system.strip() else prompt, "completion": output}
+
+
+def _is_exchange(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
+
+
+def take_tools(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The column `tools` where a row has it; blank text means none."""
+    if "tools" not in row:
+        return {}
+    tools = row["tools"]
+    return {"tools": None if isinstance(tools, str) and not tools.strip() else tools}
+
+
+def from_sharegpt(row: Mapping[str, Any], conversational: bool = True) -> dict[str, Any]:
+    """`conversations` with `from` and `value` (or `role` and `content`), with LLaMA-Factory's `system` and `tools`."""
+    messages = []
+    for number, turn in enumerate(read_turns(row, "conversations")):
+        speaker = turn.get("from") if turn.get("from") is not None else turn.get("role")
+        said = turn.get("value") if turn.get("value") is not None else turn.get("content")
+        role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
+        if role is None:
+            raise RowError(
+                "conversations", f"has the speaker {speaker!r} in turn {number}; known: {', '.join(SPEAKERS)}"
+            )
+        if not isinstance(said, str):
+            raise RowError("conversations", f"has {describe_value(said)} as the text of turn {number}")
+        messages.append({"role": role, "content": said})
+    system = read_text(row, "system", optional=True)
+    if system.strip() and not (messages and messages[0]["role"] == "system"):
+        messages.insert(0, {"role": "system", "content": system})
+    return {"messages": messages, **take_tools(row)}
+
+
+def read_turns(row: Mapping[str, Any], column: str) -> list[Mapping[str, Any]]:
+    """
+    The turns of a conversation; there may be none.
+
+    Raises:
+        RowError: if the cell holds anything else than a list of objects.
+    """
+    turns = row.get(column)
+    if isinstance(turns, list):
+        for number, turn in enumerate(turns):
+            if not isinstance(turn, Mapping):
+                raise RowError(column, f"has {describe_value(turn)} as turn {number}, not an object with a role")
+        return turns
+    if isinstance(turns, str) and turns.lstrip()[:1] in ("[", "{"):
+        raise RowError(
+            column,
+            "is JSON as text, not a list of turns; parse it first: "
+            f'`dataset.map(lambda row: {{"{column}": json.loads(row["{column}"])}})`',
+        )
+    raise RowError(column, f"is {describe_value(turns)}, not a list of turns")
+
+
+def from_openai(row: Mapping[str, Any], conversational: bool = True) -> dict[str, Any]:
+    """
+    `messages` of OpenAI's fine-tuning files: the completion begins with the first assistant turn that is trained on.
+
+    A turn of `weight` 0 before it carries no loss with the prompt. One after it can only be masked with the others of
+    the completion; see [`count_silent_turns`]. A row in which no turn is trained on has an empty completion.
+    """
+    turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in read_turns(row, "messages")]
+    trained = [number for number, turn in enumerate(row["messages"]) if _is_answer(turn) and not _is_silent(turn)]
+    start = trained[0] if trained else len(turns)
+    return {"prompt": turns[:start], "completion": turns[start:], **take_tools(row)}
+
+
+def from_conversations(row: Mapping[str, Any], conversational: bool = True) -> dict[str, Any]:
+    """`conversations` without a preset: the keys `from` and `value` renamed, as TRL does, and no role changed."""
+    names = {"from": "role", "value": "content"}
+    turns = [{names.get(key, key): value for key, value in turn.items()} for turn in read_turns(row, "conversations")]
+    kept = {name: row[name] for name in ("tools", "chat_template_kwargs") if name in row}
+    return {"messages": turns, **kept}
+
+
+def count_silent_turns(row: Mapping[str, Any], columns: list[str] | None) -> int:
+    """Assistant turns with `weight` 0 that carry loss all the same, because SFT has no mask for them."""
+    turns = row.get("messages")
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        return 0
+    silent = [number for number, turn in enumerate(turns) if _is_answer(turn) and _is_silent(turn)]
+    if columns != ["openai"]:
+        return len(silent)
+    trained = [number for number, turn in enumerate(turns) if _is_answer(turn) and not _is_silent(turn)]
+    return sum(number > trained[0] for number in silent) if trained else 0
+
+
+def _is_answer(turn: Mapping[str, Any]) -> bool:
+    return turn.get("role") == "assistant"
+
+
+def _is_silent(turn: Mapping[str, Any]) -> bool:
+    weight = turn.get("weight")
+    return weight is not None and weight == 0
+
+
+# Preset -> how it reads a row, and the columns that it needs.
+PRESETS: dict[str, tuple[Callable[[Mapping[str, Any], bool], dict[str, Any]], tuple[str, ...]]] = {
+    "alpaca": (from_alpaca, ("instruction", "output")),
+    "sharegpt": (from_sharegpt, ("conversations",)),
+    "openai": (from_openai, ("messages",)),
+}
+
+
+def describe_mapped(features: Mapping[str, Any], preset: str | None, conversational: bool) -> Features:
+    """
+    The types of what a preset makes of rows (`None`: of `conversations`), so that none is inferred from some rows.
+
+    An object in a conversation keeps the keys that its column has, and no row gets those of another.
+    """
+    kept = {name: features[name] for name in ("tools", "chat_template_kwargs") if name in features}
+    tools = {name: value for name, value in kept.items() if name == "tools"}
+    if preset == "alpaca":
+        if not conversational:
+            return Features({"prompt": Value("string"), "completion": Value("string")})
+        return Features({"prompt": TURNS, "completion": TURNS, **tools})
+    if preset == "sharegpt":
+        return Features({"messages": TURNS, **tools})
+    if preset == "openai":
+        turns = _describe_turns(features["messages"], lambda key: None if key == "weight" else key)
+        return Features({"prompt": turns, "completion": turns, **tools})
+    names = {"from": "role", "value": "content"}
+    return Features({"messages": _describe_turns(features["conversations"], lambda key: names.get(key, key)), **kept})
+
+
+def _describe_turns(feature: Any, rename: Callable[[str], str | None]) -> Any:
+    turn = getattr(feature, "feature", None)
+    if not isinstance(turn, Mapping):
+        return List(Json())
+    return List({name: value for key, value in turn.items() if (name := rename(key)) is not None})
+
+
+def read_tools(row: Mapping[str, Any]) -> list[Any] | None:
+    """
+    The tools of a row, parsed where they are JSON as text (which TRL parses too).
+
+    Raises:
+        RowError: if they are anything else than a list of objects.
+    """
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise RowError("tools", f"is {describe_value(tools)}, which is no JSON; null means no tools") from None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise RowError("tools", f"is {describe_value(tools)}, not a list of tools; null means no tools")
+    return tools
