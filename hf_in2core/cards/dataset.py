@@ -102,7 +102,7 @@ def summarise_influence(scored: Dataset, show: int = 3) -> InfluenceSummary:
         extremes=[
             (
                 Markdown(f"{kind}, rank {rank:,}: row {row:,}, influence {influence[row]:.4g}"),
-                format_block(render_row(texts[row], _LONGEST_ROW)),
+                format_block(render_row(texts[row] if texts.column_names else {}, _LONGEST_ROW)),
             )
             for kind, rank, row in extremes
         ],

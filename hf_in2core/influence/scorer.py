@@ -208,8 +208,8 @@ class InfluenceScorer:
         self._has_warned = True
         logger.warning(
             "Row %d of a batch of %d gets no influence (NaN): %s. Others like it are not announced: "
-            "`hf_in2core.rows.scored.count_unscored` counts them after scoring, `hf_in2core.rows.checks.check_rows` names "
-            "them with the reason.",
+            "`hf_in2core.rows.scored.count_unscored` counts them after scoring, `hf_in2core.rows.checks.check_rows` "
+            "names them with the reason.",
             left[0],
             num_rows,
             refused.get(left[0], f"no loss token is left at max_length={self.preparation.max_length}"),

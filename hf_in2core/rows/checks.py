@@ -1,4 +1,4 @@
-"""Every row looked at before any work: what cannot be trained on is refused by name, and what carries no label counted."""
+"""Every row looked at before any work: what cannot be trained on is refused by name, what has no label is counted."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -117,7 +117,7 @@ def check_rows(dataset: Dataset, preparation: "Preparation", what: str, hashes: 
                 found.mask = found.mask or describe_mask(mapped, preparation)
                 found.format = found.format or "/".join(name for name in mapped if name in FORMAT_COLUMNS)
             except RowError as error:
-                bad_id = ids[position][id_column] if ids is not None else None
+                bad_id = ids[position][id_column] if ids is not None and id_column is not None else None
                 column = read_sources(preparation.columns).get(error.column, error.column)
                 found.bad.append(BadRow(position, bad_id, column, error.reason))
                 mapped = dict(row)
@@ -275,7 +275,7 @@ def _check_template(
     settings = mapped.get("chat_template_kwargs", {})
     if not isinstance(settings, Mapping):
         raise RowError(
-            "chat_template_kwargs", f"is {describe_value(settings)}; give every row an object, or none a column"
+            "chat_template_kwargs", f"is {describe_value(settings)}; every row needs an object, if only an empty one"
         )
     tools = read_tools(mapped)
     masked = preparation.assistant_only_loss and not add_generation_prompt
@@ -287,9 +287,9 @@ def _check_template(
     tokenizer = preparation.processing_class
     if not tokenizer.chat_template and not preparation.chat_template:
         raise ValueError(
-            "The rows are conversations, but the tokenizer has no chat template, so they cannot be turned into tokens. "
-            "Set `chat_template_path` to a tokenizer or Jinja file that has one, or give plain `prompt`/`completion` "
-            "columns."
+            "The rows are conversations, but the tokenizer has no chat template, so they cannot be turned into "
+            "tokens. Set `chat_template_path` to a tokenizer or Jinja file that has one, or give plain "
+            "`prompt`/`completion` columns."
         )
     # Only a mask needs the tokens: TRL refuses a row in which no token is an assistant's.
     options: dict[str, Any] = {"return_dict": True, "return_assistant_tokens_mask": True} if masked else {}
@@ -347,8 +347,8 @@ def refuse_bad_rows(sets: Iterable[CheckedRows]) -> None:
         more = f"\n  … and {left} more" if left > 0 else ""
         lines.append(f"{len(checked.bad)} of {checked.num_rows} rows of the {checked.what}:{shown}{more}")
     raise ValueError(
-        f"Rows that cannot be trained on, {'; '.join(lines)}\nMend or remove them. The commands go on without them with "
-        "`--bad_rows drop`; in Python: `dataset.select(check_rows(dataset, preparation, 'pool').list_good())`, from "
+        f"Rows that cannot be trained on, {'; '.join(lines)}\nMend or remove them. The commands go on without "
+        "them with `--bad_rows drop`; in Python: `dataset.select(check_rows(dataset, preparation, 'pool').list_good())`, from "
         "`hf_in2core.rows.checks`."
     )
 
@@ -381,7 +381,7 @@ def compare_masks(pool: CheckedRows, others: Iterable[CheckedRows], is_chosen: b
         elif other.mask != pool.mask:
             raise ValueError(
                 f"Loss is on {pool.mask} in the {pool.what} (`{pool.format}`), but would be on {other.mask} in the "
-                f"{other.what} (`{other.format}`): what selects and what judges would not be what is trained on. Bring "
+                f"{other.what} (`{other.format}`): what selects and judges would not be what is trained on. Bring "
                 "both into one format, or let every token of both carry loss: `--completion_only_loss false`."
             )
         elif other.format != pool.format and not is_chosen and "every token" in other.mask:

@@ -165,8 +165,8 @@ def map_trainable(dataset: Dataset, preparation: Preparation, checked: CheckedRo
     mapped = add_row_column(apply_columns(dataset, preparation.columns, preparation.processing_class))
     if len(checked.without_label) == len(dataset):
         raise ValueError(
-            f"No row of the {checked.what} ({len(dataset)} rows) can carry a loss token: none has a turn that is trained "
-            "on. Check roles and masks (`assistant_only_loss`, `weight`)."
+            f"No row of the {checked.what} ({len(dataset)} rows) can carry a loss token: none has a turn that is "
+            "trained on. Check roles and masks (`assistant_only_loss`, `weight`)."
         )
     return mapped.select(checked.list_trainable()) if checked.without_label else mapped
 

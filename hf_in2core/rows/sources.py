@@ -2,38 +2,62 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import xxhash
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    List,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
 
 from hf_in2core.names import VALIDATION
 
 
 # File suffix -> builder of `datasets.load_dataset`.
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-NAMED_SOURCE = re.compile(r"([A-Za-z]\w*)=(.+)", re.DOTALL)
+FILE_FORMATS = {
+    **{".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"},
+}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+ACCEPTED = ".jsonl, .ndjson, .json, .csv, .tsv (each also .gz, .bz2, .xz or .zst) or .parquet file"
+# Columns that become what is trained on: they are read as text, whatever their cells look like.
+TEXT_COLUMNS = ("text", "prompt", "completion", "instruction", "input", "output", "system", "history", "tools")
+TEXT_COLUMNS += ("messages", "conversations")
+NAMED_SOURCE = re.compile(r"([A-Za-z][\w.-]*)=(.+)", re.DOTALL)
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # A colon that is not inside the brackets of a slice such as `train[:10%]`.
 COLON = re.compile(r":(?![^\[]*\])")
 
 
-def load_rows(source: str, what: str = "dataset", revision: str | None = None) -> Dataset:
+def load_rows(
+    source: str, what: str = "dataset", revision: str | None = None, columns: Iterable[str] | None = None
+) -> Dataset:
     """
     Load rows from the Hub or from disk.
 
     Args:
         source (`str`):
             Hub id (`user/name`, `user/name:split`, `user/name:config:split`), a folder (of `save_to_disk`, or one that
-            `load_dataset` reads; `folder:split`), or a `.jsonl`, `.json`, `.parquet` or `.csv` file. A split may be
-            sliced: `user/name:train[:1000]`. Without a split: `train`, or the only one there is.
+            `load_dataset` reads, such as one of parts; `folder:split`), or a `.jsonl`, `.ndjson`, `.json`, `.csv`,
+            `.tsv` or `.parquet` file, those of text also compressed. A split may be sliced:
+            `user/name:train[:1000]`. Without a split: `train`, or the only one there is.
         what (`str`, *optional*, defaults to `"dataset"`):
             What the rows are for, named in errors.
         revision (`str`, *optional*):
             Branch, tag or commit of a Hub id.
+        columns (`Iterable[str]`, *optional*):
+            Column mapping as of [`columns.apply_columns`]. The cells of the columns that it reads, and of those with
+            the names of TRL's formats and of the presets, stay text in CSV and JSON (`01234`, `2024-05-01`, `null` in
+            a CSV; a blank cell is empty text); other columns get their types from the cells.
 
     Returns:
         [`~datasets.Dataset`] with at least one row.
@@ -44,7 +68,10 @@ def load_rows(source: str, what: str = "dataset", revision: str | None = None) -
     """
     try:
         path, split = _split_local(source)
-        dataset = _load_local(path, split) if path is not None else _load_from_hub(source, revision)
+        if path is None:
+            dataset = _load_from_hub(source, revision)
+        else:
+            dataset = _load_local(path, split, {*TEXT_COLUMNS, *(item.partition("=")[2] for item in columns or [])})
     except (FileNotFoundError, _SplitError) as error:
         raise type(error)(f"The {what} `{source}` cannot be loaded: {error}") from error
     except Exception as error:  # datasets raises many types, whose own text names neither the source nor a remedy
@@ -52,7 +79,7 @@ def load_rows(source: str, what: str = "dataset", revision: str | None = None) -
         if "corresponds to no data" not in str(reason):  # a split without rows
             raise ValueError(
                 f"The {what} `{source}` cannot be loaded ({type(reason).__name__}: {reason}). Give a Hub id with an "
-                "optional `:split`, a folder, or a .jsonl, .json, .parquet or .csv file."
+                f"optional `:split`, a folder, or a {ACCEPTED}."
             ) from error
         dataset = Dataset.from_dict({})
     if len(dataset) == 0:
@@ -73,27 +100,82 @@ def _split_local(source: str) -> tuple[Path | None, str | None]:
     path = Path(parts[0]).expanduser()
     if len(parts) == 2 and path.is_dir():
         return path, parts[1]
-    if path.suffix in FILE_FORMATS or source[:1] in "./~" or not HUB_ID.fullmatch(parts[0]):
+    if _get_format(path) is not None or source[:1] in "./~" or not HUB_ID.fullmatch(parts[0]):
         raise FileNotFoundError(f"there is no such file or folder, seen from {Path.cwd()}, and it is no Hub id.")
     return None, None
 
 
-def _load_local(path: Path, split: str | None) -> Dataset:
+def _get_format(path: Path) -> str | None:
+    """The builder that reads a file, by its ending; `None` where none does."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return FILE_FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def _load_local(path: Path, split: str | None, texts: set[str]) -> Dataset:
+    """Load a file or a folder, the columns `texts` as text."""
     if path.is_file():
-        if path.suffix not in FILE_FORMATS:
-            raise ValueError(f"files end in {', '.join(FILE_FORMATS)}, this one in `{path.suffix}`")
+        builder = _get_format(path)
+        if builder is None:
+            raise ValueError(f"the file ends in `{path.suffix}`")
         if path.stat().st_size == 0:
             return Dataset.from_dict({})
-        return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
-    if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
-        loaded = load_dataset(str(path), split=split)
-        return _take_split(loaded, None) if isinstance(loaded, DatasetDict) else loaded
-    loaded = load_from_disk(str(path))
-    if isinstance(loaded, DatasetDict):
-        return _take_split(loaded, split)
-    if split is not None:
-        raise _SplitError(f"it is a single dataset without splits. Leave out `:{split}`.")
-    return loaded
+        loaded = load_dataset(builder, data_files=str(path), split="train", **_get_options(builder, [path], texts))
+        return _keep_texts(loaded, [path], texts) if builder == "json" else loaded
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        saved = load_from_disk(str(path))
+        if isinstance(saved, DatasetDict):
+            return _take_split(saved, split)
+        if split is not None:
+            raise _SplitError(f"it is a single dataset without splits. Leave out `:{split}`.")
+        return saved
+    parts = sorted(part for part in path.rglob("*") if part.is_file() and _get_format(part) is not None)
+    builders = {_get_format(part) for part in parts}
+    options = _get_options("csv", parts, texts) if builders == {"csv"} else {}
+    if split is not None and "[" in split:
+        return load_dataset(str(path), split=split, **options)
+    splits = load_dataset(str(path), **options)
+    loaded = _take_split(splits, split)
+    return _keep_texts(loaded, parts, texts) if builders == {"json"} and len(splits) == 1 else loaded
+
+
+def _get_options(builder: str, files: list[Path], texts: set[str]) -> dict[str, Any]:
+    """Settings of a builder: in CSV the columns of texts are read as they stand."""
+    if builder != "csv":
+        return {}
+    is_tabbed = any(suffix.lower() == ".tsv" for file in files for suffix in file.suffixes)
+    return {"converters": dict.fromkeys(sorted(texts), str), **({"sep": "\t"} if is_tabbed else {})}
+
+
+def _keep_texts(loaded: Dataset, files: list[Path], texts: set[str]) -> Dataset:
+    """Texts of JSON that Arrow took for dates, read again as they stand; all else stays as it is."""
+    wanted = {name: _read_dates_as_text(feature) for name, feature in loaded.features.items() if name in texts}
+    wanted = {name: feature for name, feature in wanted.items() if feature != loaded.features[name]}
+    if not wanted:
+        return loaded
+    values = [{name: row.get(name) for name in wanted} for file in files for row in _read_json(file)]
+    again = Dataset.from_list(values, features=Features(wanted))
+    kept = loaded.remove_columns(list(wanted))
+    return concatenate_datasets([kept, again], axis=1).select_columns(loaded.column_names)
+
+
+def _read_dates_as_text(feature: Any) -> Any:
+    if isinstance(feature, Value):
+        return Value("string") if feature.dtype.startswith(("timestamp", "date", "time")) else feature
+    if isinstance(feature, List):
+        return List(_read_dates_as_text(feature.feature), length=feature.length)
+    return {key: _read_dates_as_text(item) for key, item in feature.items()} if isinstance(feature, dict) else feature
+
+
+def _read_json(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines, or of one list."""
+    with fsspec.open(str(file), "rt", encoding="utf-8-sig", compression="infer") as opened:
+        content = opened.read()
+    if content.lstrip().startswith("["):
+        yield from json.loads(content)
+    else:
+        yield from (json.loads(line) for line in content.split("\n") if line.strip())
 
 
 def _take_split(splits: DatasetDict, split: str | None) -> Dataset:

@@ -65,8 +65,8 @@ def take_over_rows(
     lost = num_rows - len(prepared)
     if lost and warn:
         logger.warning(
-            "%d of %d rows of the %s carry no loss token (cut at `max_length=%s`, empty, or no turn that is trained on); "
-            "their influence is null.",
+            "%d of %d rows of the %s carry no loss token (cut at `max_length=%s`, empty, or without a turn that is "
+            "trained on); their influence is null.",
             lost,
             num_rows,
             what,
