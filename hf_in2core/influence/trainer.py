@@ -151,7 +151,7 @@ class InfluenceTrainer(SFTTrainer):
             chat_template=self.chat_template,
         )
         trained = self.eval_dataset if isinstance(self.eval_dataset, dict) else {VALIDATION: self.eval_dataset}
-        self.prepared_pool = self._take_over(self.train_dataset, mapped_pool, len(self.pool), POOL)
+        self.prepared_pool = self._take_over(self.train_dataset, mapped_pool, checked[0].num_rows, POOL)
         check_first_rows(self.pool, self.prepared_pool, self.preparation)
         self.prepared_validation = {
             name: self._take_over(trained[name], rows, len(validation[name]), f"validation set `{name}`")

@@ -101,7 +101,7 @@ def check_rows(dataset: Dataset, preparation: "Preparation", what: str, hashes: 
     found = CheckedRows(what, len(dataset))
     id_column = next((name for name in ID_COLUMNS if name in dataset.column_names), None)
     read = dataset.with_format(None).select_columns(list_read_columns(dataset.column_names, preparation.columns))
-    ids = dataset.with_format(None).select_columns([id_column]) if id_column is not None else None
+    ids: Any = dataset.with_format(None).select_columns([id_column]) if id_column is not None else None
     kind: str | None = None
     with make_bar(len(dataset), f"Checking the {what}", brief=True) as bar:
         for position, row in enumerate(read):
@@ -117,7 +117,7 @@ def check_rows(dataset: Dataset, preparation: "Preparation", what: str, hashes: 
                 found.mask = found.mask or describe_mask(mapped, preparation)
                 found.format = found.format or "/".join(name for name in mapped if name in FORMAT_COLUMNS)
             except RowError as error:
-                bad_id = ids[position][id_column] if ids is not None and id_column is not None else None
+                bad_id = ids[position][id_column] if ids is not None else None
                 column = read_sources(preparation.columns).get(error.column, error.column)
                 found.bad.append(BadRow(position, bad_id, column, error.reason))
                 mapped = dict(row)
@@ -348,8 +348,8 @@ def refuse_bad_rows(sets: Iterable[CheckedRows]) -> None:
         lines.append(f"{len(checked.bad)} of {checked.num_rows} rows of the {checked.what}:{shown}{more}")
     raise ValueError(
         f"Rows that cannot be trained on, {'; '.join(lines)}\nMend or remove them. The commands go on without "
-        "them with `--bad_rows drop`; in Python: `dataset.select(check_rows(dataset, preparation, 'pool').list_good())`, from "
-        "`hf_in2core.rows.checks`."
+        "them with `--bad_rows drop`; in Python `hf_in2core.rows.checks.check_rows(...).list_good()` "
+        "gives the positions to select."
     )
 
 

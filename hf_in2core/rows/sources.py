@@ -8,6 +8,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
+import pandas
 import xxhash
 from datasets import (
     Dataset,
@@ -25,13 +26,25 @@ from hf_in2core.names import VALIDATION
 
 # File suffix -> builder of `datasets.load_dataset`.
 FILE_FORMATS = {
-    **{".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"},
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
 }
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 ACCEPTED = ".jsonl, .ndjson, .json, .csv, .tsv (each also .gz, .bz2, .xz or .zst) or .parquet file"
 # Columns that become what is trained on: they are read as text, whatever their cells look like.
-TEXT_COLUMNS = ("text", "prompt", "completion", "instruction", "input", "output", "system", "history", "tools")
-TEXT_COLUMNS += ("messages", "conversations")
+TEXT_COLUMNS = {
+    *("text", "prompt", "completion", "messages", "conversations", "instruction", "input", "output", "system"),
+    *("history", "tools"),
+}
+# What pandas takes for a missing value.
+MISSING = (
+    *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"),
+    *("NULL", "NaN", "None", "n/a", "nan", "null"),
+)
 NAMED_SOURCE = re.compile(r"([A-Za-z][\w.-]*)=(.+)", re.DOTALL)
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # A colon that is not inside the brackets of a slice such as `train[:10%]`.
@@ -144,8 +157,15 @@ def _get_options(builder: str, files: list[Path], texts: set[str]) -> dict[str, 
     """Settings of a builder: in CSV the columns of texts are read as they stand."""
     if builder != "csv":
         return {}
-    is_tabbed = any(suffix.lower() == ".tsv" for file in files for suffix in file.suffixes)
-    return {"converters": dict.fromkeys(sorted(texts), str), **({"sep": "\t"} if is_tabbed else {})}
+    separator = "\t" if any(suffix.lower() == ".tsv" for file in files for suffix in file.suffixes) else ","
+    names = {str(name) for file in files for name in pandas.read_csv(file, sep=separator, nrows=0).columns}
+    return {
+        "sep": separator,
+        "converters": dict.fromkeys(sorted(names & texts), str),
+        # Words such as `null` mean a missing value in the other columns alone.
+        "keep_default_na": False,
+        "na_values": dict.fromkeys(sorted(names - texts), list(MISSING)),
+    }
 
 
 def _keep_texts(loaded: Dataset, files: list[Path], texts: set[str]) -> Dataset:
