@@ -62,11 +62,6 @@ def list_added_columns(
     return names + [PER_QUERY] * per_query + [PER_CHECKPOINT] * per_checkpoint
 
 
-def is_influence_column(name: str) -> bool:
-    """Whether a column has the name of one that scoring adds."""
-    return name in (INFLUENCE, NUM_LOSS_TOKENS) or name.startswith(f"{INFLUENCE}_")
-
-
 def list_set_columns(columns: Sequence[str]) -> list[str]:
     """Of the columns of a scored dataset those with the influence on one named validation set."""
     others = (RANK, PER_QUERY, PER_CHECKPOINT)

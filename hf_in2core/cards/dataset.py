@@ -20,10 +20,9 @@ from hf_in2core.names import (
     PER_QUERY,
     RANK,
     has_named_sets,
-    is_influence_column,
     name_set_column,
 )
-from hf_in2core.rows.scored import read_scores
+from hf_in2core.rows.scored import find_scored_columns, list_own_columns, read_scores
 from hf_in2core.rows.text import render_row
 from hf_in2core.selection.lengths import correlate_with_length
 
@@ -91,7 +90,7 @@ def summarise_influence(scored: Dataset, show: int = 3) -> InfluenceSummary:
     proponents, opponents = order[influence[order] < 0][:show], order[influence[order] > 0][::-1][:show]
     extremes = [("Proponent", rank, int(row)) for rank, row in enumerate(proponents)]
     extremes += [("Opponent", len(rows) - 1 - place, int(row)) for place, row in enumerate(opponents)]
-    texts = scored.select_columns([name for name in scored.column_names if not is_influence_column(name)])
+    texts = scored.select_columns(list_own_columns(scored))
     quantiles = np.quantile(influence[rows], [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]) if len(rows) else []
     return InfluenceSummary(
         rows=f"{len(influence):,}",
@@ -168,6 +167,7 @@ def render_influence_section(
     pool_rows = splits.get("train", 0)
     arguments = json.dumps(repo_id) + (f", {json.dumps(config_name)}" if config_name != "default" else "")
     verdict = get_object(results, "verdict")
+    added = find_scored_columns(features)
     return render_template(
         "influence_dataset.md",
         repo_id=Markdown(repo_id),
@@ -185,7 +185,7 @@ def render_influence_section(
         ],
         first_coreset=next((Markdown(name) for name in splits if name != "train"), None),
         columns=[
-            {"name": format_code(name), "type": format_code(_name_type(feature)), "meaning": _explain(name)}
+            {"name": format_code(name), "type": format_code(_name_type(feature)), "meaning": _explain(name, added)}
             for name, feature in features.items()
         ],
         summary=summary,
@@ -201,7 +201,7 @@ def render_influence_section(
         replay=Markdown(replay) if replay else None,
         commands=list_commands({name: records[name] for name in splits if name in records}),
         scorer_folder=Markdown(scorer_folder) if scorer_folder else None,
-        influence_columns=Markdown(json.dumps([name for name in features if is_influence_column(name)])),
+        influence_columns=Markdown(json.dumps(added)),
         cost=list_costs(results),
     )
 
@@ -218,8 +218,8 @@ def say_validation(sets: Any) -> Markdown:
     return Markdown(f"the loss on {'a validation set' if len(sets) == 1 else 'the mean of validation sets'}: {named}")
 
 
-def _explain(name: str) -> Markdown:
-    if name not in _MEANINGS and is_influence_column(name):
+def _explain(name: str, added: list[str]) -> Markdown:
+    if name not in _MEANINGS and name in added:
         validation_set = name.removeprefix(name_set_column(""))
         return Markdown(f"the same for the validation set {format_code(validation_set)} alone")
     return Markdown(_MEANINGS.get(name, "as in the source"))

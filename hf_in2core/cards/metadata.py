@@ -18,6 +18,8 @@ from huggingface_hub import DatasetCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import yaml_dump
 
+from hf_in2core.rows.scored import forget_record
+
 
 _INHERITED = ("language", "license", "license_name", "license_link", "license_details", "task_categories")
 _SHARD = re.compile(r"data/(?P<split>\w+(\.\w+)*)-\d{5}-of-\d{5}(-\w+)?\.parquet")
@@ -258,12 +260,10 @@ def _check_features(stated: Any, features: Features, other_splits: list[str], co
     if not other_splits or stated is None:
         return
     published = DatasetInfo._from_yaml_dict({"features": copy.deepcopy(stated)}).features or {}
-    if dict(published) == dict(features):
+    before, now = forget_record(published), forget_record(features)
+    if before == now:
         return
-    differing = sorted(
-        set(published) ^ set(features)
-        | {name for name in set(published) & set(features) if published[name] != features[name]}
-    )
+    differing = sorted(set(before) ^ set(now) | {name for name in set(before) & set(now) if before[name] != now[name]})
     raise ValueError(
         f"The repository's splits {', '.join(other_splits)} of configuration {config_name!r} differ from these in "
         f"the columns {', '.join(differing)}; load_dataset needs the same columns in all. Publish those splits again "

@@ -106,12 +106,13 @@ def load_others(args: GrowArguments, head: str) -> list[Any]:
 def score_rows(args: GrowArguments, pool: Any, head: str) -> tuple[list[Any], Any]:
     """The rows to add that are not in the pool yet, scored by the pool's scorer; and that scorer, if there are any."""
     from hf_in2core import InfluenceScorer
-    from hf_in2core.influence.pools import get_own_columns
+    from hf_in2core.influence.pools import align_types
     from hf_in2core.pipeline.run_folder import say
     from hf_in2core.pipeline.training import score_with
+    from hf_in2core.rows.scored import list_own_columns
     from hf_in2core.rows.sources import find_shared_rows, hash_rows, load_rows
 
-    own = get_own_columns(pool)
+    own = list_own_columns(pool)
     fresh = []
     for source in args.rows or []:
         rows = load_rows(source, "rows to add")
@@ -122,6 +123,7 @@ def score_rows(args: GrowArguments, pool: Any, head: str) -> tuple[list[Any], An
                 f"{', '.join(rows.column_names)}). Bring its rows into the same columns."
             )
         rows = rows.select_columns(own)
+        align_types([pool, rows], own)  # what makes no one pool is told before anything is scored
         is_known = find_shared_rows(hash_rows(rows), hash_rows(pool.select_columns(own)))
         say(f"{source}: {(~is_known).sum():,} of {len(rows):,} rows are not in {args.hub_id} yet.")
         if not is_known.all():

@@ -181,9 +181,9 @@ def trainable_adapter(model: nn.Module, names: set[str]) -> Iterator[None]:
             parameter.requires_grad_(not parameter.requires_grad)
 
 
-def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
-    """Tensors of the active adapter by name (without the adapter's own name)."""
-    adapter = model.active_adapter
+def adapter_tensors(model: PeftModel, name: str | None = None) -> dict[str, Tensor]:
+    """Tensors of an adapter, by default of the active one, by name (without the adapter's own name)."""
+    adapter = model.active_adapter if name is None else name
     return {
         name.replace(f".{adapter}.", "."): tensor
         for name, tensor in model.named_parameters()

@@ -84,8 +84,9 @@ def hash_adapter(model: PeftModel) -> str:
 
 
 def hash_base(model: PeftModel) -> str:
-    """Hash of the frozen weights under the adapter."""
-    return hash_base_weights(model, {id(tensor) for tensor in adapter_tensors(model).values()})
+    """Hash of the frozen weights under the adapter, without any other adapter that the model has loaded."""
+    adapters = (adapter_tensors(model, name) for name in model.peft_config)
+    return hash_base_weights(model, {id(tensor) for tensors in adapters for tensor in tensors.values()})
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

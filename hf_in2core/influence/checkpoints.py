@@ -24,7 +24,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_in2core.engine.blocks import read_adapter_settings
 from hf_in2core.names import INFLUENCE, NUM_LOSS_TOKENS, PER_CHECKPOINT, PER_QUERY, RANK
-from hf_in2core.rows.scored import add_influence_columns, add_list_column, read_query_scores, read_scores
+from hf_in2core.rows.scored import add_influence_columns, add_list_column, read_query_scores, read_record, read_scores
 
 
 logger = logging.getLogger(__name__)
@@ -192,8 +192,10 @@ def average_readings(pool: Dataset, readings: list[Dataset], names: list[str], w
     per_checkpoint = {name: np.stack([read_scores(one, name) for one in readings], axis=1) for name in scores}
     columns: dict[str, np.ndarray] = {name: values @ weights for name, values in per_checkpoint.items()}
     columns[NUM_LOSS_TOKENS] = np.array(readings[0][NUM_LOSS_TOKENS][:], dtype=np.int64)
-    replaced = [name for name in [*names, RANK, PER_CHECKPOINT] if name in pool.column_names]
-    scored = add_influence_columns(pool.remove_columns(replaced), columns)
+    replaced = {*names, RANK, PER_CHECKPOINT, *read_record(pool.features)}
+    raw = pool.select_columns([name for name in pool.column_names if name not in replaced])
+    lists = [PER_QUERY] * (PER_QUERY in names) + [PER_CHECKPOINT]
+    scored = add_influence_columns(raw, columns, lists)
     if PER_QUERY in names:
         matrices = np.stack([read_query_scores(one).T for one in readings])
         scored = add_list_column(scored, PER_QUERY, np.einsum("c,cnq->nq", weights, matrices))

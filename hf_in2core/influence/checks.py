@@ -19,6 +19,7 @@ from hf_in2core.engine.passes import Passes
 from hf_in2core.names import POOL, RESERVED_SET_NAMES, VALIDATION, describe_set
 from hf_in2core.rows.checks import CheckedRows, check_rows, compare_masks, refuse_bad_rows, say_silent_turns
 from hf_in2core.rows.preparation import Preparation
+from hf_in2core.rows.scored import read_record
 
 from .config import InfluenceConfig
 
@@ -139,6 +140,11 @@ def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool)
     """Refuse a model that the settings do not fit, or with trainable tensors that cannot be accounted for."""
     if not isinstance(model, PeftModel):
         raise ValueError("The model has no PEFT adapter. Pass `peft_config=LoraConfig(...)`.")
+    if len(model.active_adapters) > 1:
+        raise ValueError(
+            f"The adapters {', '.join(model.active_adapters)} are active together, but influence is taken through "
+            "one. Choose it with `model.set_adapter(name)`, or merge them into one with `model.add_weighted_adapter`."
+        )
     find_blocks(model, model.active_adapter)
     check_not_offloaded(model)
     sharded = [name for name, p in model.named_parameters() if p.requires_grad and isinstance(p, DTensor)]
@@ -196,8 +202,14 @@ def check_top_k(top_k: int | None, per_example: bool, at_checkpoints: bool) -> N
 
 
 def check_added_columns(pool: Dataset, names: list[str], overwrite: bool) -> list[str]:
-    """Refuse a pool that has columns which scoring adds, unless they are to be replaced; returns their names."""
-    clashes = [name for name in names if name in pool.column_names]
+    """
+    Refuse a pool that has columns which scoring adds, or an earlier scoring added, unless they are to be replaced.
+
+    Returns:
+        `list[str]`: the columns to be removed.
+    """
+    earlier = read_record(pool.features)
+    clashes = [name for name in pool.column_names if name in names or name in earlier]
     if clashes and not overwrite:
         raise ValueError(
             f"The pool already has the column(s) {', '.join(clashes)}. Pass `overwrite=True` to replace them, or "

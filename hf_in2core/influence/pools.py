@@ -1,12 +1,14 @@
 """Pools that grow: rows scored later by the same scorer, merged and ranked anew, without a refit."""
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 from scipy.stats import spearmanr
 
 from hf_in2core.engine.batches import read_token_rows
@@ -22,10 +24,15 @@ from hf_in2core.names import (
     PER_QUERY,
     RANK,
     VALIDATION,
-    is_influence_column,
 )
 from hf_in2core.rows.preparation import prepare_rows
-from hf_in2core.rows.scored import add_influence_columns, add_list_column, read_query_scores, read_scores
+from hf_in2core.rows.scored import (
+    add_influence_columns,
+    add_list_column,
+    list_own_columns,
+    read_query_scores,
+    read_scores,
+)
 from hf_in2core.rows.sources import find_shared_rows, hash_rows
 
 from .scorer import InfluenceScorer
@@ -57,17 +64,12 @@ def merge_scored(pools: Sequence[Dataset]) -> Dataset:
             influence in each, so that different scorers must have scored them.
     """
     first = pools[0]
-    own = get_own_columns(first)
+    own = list_own_columns(first)
     columns = [name for name in first.column_names if name != RANK]
+    types = align_types(pools)
     parts = [first.select_columns(columns).with_format(None)]
     known = dict(zip(hash_rows(first.select_columns(own)), read_scores(first, INFLUENCE), strict=True))
     for number, pool in enumerate(pools[1:], start=2):
-        differing = sorted(set(columns) ^ (set(pool.column_names) - {RANK}))
-        if differing:
-            raise ValueError(
-                f"Pool {number} and the first differ in the columns {', '.join(differing)}, so they do not make one "
-                "pool. Bring its rows into the same columns, and score them with the same scorer."
-            )
         pool = pool.select_columns(columns).with_format(None)
         hashes, influence = hash_rows(pool.select_columns(own)), read_scores(pool, INFLUENCE)
         is_known = find_shared_rows(hashes, known)
@@ -75,14 +77,14 @@ def merge_scored(pools: Sequence[Dataset]) -> Dataset:
         if is_known.any():
             logger.info("%d of %d rows of pool %d are there already.", is_known.sum(), len(pool), number)
         new = np.flatnonzero(~is_known)
-        parts.append(pool.select(new).cast(parts[0].features))
+        parts.append(pool.select(new))
         known |= {hashes[row]: influence[row] for row in new}
-    merged = concatenate_datasets(parts)
-    lists = (PER_QUERY, PER_CHECKPOINT)
-    scores = {name: read_scores(merged, name) for name in columns if is_influence_column(name) and name not in lists}
+    merged = concatenate_datasets([part if part.features == types else part.cast(types) for part in parts])
+    lists = [name for name in (PER_QUERY,) if name in columns]
+    scores = {name: read_scores(merged, name) for name in columns if name not in (*own, PER_QUERY, PER_CHECKPOINT)}
     if NUM_LOSS_TOKENS in scores:
         scores[NUM_LOSS_TOKENS] = scores[NUM_LOSS_TOKENS].astype(np.int64)
-    ranked = add_influence_columns(merged.select_columns(own), scores)
+    ranked = add_influence_columns(merged.select_columns(own), scores, lists)
     if PER_QUERY in columns:
         ranked = add_list_column(ranked, PER_QUERY, read_query_scores(merged).T)
     return ranked
@@ -101,9 +103,88 @@ def _check_same_scorer(before: np.ndarray, now: np.ndarray, number: int) -> None
         )
 
 
-def get_own_columns(pool: Dataset) -> list[str]:
-    """A pool's own columns, without those that scoring adds."""
-    return [name for name in pool.column_names if not is_influence_column(name)]
+def align_types(pools: Sequence[Dataset], names: Sequence[str] | None = None) -> Features:
+    """
+    The types with which the rows of several pools make one; a warning names the columns whose type changes.
+
+    Nulls take the type of what stands in the other pool, objects get the keys of both (null where a row has none), and
+    whole numbers become floating-point ones beside those.
+
+    Args:
+        pools (`Sequence[datasets.Dataset]`):
+            The pools, the first of which the others join.
+        names (`Sequence[str]`, *optional*):
+            Columns to compare; by default all but the rank.
+
+    Returns:
+        `datasets.Features`: of the first pool's columns, in its order.
+
+    Raises:
+        ValueError: naming the columns that one pool lacks, or whose types do not go together.
+    """
+    first = pools[0]
+    wanted = [name for name in (names or first.column_names) if name != RANK]
+    types = {name: first.features[name] for name in wanted}
+    changed: dict[str, str] = {}
+    for number, pool in enumerate(pools[1:], start=2):
+        others = [name for name in pool.column_names if name != RANK and (names is None or name in wanted)]
+        if differing := sorted(set(wanted) ^ set(others)):
+            raise ValueError(
+                f"Pool {number} and the first differ in the columns {', '.join(differing)}, so they do not make one "
+                "pool. Bring its rows into the same columns, and score them with the same scorer."
+            )
+        for name in wanted:
+            aligned = _align_type(types[name], pool.features[name])
+            if aligned is None:
+                raise ValueError(
+                    f"Column `{name}` holds {_say_type(types[name])} in the first pool and "
+                    f"{_say_type(pool.features[name])} in pool {number}, which make no one column. Bring both to one "
+                    f"type, for example with `dataset.cast_column({name!r}, ...)`."
+                )
+            if aligned != types[name]:
+                changed[name] = f"`{name}` from {_say_type(types[name])} to {_say_type(aligned)}"
+            types[name] = aligned
+    if changed:
+        logger.warning("The pool's columns change their types with the new rows: %s.", ", ".join(changed.values()))
+    return Features(types)
+
+
+def _align_type(one: Any, other: Any) -> Any:
+    """A type that holds the values of both; `None` where there is none."""
+    if one == other:
+        return one
+    if isinstance(one, Json) or isinstance(other, Json):
+        return Json()
+    if isinstance(one, Value) and isinstance(other, Value):
+        if "null" in (one.dtype, other.dtype):
+            return other if one.dtype == "null" else one
+        if {one.dtype, other.dtype} <= {"string", "large_string"}:
+            return one
+        kinds = [
+            np.dtype(value.dtype) if re.fullmatch(r"u?int\d+|float\d+", value.dtype) else None
+            for value in (one, other)
+        ]
+        return None if None in kinds else Value(np.result_type(*kinds).name)
+    if isinstance(one, Value) and one.dtype == "null":
+        return other
+    if isinstance(other, Value) and other.dtype == "null":
+        return one
+    if isinstance(one, List) and isinstance(other, List):
+        item = _align_type(one.feature, other.feature)
+        return None if item is None else List(item, length=one.length if one.length == other.length else -1)
+    if isinstance(one, dict) and isinstance(other, dict):
+        null = Value("null")
+        items = {key: _align_type(one.get(key, null), other.get(key, null)) for key in [*one, *other]}
+        return None if None in items.values() else items
+    return None
+
+
+def _say_type(feature: Any) -> str:
+    if isinstance(feature, Value):
+        return {"null": "nothing but nulls", "large_string": "string"}.get(feature.dtype, feature.dtype)
+    if isinstance(feature, List):
+        return f"lists of {_say_type(feature.feature)}"
+    return f"objects with {', '.join(feature)}" if isinstance(feature, dict) else type(feature).__name__
 
 
 def check_fitted_pool(
@@ -146,7 +227,7 @@ def check_fitted_pool(
             f"The validation sets {given} are not those that the scorer was fitted with ({stated}; names and rows). "
             "Pass the same ones, or none."
         )
-    pool = pool.select_columns(get_own_columns(pool))
+    pool = pool.select_columns(list_own_columns(pool))
     prepared = prepare_rows(pool, scorer.preparation)
     if scorer.config.estimator != "datainf" or hash_prepared(prepared) == scorer.config.pool_hash:
         return None

@@ -258,7 +258,7 @@ class InfluenceScorer:
             )
         self.model.save_pretrained(str(path / ADAPTER_FOLDER), selected_adapters=[self.model.active_adapter])
         self.preparation.processing_class.save_pretrained(path / TOKENIZER_FOLDER)
-        tidy_saved_files(path)
+        tidy_saved_files(path, self.model.active_adapter)
         # One key only: several are written in no fixed order, and the same scorer would be other bytes.
         write_tensors(path / DIRECTIONS_FILE, self.directions, {"fingerprint": self.fingerprint})
         # Unsorted: the order of the validation sets is that of the directions.

@@ -230,8 +230,14 @@ def check_directions(directions: dict[str, Tensor], blocks: Blocks) -> None:
             )
 
 
-def tidy_saved_files(path: Path) -> None:
-    """Make what PEFT and Transformers have saved the same bytes in every process."""
+def tidy_saved_files(path: Path, adapter_name: str) -> None:
+    """Make what PEFT and Transformers have saved the same bytes in every process, and the same files for any name."""
+    # PEFT saves an adapter that is not called `default` in a folder of its name.
+    own_folder = path / ADAPTER_FOLDER / adapter_name
+    if (own_folder / "adapter_config.json").is_file():
+        for saved in own_folder.iterdir():
+            saved.replace(path / ADAPTER_FOLDER / saved.name)
+        own_folder.rmdir()
     # PEFT's own card says nothing of this scorer, and names local folders.
     (path / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)
     file = path / ADAPTER_FOLDER / "adapter_config.json"

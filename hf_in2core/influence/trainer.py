@@ -26,7 +26,7 @@ from hf_in2core.engine.state import hash_json, hash_prepared, open_state
 from hf_in2core.engine.store import GradientStore, choose_store_dtype
 from hf_in2core.engine.verification import verify_gradients
 from hf_in2core.names import NUM_LOSS_TOKENS, PER_QUERY, POOL, VALIDATION, list_added_columns, list_score_columns
-from hf_in2core.rows.preparation import Preparation, map_trainable
+from hf_in2core.rows.preparation import Preparation, map_trainable, pin_date
 from hf_in2core.rows.scored import add_influence_columns, add_list_column, make_top_rows, read_scores, spread
 from hf_in2core.rows.trainer_data import check_first_rows, count_loss_tokens, take_over_rows
 
@@ -150,6 +150,7 @@ class InfluenceTrainer(SFTTrainer):
             completion_only_loss=self.completion_only_loss,
             chat_template=self.chat_template,
         )
+        self.preparation = pin_date(self.preparation, self.is_world_process_zero())
         trained = self.eval_dataset if isinstance(self.eval_dataset, dict) else {VALIDATION: self.eval_dataset}
         self.prepared_pool = self._take_over(self.train_dataset, mapped_pool, checked[0].num_rows, POOL)
         check_first_rows(self.pool, self.prepared_pool, self.preparation)
@@ -370,7 +371,7 @@ class InfluenceTrainer(SFTTrainer):
         rows = prepared.with_format("numpy")["row"][:]
         num_loss_tokens = count_loss_tokens(prepared, len(pool))
         columns = scorer.make_columns(spread(scores.influence, rows, len(pool)), num_loss_tokens)
-        scored = add_influence_columns(pool, columns)
+        scored = add_influence_columns(pool, columns, [PER_QUERY] if scores.per_query is not None else [])
         named = {name: values for name, values in columns.items() if name != NUM_LOSS_TOKENS}
         statistics = summarize_influence(named, num_loss_tokens)
         report(self, statistics | {"influence/score_seconds": time.perf_counter() - started})

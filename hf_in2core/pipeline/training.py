@@ -270,7 +270,7 @@ def score_with(scorer: InfluenceScorer, pool: Dataset) -> Dataset:
         for name, values in columns.items()
     }
     per_query = arrays.pop(PER_QUERY, None)
-    scored_pool = add_influence_columns(pool, arrays)
+    scored_pool = add_influence_columns(pool, arrays, [PER_QUERY] if per_query is not None else [])
     return scored_pool if per_query is None else add_list_column(scored_pool, PER_QUERY, per_query)
 
 

@@ -9,7 +9,8 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from hf_in2core.evaluation.formats import get_value
-from hf_in2core.names import PER_QUERY, VALIDATION, is_influence_column
+from hf_in2core.names import PER_QUERY, VALIDATION
+from hf_in2core.rows.scored import list_own_columns
 from hf_in2core.rows.sources import find_hub_id, load_rows, parse_named_sources
 from hf_in2core.rows.text import render_line, render_row
 
@@ -64,9 +65,7 @@ def compute_masks(run: Run, scored: Dataset, pool: Pool, rows: np.ndarray) -> tu
         preparation = Preparation(processing_class=tokenizer, **config.preparation)
     except Exception as error:  # a damaged folder fails in many ways, and the page can do without it
         return {}, f"Which tokens carried loss is not shown: scorer/ cannot be used ({_say(error)})."
-    raw = scored.select_columns([name for name in scored.column_names if not is_influence_column(name)]).with_format(
-        None
-    )
+    raw = scored.select_columns(list_own_columns(scored)).with_format(None)
     masks: dict[str, list] = {}
     reason = ""
     for start in range(0, len(rows), MASK_CHUNK):

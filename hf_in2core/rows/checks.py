@@ -294,7 +294,7 @@ def _check_template(
     # Only a mask needs the tokens: TRL refuses a row in which no token is an assistant's.
     options: dict[str, Any] = {"return_dict": True, "return_assistant_tokens_mask": True} if masked else {}
     try:
-        rendered = tokenizer.apply_chat_template(
+        rendered: Any = tokenizer.apply_chat_template(
             turns,
             tools=tools,
             chat_template=preparation.chat_template,

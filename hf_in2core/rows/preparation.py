@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -21,7 +22,10 @@ from hf_in2core.engine.batches import read_token_rows
 from .checks import CheckedRows, check_row, check_rows, describe_kind, refuse_bad_rows
 from .columns import apply_columns, check_sources, get_column_names, map_row
 from .presets import RowError
+from .template_date import pin_template, pin_tokenizer, prints_date, read_clock
 
+
+logger = logging.getLogger(__name__)
 
 ROW_COLUMN = "in2core_row"
 CUTTING = ("max_length", "truncation_mode")
@@ -357,6 +361,33 @@ def find_shared_rows(prepared: Dataset, others: Iterable[Dataset]) -> np.ndarray
     return np.fromiter((key in known for key in list_keys(prepared)), dtype=bool, count=len(prepared))
 
 
+def pin_date(preparation: Preparation, warn: bool) -> Preparation:
+    """
+    The same preparation with the date that the chat template prints now, for every later day.
+
+    Args:
+        preparation ([`Preparation`]):
+            How rows are prepared today.
+        warn (`bool`):
+            Whether this process tells of it.
+    """
+    templates = [preparation.chat_template, preparation.processing_class.chat_template]
+    if not any(map(prints_date, templates)):
+        return preparation
+    day = read_clock(preparation.processing_class)
+    if warn:
+        logger.warning(
+            "The chat template prints the date, %s today. The scorer keeps this date, so that a row scores the same "
+            "on any day; SFT itself prints that of the day on which it runs.",
+            day.date(),
+        )
+    return replace(
+        preparation,
+        processing_class=pin_tokenizer(preparation.processing_class, day),
+        chat_template=pin_template(preparation.chat_template, day),
+    )
+
+
 def hash_tokenizer(processing_class: PreTrainedTokenizerBase) -> str:
     """Hash of what a tokenizer does: its vocabulary and rules, special tokens, end-of-sequence token."""
     backend = getattr(processing_class, "backend_tokenizer", None)
@@ -376,5 +407,7 @@ def hash_tokenization(preparation: Preparation) -> str:
 
 def hash_template(preparation: Preparation) -> str:
     """Hash of the chat template that preparation applies; of the empty string where there is none."""
-    template = preparation.chat_template or preparation.processing_class.chat_template or ""
+    template: Any = preparation.chat_template or preparation.processing_class.chat_template or ""
+    if isinstance(template, dict):  # several by name; loaded, they may stand in another order
+        template = {name: template[name] for name in sorted(template)}
     return hashlib.sha256(str(template).encode()).hexdigest()

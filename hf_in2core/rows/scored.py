@@ -1,13 +1,23 @@
 """The columns that scoring adds to a dataset, written and read. What is missing is null there and NaN in numpy."""
 
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 from datasets import Dataset, Features, List, Value
 
-from hf_in2core.names import INFLUENCE, NUM_LOSS_TOKENS, PER_QUERY, RANK, list_added_columns, list_set_columns
+from hf_in2core.names import (
+    INFLUENCE,
+    NUM_LOSS_TOKENS,
+    PER_CHECKPOINT,
+    PER_QUERY,
+    RANK,
+    list_added_columns,
+    list_set_columns,
+)
 
 
 if TYPE_CHECKING:
@@ -21,15 +31,19 @@ HASHED_ROWS = 10_000
 # --- writing ---
 
 
-def add_influence_columns(dataset: Dataset, columns: dict[str, np.ndarray]) -> Dataset:
+def add_influence_columns(dataset: Dataset, columns: dict[str, np.ndarray], lists: Sequence[str] = ()) -> Dataset:
     """
-    Add scored columns and the global rank to a dataset.
+    Add scored columns and the global rank to a dataset, and record in the type of the rank what was added.
+
+    The record goes wherever the column goes: into files, onto the Hub, and through `map`, `select` and `filter`.
 
     Args:
         dataset ([`~datasets.Dataset`]):
             Raw rows.
         columns (`dict[str, numpy.ndarray]`):
             `influence` and others, `[n]`; NaN becomes null.
+        lists (`Sequence[str]`, *optional*):
+            Columns of lists that [`add_list_column`] will add.
 
     Returns:
         [`~datasets.Dataset`]
@@ -49,7 +63,8 @@ def add_influence_columns(dataset: Dataset, columns: dict[str, np.ndarray]) -> D
         values = [None if np.isnan(value) else float(value) for value in column]
         dataset = dataset.add_column(name, values, feature=Value("float64"))
         if name == INFLUENCE:
-            dataset = dataset.add_column(RANK, rank_column, feature=Value("int64"))
+            record = json.dumps([*columns, RANK, *lists])
+            dataset = dataset.add_column(RANK, rank_column, feature=Value("int64", id=record))
     return dataset
 
 
@@ -188,14 +203,52 @@ def read_numbers(scored: Dataset, column: str) -> np.ndarray:
     return np.where(np.isfinite(numbers), numbers, np.nan)
 
 
-def find_set_columns(scored: Dataset) -> list[str]:
-    """The columns with the influence on each of several named validation sets."""
-    features = scored.features
+def read_record(features: Mapping[str, Any]) -> list[str]:
+    """The columns that the last scoring added, as it recorded them; none where there is no such record."""
+    try:
+        recorded = json.loads(getattr(features.get(RANK), "id", None) or "[]")
+    except ValueError:  # an id of somebody else's
+        return []
+    return [name for name in recorded if name in features] if isinstance(recorded, list) else []
+
+
+def forget_record(features: Mapping[str, Any]) -> dict[str, Any]:
+    """The types of columns without the record of the last scoring, to compare them with others."""
+    return {name: Value("int64") if name == RANK else feature for name, feature in features.items()}
+
+
+def find_scored_columns(features: Mapping[str, Any]) -> list[str]:
+    """
+    The columns that scoring added, in their order.
+
+    Without a record (rows of `map(scorer)`, or scored by version 0.1) they are told by name and type: columns of
+    numbers, or of lists of them, with the names that scoring gives.
+    """
+    recorded = read_record(features)
+    if recorded:
+        return [name for name in features if name in recorded]
+    fixed = (INFLUENCE, RANK, NUM_LOSS_TOKENS, PER_QUERY, PER_CHECKPOINT)
+    return [name for name in features if name in fixed or name in _find_set_columns(features)]
+
+
+def _find_set_columns(features: Mapping[str, Any]) -> list[str]:
+    recorded = read_record(features)
     return [
         name
-        for name in list_set_columns(scored.column_names)
+        for name in list_set_columns(recorded or list(features))
         if isinstance(features[name], Value) and features[name].dtype.startswith("float")
     ]
+
+
+def find_set_columns(scored: Dataset) -> list[str]:
+    """The columns with the influence on each of several named validation sets."""
+    return _find_set_columns(scored.features)
+
+
+def list_own_columns(scored: Dataset) -> list[str]:
+    """A pool's own columns, without those that scoring added."""
+    added = find_scored_columns(scored.features)
+    return [name for name in scored.column_names if name not in added]
 
 
 def read_query_scores(scored: Dataset, reader: str = "This") -> np.ndarray:

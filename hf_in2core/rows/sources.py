@@ -131,7 +131,7 @@ def _load_local(path: Path, split: str | None, texts: set[str]) -> Dataset:
     if path.is_file():
         builder = _get_format(path)
         if builder is None:
-            raise ValueError(f"the file ends in `{path.suffix}`")
+            raise ValueError(f"files end in {', '.join(FILE_FORMATS)}, this one in `{path.suffix}`")
         if path.stat().st_size == 0:
             return Dataset.from_dict({})
         loaded = load_dataset(builder, data_files=str(path), split="train", **_get_options(builder, [path], texts))

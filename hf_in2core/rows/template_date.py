@@ -1,0 +1,44 @@
+"""Chat templates that print today's date, pinned to one day: the tokens of a row must not change at midnight."""
+
+import copy
+import re
+from datetime import datetime
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+_CALL = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
+
+
+def prints_date(template: Any) -> bool:
+    """Whether a chat template, or one of several by name, prints the date of the day on which it is rendered."""
+    texts = template.values() if isinstance(template, dict) else [template or ""]
+    return any(_CALL.search(text) for text in texts)
+
+
+def read_clock(processing_class: PreTrainedTokenizerBase) -> datetime:
+    """The time that templates print now."""
+    clock = "{{ strftime_now('%Y-%m-%dT%H:%M:%S') }}"
+    rendered = processing_class.apply_chat_template(
+        [{"role": "user", "content": ""}], chat_template=clock, tokenize=False
+    )
+    return datetime.fromisoformat(str(rendered))
+
+
+def pin_template(template: Any, day: datetime) -> Any:
+    """A chat template, or several by name, with the date written into it."""
+    if isinstance(template, dict):
+        return {name: pin_template(text, day) for name, text in template.items()}
+    if template is None:
+        return None
+    return _CALL.sub(lambda call: repr(day.strftime(call["format"])), template)
+
+
+def pin_tokenizer(processing_class: PreTrainedTokenizerBase, day: datetime) -> PreTrainedTokenizerBase:
+    """A tokenizer whose chat template prints the date of one day; the one given stays as it is."""
+    if not prints_date(processing_class.chat_template):
+        return processing_class
+    pinned = copy.copy(processing_class)
+    pinned.chat_template = pin_template(processing_class.chat_template, day)
+    return pinned
