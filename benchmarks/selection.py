@@ -30,7 +30,8 @@ from hf_in2core.pipeline.run_folder import join_processes, quiet_loading, run_se
 from hf_in2core.pipeline.steps import evaluate_base, read_result, score_pool, train_arm, train_reference  # noqa: E402
 from hf_in2core.pipeline.training import load_model  # noqa: E402
 from hf_in2core.rows.columns import apply_columns  # noqa: E402
-from hf_in2core.rows.sources import hash_rows, hash_value, load_rows  # noqa: E402
+from hf_in2core.rows.hashes import hash_rows, hash_value  # noqa: E402
+from hf_in2core.rows.sources import load_rows  # noqa: E402
 from hf_in2core.selection.coreset import select_positions  # noqa: E402
 
 

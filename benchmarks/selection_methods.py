@@ -16,9 +16,9 @@ from hf_in2core.pipeline.job import Job  # noqa: E402
 from hf_in2core.pipeline.run_folder import quiet_loading, say, write_json, written_folder  # noqa: E402
 from hf_in2core.pipeline.steps import read_result  # noqa: E402
 from hf_in2core.pipeline.training import load_model  # noqa: E402
+from hf_in2core.rows.hashes import hash_value  # noqa: E402
 from hf_in2core.rows.preparation import Preparation  # noqa: E402
 from hf_in2core.rows.scored import read_query_scores, read_scores  # noqa: E402
-from hf_in2core.rows.sources import hash_value  # noqa: E402
 from hf_in2core.selection.baselines import add_bm25, add_ifd, add_loss, add_rds, select_length_matched  # noqa: E402
 from hf_in2core.selection.coreset import select_positions, take_round_robin  # noqa: E402
 

@@ -16,7 +16,7 @@ from hf_in2core.engine.losses import compute_row_losses
 from hf_in2core.engine.scoring import TopRows
 from hf_in2core.evaluation.intervals import MIN_PAIRS, compute_rank_correlation
 from hf_in2core.influence.config import AUTOCAST_DTYPES
-from hf_in2core.rows.preparation import find_shared_rows
+from hf_in2core.rows.hashes import find_shared_tokens
 from hf_in2core.rows.scored import read_query_scores, read_scores
 from hf_in2core.selection.similarities import compute_bm25_similarities, compute_rds_similarities, decode_rows
 
@@ -205,7 +205,7 @@ def correlate_coverage(coverage: Dataset, column: str = "loss", level: float = 0
 def _check_request(top_k: int, prepared: Dataset, tests: dict[str, Dataset]) -> None:
     _check_top_k(top_k, len(prepared))
     for name, test in tests.items():
-        shared = test.with_format("numpy")["row"][:][find_shared_rows(test, [prepared])]
+        shared = test.with_format("numpy")["row"][:][find_shared_tokens(test, [prepared])]
         if len(shared):
             raise ValueError(
                 f"{len(shared)} of the {len(test)} rows of the test set `{name}` also stand in the pool (rows "

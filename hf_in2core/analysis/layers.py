@@ -20,7 +20,7 @@ from hf_in2core.engine.fit import fit_directions
 from hf_in2core.engine.gradients import GradientRecorder, compute_block_dots
 from hf_in2core.engine.passes import Passes, check_finite, run_batches
 from hf_in2core.evaluation.intervals import compute_rank_correlation
-from hf_in2core.rows.preparation import find_shared_rows
+from hf_in2core.rows.hashes import find_shared_tokens
 
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def compute_layer_scores(trainer: "InfluenceTrainer", pilot_rows: int | None = N
         )
     prepared = trainer.prepared_pool
     validation = trainer.prepared_validation
-    rows = np.flatnonzero(~find_shared_rows(prepared, validation.values()))
+    rows = np.flatnonzero(~find_shared_tokens(prepared, validation.values()))
     if pilot_rows is not None and pilot_rows < len(rows):
         rows = np.sort(np.random.default_rng(seed).choice(rows, pilot_rows, replace=False))
     if len(rows) < MIN_PILOT_ROWS:

@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, Value
 
-from hf_in2core.evaluation.arms import FIGURES, explain_means, list_costs, list_differences, summarize_arms
+from hf_in2core.evaluation.arms import (
+    FIGURES,
+    describe_data,
+    explain_means,
+    list_costs,
+    list_differences,
+    summarize_arms,
+)
 from hf_in2core.evaluation.formats import get_object
 from hf_in2core.names import (
     INFLUENCE,
@@ -196,7 +203,8 @@ def render_influence_section(
         means=explain_means(arms),
         stale_results=stale_results,
         plots=[{"path": Markdown(path), "caption": _caption(Path(path).stem)} for path in plots],
-        provenance=list_provenance(scorer),
+        provenance=list_provenance(scorer)
+        + [(f"Rows: {name}", escape_markdown(text)) for name, text in describe_data(results.get("data"))],
         page=Markdown(page) if page else None,
         replay=Markdown(replay) if replay else None,
         commands=list_commands({name: records[name] for name in splits if name in records}),

@@ -37,10 +37,17 @@ def main(settings: Settings) -> None:
         load_given_tasks,
         update_card,
     )
-    from hf_in2core.pipeline.inputs import check_adapter, check_trainable, check_whole_model, load_tokenizer
+    from hf_in2core.pipeline.inputs import (
+        check_adapter,
+        check_trainable,
+        check_whole_model,
+        keep_good_rows,
+        load_tokenizer,
+    )
     from hf_in2core.pipeline.run_folder import join_processes, write_json
     from hf_in2core.pipeline.training import evaluate_model, load_model
     from hf_in2core.report.terminal import print_table
+    from hf_in2core.rows.preparation import Preparation
     from hf_in2core.rows.sources import load_rows
 
     args: EvaluateArguments = settings.arguments
@@ -57,7 +64,9 @@ def main(settings: Settings) -> None:
     tokenizer = load_tokenizer(model_args, training_args)
     prepared = None
     if args.test is not None:
-        prepared = check_trainable(load_rows(args.test, "test set"), "test set", training_args, tokenizer)
+        test = load_rows(args.test, "test set", columns=args.columns)
+        test = keep_good_rows(test, "test set", Preparation.from_args(training_args, tokenizer, test), args.bad_rows)
+        prepared = check_trainable(test, "test set", training_args, tokenizer)
     tasks = load_given_tasks(args) if args.tasks else {}
     results: list[dict[str, Any]] = []
     adapter: str | None

@@ -107,22 +107,29 @@ def score_rows(args: GrowArguments, pool: Any, head: str) -> tuple[list[Any], An
     """The rows to add that are not in the pool yet, scored by the pool's scorer; and that scorer, if there are any."""
     from hf_in2core import InfluenceScorer
     from hf_in2core.influence.pools import align_types
+    from hf_in2core.pipeline.inputs import keep_good_rows
     from hf_in2core.pipeline.run_folder import say
     from hf_in2core.pipeline.training import score_with
+    from hf_in2core.rows.hashes import find_shared_rows, hash_rows
     from hf_in2core.rows.scored import list_own_columns
-    from hf_in2core.rows.sources import find_shared_rows, hash_rows, load_rows
+    from hf_in2core.rows.sources import load_rows
 
     own = list_own_columns(pool)
-    fresh = []
+    fresh: list[Any] = []
+    if not args.rows:
+        return fresh, None
+    scorer = InfluenceScorer.from_pretrained(
+        args.hub_id or "", revision=head, repo_type="dataset", subfolder=f"{get_prefix(args)}scorer"
+    )
     for source in args.rows or []:
-        rows = load_rows(source, "rows to add")
+        rows = load_rows(source, "rows to add", columns=scorer.preparation.columns)
         missing = [name for name in own if name not in rows.column_names]
         if missing:
             raise ValueError(
                 f"{source} lacks the column(s) {', '.join(missing)} of {args.hub_id} (it has "
                 f"{', '.join(rows.column_names)}). Bring its rows into the same columns."
             )
-        rows = rows.select_columns(own)
+        rows = keep_good_rows(rows.select_columns(own), "rows to add", scorer.preparation, args.bad_rows)
         align_types([pool, rows], own)  # what makes no one pool is told before anything is scored
         is_known = find_shared_rows(hash_rows(rows), hash_rows(pool.select_columns(own)))
         say(f"{source}: {(~is_known).sum():,} of {len(rows):,} rows are not in {args.hub_id} yet.")
@@ -130,9 +137,6 @@ def score_rows(args: GrowArguments, pool: Any, head: str) -> tuple[list[Any], An
             fresh.append(rows.select((~is_known).nonzero()[0]))
     if not fresh:
         return [], None
-    scorer = InfluenceScorer.from_pretrained(
-        args.hub_id or "", revision=head, repo_type="dataset", subfolder=f"{get_prefix(args)}scorer"
-    )
     return [score_with(scorer, rows) for rows in fresh], scorer
 
 

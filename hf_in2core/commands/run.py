@@ -9,6 +9,7 @@ three pictures and report.html. The same command into the same folder resumes. N
 import gc
 from typing import Any
 
+from hf_in2core.names import NUM_LOSS_TOKENS, POOL
 from hf_in2core.pipeline.arguments import In2CoreArguments
 from hf_in2core.pipeline.parser import RecipeParser, Settings, make_run_parser
 
@@ -46,6 +47,7 @@ def main(settings: Settings) -> None:
         train_arm,
         train_reference,
     )
+    from hf_in2core.rows.scored import read_scores
 
     # What is imported stays; to look through it anew takes half a second for every arm.
     gc.freeze()
@@ -65,8 +67,10 @@ def main(settings: Settings) -> None:
     coresets = choose_coresets(args, job.folder, scored)
     headline = find_headline(args.fractions, coresets)
     named = [name for name in scored.column_names if name in ("id", args.task_column, args.wrong_column)]
+    job.inputs.facts[POOL]["loss_tokens"] = int(read_scores(scored, NUM_LOSS_TOKENS).sum())
     findings: dict[str, Any] = {
-        "examples": find_examples(scored, job.inputs.pool, args.columns, job.reference_tokenizer, named)
+        "data": job.inputs.facts,
+        "examples": find_examples(scored, job.inputs.pool, args.columns, job.reference_tokenizer, named),
     }
     if (lengths := find_lengths(scored, headline)) is not None:
         findings["lengths"] = lengths

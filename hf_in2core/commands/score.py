@@ -10,6 +10,7 @@
 
 from pathlib import Path
 
+from hf_in2core.names import describe_set
 from hf_in2core.pipeline.arguments import ScoreInfluenceArguments
 from hf_in2core.pipeline.parser import RecipeParser, Settings
 
@@ -33,11 +34,13 @@ def main(settings: Settings) -> None:
         check_adapter,
         check_pool_columns,
         check_whole_model,
+        keep_good_rows,
         load_tokenizer,
         load_validation,
     )
     from hf_in2core.pipeline.run_folder import join_processes, say, written_folder
     from hf_in2core.pipeline.training import compute_influence, make_influence_trainer, score_with
+    from hf_in2core.rows.preparation import Preparation
     from hf_in2core.rows.sources import load_rows, parse_named_sources
 
     args: ScoreInfluenceArguments = settings.arguments
@@ -45,11 +48,12 @@ def main(settings: Settings) -> None:
     check_whole_model()
     assert args.pool is not None and args.output_dir is not None
     folder = Path(args.output_dir)
-    pool = load_rows(args.pool, "pool")
-    validation = load_validation(parse_named_sources(args.validation or []))
+    pool = load_rows(args.pool, "pool", columns=args.columns)
+    validation = load_validation(parse_named_sources(args.validation or []), args.columns)
     if args.scorer is not None:
         scorer = InfluenceScorer.from_pretrained(args.scorer)
         check_pool_columns(pool, scorer.config.validation_sets, per_query=scorer.config.per_example)
+        pool = keep_good_rows(pool, "pool", scorer.preparation, args.bad_rows)
         check_fitted_pool(scorer, pool, validation)
         scored = score_with(scorer, pool)
     else:
@@ -57,14 +61,14 @@ def main(settings: Settings) -> None:
         model_args, influence_args = settings.make(ModelConfig, use_peft=True), settings.make(InfluenceConfig)
         assert args.reference_adapter is not None
         check_adapter(args.reference_adapter, model_args.model_name_or_path or "")
-        inputs = (
-            model_args,
-            influence_args,
-            args.reference_adapter,
-            pool,
-            validation,
-            load_tokenizer(model_args, influence_args),
-        )
+        tokenizer = load_tokenizer(model_args, influence_args)
+        preparation = Preparation.from_args(influence_args, tokenizer, pool)
+        pool = keep_good_rows(pool, "pool", preparation, args.bad_rows)
+        validation = {
+            name: keep_good_rows(rows, f"{describe_set(name)} set", preparation, args.bad_rows)
+            for name, rows in validation.items()
+        }
+        inputs = (model_args, influence_args, args.reference_adapter, pool, validation, tokenizer)
         if args.dry_run:
             say(str(plan_influence(make_influence_trainer(*inputs))))
             return

@@ -20,9 +20,10 @@ def main(settings: Settings) -> None:
     from trl import ModelConfig
 
     from hf_in2core import InfluenceConfig
-    from hf_in2core.pipeline.inputs import check_model, load_tokenizer, take_fraction
+    from hf_in2core.pipeline.inputs import check_model, keep_good_rows, load_tokenizer, take_fraction
     from hf_in2core.pipeline.run_folder import join_processes, say
     from hf_in2core.pipeline.training import make_trainer, tokenize, train_and_save
+    from hf_in2core.rows.preparation import Preparation
     from hf_in2core.rows.sources import load_rows
 
     args: TrainReferenceArguments = settings.arguments
@@ -33,7 +34,10 @@ def main(settings: Settings) -> None:
     check_model(model_args, training_args, for_influence=True)
     tokenizer = load_tokenizer(model_args, training_args)
     assert args.pool is not None
-    rows = take_fraction(load_rows(args.pool, "pool"), args.reference_fraction, training_args.seed)
+    pool = load_rows(args.pool, "pool", columns=args.columns)
+    # Every row, those that the fraction leaves out among them.
+    pool = keep_good_rows(pool, "pool", Preparation.from_args(training_args, tokenizer, pool), args.bad_rows)
+    rows = take_fraction(pool, args.reference_fraction, training_args.seed)
     trainer = make_trainer(model_args, training_args, tokenize(rows, training_args, tokenizer), tokenizer)
     trained = train_and_save(trainer, settings, "Reference")
     say(f"{trained['rows']:,} rows, {trained['steps']:,} steps, {trained['seconds']:.0f} s: {args.output_dir}")

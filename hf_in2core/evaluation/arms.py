@@ -225,6 +225,22 @@ def list_costs(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
+def describe_data(data: Any) -> list[tuple[str, str]]:
+    """Each set in words, from `data` of `results.json`: rows and loss tokens, what was dropped, what has no label."""
+    lines = []
+    for name, facts in data.items() if isinstance(data, Mapping) else ():
+        parts = [f"{format_number(get_value(facts, 'rows'), ',.0f')} rows"]
+        if is_number(tokens := get_value(facts, "loss_tokens")):
+            parts.append(f"{tokens:,.0f} loss tokens")
+        if is_number(missing := get_value(facts, "without_label")):
+            parts.append(f"{missing:,.0f} without a label")
+        if is_number(dropped := get_value(facts, "dropped")):
+            first = get_value(facts, "first_dropped")
+            parts.append(f"{dropped:,.0f} malformed ones dropped{f', the first {first}' if first else ''}")
+        lines.append((str(name), ", ".join(parts)))
+    return lines
+
+
 def tabulate_auc(results: Mapping[str, Any]) -> Table:
     """How well scores find the rows that are looked for, a line for each kind of row."""
     by_kind = {str(kind): get_object(scores) for kind, scores in get_object(results, "auc").items()}

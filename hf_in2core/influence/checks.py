@@ -17,8 +17,9 @@ from hf_in2core.engine.blocks import Blocks, check_not_offloaded, count_elements
 from hf_in2core.engine.forwards import find_checkpointable_layers
 from hf_in2core.engine.passes import Passes
 from hf_in2core.names import POOL, RESERVED_SET_NAMES, VALIDATION, describe_set
-from hf_in2core.rows.checks import CheckedRows, check_rows, compare_masks, refuse_bad_rows, say_silent_turns
-from hf_in2core.rows.preparation import Preparation
+from hf_in2core.rows.checks import check_rows, refuse_bad_rows
+from hf_in2core.rows.masks import compare_masks, say_silent_turns
+from hf_in2core.rows.preparation import Preparation, map_trainable
 from hf_in2core.rows.scored import read_record
 
 from .config import InfluenceConfig
@@ -113,17 +114,17 @@ def check_datasets(
     return validation
 
 
-def check_sets(
+def map_sets(
     pool: Dataset, validation: dict[str, Dataset], preparation: Preparation, args: InfluenceConfig
-) -> list[CheckedRows]:
+) -> tuple[Dataset, dict[str, Dataset]]:
     """
-    Look at every row of the pool and the validation sets, and tell on the main process what the user should know.
+    Look at every row of the pool and the validation sets, tell what the user should know, and map them for SFT.
 
     Returns:
-        `list[CheckedRows]`: of the pool, then of the validation sets.
+        `tuple`: the pool and the validation sets as of [`map_trainable`].
 
     Raises:
-        ValueError: naming malformed rows, or sets that cannot be masked alike.
+        ValueError: naming malformed rows, sets that cannot be masked alike, or one in which no row can be trained on.
     """
     sets = {POOL: pool} | {f"{describe_set(name)} set": rows for name, rows in validation.items()}
     checked = [check_rows(rows, preparation, what) for what, rows in sets.items()]
@@ -133,7 +134,10 @@ def check_sets(
         warn(message)
     for message in filter(None, map(say_silent_turns, checked)):
         warn(message)
-    return checked
+    mapped, *rest = (
+        map_trainable(rows, preparation, found) for rows, found in zip(sets.values(), checked, strict=True)
+    )
+    return mapped, dict(zip(validation, rest, strict=True))
 
 
 def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool) -> None:

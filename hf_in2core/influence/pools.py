@@ -25,6 +25,7 @@ from hf_in2core.names import (
     RANK,
     VALIDATION,
 )
+from hf_in2core.rows.hashes import find_shared_rows, hash_rows
 from hf_in2core.rows.preparation import prepare_rows
 from hf_in2core.rows.scored import (
     add_influence_columns,
@@ -33,7 +34,6 @@ from hf_in2core.rows.scored import (
     read_query_scores,
     read_scores,
 )
-from hf_in2core.rows.sources import find_shared_rows, hash_rows
 
 from .scorer import InfluenceScorer
 

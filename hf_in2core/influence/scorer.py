@@ -4,7 +4,6 @@ import logging
 import os
 import tempfile
 import weakref
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from hf_in2core.engine.blocks import Blocks, check_not_offloaded, find_blocks, t
 from hf_in2core.engine.gradients import GradientRecorder
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.scoring import average_over_sets, count_queries, score_token_rows
-from hf_in2core.engine.state import hash_adapter, hash_base, hash_json, hash_tensors, write_tensors
+from hf_in2core.engine.state import hash_adapter, hash_json, hash_tensors, write_tensors
 from hf_in2core.names import LOSS_REDUCTIONS, NUM_LOSS_TOKENS, PER_QUERY, RANK, list_added_columns, list_score_columns
 from hf_in2core.notebook import render_html
-from hf_in2core.rows.checks import list_read_columns
+from hf_in2core.rows.checks import list_read_columns, warn_of_unscored
 from hf_in2core.rows.columns import check_sources
-from hf_in2core.rows.preparation import Preparation, hash_template, hash_tokenizer, prepare_batch
+from hf_in2core.rows.preparation import Preparation, prepare_batch
 
 from .scorer_files import (
     ADAPTER_FILE,
@@ -34,6 +33,7 @@ from .scorer_files import (
     TOKENIZER_FOLDER,
     ScorerConfig,
     check_directions,
+    check_identity,
     download_scorer,
     load_base_model,
     read_directions,
@@ -110,14 +110,11 @@ class InfluenceScorer:
             *((f"validation set {name}", f"{rows:,} rows") for name, rows in config.validation_sets.items()),
             ("queries", "every validation row" if config.per_example else "the mean of each validation set"),
             ("fitted on", f"{config.num_fit_examples:,} rows"),
-            (
-                "layers",
-                "all" if layers is None else layers if isinstance(layers, str) else ", ".join(map(str, layers)),
-            ),
+            ("layers", ", ".join(map(str, layers)) if isinstance(layers, list) else layers or "all"),
             ("blocks", f"{len(self.directions)} tensors"),
         ]
-        note = "Negative influence = proponent: training on the row lowers the validation loss."
-        return render_html("InfluenceScorer", rows, notes=[note, "dataset.map(scorer, batched=True) scores rows."])
+        notes = ["Negative influence = proponent: training on the row lowers the validation loss."]
+        return render_html("InfluenceScorer", rows, notes=[*notes, "dataset.map(scorer, batched=True) scores rows."])
 
     @property
     def blocks(self) -> Blocks:
@@ -172,7 +169,9 @@ class InfluenceScorer:
             )
         num_rows = len(next(iter(read.values())))
         prepared, refused = prepare_batch(read, self.preparation)
-        self._tell_of_unscored(prepared["row"], refused, num_rows)
+        if refused and not self._has_warned:
+            warn_of_unscored(refused, num_rows)
+            self._has_warned = True
         influence = np.full((num_rows, count_queries(self.directions)), np.nan)
         num_loss_tokens = np.zeros(num_rows, dtype=np.int64)
         if len(prepared):
@@ -200,20 +199,6 @@ class InfluenceScorer:
             sets = average_over_sets(influence, list(self.config.validation_sets.values()))
             columns = {**self.make_columns(sets, num_loss_tokens), PER_QUERY: influence}
         return {name: column.tolist() for name, column in columns.items()}
-
-    def _tell_of_unscored(self, scored: Iterable[int], refused: dict[int, str], num_rows: int) -> None:
-        """Warn once, of the first row that gets no influence."""
-        if self._has_warned or (left := sorted(set(range(num_rows)) - set(scored))) == []:
-            return
-        self._has_warned = True
-        logger.warning(
-            "Row %d of a batch of %d gets no influence (NaN): %s. Others like it are not announced: "
-            "`hf_in2core.rows.scored.count_unscored` counts them after scoring, `hf_in2core.rows.checks.check_rows` "
-            "names them with the reason.",
-            left[0],
-            num_rows,
-            refused.get(left[0], f"no loss token is left at max_length={self.preparation.max_length}"),
-        )
 
     @property
     def column_names(self) -> list[str]:
@@ -336,19 +321,7 @@ class InfluenceScorer:
         with trainable_adapter(peft_model, set(directions)):
             blocks = find_blocks(peft_model, peft_model.active_adapter)
         check_directions(directions, blocks)
-        found = {
-            "base model": (hash_base(peft_model), config.base_model_hash),
-            "adapter": (hash_adapter(peft_model), config.adapter_hash),
-            "tokenizer": (hash_tokenizer(tokenizer), config.tokenizer_hash),
-            "chat template": (hash_template(preparation), config.template_hash),
-        }
-        different = [name for name, (actual, expected) in found.items() if actual != expected]
-        if different:
-            raise ValueError(
-                f"The scorer in {name_or_path} was fitted with another {' and another '.join(different)} than the one "
-                f"loaded (base model {config.base_model or 'in memory'}, revision {config.base_model_revision}): its "
-                "scores would mean nothing. Load the same one, or fit a scorer for this one."
-            )
+        check_identity(peft_model, preparation, config, str(name_or_path))
         device = next(iter(blocks.values())).tensor.device
         scorer = cls(peft_model, preparation, {name: u.to(device) for name, u in directions.items()}, config)
         if scorer.fingerprint != fingerprint:

@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hf_in2core import __version__
 from hf_in2core.engine.blocks import Blocks
 from hf_in2core.engine.fit import FitResult
+from hf_in2core.engine.state import hash_adapter, hash_base
 from hf_in2core.hub.silence import limited_silence
 from hf_in2core.names import LOSS_REDUCTIONS
-from hf_in2core.rows.preparation import Preparation, hash_template, hash_tokenizer
+from hf_in2core.rows.hashes import hash_template, hash_tokenizer
+from hf_in2core.rows.preparation import Preparation
 
 from .config import AUTOCAST_DTYPES, ESTIMATORS, InfluenceConfig
 
@@ -228,6 +230,28 @@ def check_directions(directions: dict[str, Tensor], blocks: Blocks) -> None:
                 f"The scorer's direction for `{name}` has shape {tuple(tensor.shape[1:])}, the model's tensor "
                 f"{shape}. Load the adapter the scorer was fitted with."
             )
+
+
+def check_identity(model: PeftModel, preparation: Preparation, config: ScorerConfig, name: str) -> None:
+    """
+    Check that what was loaded for a scorer is what it was fitted with.
+
+    Raises:
+        ValueError: naming what is not: base model, adapter, tokenizer or chat template.
+    """
+    found = {
+        "base model": (hash_base(model), config.base_model_hash),
+        "adapter": (hash_adapter(model), config.adapter_hash),
+        "tokenizer": (hash_tokenizer(preparation.processing_class), config.tokenizer_hash),
+        "chat template": (hash_template(preparation), config.template_hash),
+    }
+    different = [part for part, (actual, expected) in found.items() if actual != expected]
+    if different:
+        raise ValueError(
+            f"The scorer in {name} was fitted with another {' and another '.join(different)} than the one "
+            f"loaded (base model {config.base_model or 'in memory'}, revision {config.base_model_revision}): its "
+            "scores would mean nothing. Load the same one, or fit a scorer for this one."
+        )
 
 
 def tidy_saved_files(path: Path, adapter_name: str) -> None:

@@ -3,10 +3,9 @@
 import time
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,8 +25,9 @@ from hf_in2core.engine.state import hash_json, hash_prepared, open_state
 from hf_in2core.engine.store import GradientStore, choose_store_dtype
 from hf_in2core.engine.verification import verify_gradients
 from hf_in2core.names import NUM_LOSS_TOKENS, PER_QUERY, POOL, VALIDATION, list_added_columns, list_score_columns
-from hf_in2core.rows.preparation import Preparation, map_trainable, pin_date
+from hf_in2core.rows.preparation import Preparation
 from hf_in2core.rows.scored import add_influence_columns, add_list_column, make_top_rows, read_scores, spread
+from hf_in2core.rows.template_date import pin_date
 from hf_in2core.rows.trainer_data import check_first_rows, count_loss_tokens, take_over_rows
 
 from .checkpoints import average_readings, compute_checkpoint_weights, kept_adapter, read_checkpoints
@@ -36,13 +36,13 @@ from .checks import (
     check_added_columns,
     check_datasets,
     check_model,
-    check_sets,
     check_settings,
     check_store,
     check_tokenizer,
     check_top_k,
     check_zero_blocks,
     load_tokenizer,
+    map_sets,
     stand_in_template,
 )
 from .config import AUTOCAST_DTYPES, InfluenceConfig, choose_autocast
@@ -124,13 +124,10 @@ class InfluenceTrainer(SFTTrainer):
         validation = check_datasets(train_dataset, eval_dataset)
         check_adapter_given(model, kwargs.get("peft_config"))
         processing_class = check_tokenizer(processing_class or load_tokenizer(model, args))
-        self.pool: Dataset = train_dataset  # type: ignore[assignment]
+        self.pool = cast(Dataset, train_dataset)
         with stand_in_template(processing_class, args.chat_template_path):
             preparation = Preparation.from_args(args, processing_class, self.pool)
-            checked = check_sets(self.pool, validation, preparation, args)
-            sets = zip([self.pool, *validation.values()], checked, strict=True)
-            mapped_pool, *rest = (map_trainable(rows, preparation, found) for rows, found in sets)
-            mapped = dict(zip(validation, rest, strict=True))
+            mapped_pool, mapped = map_sets(self.pool, validation, preparation, args)
         args = copy(args)  # the mapped rows carry their text in `text`; the caller's arguments stay as they are
         args.dataset_text_field = "text"
         super().__init__(
@@ -144,15 +141,12 @@ class InfluenceTrainer(SFTTrainer):
         # Fails here, before any training, if a tensor cannot be accounted for.
         check_model(self.model, args, self.aux_loss_enabled)
         # TRL's own decisions, made while its constructor prepared the data.
-        self.preparation = replace(
-            preparation,
-            processing_class=self.processing_class,  # type: ignore[arg-type]
-            completion_only_loss=self.completion_only_loss,
-            chat_template=self.chat_template,
-        )
-        self.preparation = pin_date(self.preparation, self.is_world_process_zero())
+        preparation.processing_class = self.processing_class  # type: ignore[assignment]
+        preparation.completion_only_loss = self.completion_only_loss
+        preparation.chat_template = self.chat_template
+        self.preparation = pin_date(preparation, self.is_world_process_zero())
         trained = self.eval_dataset if isinstance(self.eval_dataset, dict) else {VALIDATION: self.eval_dataset}
-        self.prepared_pool = self._take_over(self.train_dataset, mapped_pool, checked[0].num_rows, POOL)
+        self.prepared_pool = self._take_over(self.train_dataset, mapped_pool, len(self.pool), POOL)
         check_first_rows(self.pool, self.prepared_pool, self.preparation)
         self.prepared_validation = {
             name: self._take_over(trained[name], rows, len(validation[name]), f"validation set `{name}`")

@@ -12,11 +12,12 @@ from hf_in2core.names import ARMS, BUDGETS, STRATEGIES
 
 
 ANALYSES = ("layers", "coverage")
+BAD_ROWS = ("refuse", "drop")
 COMPARED_STRATEGIES = tuple(strategy for strategy in STRATEGIES if strategy not in ("bottom", "random"))
 # What the shell command leaves for the processes that it launches: the command as it was typed.
 TYPED_VARIABLE = "IN2CORE_TYPED"
 
-ROWS = "Hub id[:split], folder, .jsonl, .json, .parquet or .csv"
+ROWS = "Hub id[:split], folder, .jsonl, .ndjson, .json, .csv, .tsv (also .gz) or .parquet"
 NAMED_SETS = "one source, or several with names (`math=… code=…`)"
 DRY_RUN = "Print what the influence passes will read, take and leave on disk, and stop; writes nothing."
 
@@ -49,8 +50,16 @@ class DataArguments:
 
     columns: list[str] | None = flag(
         "data",
-        "How raw columns become TRL's: `alpaca`, `sharegpt`, or pairs such as `prompt=instruction completion=output`. "
-        "Not needed for `messages`, `prompt`/`completion` or `text`.",
+        "How raw columns become TRL's: `alpaca`, `sharegpt`, `openai`, or pairs such as `prompt=instruction "
+        "completion=output`. Not needed for `messages`, `prompt`/`completion` or `text`.",
+    )
+    bad_rows: str = flag(
+        "data",
+        "What to do with rows that cannot be trained on (null, not text, an empty conversation, refused by the chat "
+        "template): `refuse` before any work, or `drop` and tell how many.",
+        "refuse",
+        first=False,
+        choices=BAD_ROWS,
     )
     output_dir: str | None = flag("output", "Folder of the run; the same command resumes.")
 
@@ -304,6 +313,12 @@ class GrowArguments:
         "selection", "Coresets to publish, in (0, 1]. By default those that are there."
     )
     hub_id: str | None = flag("output", "Published pool to add to (user/name).")
+    bad_rows: str = flag(
+        "data",
+        "Rows to add that cannot be trained on: `refuse` them before any work, or `drop` them and tell how many.",
+        "refuse",
+        choices=BAD_ROWS,
+    )
     config_name: str = flag("output", "Configuration of the repository.", "default")
     revision: str | None = flag("output", "Branch to load from and to publish to.")
     create_pr: bool = flag("output", "Open a pull request instead of committing.", False)

@@ -14,7 +14,7 @@ from hf_in2core.evaluation.tasks import evaluate_tasks, load_tasks
 from hf_in2core.influence.config import AUTOCAST_DTYPES, choose_autocast
 from hf_in2core.report.run import read_results
 from hf_in2core.report.terminal import print_tasks, write_report
-from hf_in2core.rows.sources import hash_value
+from hf_in2core.rows.hashes import hash_value
 
 from .arguments import EvaluateArguments, In2CoreArguments, TaskArguments
 from .comparison import Arm, find_equal_run

@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +15,19 @@ from datasets import Dataset
 from peft import PeftConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, get_peft_config
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from hf_in2core.engine.blocks import find_blocks
 from hf_in2core.names import POOL, describe_set, list_added_columns
-from hf_in2core.rows.columns import apply_columns, get_column_names
+from hf_in2core.rows.checks import CheckedRows, check_rows, refuse_bad_rows
+from hf_in2core.rows.columns import get_column_names
+from hf_in2core.rows.hashes import find_shared_rows, hash_rows, hash_tokenization, hash_value
+from hf_in2core.rows.masks import compare_masks, say_silent_turns
 from hf_in2core.rows.preparation import Preparation, prepare_rows
-from hf_in2core.rows.sources import find_shared_rows, hash_rows, hash_value, load_rows
+from hf_in2core.rows.sources import load_rows
+from hf_in2core.rows.template_date import pin_template, pin_tokenizer, prints_date
 
+from .arguments import In2CoreArguments
 from .run_folder import warn
 
 
@@ -48,38 +56,76 @@ def load_tokenizer(model_args: ModelConfig, training_args: SFTConfig) -> PreTrai
     return tokenizer
 
 
+def pin_day(tokenizer: PreTrainedTokenizerBase, training_args: SFTConfig, day: datetime) -> PreTrainedTokenizerBase:
+    """A tokenizer whose chat template prints the date of one day, so that a run's tokens do not change at midnight."""
+    template = tokenizer.chat_template
+    if not prints_date(template):
+        return tokenizer
+    warn(f"the chat template prints the date; all of this run, resumed or not, has that of its start, {day.date()}.")
+    pinned = pin_tokenizer(tokenizer, day)
+    if training_args.assistant_only_loss and not has_generation_markers(template):
+        # TRL knows a template by its text, and that is another one now.
+        pinned.chat_template = pin_template(get_training_chat_template(tokenizer), day)
+    return pinned
+
+
 @dataclass
 class Inputs:
-    """Pool, validation sets by name and test set; raw rows and the hash of each set, as [`load_inputs`] calls them."""
+    """
+    Pool, validation sets by name and test set; raw rows, the hash of each set, and what to tell of each.
+
+    `hashes` and `facts` (`rows`, and where there are any `dropped`, `first_dropped` and `without_label`) are by the
+    names of the sets in words.
+    """
 
     pool: Dataset
     validation: dict[str, Dataset]
     test: Dataset
     hashes: dict[str, str]
+    facts: dict[str, dict[str, Any]]
 
 
 def load_inputs(
-    pool_source: str,
+    args: In2CoreArguments,
     validation_sources: dict[str, str],
-    test_source: str,
-    columns: list[str] | None,
-    tokenizer: PreTrainedTokenizerBase,
-    drop_overlap: bool,
+    reference: tuple[SFTConfig, PreTrainedTokenizerBase],
+    target: tuple[SFTConfig, PreTrainedTokenizerBase],
 ) -> Inputs:
     """
-    Load all sets and look for rows that occur in several of them.
+    Load all sets and look at every row of them, once: rows that cannot be trained on, and rows in several sets.
 
     Rows of the pool that are in the validation or test set, and validation rows that are in the test set, are counted
-    in a warning, and dropped with `drop_overlap`.
+    in a warning, and dropped with `--drop_overlap`; malformed rows are refused, or dropped with `--bad_rows drop`.
+
+    Args:
+        args ([`In2CoreArguments`]): Sources and settings.
+        validation_sources (`dict[str, str]`): Sources of the validation sets by name.
+        reference, target (`tuple`): Training arguments and tokenizer of either model.
 
     Raises:
-        ValueError: if a set is empty, or nothing is left of it.
+        ValueError: if a set is empty or malformed, cannot be masked as the pool is, or nothing is left of it.
     """
+    assert args.pool is not None and args.test is not None
     with PartialState().main_process_first():
-        raw = {POOL: load_rows(pool_source, POOL), "test": load_rows(test_source, "test set")}
-        validation = load_validation(validation_sources)
+        raw = {POOL: load_rows(args.pool, POOL, columns=args.columns)}
+        raw["test"] = load_rows(args.test, "test set", columns=args.columns)
+        validation = load_validation(validation_sources, args.columns)
         raw |= {describe_set(name): rows for name, rows in validation.items()}
-        hashes = {name: hash_rows(apply_columns(dataset, columns, tokenizer)) for name, dataset in raw.items()}
+        checked = check_inputs(raw, reference, target)
+    if args.bad_rows != "drop":
+        refuse_bad_rows(checked.values())
+    for message in compare_masks(
+        checked[POOL], list(checked.values())[1:], reference[0].completion_only_loss is not None
+    ):
+        warn(message)
+    facts: dict[str, dict[str, Any]] = {}
+    hashes: dict[str, list[str]] = {}
+    for name, rows in raw.items():
+        raw[name] = drop_bad_rows(rows, checked[name])
+        hashes[name] = [checked[name].hashes[row] for row in checked[name].list_good()]
+        facts[name] = describe_checked(checked[name])
+        if message := say_silent_turns(checked[name]):
+            warn(message)
     for name in [*map(describe_set, validation), POOL]:
         judges = ["test"] if name != POOL else [other for other in raw if other != POOL]
         for other in judges:
@@ -87,7 +133,7 @@ def load_inputs(
             if not shared.any():
                 continue
             found = f"{shared.sum()} of {len(shared)} rows of the {name} set are in the {other} set too"
-            if not drop_overlap:
+            if not args.drop_overlap:
                 warn(f"{found}: what it measures is too good. Drop them with --drop_overlap.")
                 continue
             if shared.all():
@@ -96,17 +142,82 @@ def load_inputs(
             keep = np.flatnonzero(~shared)
             raw[name] = raw[name].select(keep)
             hashes[name] = [hashes[name][row] for row in keep]
+    for name, rows in raw.items():
+        facts[name]["rows"] = len(rows)
     return Inputs(
         pool=raw[POOL],
         validation={name: raw[describe_set(name)] for name in validation},
         test=raw["test"],
         hashes={name: hash_value(hash_rows(dataset)) for name, dataset in raw.items()},
+        facts=facts,
     )
 
 
-def load_validation(sources: dict[str, str]) -> dict[str, Dataset]:
+def check_inputs(
+    sets: dict[str, Dataset],
+    reference: tuple[SFTConfig, PreTrainedTokenizerBase],
+    target: tuple[SFTConfig, PreTrainedTokenizerBase],
+) -> dict[str, CheckedRows]:
+    """Check every row of all sets as the reference sees it, and of pool and test set as the target does."""
+    first, second = (Preparation.from_args(*model, sets[POOL]) for model in (reference, target))
+    what = {name: name if name == POOL else f"{name} set" for name in sets}
+    checked = {name: check_rows(rows, first, what[name], hashes=True) for name, rows in sets.items()}
+    if hash_tokenization(first) != hash_tokenization(second):
+        for name in (POOL, "test"):
+            known = {row.position for row in checked[name].bad}
+            also = check_rows(sets[name], second, what[name])
+            checked[name].bad += [
+                replace(row, reason=f"{row.reason} (for the target model)")
+                for row in also.bad
+                if row.position not in known
+            ]
+    return checked
+
+
+def drop_bad_rows(rows: Dataset, checked: CheckedRows) -> Dataset:
+    """
+    The rows without the malformed ones, of which a warning tells.
+
+    Raises:
+        ValueError: if none is left.
+    """
+    if not checked.bad:
+        return rows
+    found = f"{len(checked.bad)} of {checked.num_rows} rows of the {checked.what} cannot be trained on"
+    if len(checked.bad) == checked.num_rows:
+        raise ValueError(f"{found}, the first: {checked.bad[0]}. Nothing is left when they are dropped.")
+    warn(f"{found} and are dropped, the first: {checked.bad[0]}.")
+    return rows.select(checked.list_good())
+
+
+def keep_good_rows(rows: Dataset, what: str, preparation: Preparation, bad_rows: str) -> Dataset:
+    """
+    Look at every row of a set of a command that reads one: malformed ones are refused, or dropped with `drop`.
+
+    Raises:
+        ValueError: naming them, or if none is left.
+    """
+    checked = check_rows(rows, preparation, what)
+    if bad_rows != "drop":
+        refuse_bad_rows([checked])
+    if message := say_silent_turns(checked):
+        warn(message)
+    return drop_bad_rows(rows, checked)
+
+
+def describe_checked(checked: CheckedRows) -> dict[str, Any]:
+    """What results and cards tell of a set that was checked."""
+    facts: dict[str, Any] = {"rows": checked.num_rows}
+    if checked.bad:
+        facts |= {"dropped": len(checked.bad), "first_dropped": str(checked.bad[0])}
+    if checked.without_label:
+        facts["without_label"] = len(checked.without_label)
+    return facts
+
+
+def load_validation(sources: dict[str, str], columns: list[str] | None = None) -> dict[str, Dataset]:
     """Load the validation sets of [`~hf_in2core.rows.sources.parse_named_sources`] by their names."""
-    return {name: load_rows(source, f"{describe_set(name)} set") for name, source in sources.items()}
+    return {name: load_rows(source, f"{describe_set(name)} set", columns=columns) for name, source in sources.items()}
 
 
 def check_pool_columns(
@@ -129,14 +240,22 @@ def check_pool_columns(
         raise ValueError(f"The pool has no column {', '.join(missing)}; it has: {', '.join(names)}.")
 
 
-def check_trainable(rows: Dataset, what: str, training_args: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def check_trainable(
+    rows: Dataset,
+    what: str,
+    training_args: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    pool: Dataset | None = None,
+) -> Dataset:
     """
     Prepare rows as SFT will, and check that some carry loss.
+
+    What carries loss in them is what does in the pool, where one is given.
 
     Raises:
         ValueError: if the columns, masks or template do not fit, or no row carries a loss token.
     """
-    prepared = prepare_rows(rows, Preparation.from_args(training_args, tokenizer, rows))
+    prepared = prepare_rows(rows, Preparation.from_args(training_args, tokenizer, rows if pool is None else pool))
     if len(prepared) == 0:
         raise ValueError(
             f"No row of the {what} ({len(rows)} rows) carries loss at `max_length={training_args.max_length}`: "

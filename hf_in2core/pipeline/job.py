@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from hf_in2core import InfluenceConfig
 from hf_in2core.cards.publish import check_published_columns
 from hf_in2core.hub.commits import PushCheck, check_can_push
 from hf_in2core.names import POOL, STRATEGIES_BY_ROW, describe_set, name_coreset
-from hf_in2core.rows.preparation import Preparation, hash_tokenization, tokenize_rows
+from hf_in2core.rows.hashes import hash_tokenization, hash_value
+from hf_in2core.rows.preparation import Preparation, tokenize_rows
 from hf_in2core.rows.scored import describe_columns
-from hf_in2core.rows.sources import find_hub_id, hash_value, parse_named_sources
+from hf_in2core.rows.sources import find_hub_id, parse_named_sources
+from hf_in2core.rows.template_date import read_clock
 
 from .arguments import In2CoreArguments
 from .comparison import plan_arms
@@ -31,9 +34,11 @@ from .inputs import (
     hash_folder,
     load_inputs,
     load_tokenizer,
+    pin_day,
 )
 from .parser import Settings
 from .run_folder import agree, quiet_loading, read_json, warn, write_json
+from .training import count_loss_tokens
 
 
 # Settings that change no result, so that a run may go on with others.
@@ -47,6 +52,7 @@ HARMLESS = {
         "dry_run",
         "task_column",
         "wrong_column",
+        "bad_rows",
     ),
     # Results are kept by arm, so that arms can be added.
     *("fractions", "seeds", "arms", "budgets", "analyses"),
@@ -59,6 +65,10 @@ HARMLESS = {
     *("dataloader_prefetch_factor", "per_device_eval_batch_size", "ddp_timeout", "gradient_store_gb"),
     "influence_activation_checkpointing",
 }
+
+
+# When the run began, which templates that print the date go on printing.
+DAY = "day"
 
 
 @dataclass
@@ -120,11 +130,15 @@ def check(settings: Settings) -> Job:
 
     reference_tokenizer = load_tokenizer(reference_model, reference_args)
     target_tokenizer = load_tokenizer(target_model, target_args)
-    assert args.pool is not None and args.test is not None
+    before = folder / "inputs.json"
+    day = agree(lambda: (read_json(before) or {}).get(DAY) or read_clock(reference_tokenizer).isoformat())
+    reference_tokenizer, target_tokenizer = (
+        pin_day(tokenizer, model_args, datetime.fromisoformat(day))
+        for tokenizer, model_args in ((reference_tokenizer, reference_args), (target_tokenizer, target_args))
+    )
     with quiet_loading():
-        inputs = load_inputs(
-            args.pool, validation_sources, args.test, args.columns, reference_tokenizer, args.drop_overlap
-        )
+        models = (reference_args, reference_tokenizer), (target_args, target_tokenizer)
+        inputs = load_inputs(args, validation_sources, *models)
     needed, per_query = [args.task_column, args.wrong_column], args.strategy in STRATEGIES_BY_ROW
     check_pool_columns(inputs.pool, inputs.validation, needed, per_query)
     if found is not None:
@@ -133,11 +147,13 @@ def check(settings: Settings) -> Job:
     smallest = min(args.fractions)
     if round(smallest * len(inputs.pool)) == 0:
         raise ValueError(f"fraction {smallest} of a pool of {len(inputs.pool)} rows is no row. Give a larger one.")
-    Preparation.from_args(target_args, target_tokenizer, inputs.pool)
     with quiet_loading():
         for name, rows in inputs.validation.items():
-            check_trainable(rows, f"{describe_set(name)} set", reference_args, reference_tokenizer)
-        prepared_test = check_trainable(inputs.test, "test set", target_args, target_tokenizer)
+            what = describe_set(name)
+            prepared = check_trainable(rows, f"{what} set", *models[0], inputs.pool)
+            inputs.facts[what]["loss_tokens"] = count_loss_tokens(prepared)["loss_tokens"]
+        prepared_test = check_trainable(inputs.test, "test set", *models[1], inputs.pool)
+        inputs.facts["test"]["loss_tokens"] = count_loss_tokens(prepared_test)["loss_tokens"]
 
     check_model(reference_model, reference_args, for_influence=True)
     parameters = check_model(target_model, target_args, for_influence=False)
@@ -148,6 +164,7 @@ def check(settings: Settings) -> Job:
         "reference model": hash_folder(reference_model.model_name_or_path or ""),
         "target model": hash_folder(target_model.model_name_or_path or ""),
         "reference adapter": hash_folder(args.reference_adapter) if args.reference_adapter else "",
+        DAY: day,
     }
     job = Job(
         settings,
@@ -231,7 +248,7 @@ def find_differences(job: Job) -> list[str]:
     identities = read_json(job.folder / "inputs.json") or {}
     return different + [
         f"the content of the {name} changed"
-        for name in sorted(identities.keys() | job.identities.keys())
+        for name in sorted((identities.keys() | job.identities.keys()) - {DAY})
         if identities.get(name) != job.identities.get(name)
     ]
 

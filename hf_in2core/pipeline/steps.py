@@ -11,10 +11,11 @@ from datasets import Dataset
 from trl import SFTConfig
 
 from hf_in2core import InfluenceConfig, push_influence_dataset
+from hf_in2core.evaluation.arms import describe_data
 from hf_in2core.influence.plan import plan_influence
 from hf_in2core.names import POOL, STRATEGIES_BY_ROW, describe_set, has_named_sets, name_coreset
+from hf_in2core.rows.hashes import hash_value
 from hf_in2core.rows.preparation import Preparation, prepare_rows
-from hf_in2core.rows.sources import hash_value
 from hf_in2core.selection.record import Coreset
 
 from .arguments import describe_command
@@ -25,6 +26,7 @@ from .run_folder import agree, quiet_loading, read_json, read_tasks, say, warn, 
 from .training import (
     compute_influence,
     compute_losses,
+    count_loss_tokens,
     count_steps,
     evaluate_model,
     load_model,
@@ -50,6 +52,9 @@ def plan_run(job: Job) -> None:
     say(str(plan_influence(trainer, job.args.strategy in STRATEGIES_BY_ROW)))
     if job.args.analyses:
         say(f"Analyses ({', '.join(job.args.analyses)}): passes of their own after it, which are not in this plan.")
+    job.inputs.facts[POOL] |= {"loss_tokens": count_loss_tokens(trainer.prepared_pool)["loss_tokens"]}
+    for name, text in describe_data(job.inputs.facts):
+        say(f"Rows: {name}: {text}.")
     plan = plan_arms(job.args)
     say(f"Targets: {len(plan)} trainings and evaluations after that: {', '.join(arm.name for arm in plan)}.")
 

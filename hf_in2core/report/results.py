@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from hf_in2core.evaluation.arms import describe_data
 from hf_in2core.evaluation.formats import get_value
 from hf_in2core.names import LOSS_REDUCTIONS
 
@@ -51,6 +52,7 @@ def show_provenance(run: Run) -> list[tuple[str, str]]:
         ("Validation (selects)", _join(run.get("config", "validation"))),
         ("Rows of the validation sets", _join(sets)),
         ("Test (judges)", run.get("config", "test")),
+        *((f"Rows: {name}", text) for name, text in describe_data(run.get("data"))),
         ("Estimator", get_value(run.scorer, "estimator") or run.get("selection", "estimator")),
         ("Loss of a row", LOSS_REDUCTIONS.get(str(get_value(run.scorer, "loss_reduction")), "")),
         ("Damping scale", get_value(run.scorer, "damping_scale")),

@@ -1,9 +1,6 @@
 """Rows prepared exactly as TRL's SFT prepares them; the one place that touches TRL's private preparation."""
 
-import hashlib
-import json
-import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
@@ -22,13 +19,9 @@ from hf_in2core.engine.batches import read_token_rows
 from .checks import CheckedRows, check_row, check_rows, describe_kind, refuse_bad_rows
 from .columns import apply_columns, check_sources, get_column_names, map_row
 from .presets import RowError
-from .template_date import pin_template, pin_tokenizer, prints_date, read_clock
 
-
-logger = logging.getLogger(__name__)
 
 ROW_COLUMN = "in2core_row"
-CUTTING = ("max_length", "truncation_mode")
 
 
 @dataclass
@@ -267,9 +260,19 @@ def tokenize_rows(dataset: Dataset, preparation: Preparation, num_proc: int | No
     Returns:
         `datasets.Dataset` with `input_ids` and `labels` of every row, in the order of `dataset`.
     """
-    mapped = apply_columns(dataset, preparation.columns, preparation.processing_class)
+    checked = check_rows(dataset, preparation, "dataset")
+    refuse_bad_rows([checked])
+    trainable = checked.list_trainable()
+    mapped = apply_columns(dataset, preparation.columns, preparation.processing_class).select(trainable)
     tokens = prepare_mapped(mapped, replace(preparation, max_length=None), num_proc)
-    return tokens.select_columns(["input_ids", "labels"])
+    tokens = tokens.select_columns(["input_ids", "labels"])
+    if not checked.without_label:
+        return tokens
+    # SFT leaves rows without a label out by itself, but refuses to make some.
+    end = preparation.processing_class.eos_token_id
+    empty = [{"input_ids": [end], "labels": [-100]}] * len(checked.without_label)
+    together = datasets.concatenate_datasets([tokens, Dataset.from_list(empty, features=tokens.features)])
+    return together.select(np.argsort(np.concatenate([trainable, checked.without_label]), kind="stable"))
 
 
 def keep_token_columns(prepared: Dataset) -> Dataset:
@@ -304,6 +307,7 @@ def prepare_batch(batch: dict[str, list], preparation: Preparation) -> tuple[Dat
     check_sources(batch, preparation.columns)
     kinds: dict[str, list[dict[str, Any]]] = {}
     refused: dict[int, str] = {}
+    position = -1
     for position, values in enumerate(zip(*batch.values(), strict=True)):
         try:
             row, has_label = check_row(dict(zip(batch, values, strict=True)), preparation)
@@ -315,6 +319,8 @@ def prepare_batch(batch: dict[str, list], preparation: Preparation) -> tuple[Dat
         else:
             refused[position] = "no token of it carries loss"
     prepared = [row for rows in kinds.values() for row in _prepare_stream(rows, preparation)]
+    left = set(range(position + 1)) - refused.keys() - {row["row"] for row in prepared}
+    refused |= dict.fromkeys(left, f"no loss token is left at max_length={preparation.max_length}")
     return make_token_rows(sorted(prepared, key=lambda row: row["row"])), refused
 
 
@@ -334,80 +340,3 @@ def make_token_rows(rows: list[dict[str, Any]]) -> Dataset:
         }
     )
     return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
-
-
-def find_shared_rows(prepared: Dataset, others: Iterable[Dataset]) -> np.ndarray:
-    """
-    Which prepared rows also stand in other datasets, judged by their tokens and labels.
-
-    Args:
-        prepared (`datasets.Dataset`):
-            Rows from [`prepare_rows`].
-        others (`Iterable[datasets.Dataset]`):
-            Other prepared rows, such as validation sets.
-
-    Returns:
-        `numpy.ndarray` of shape `[n]`, bool.
-    """
-
-    def list_keys(dataset: Dataset) -> Iterator[bytes]:
-        for start in range(0, len(dataset), 10_000):
-            rows = read_token_rows(dataset, start, min(start + 10_000, len(dataset)))
-            for first, last in zip(rows.offsets[:-1], rows.offsets[1:], strict=True):
-                tokens = np.concatenate([rows.input_ids[first:last], rows.labels[first:last]])
-                yield hashlib.sha256(tokens.tobytes()).digest()
-
-    known = {key for dataset in others for key in list_keys(dataset)}
-    return np.fromiter((key in known for key in list_keys(prepared)), dtype=bool, count=len(prepared))
-
-
-def pin_date(preparation: Preparation, warn: bool) -> Preparation:
-    """
-    The same preparation with the date that the chat template prints now, for every later day.
-
-    Args:
-        preparation ([`Preparation`]):
-            How rows are prepared today.
-        warn (`bool`):
-            Whether this process tells of it.
-    """
-    templates = [preparation.chat_template, preparation.processing_class.chat_template]
-    if not any(map(prints_date, templates)):
-        return preparation
-    day = read_clock(preparation.processing_class)
-    if warn:
-        logger.warning(
-            "The chat template prints the date, %s today. The scorer keeps this date, so that a row scores the same "
-            "on any day; SFT itself prints that of the day on which it runs.",
-            day.date(),
-        )
-    return replace(
-        preparation,
-        processing_class=pin_tokenizer(preparation.processing_class, day),
-        chat_template=pin_template(preparation.chat_template, day),
-    )
-
-
-def hash_tokenizer(processing_class: PreTrainedTokenizerBase) -> str:
-    """Hash of what a tokenizer does: its vocabulary and rules, special tokens, end-of-sequence token."""
-    backend = getattr(processing_class, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else processing_class.get_vocab()
-    # State of the last call, not identity.
-    rules = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
-    identity = json.dumps([rules, processing_class.eos_token, processing_class.bos_token], sort_keys=True)
-    return hashlib.sha256(identity.encode()).hexdigest()
-
-
-def hash_tokenization(preparation: Preparation) -> str:
-    """Hash of all that shapes what [`tokenize_rows`] returns: equal ones give equal tokens and labels."""
-    shaping = {name: value for name, value in preparation.to_dict().items() if name not in CUTTING}
-    identity = [shaping, hash_tokenizer(preparation.processing_class), hash_template(preparation)]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def hash_template(preparation: Preparation) -> str:
-    """Hash of the chat template that preparation applies; of the empty string where there is none."""
-    template: Any = preparation.chat_template or preparation.processing_class.chat_template or ""
-    if isinstance(template, dict):  # several by name; loaded, they may stand in another order
-        template = {name: template[name] for name in sorted(template)}
-    return hashlib.sha256(str(template).encode()).hexdigest()

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import numpy as np
 import pandas
-import xxhash
 from datasets import (
     Dataset,
     DatasetDict,
@@ -255,46 +253,3 @@ def find_hub_id(source: str) -> str | None:
     except FileNotFoundError:
         return None
     return None if path is not None else COLON.split(source)[0]
-
-
-def hash_rows(dataset: Dataset) -> list[str]:
-    """
-    Hash the content of each row.
-
-    Args:
-        dataset ([`~datasets.Dataset`]):
-            Rows; all columns count. For what is trained on alone, pass what [`columns.apply_columns`] returns.
-
-    Returns:
-        `list[str]`: 32 hexadecimal digits per row. Columns that are null count like columns that are not there, since
-        one file may have a column that another lacks.
-    """
-    return [hash_value(row) for row in dataset.with_format(None)]
-
-
-def hash_value(value: Any) -> str:
-    """Hash of a value that JSON can hold, 32 hexadecimal digits; the order of keys does not matter."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(_drop_nulls(value), sort_keys=True, default=str).encode())
-
-
-def _drop_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
-    return [_drop_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def find_shared_rows(hashes: list[str], others: Iterable[str]) -> np.ndarray:
-    """
-    Find the rows that also occur in other sets.
-
-    Args:
-        hashes (`list[str]`):
-            From [`hash_rows`], the rows to look at.
-        others (`Iterable[str]`):
-            From [`hash_rows`], the rows of the other sets.
-
-    Returns:
-        `numpy.ndarray` of shape `[rows]`, bool.
-    """
-    known = set(others)
-    return np.fromiter((value in known for value in hashes), dtype=bool, count=len(hashes))

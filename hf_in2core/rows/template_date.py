@@ -1,12 +1,19 @@
 """Chat templates that print today's date, pinned to one day: the tokens of a row must not change at midnight."""
 
 import copy
+import logging
 import re
+from dataclasses import replace
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
+
+if TYPE_CHECKING:
+    from .preparation import Preparation
+
+logger = logging.getLogger(__name__)
 
 _CALL = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
 
@@ -42,3 +49,30 @@ def pin_tokenizer(processing_class: PreTrainedTokenizerBase, day: datetime) -> P
     pinned = copy.copy(processing_class)
     pinned.chat_template = pin_template(processing_class.chat_template, day)
     return pinned
+
+
+def pin_date(preparation: "Preparation", warn: bool) -> "Preparation":
+    """
+    The same preparation with the date that the chat template prints now, for every later day.
+
+    Args:
+        preparation ([`Preparation`]):
+            How rows are prepared today.
+        warn (`bool`):
+            Whether this process tells of it.
+    """
+    templates = [preparation.chat_template, preparation.processing_class.chat_template]
+    if not any(map(prints_date, templates)):
+        return preparation
+    day = read_clock(preparation.processing_class)
+    if warn:
+        logger.warning(
+            "The chat template prints the date, %s today. The scorer keeps this date, so that a row scores the same "
+            "on any day; SFT itself prints that of the day on which it runs.",
+            day.date(),
+        )
+    return replace(
+        preparation,
+        processing_class=pin_tokenizer(preparation.processing_class, day),
+        chat_template=pin_template(preparation.chat_template, day),
+    )

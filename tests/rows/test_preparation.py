@@ -22,7 +22,8 @@ from helpers import (
 )
 
 from hf_in2core import InfluenceTrainer
-from hf_in2core.rows.preparation import Preparation, hash_tokenization, prepare_batch, prepare_rows, tokenize_rows
+from hf_in2core.rows.hashes import hash_tokenization
+from hf_in2core.rows.preparation import Preparation, prepare_batch, prepare_rows, tokenize_rows
 from hf_in2core.rows.sources import load_rows
 from hf_in2core.rows.trainer_data import TESTED_TRL
 

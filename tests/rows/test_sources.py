@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from hf_in2core.rows.sources import find_hub_id, find_shared_rows, hash_rows, load_rows, parse_named_sources
+from hf_in2core.rows.hashes import find_shared_rows, hash_rows
+from hf_in2core.rows.sources import find_hub_id, load_rows, parse_named_sources
 
 
 ROWS = [{"prompt": f"{number} :", "completion": f" number {number + 1}"} for number in range(5)]
