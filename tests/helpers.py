@@ -130,7 +130,7 @@ def prepare(rows: Dataset) -> Dataset:
 
 def assert_same(actual, expected, tolerance: float) -> None:
     actual, expected = np.asarray(actual, dtype=float), np.asarray(expected, dtype=float)
-    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance * np.nanmax(np.abs(expected)))
 
 
 def read_markdown(text: str):
