@@ -1,7 +1,11 @@
 """Loading rows from wherever they are, with errors that say what was given; and rows that sets share."""
 
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -25,6 +29,23 @@ def write(folder: Path, form: str) -> str:
         dataset.to_parquet(path)
     elif form == ".csv":
         dataset.to_csv(path)
+    elif form == ".tsv":
+        dataset.to_csv(path, sep="\t")
+    elif form in (".ndjson", ".JSONL"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    elif form in (".jsonl.gz", ".json.xz", ".csv.bz2"):
+        plain = Path(write(folder, form.rpartition(".")[0]))
+        opened: Any = {".gz": gzip, ".xz": lzma, ".bz2": bz2}[path.suffix]
+        path.write_bytes(opened.compress(plain.read_bytes()))
+    elif form in ("-parts.jsonl", "-parts.csv", "-parts.jsonl.gz"):
+        path.mkdir()
+        for number, rows in enumerate((ROWS[:3], ROWS[3:])):
+            part = path / f"part-{number}.{form.partition('.')[2]}"
+            if form.endswith(".csv"):
+                Dataset.from_list(rows).to_csv(part)
+                continue
+            content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            part.write_bytes(gzip.compress(content) if form.endswith(".gz") else content)
     elif form == "-saved":
         dataset.save_to_disk(path)
     elif form == "-splits":
@@ -36,7 +57,11 @@ def write(folder: Path, form: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("form", [".jsonl", ".json", ".parquet", ".csv", "-saved", "-splits", "-files"])
+FORMS = [".jsonl", ".json", ".parquet", ".csv", "-saved", "-splits", "-files", ".tsv", ".ndjson", ".JSONL", ".jsonl.gz"]
+FORMS += [".json.xz", ".csv.bz2", "-parts.jsonl", "-parts.csv", "-parts.jsonl.gz"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_every_local_form_gives_the_same_rows(tmp_path: Path, form: str) -> None:
     assert load_rows(write(tmp_path, form)).to_list() == ROWS
 
@@ -83,6 +108,35 @@ def test_unreadable_file_is_named_with_the_reason(tmp_path: Path) -> None:
         load_rows(str(other))
 
 
+CELLS = "zip,when,note\n01234,2024-05-01,null\n00012,2024-05-02,\n,,NA\n"
+
+
+def test_cells_of_texts_stay_as_they_are_written(tmp_path: Path) -> None:
+    """Text columns by name or by mapping; any other column keeps the type that its cells have."""
+    table = tmp_path / "a.csv"
+    table.write_text(CELLS.replace("zip,when", "prompt,completion"))
+    rows = load_rows(str(table))
+    assert rows["prompt"][:] == ["01234", "00012", ""] and rows["completion"][:] == ["2024-05-01", "2024-05-02", ""]
+    assert rows["note"][:] == [None, None, None]
+    table.write_text(CELLS)
+    assert load_rows(str(table))["zip"][:] == [1234, 12, None]
+    mapped = load_rows(str(table), columns=["prompt=zip", "completion=note"])
+    assert mapped["zip"][:] == ["01234", "00012", ""] and mapped["note"][:] == ["null", "", "NA"]
+
+    lines = tmp_path / "a.jsonl"
+    turns = [[{"role": "assistant", "content": f"2024-05-0{day}"}] for day in (1, 2)]
+    values = [{"messages": turn, "output": turn[0]["content"], "made": turn[0]["content"], "n": 1} for turn in turns]
+    lines.write_text("".join(json.dumps(row) + "\n" for row in values))
+    read = load_rows(str(lines))
+    assert read["output"][:] == ["2024-05-01", "2024-05-02"] and read["messages"][:] == turns
+    assert read.column_names == ["messages", "output", "made", "n"] and str(read["made"][0]).startswith("2024-05-01 00")
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    for number, row in enumerate(values):
+        (folder / f"{number}.jsonl").write_text(json.dumps(row) + "\n")
+    assert load_rows(str(folder))["output"][:] == ["2024-05-01", "2024-05-02"]
+
+
 def test_empty_file(tmp_path: Path) -> None:
     Dataset.from_list(ROWS).select([]).to_parquet(tmp_path / "empty.parquet")
     (tmp_path / "empty.jsonl").touch()
@@ -115,6 +169,7 @@ def test_named_sources(tmp_path: Path) -> None:
         "code": "user/repo:test",
     }
     assert parse_named_sources(["a.jsonl", "code=b.jsonl"]) == {"validation": "a.jsonl", "code": "b.jsonl"}
+    assert parse_named_sources(["gsm-8k=a.jsonl", "v1.5=b"]) == {"gsm-8k": "a.jsonl", "v1.5": "b"}
     # A file whose name looks like a named source is a file.
     path = tmp_path / "lr=1.jsonl"
     path.write_text("{}", encoding="utf-8")

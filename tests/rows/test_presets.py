@@ -1,0 +1,169 @@
+"""Rows of known formats: what each cell means, and what is no text refused by row."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, IterableDataset
+from helpers import CHAT_TEMPLATE, make_tokenizer, make_trainer
+
+from hf_in2core.rows.checks import check_rows
+from hf_in2core.rows.columns import apply_columns
+from hf_in2core.rows.masks import say_silent_turns
+from hf_in2core.rows.preparation import Preparation, prepare_batch
+from hf_in2core.rows.presets import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
+from hf_in2core.rows.sources import load_rows
+
+
+def make_chat_tokenizer():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def map_all(rows: list[dict[str, Any]], preset: str, tokenizer: Any = None) -> list[dict[str, Any]]:
+    """Mapped rows, from a dataset and from a stream, which have to be the same."""
+    tokenizer = tokenizer or make_chat_tokenizer()
+    mapped = list(apply_columns(Dataset.from_list(rows), [preset], tokenizer))
+    stream = IterableDataset.from_generator(lambda: iter(Dataset.from_list(rows)))
+    assert list(apply_columns(stream, [preset], tokenizer)) == mapped
+    return mapped
+
+
+@pytest.mark.parametrize("context", [None, "", "  "])
+def test_alpaca_without_an_input(context: str | None) -> None:
+    rows = [{"instruction": "do", "input": text, "output": answer} for text, answer in ((context, "done"), ("it", ""))]
+    first, second = map_all(rows, "alpaca", make_tokenizer())
+    assert first == {"prompt": ALPACA_WITHOUT_INPUT.format(instruction="do"), "completion": "done"}
+    assert second == {"prompt": ALPACA_WITH_INPUT.format(instruction="do", input="it"), "completion": ""}
+    first, second = map_all(rows, "alpaca")
+    assert first["prompt"] == [{"role": "user", "content": "do"}]
+    assert second["prompt"] == [{"role": "user", "content": "do\n\nit"}]
+
+
+def test_alpaca_with_system_history_and_tools() -> None:
+    row = {
+        "instruction": "and now?",
+        "output": "done",
+        "system": "Be kind.",
+        "history": [["a?", "b"]],
+        "tools": json.dumps([{"name": "look"}]),
+    }
+    (mapped,) = map_all([row], "alpaca")
+    assert [(turn["role"], turn["content"]) for turn in mapped["prompt"]] == [
+        ("system", "Be kind."),
+        ("user", "a?"),
+        ("assistant", "b"),
+        ("user", "and now?"),
+    ]
+    assert mapped["completion"] == [{"role": "assistant", "content": "done"}] and mapped["tools"] == row["tools"]
+    with pytest.raises(ValueError, match="`history` needs a tokenizer with a chat template"):
+        map_all([row], "alpaca", make_tokenizer())
+    plain = {"instruction": "do", "output": "done", "system": "Be kind."}
+    assert map_all([plain], "alpaca", make_tokenizer())[0]["prompt"].startswith("Be kind.\n\nBelow is")
+
+
+def test_sharegpt_speakers_system_and_tools() -> None:
+    rows = [
+        {
+            "system": "One word.",
+            "tools": "",
+            "conversations": [
+                {"from": "human", "value": "a?"},
+                {"from": "function_call", "value": '{"name": "look"}'},
+                {"from": "observation", "value": "b"},
+                {"from": "gpt", "value": "b"},
+            ],
+        },
+        {
+            "system": None,
+            "tools": "[]",
+            "conversations": [{"from": "user", "value": "c"}, {"from": "assistant", "value": "d"}],
+        },
+    ]
+    first, second = map_all(rows, "sharegpt")
+    assert [turn["role"] for turn in first["messages"]] == ["system", "user", "assistant", "tool", "assistant"]
+    assert first["messages"][0]["content"] == "One word." and first["tools"] is None
+    assert [turn["role"] for turn in second["messages"]] == ["user", "assistant"] and second["tools"] == "[]"
+    spelled = [{"conversations": [{"role": "user", "content": "c"}, {"role": "gpt", "content": "d"}]}]
+    assert map_all(spelled, "sharegpt")[0]["messages"] == second["messages"]
+    own = [{"system": "x", "conversations": [{"from": "system", "value": "y"}, *rows[1]["conversations"]]}]
+    assert map_all(own, "sharegpt")[0]["messages"][0]["content"] == "y"
+
+
+def make_turns(*weights: int | None) -> list[dict[str, Any]]:
+    turns = []
+    for number, weight in enumerate(weights):
+        turns += [{"role": "user", "content": f"a{number}", "weight": None}]
+        turns += [{"role": "assistant", "content": f"b{number}", "weight": weight}]
+    return turns
+
+
+@pytest.mark.parametrize(
+    ("weights", "trained", "left"),
+    [
+        ([None], ["b0"], 0),
+        ([1], ["b0"], 0),
+        ([0, 1], ["b1"], 0),
+        ([0, 0, 1], ["b2"], 0),
+        ([1, 1], ["b0", "b1"], 0),
+        ([0, 1, 1], ["b1", "b2"], 0),
+        ([1, 0, 1], ["b0", "b1", "b2"], 1),
+        ([0, 0], [], 0),
+    ],
+)
+def test_openai_turns_of_no_weight_carry_no_loss(weights: list[int | None], trained: list[str], left: int) -> None:
+    tokenizer = make_chat_tokenizer()
+    rows = [{"messages": make_turns(*weights)}]
+    preparation = Preparation(tokenizer, columns=["openai"], completion_only_loss=True, assistant_only_loss=True)
+    prepared, refused = prepare_batch({"messages": [rows[0]["messages"]]}, preparation)
+    text = ""
+    if trained:
+        (row,) = prepared
+        text = tokenizer.decode([token for token in row["labels"] if token != -100])
+    assert text == "".join(f"{answer}</s>" for answer in trained)
+    assert refused == ({} if trained else {0: "no token of it carries loss"})
+    checked = check_rows(Dataset.from_list(rows), preparation, "pool")
+    assert checked.silent_turns == left and bool(say_silent_turns(checked)) == bool(left)
+
+
+def test_a_weight_without_the_preset_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = Dataset.from_list([{"messages": make_turns(0, 1)}, {"messages": make_turns(0, 0)}])
+    make_trainer(tmp_path, rows, rows, tokenizer=make_chat_tokenizer())
+    assert "3 assistant turns of the pool have `weight` 0, but carry loss" in caplog.text
+    assert "--columns openai" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("preset", "row", "reason"),
+    [
+        ("alpaca", {"instruction": None, "output": "a"}, "`instruction` is null, not text"),
+        ("alpaca", {"instruction": "a", "output": 3}, r"`output` is a number \(3\), not text"),
+        ("alpaca", {"instruction": "a", "input": 2.5, "output": "a"}, r"`input` is a number \(2.5\), not text"),
+        ("sharegpt", {"conversations": []}, "`conversations` is an empty conversation"),
+        ("sharegpt", {"conversations": [{"from": "dog", "value": "a"}]}, "has the speaker 'dog' in turn 0; known: "),
+        ("sharegpt", {"conversations": [{"from": "human", "value": None}]}, "has null as the text of turn 0"),
+        ("openai", {"messages": [{"role": "user", "content": 3, "weight": 0}]}, r"has a number \(3\) as the content"),
+    ],
+)
+def test_cells_that_are_no_text_are_refused(preset: str, row: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    rows = Dataset.from_list([row])
+    with pytest.raises(ValueError, match=f"1 of 1 rows of the pool:\n  - row 0: .*{reason}"):
+        make_trainer(tmp_path, rows, rows, columns=[preset], tokenizer=make_chat_tokenizer())
+
+
+def test_extra_keys_of_turns_stay_apart(tmp_path: Path) -> None:
+    """A turn among mixed objects gets no key of its neighbours', nor does `conversations` without a preset."""
+    path = tmp_path / "rows.jsonl"
+    arguments: list[Any] = [{"a": 1}, {"b": "x"}, 3]
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+        for call in arguments
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mapped = list(apply_columns(load_rows(str(path)), ["openai"], make_chat_tokenizer()))
+    assert [row["completion"][0]["tool_calls"][0] for row in mapped] == arguments
+    turns = [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b", "name": "x"}]
+    (row,) = apply_columns(Dataset.from_list([{"conversations": turns, "x": 1}]), None, make_chat_tokenizer())
+    assert row["messages"][1] == {"role": "assistant", "content": "b", "name": "x"}
