@@ -160,11 +160,9 @@ def _align_type(one: Any, other: Any) -> Any:
             return other if one.dtype == "null" else one
         if {one.dtype, other.dtype} <= {"string", "large_string"}:
             return one
-        kinds = [
-            np.dtype(value.dtype) if re.fullmatch(r"u?int\d+|float\d+", value.dtype) else None
-            for value in (one, other)
-        ]
-        return None if None in kinds else Value(np.result_type(*kinds).name)
+        dtypes = [value.dtype for value in (one, other)]
+        is_number = all(re.fullmatch(r"u?int\d+|float\d+", dtype) for dtype in dtypes)
+        return Value(np.result_type(*dtypes).name) if is_number else None
     if isinstance(one, Value) and one.dtype == "null":
         return other
     if isinstance(other, Value) and other.dtype == "null":

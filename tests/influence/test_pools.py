@@ -57,6 +57,39 @@ def test_pools_of_other_scorers_or_columns_are_refused(fitted, tmp_path) -> None
         merge_scored([scored, pool])
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "merged"),
+    [
+        (None, "x", [None, "x"]),
+        ("x", None, ["x", None]),
+        (1, 2.5, [1.0, 2.5]),
+        ({"a": 1}, {"b": "y"}, [{"a": 1, "b": None}, {"a": None, "b": "y"}]),
+        ([{"a": None}], [{"a": "z"}], [[{"a": None}], [{"a": "z"}]]),
+        ([], ["x"], [[], ["x"]]),
+    ],
+)
+def test_types_keys_and_nulls_of_new_rows_are_taken_in(fitted, first, second, merged, caplog) -> None:
+    _, _, _, scorer = fitted
+    notes = enumerate((first, second))
+    rows = [Dataset.from_list([{"prompt": f"{n} :", "completion": "a", "note": note}]) for n, note in notes]
+    pools = [part.map(scorer, batched=True) for part in rows]
+    grown = merge_scored(pools)
+    assert grown["note"][:] == merged
+    changes = rows[0].features["note"] != grown.features["note"]
+    assert ("`note` from" in caplog.text) == changes
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, "x"), ("x", {"a": 1}), ([1], ["x"]), ({"a": 1}, {"a": "x"})])
+def test_types_that_make_no_one_column_are_named(fitted, first, second) -> None:
+    _, _, _, scorer = fitted
+    pools = [
+        Dataset.from_list([{"prompt": "a :", "completion": "a", "note": note}]).map(scorer, batched=True)
+        for note in (first, second)
+    ]
+    with pytest.raises(ValueError, match="Column `note` holds .* in the first pool and .* in pool 2"):
+        merge_scored(pools)
+
+
 def test_several_sets_and_queries_grow_too(fitted, tmp_path) -> None:
     pool, validation, _, _ = fitted
     sets = {"second": validation, "first": make_prompt_completion(3, seed=2)}

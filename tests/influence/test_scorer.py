@@ -1,13 +1,17 @@
 """InfluenceScorer: maps over raw rows, hashing, saving and loading."""
 
+import datetime
 import json
+import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+import trl
+from datasets import Dataset, load_dataset, load_from_disk
 from datasets.fingerprint import Hasher
 from helpers import (
     CHAT_TEMPLATE,
@@ -19,10 +23,13 @@ from helpers import (
     make_tokenizer,
     make_trainer,
 )
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.utils import chat_template_utils
 
 from hf_in2core import InfluenceScorer, InfluenceTrainer
+from hf_in2core.rows.scored import find_set_columns, list_own_columns
 
 
 @pytest.fixture
@@ -122,6 +129,106 @@ def test_columns_and_chat_template_travel_with_the_scorer(tmp_path, model_folder
         mapped = rows.map(InfluenceScorer.from_pretrained(tmp_path / f"{name}-scorer"), batched=True)
         assert scored.column_names[: len(rows.column_names)] == rows.column_names
         assert_same(mapped["influence"], scored["influence"], 1e-5)
+
+
+def save_and_load(trainer: InfluenceTrainer, folder, rows: Dataset, tokenizer=None) -> None:
+    """The scores of the trainer are those of its scorer, saved and loaded."""
+    scored = trainer.score_influence()
+    trainer.fit_influence().save_pretrained(folder)
+    assert {path.name for path in (folder / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    base = AutoModelForCausalLM.from_pretrained(trainer.fit_influence().config.base_model)
+    loaded = InfluenceScorer.from_pretrained(folder, model=base)
+    assert rows.map(loaded, batched=True)["influence"][:] == scored["influence"][:]
+
+
+def test_an_adapter_of_any_name_is_saved_and_loaded(tmp_path, model_folder, pool, validation) -> None:
+    add_trained_adapter(AutoModelForCausalLM.from_pretrained(model_folder)).save_pretrained(tmp_path / "one")
+    add_trained_adapter(AutoModelForCausalLM.from_pretrained(model_folder), seed=4).save_pretrained(tmp_path / "two")
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    model = PeftModel.from_pretrained(base, tmp_path / "one", adapter_name="sft", is_trainable=True)
+    alone = make_trainer(tmp_path / "a", pool, validation, torch.float32, model=model)
+    save_and_load(alone, tmp_path / "scorer-a", pool)
+    # A second adapter that is loaded and not active changes nothing.
+    model.load_adapter(str(tmp_path / "two"), adapter_name="other")
+    model.set_adapter("sft")
+    beside = make_trainer(tmp_path / "b", pool, validation, torch.float32, model=model)
+    assert beside.score_influence()["influence"][:] == alone.score_influence()["influence"][:]
+    save_and_load(beside, tmp_path / "scorer-b", pool)
+    model.base_model.set_adapter(["sft", "other"])
+    with pytest.raises(ValueError, match="adapters sft, other are active together"):
+        make_trainer(tmp_path / "c", pool, validation, torch.float32, model=model)
+
+
+@pytest.mark.parametrize("names", [["default", "tool_use"], ["tool_use", "default"]])
+def test_templates_by_name_are_saved_and_loaded_in_any_order(tmp_path, model_folder, names) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {
+        name: CHAT_TEMPLATE if name == "default" else "{{ tools }}" + CHAT_TEMPLATE for name in names
+    }
+    turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    rows = Dataset.from_list([{"messages": turns, "tools": tools} for tools in (None, '[{"name": "look"}]', None)])
+    model = add_trained_adapter(AutoModelForCausalLM.from_pretrained(model_folder))
+    trainer = make_trainer(tmp_path / "run", rows, rows, torch.float32, model=model, tokenizer=tokenizer)
+    save_and_load(trainer, tmp_path / "scorer", rows)
+
+
+def test_a_date_in_the_template_stays_that_of_the_fit(tmp_path, model_folder, monkeypatch, caplog) -> None:
+    def set_day(*day: int) -> None:
+        class Day(datetime.datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return cls(*day)
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Day)
+        chat_template_utils._compile_jinja_template.cache_clear()
+
+    template = (Path(trl.__file__).parent / "chat_templates" / "llama3_2.jinja").read_text()
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    rows = Dataset.from_list([{"messages": turns}] * 3)
+    set_day(2031, 1, 2)
+    model = add_trained_adapter(AutoModelForCausalLM.from_pretrained(model_folder))
+    with caplog.at_level(logging.WARNING, logger="hf_in2core"):
+        trainer = make_trainer(tmp_path / "run", rows, rows, torch.float32, model=model, tokenizer=tokenizer)
+    assert "prints the date, 2031-01-02 today" in caplog.text
+    assert "02 Jan 2031" in tokenizer.decode(trainer.prepared_pool[0]["input_ids"])
+    fitted = trainer.fit_influence().fingerprint
+    save_and_load(trainer, tmp_path / "scorer", rows)
+    before = rows.map(trainer.fit_influence(), batched=True)["influence"][:]
+    set_day(2031, 11, 28)
+    loaded = InfluenceScorer.from_pretrained(
+        tmp_path / "scorer", model=AutoModelForCausalLM.from_pretrained(model_folder)
+    )
+    assert loaded.fingerprint == fitted
+    assert rows.map(loaded, batched=True, batch_size=2)["influence"][:] == before
+    assert tokenizer.chat_template == template  # the user's own tokenizer goes on printing the date
+
+
+def test_a_later_scoring_takes_the_columns_of_the_earlier_one_away(tmp_path, pool, validation) -> None:
+    """Told by what that scoring recorded, which outlasts files: a column that is only called like one stays."""
+    own = pool.add_column("influence_notes", ["x"] * len(pool)).add_column("influence_prior", [0.5] * len(pool))
+    sets = {name: validation.select([number, number + 3]) for number, name in enumerate(("math", "code"))}
+    old = make_trainer(tmp_path / "old", own, sets, torch.float32).score_influence()
+    old.save_to_disk(tmp_path / "disk")
+    old.to_parquet(tmp_path / "old.parquet")
+    kept = load_dataset("parquet", data_files=str(tmp_path / "old.parquet"), split="train")
+    for number, earlier in enumerate(
+        (old, load_from_disk(str(tmp_path / "disk")), kept, old.filter(lambda row: True))
+    ):
+        trainer = make_trainer(
+            tmp_path / f"new-{number}", earlier, {"law": sets["math"], "med": sets["code"]}, torch.float32
+        )
+        with pytest.raises(ValueError, match="influence_math, influence_code.*overwrite=True"):
+            trainer.score_influence()
+        scored = trainer.score_influence(overwrite=True)
+        added = ["influence", "influence_rank", "influence_law", "influence_med", "num_loss_tokens"]
+        assert scored.column_names == [*own.column_names, *added]
+        assert list_own_columns(scored) == own.column_names
+        assert find_set_columns(scored) == ["influence_law", "influence_med"]
 
 
 def test_named_sets_add_their_columns(tmp_path, pool, validation, model_folder) -> None:

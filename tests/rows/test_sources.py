@@ -21,7 +21,7 @@ def write(folder: Path, form: str) -> str:
     """The same rows in one of the forms that users have."""
     dataset = Dataset.from_list(ROWS)
     path = folder / f"rows{form}"
-    if form == ".jsonl":
+    if form in (".jsonl", ".ndjson", ".JSONL"):
         path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     elif form == ".json":
         path.write_text(json.dumps(ROWS), encoding="utf-8")
@@ -31,21 +31,6 @@ def write(folder: Path, form: str) -> str:
         dataset.to_csv(path)
     elif form == ".tsv":
         dataset.to_csv(path, sep="\t")
-    elif form in (".ndjson", ".JSONL"):
-        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-    elif form in (".jsonl.gz", ".json.xz", ".csv.bz2"):
-        plain = Path(write(folder, form.rpartition(".")[0]))
-        opened: Any = {".gz": gzip, ".xz": lzma, ".bz2": bz2}[path.suffix]
-        path.write_bytes(opened.compress(plain.read_bytes()))
-    elif form in ("-parts.jsonl", "-parts.csv", "-parts.jsonl.gz"):
-        path.mkdir()
-        for number, rows in enumerate((ROWS[:3], ROWS[3:])):
-            part = path / f"part-{number}.{form.partition('.')[2]}"
-            if form.endswith(".csv"):
-                Dataset.from_list(rows).to_csv(part)
-                continue
-            content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-            part.write_bytes(gzip.compress(content) if form.endswith(".gz") else content)
     elif form == "-saved":
         dataset.save_to_disk(path)
     elif form == "-splits":
@@ -54,10 +39,39 @@ def write(folder: Path, form: str) -> str:
         path.mkdir()
         dataset.to_parquet(path / "train-00000.parquet")
         dataset.select([4]).to_parquet(path / "test-00000.parquet")
+    elif form.startswith("-parts"):
+        write_parts(path, form.partition(".")[2])
+    elif path.suffix in (".gz", ".xz", ".bz2"):
+        plain = Path(write(folder, form.rpartition(".")[0]))
+        opened: Any = {".gz": gzip, ".xz": lzma, ".bz2": bz2}[path.suffix]
+        path.write_bytes(opened.compress(plain.read_bytes()))
     return str(path)
 
 
-FORMS = [".jsonl", ".json", ".parquet", ".csv", "-saved", "-splits", "-files", ".tsv", ".ndjson", ".JSONL", ".jsonl.gz"]
+def write_parts(path: Path, ending: str) -> None:
+    path.mkdir()
+    for number, rows in enumerate((ROWS[:3], ROWS[3:])):
+        part = path / f"part-{number}.{ending}"
+        if ending == "csv":
+            Dataset.from_list(rows).to_csv(part)
+            continue
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        part.write_bytes(gzip.compress(content) if ending.endswith(".gz") else content)
+
+
+FORMS = [
+    ".jsonl",
+    ".json",
+    ".parquet",
+    ".csv",
+    "-saved",
+    "-splits",
+    "-files",
+    ".tsv",
+    ".ndjson",
+    ".JSONL",
+    ".jsonl.gz",
+]
 FORMS += [".json.xz", ".csv.bz2", "-parts.jsonl", "-parts.csv", "-parts.jsonl.gz"]
 
 
@@ -129,7 +143,9 @@ def test_cells_of_texts_stay_as_they_are_written(tmp_path: Path) -> None:
     lines.write_text("".join(json.dumps(row) + "\n" for row in values))
     read = load_rows(str(lines))
     assert read["output"][:] == ["2024-05-01", "2024-05-02"] and read["messages"][:] == turns
-    assert read.column_names == ["messages", "output", "made", "n"] and str(read["made"][0]).startswith("2024-05-01 00")
+    assert read.column_names == ["messages", "output", "made", "n"] and str(read["made"][0]).startswith(
+        "2024-05-01 00"
+    )
     folder = tmp_path / "parts"
     folder.mkdir()
     for number, row in enumerate(values):
