@@ -3,17 +3,19 @@
 import datetime
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from datasets import Dataset
-from helpers import CHAT_TEMPLATE, make_tokenizer, make_trainer
+from helpers import CHAT_TEMPLATE, ROOT, make_tokenizer, make_trainer
 
-from hf_in2core.rows.checks import check_rows
+from hf_in2core.rows.checks import check_row, check_rows
 from hf_in2core.rows.masks import compare_masks
 from hf_in2core.rows.preparation import Preparation
+from hf_in2core.rows.presets import RowError
 from hf_in2core.rows.scored import count_unscored
 from hf_in2core.rows.sources import load_rows
 
@@ -207,3 +209,20 @@ def test_half_characters_and_damaged_pictures_in_a_stream(tmp_path: Path) -> Non
         "image": [b"no picture"] * 3,
     }
     assert np.isnan(scorer(batch)["influence"]).tolist() == [False, True, False]
+
+
+GUIDE = (ROOT / "docs" / "your_rows.md").read_text(encoding="utf-8")
+ALTERNATE = TEMPLATE.replace("the user begins", "Conversation roles must alternate")
+
+
+@pytest.mark.parametrize(("row", "said"), re.findall(r"^\| `(\{.*\})` \| (`.*) \|$", GUIDE, flags=re.MULTILINE))
+def test_the_guide_says_what_is_said(row: str, said: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = ALTERNATE
+    with pytest.raises(RowError) as raised:
+        check_row(json.loads(row), Preparation(tokenizer))
+    assert str(raised.value).startswith(said)
+
+
+def test_the_guide_has_a_table() -> None:
+    assert GUIDE.count("\n| `{") >= 15
