@@ -112,7 +112,8 @@ def make_sets(draw: Any) -> tuple[list[dict[str, Any]], dict[str, Any], str | No
     options: dict[str, Any] = {"max_length": draw(st.sampled_from([None, 24, 512]))}
     options["truncation_mode"] = draw(st.sampled_from(["keep_start", "keep_end"]))
     conversations = kind not in ("plain", "text")
-    if conversations and draw(st.booleans()):
+    # Plain SFT looks for a mask before it has renamed `from` and `value`, and refuses.
+    if conversations and kind != "from" and draw(st.booleans()):
         options["assistant_only_loss"] = True
     template = {"tools": TOOLS_TEMPLATE, "keys": KEYS_TEMPLATE}.get(kind, CHAT_TEMPLATE)
     return rows, options, template if conversations else None
