@@ -20,7 +20,7 @@ from hf_in2core.names import POOL, RESERVED_SET_NAMES, VALIDATION, describe_set
 from hf_in2core.rows.checks import check_rows, refuse_bad_rows
 from hf_in2core.rows.masks import compare_masks, say_silent_turns
 from hf_in2core.rows.preparation import Preparation, map_trainable
-from hf_in2core.rows.scored import read_record
+from hf_in2core.rows.scored import find_mean_columns, read_record
 
 from .config import InfluenceConfig
 
@@ -84,7 +84,9 @@ def check_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
 
 
 def check_datasets(
-    train_dataset: Dataset | None, eval_dataset: Dataset | dict[str, Dataset] | None
+    train_dataset: Dataset | None,
+    eval_dataset: Dataset | dict[str, Dataset] | None,
+    columns: list[str] | None = None,
 ) -> dict[str, Dataset]:
     """Check pool and validation sets; returns the validation sets by name."""
     if not isinstance(train_dataset, Dataset):
@@ -106,8 +108,11 @@ def check_datasets(
             raise ValueError(f"{name} is a {type(dataset).__name__}; pass a `datasets.Dataset`.")
         if len(dataset) == 0:
             raise ValueError(f"{name} is empty: it has no rows. Check its source or the split's name.")
-        if {"image", "images"} & set(dataset.column_names):
-            raise ValueError(f"{name} has images: vision models are not supported. Pass text rows.")
+        if columns is None and (pictures := {"image", "images"} & set(dataset.column_names)):
+            raise ValueError(
+                f"{name} has images (`{', '.join(sorted(pictures))}`): vision models are not supported. Remove the "
+                "column, or name the columns of text with `columns`, which leaves all others alone."
+            )
     reserved = set(RESERVED_SET_NAMES) & set(validation)
     if reserved:
         raise ValueError(f"A validation set is named {sorted(reserved)}, which is reserved. Give it another name.")
@@ -212,7 +217,7 @@ def check_added_columns(pool: Dataset, names: list[str], overwrite: bool) -> lis
     Returns:
         `list[str]`: the columns to be removed.
     """
-    earlier = read_record(pool.features)
+    earlier = read_record(pool.features) or find_mean_columns(pool)
     clashes = [name for name in pool.column_names if name in names or name in earlier]
     if clashes and not overwrite:
         raise ValueError(

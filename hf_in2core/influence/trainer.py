@@ -121,7 +121,7 @@ class InfluenceTrainer(SFTTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = InfluenceConfig(f"{name.split('/')[-1]}-influence")
         check_settings(args, kwargs)
-        validation = check_datasets(train_dataset, eval_dataset)
+        validation = check_datasets(train_dataset, eval_dataset, args.columns)
         check_adapter_given(model, kwargs.get("peft_config"))
         processing_class = check_tokenizer(processing_class or load_tokenizer(model, args))
         self.pool = cast(Dataset, train_dataset)

@@ -245,6 +245,22 @@ def find_set_columns(scored: Dataset) -> list[str]:
     return _find_set_columns(scored.features)
 
 
+def find_mean_columns(scored: Dataset) -> list[str]:
+    """
+    Of rows scored without a record: the columns of validation sets, told by that their mean is `influence`.
+
+    Returns:
+        `list[str]`: with `influence` and the number of loss tokens; empty where there are none, or their mean is
+        another, so that one of them is somebody's own.
+    """
+    names = find_set_columns(scored)
+    if not names or not {INFLUENCE, NUM_LOSS_TOKENS} <= set(scored.column_names):
+        return []
+    mean = np.mean([read_numbers(scored, name) for name in names], axis=0)
+    is_mean = np.allclose(mean, read_numbers(scored, INFLUENCE), rtol=1e-6, atol=0, equal_nan=True)
+    return [INFLUENCE, *names, NUM_LOSS_TOKENS] if is_mean else []
+
+
 def list_own_columns(scored: Dataset) -> list[str]:
     """A pool's own columns, without those that scoring added."""
     added = find_scored_columns(scored.features)

@@ -83,8 +83,10 @@ def load_rows(
             dataset = _load_from_hub(source, revision)
         else:
             dataset = _load_local(path, split, {*TEXT_COLUMNS, *(item.partition("=")[2] for item in columns or [])})
-    except (FileNotFoundError, _SplitError) as error:
-        raise type(error)(f"The {what} `{source}` cannot be loaded: {error}") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"The {what} `{source}` cannot be loaded: {error}") from error
+    except _SplitError as error:
+        raise ValueError(f"The {what} `{source}` cannot be loaded: {error}") from error
     except Exception as error:  # datasets raises many types, whose own text names neither the source nor a remedy
         reason = error.__cause__ or error
         if "corresponds to no data" not in str(reason):  # a split without rows
