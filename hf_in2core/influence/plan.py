@@ -46,6 +46,8 @@ class InfluencePlan:
     Attributes:
         rows, tokens, loss_tokens (`int`):
             The whole pool, without padding.
+        validation (`dict[str, tuple[int, int]]`):
+            Rows and loss tokens of each validation set.
         length_histogram (`list[tuple[int, int, int]]`):
             Shortest and longest length and number of rows, by powers of two.
         num_processes (`int`):
@@ -67,6 +69,7 @@ class InfluencePlan:
     rows: int
     tokens: int
     loss_tokens: int
+    validation: dict[str, tuple[int, int]]
     length_histogram: list[tuple[int, int, int]]
     num_processes: int
     passes: list[PassPlan]
@@ -85,6 +88,10 @@ class InfluencePlan:
         lengths = "  ".join(f"{low}-{high}: {rows:,}" for low, high, rows in self.length_histogram)
         lines = [
             f"Pool: {self.rows:,} rows, {self.tokens:,} tokens, {self.loss_tokens:,} of them with loss.",
+            *(
+                f"Validation set {name}: {rows:,} rows, {tokens:,} tokens with loss."
+                for name, (rows, tokens) in self.validation.items()
+            ),
             f"Rows by length in tokens: {lengths}",
             f"Passes of each of {self.num_processes} process(es), seconds from {self.timed_batches} timed batches:",
             *(
@@ -102,8 +109,10 @@ class InfluencePlan:
     def _repr_html_(self) -> str:
         rows = [(item.name, f"{item.rows:,}", f"{item.tokens:,}", _show_seconds(item.seconds)) for item in self.passes]
         columns = ["pass of each process", "rows", "padded tokens", "about"]
-        first, *others = str(self).splitlines()
-        return render_html(first, rows, columns=columns, notes=others[2 + len(rows) :])
+        lines = str(self).splitlines()
+        top = 1 + len(self.validation)
+        notes = [*lines[1:top], *lines[top + 2 + len(rows) :]]
+        return render_html(lines[0], rows, columns=columns, notes=notes)
 
 
 def _show_seconds(seconds: float) -> str:
@@ -175,6 +184,10 @@ def plan_influence(
         rows=len(pool),
         tokens=shape.tokens,
         loss_tokens=shape.loss_tokens,
+        validation={
+            name: (len(rows), found.loss_tokens)
+            for (name, rows), found in zip(trainer.prepared_validation.items(), shapes[1:], strict=True)
+        },
         length_histogram=shape.histogram,
         num_processes=passes.world_size,
         passes=plans,

@@ -26,7 +26,6 @@ from .run_folder import agree, quiet_loading, read_json, read_tasks, say, warn, 
 from .training import (
     compute_influence,
     compute_losses,
-    count_loss_tokens,
     count_steps,
     evaluate_model,
     load_model,
@@ -52,9 +51,7 @@ def plan_run(job: Job) -> None:
     say(str(plan_influence(trainer, job.args.strategy in STRATEGIES_BY_ROW)))
     if job.args.analyses:
         say(f"Analyses ({', '.join(job.args.analyses)}): passes of their own after it, which are not in this plan.")
-    job.inputs.facts[POOL] |= {"loss_tokens": count_loss_tokens(trainer.prepared_pool)["loss_tokens"]}
-    for name, text in describe_data(job.inputs.facts):
-        say(f"Rows: {name}: {text}.")
+    say("".join(f"Test set: {text}." for name, text in describe_data(job.inputs.facts) if name == "test"))
     plan = plan_arms(job.args)
     say(f"Targets: {len(plan)} trainings and evaluations after that: {', '.join(arm.name for arm in plan)}.")
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from helpers import add_trained_adapter, make_prompt_completion, make_trainer, prepare
-from recipe_runs import NUM_POOL, make_inputs, run_command, write_config
+from helpers import add_trained_adapter, make_prompt_completion, make_tokenizer, make_trainer, prepare
+from recipe_runs import NUM_POOL, NUM_TEST, NUM_VALIDATION, make_inputs, make_rows, run_command, write_config
 from transformers import AutoModelForCausalLM
 
 from hf_in2core.engine.fit import PILOT_ROWS
@@ -70,12 +70,17 @@ def test_dry_runs_print_the_plan_and_write_nothing(tmp_path, capsys) -> None:
     model = AutoModelForCausalLM.from_pretrained(config["model_name_or_path"])
     add_trained_adapter(model).save_pretrained(tmp_path / "adapter")
     before = {path: path.stat().st_mtime_ns for path in list_files(tmp_path)}
+    tokenizer = make_tokenizer()
     shared = [f"--{name}={config[name]}" for name in ("model_name_or_path", "pool", "output_dir")]
     shared += ["--validation", *config["validation"], "--reference_adapter", str(tmp_path / "adapter"), "--dry_run"]
     for recipe, flags in (("score", shared), ("run", ["--config", config_path, "--dry_run"])):
         run_command(recipe, *flags)
         printed = capsys.readouterr().out
         assert f"Pool: {NUM_POOL} rows" in printed
+        tokens = sum(
+            len(tokenizer(row["completion"]).input_ids) + 1 for row in make_rows("reverse", NUM_VALIDATION, 3)
+        )
+        assert f"Validation set validation: {NUM_VALIDATION} rows, {tokens} tokens with loss." in printed
         assert "Peak memory" in printed and "Disk" in printed
-    assert "Targets" in printed
+    assert "Targets" in printed and f"Test set: {NUM_TEST} rows, " in printed
     assert {path: path.stat().st_mtime_ns for path in list_files(tmp_path)} == before

@@ -216,6 +216,11 @@ def test_a_later_scoring_takes_the_columns_of_the_earlier_one_away(tmp_path, poo
     old.save_to_disk(tmp_path / "disk")
     old.to_parquet(tmp_path / "old.parquet")
     kept = load_dataset("parquet", data_files=str(tmp_path / "old.parquet"), split="train")
+    # `map` leaves no record; there the mean tells.
+    law = {"law": sets["math"], "med": sets["code"]}
+    mapped = validation.map(make_trainer(tmp_path / "map", own, sets, torch.float32).fit_influence(), batched=True)
+    again = make_trainer(tmp_path / "again", mapped, law, torch.float32).score_influence(overwrite=True)
+    assert find_set_columns(again) == ["influence_law", "influence_med"] and "influence_math" not in again.column_names
     for number, earlier in enumerate(
         (old, load_from_disk(str(tmp_path / "disk")), kept, old.filter(lambda row: True))
     ):
