@@ -106,7 +106,7 @@ class InfluenceConfig(SFTConfig):
     )
     columns: list[str] | None = field(
         default=None,
-        metadata={"help": "`alpaca`, `sharegpt`, or pairs such as `prompt=instruction completion=output`."},
+        metadata={"help": "`alpaca`, `sharegpt`, `openai`, or pairs such as `prompt=instruction completion=output`."},
     )
     tokens_per_batch: int = field(
         default=8192, metadata={"help": "Tokens of a batch in the influence passes, padding included."}
