@@ -53,7 +53,7 @@ class InfluenceConfig(SFTConfig):
         influence_layers (`str` or `list[int]`, *optional*):
             Decoder layers whose adapter tensors count: all by default, `"last:8"`, `"first:8"` or a list of indices.
         columns (`list[str]`, *optional*):
-            How raw columns become TRL's: `["alpaca"]`, `["sharegpt"]` or `["prompt=instruction",
+            How raw columns become TRL's: `["alpaca"]`, `["sharegpt"]`, `["openai"]` or `["prompt=instruction",
             "completion=output"]`. Saved with the scorer.
 
         > Parameters that control the passes
