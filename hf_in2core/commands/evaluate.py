@@ -30,6 +30,7 @@ def main(settings: Settings) -> None:
 
     from hf_in2core import InfluenceConfig
     from hf_in2core.evaluation.tasks import check_task_settings
+    from hf_in2core.influence.checks import check_launcher
     from hf_in2core.pipeline.arm_tasks import (
         describe_scores,
         evaluate_on_tasks,
@@ -40,7 +41,6 @@ def main(settings: Settings) -> None:
     from hf_in2core.pipeline.inputs import (
         check_adapter,
         check_trainable,
-        check_whole_model,
         keep_good_rows,
         load_tokenizer,
     )
@@ -52,7 +52,7 @@ def main(settings: Settings) -> None:
 
     args: EvaluateArguments = settings.arguments
     join_processes(settings)
-    check_whole_model()
+    check_launcher()
     model_args, training_args = settings.make(ModelConfig, use_peft=True), settings.make(InfluenceConfig)
     if args.tasks:
         check_task_settings(args.tasks, args.include_path, args.num_fewshot, args.limit)

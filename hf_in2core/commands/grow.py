@@ -27,14 +27,14 @@ def main(settings: Settings) -> None:
 
     from hf_in2core import push_influence_dataset, select_coreset
     from hf_in2core.hub.commits import check_can_push
+    from hf_in2core.influence.checks import check_launcher
     from hf_in2core.influence.pools import merge_scored
-    from hf_in2core.pipeline.inputs import check_whole_model
     from hf_in2core.pipeline.run_folder import agree, join_processes, say, warn
     from hf_in2core.rows.sources import find_hub_id
 
     args: GrowArguments = settings.arguments
     join_processes(settings)
-    check_whole_model()
+    check_launcher()
     assert args.hub_id is not None
     sources = [hub_id for source in args.rows or [] if (hub_id := find_hub_id(source))] + (args.combine or [])
     # Everything is read at one commit, and published only if that is still the newest.

@@ -28,12 +28,12 @@ def main(settings: Settings) -> None:
     from trl import ModelConfig
 
     from hf_in2core import InfluenceConfig, InfluenceScorer
+    from hf_in2core.influence.checks import check_launcher
     from hf_in2core.influence.plan import plan_influence
     from hf_in2core.influence.pools import check_fitted_pool
     from hf_in2core.pipeline.inputs import (
         check_adapter,
         check_pool_columns,
-        check_whole_model,
         keep_good_rows,
         load_tokenizer,
         load_validation,
@@ -45,7 +45,7 @@ def main(settings: Settings) -> None:
 
     args: ScoreInfluenceArguments = settings.arguments
     join_processes(settings)
-    check_whole_model()
+    check_launcher()
     assert args.pool is not None and args.output_dir is not None
     folder = Path(args.output_dir)
     pool = load_rows(args.pool, "pool", columns=args.columns)

@@ -85,6 +85,15 @@ def read_token_rows(prepared: Dataset, start: int = 0, end: int | None = None) -
     )
 
 
+def read_lengths(prepared: Dataset) -> np.ndarray:
+    """Number of tokens of every row, int64 `[n]`, without reading the tokens."""
+    parts = [np.zeros(0, dtype=np.int64)]
+    for start in range(0, len(prepared), 10_000):
+        column = prepared.select_columns(["input_ids"]).with_format("arrow")[start : start + 10_000]["input_ids"]
+        parts.append(column.combine_chunks().value_lengths().to_numpy(zero_copy_only=False).astype(np.int64))
+    return np.concatenate(parts)
+
+
 def _flatten(column: pa.ChunkedArray) -> np.ndarray:
     return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.int64)
 

@@ -35,6 +35,24 @@ def replaced_forwards(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
                 setattr(module, attribute, own)
 
 
+@contextmanager
+def unwrapped_forward(model: nn.Module) -> Iterator[None]:
+    """
+    A model's own forward, without the mixed precision that accelerate has put around it when it was trained here.
+
+    What a pass computes would otherwise hang on whether `.train()` ran in this process.
+    """
+    original, wrapper = model.__dict__.get("_original_forward"), model.__dict__.get("forward")
+    if original is None or wrapper is None:
+        yield
+        return
+    model.forward = original
+    try:
+        yield
+    finally:
+        model.forward = wrapper
+
+
 def find_checkpointable_layers(model: nn.Module) -> list[nn.Module]:
     """The layers of a Transformers model that activation checkpointing applies to."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -26,6 +26,13 @@ from .losses import compute_token_nll, compute_token_weights, frozen_eval_mode
 
 Reducer = Callable[[str, Tensor, Tensor], None]
 
+# float16 holds nothing below 6e-8: of long rows most gradients would vanish, so the loss is scaled while they pass.
+LOSS_SCALE = 2.0**14
+
+
+class ScaleTooLargeError(Exception):
+    """A scaled gradient has left float16; the recorder's scale is smaller now, and the batch has to run again."""
+
 
 class _RecordedLinear(torch.autograd.Function):
     """A linear whose backward hands its input and output gradient to `record` in place of a weight gradient."""
@@ -84,6 +91,9 @@ class GradientRecorder:
         self._batch_shape: tuple[int, int] = (0, 0)
         self._reducer: Reducer | None = None
         self._recorded: dict[str, int] = {}
+        half = torch.float16 in (autocast, getattr(model, "dtype", None))
+        self.loss_scale = LOSS_SCALE if half else 1.0
+        self._fits: Tensor | None = None
 
     def __enter__(self) -> GradientRecorder:
         by_module: dict[nn.Linear, list[str]] = {}
@@ -110,17 +120,33 @@ class GradientRecorder:
         return forward
 
     def _record(self, name: str, x: Tensor, grad_output: Tensor) -> None:
-        if tuple(x.shape[:-1]) != self._batch_shape:
+        rows, tokens = self._batch_shape
+        if x.dim() == 2 and len(x) == rows * tokens:
+            # Flattened before the linear (OPT, shared experts): the order of the tokens is the batch's.
+            x, grad_output = x.reshape(rows, tokens, -1), grad_output.reshape(rows, tokens, -1)
+        elif x.dim() > 3 and len(x) == rows:
+            # Heads or parts of a token between rows and features (latent attention).
+            x, grad_output = x.flatten(1, -2), grad_output.flatten(1, -2)
+        elif tuple(x.shape[:-1]) != self._batch_shape:
             raise ValueError(
                 f"`{name}` received an input of shape {tuple(x.shape)} where [batch, tokens, features] = "
-                f"[{self._batch_shape[0]}, {self._batch_shape[1]}, {x.shape[-1]}] was expected: its rows cannot be "
-                "told apart, so it has no per-example gradient. Leave this module out of `target_modules`."
+                f"[{rows}, {tokens}, {x.shape[-1]}] was expected: its rows cannot be told apart, so it has no "
+                "per-example gradient. Leave this module out of `target_modules`."
             )
         self._recorded[name] = self._recorded.get(name, 0) + 1
+        if self.loss_scale != 1.0:
+            fits = torch.isfinite(grad_output).all()
+            self._fits = fits if self._fits is None else self._fits & fits.to(self._fits.device)
+            grad_output = grad_output.to(self.accumulation_dtype) / self.loss_scale
         if self.blocks[name].parameter == "bias":
             x = x.new_ones(1).expand(*x.shape[:-1], 1)
         if self._reducer is not None:
             self._reducer(name, x, grad_output)
+
+    def _check_scale(self) -> None:
+        if self._fits is not None and self.loss_scale > 1.0 and not bool(self._fits):
+            self.loss_scale = max(self.loss_scale / 16, 1.0)
+            raise ScaleTooLargeError
 
     def run(self, batch: TokenBatch, loss_reduction: str, reducer: Reducer) -> Tensor:
         """
@@ -140,6 +166,7 @@ class GradientRecorder:
             `torch.Tensor` of shape `[B]`: per-example losses, detached.
 
         Raises:
+            ScaleTooLargeError: if a gradient has left float16; the same call again has a smaller scale.
             ValueError: if a loss is not finite (the rows are named), or if a block took no part in the backward or
                 took part more than once.
         """
@@ -147,6 +174,7 @@ class GradientRecorder:
         self._batch_shape = (batch.input_ids.shape[0], batch.input_ids.shape[1])
         self._reducer = reducer
         self._recorded.clear()
+        self._fits = None
         with torch.enable_grad():
             nll, _ = compute_token_nll(self.model, batch, self.autocast)
             weights = compute_token_weights(batch, loss_reduction, nll)
@@ -160,7 +188,8 @@ class GradientRecorder:
                     "at these rows, or run the influence passes in float32 (`bf16=False`, `fp16=False`)."
                 )
             if weighted.requires_grad:  # else no block took part, which is reported below
-                weighted.sum().backward()
+                (weighted.sum() * self.loss_scale).backward()
+            self._check_scale()
         wrong = [name for name in self.blocks if self._recorded.get(name, 0) != 1]
         if wrong:
             raise ValueError(

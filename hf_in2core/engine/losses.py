@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from hf_in2core.progress import make_bar
 
 from .batches import TokenBatch, iterate_batches, plan_batches, read_token_rows
+from .forwards import unwrapped_forward
 
 
 @contextmanager
@@ -67,7 +68,10 @@ def compute_token_nll(
 
     handle = head.register_forward_pre_hook(keep_labelled)
     try:
-        with torch.autocast(batch.input_ids.device.type, dtype=autocast, enabled=autocast is not None):
+        with (
+            unwrapped_forward(model),
+            torch.autocast(batch.input_ids.device.type, dtype=autocast, enabled=autocast is not None),
+        ):
             outputs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     finally:
         handle.remove()

@@ -3,7 +3,7 @@
 import gc
 import logging
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from hf_in2core.progress import make_bar
 
-from .batches import TokenBatch, TokenRows, collate, plan_batches, read_token_rows
+from .batches import TokenBatch, TokenRows, collate, plan_batches, read_lengths, read_token_rows
 from .blocks import Blocks
 from .forwards import checkpointed_layers, find_checkpointable_layers
-from .gradients import GradientRecorder
+from .gradients import GradientRecorder, ScaleTooLargeError
 from .state import read_tensors, write_tensors
 from .store import GradientStore, StoredChunk
 
@@ -88,9 +88,29 @@ class Passes:
         """Number of processes."""
         return 1 if self.accelerator is None else self.accelerator.num_processes
 
-    def shard(self, num_rows: int) -> tuple[int, int]:
-        """First row and one past the last row of this process's contiguous shard."""
-        return self.rank * num_rows // self.world_size, (self.rank + 1) * num_rows // self.world_size
+    def shard(self, prepared: Dataset, positions: np.ndarray | None = None) -> tuple[int, int]:
+        """
+        First row and one past the last row of this process's contiguous shard.
+
+        Shards have equal numbers of tokens and not of rows: in a pool sorted by length the processes with the short
+        rows would wait for the others, longer than a collective may take.
+
+        Args:
+            prepared (`datasets.Dataset`):
+                Prepared rows.
+            positions (`numpy.ndarray`, *optional*):
+                Positions of the rows to share out; all by default.
+        """
+        num_rows = len(prepared) if positions is None else len(positions)
+        if self.world_size == 1:
+            return 0, num_rows
+        lengths = read_lengths(prepared)
+        ends = np.cumsum(lengths if positions is None else lengths[positions], dtype=np.float64)
+        shares = np.arange(1, self.world_size) / self.world_size * (ends[-1] if num_rows else 0)
+        # The border lies where the tokens before it are nearest to their share.
+        borders = np.searchsorted((ends[:-1] + ends[1:]) / 2 if num_rows > 1 else ends, shares) + 1
+        starts = np.concatenate([[0], np.minimum(borders, num_rows), [num_rows]])
+        return int(starts[self.rank]), int(starts[self.rank + 1])
 
     def sum_over_processes(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sum named tensors over all processes; every process gets the result."""
@@ -165,6 +185,9 @@ def run_batches(passes: Passes, token_rows: TokenRows, step: Callable[[TokenBatc
         try:
             with checkpointed_layers(passes.model) if is_checkpointed else nullcontext():
                 step(batch)
+        except ScaleTooLargeError:
+            pending.append(indices)
+            continue
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
@@ -215,7 +238,8 @@ def finish_together(passes: Passes, recorder: GradientRecorder) -> None:
         pass
 
     while passes.start_round(False):
-        recorder.run(collate(row, np.array([0])), passes.loss_reduction, ignore)
+        with suppress(ScaleTooLargeError):
+            recorder.run(collate(row, np.array([0])), passes.loss_reduction, ignore)
 
 
 def accumulate(
@@ -255,11 +279,13 @@ def accumulate(
     Returns:
         `dict[str, torch.Tensor]`: the sums over all rows and all processes.
     """
-    start, end = passes.shard(len(prepared) if positions is None else len(positions))
+    start, end = passes.shard(prepared, positions)
     path = None
     next_row = start
     if passes.folder is not None:
-        path = passes.folder / f"{name}-{passes.rank}-of-{passes.world_size}.safetensors"
+        # Version 0.1 shared rows out, and not tokens: what it left of several processes is of other rows.
+        shared = "" if passes.world_size == 1 else "-by-tokens"
+        path = passes.folder / f"{name}-{passes.rank}-of-{passes.world_size}{shared}.safetensors"
         stored = read_tensors(path, passes.fingerprint)
         if stored is not None:
             next_row = int(stored[1]["next_row"])

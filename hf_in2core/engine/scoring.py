@@ -205,7 +205,7 @@ def run_score_pass(
     sizes = set_sizes or [1] * num_queries
     # A pass that keeps the strongest rows only has files of its own.
     prefix = "scores" if top_k is None else f"top{top_k}"
-    start, end = passes.shard(len(prepared))
+    start, end = passes.shard(prepared)
     width = num_queries if top_k is None else len(sizes)
     kept = np.zeros((len(prepared), width))
     tops: list[TopRows] = []

@@ -1,6 +1,6 @@
 """A check, before the first pass, that the recorded gradients are those of automatic differentiation."""
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import torch
@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .batches import collate, read_token_rows
-from .forwards import checkpointed_layers
-from .gradients import GradientRecorder, compute_per_example_gradients, frozen_eval_mode
+from .forwards import checkpointed_layers, unwrapped_forward
+from .gradients import GradientRecorder, ScaleTooLargeError, compute_per_example_gradients, frozen_eval_mode
 from .passes import Passes
 
 
@@ -50,7 +50,10 @@ def verify_gradients(passes: Passes, prepared: Dataset) -> None:
             recorded[name] = compute_per_example_gradients(x, grad_output, dtype)
 
         with checkpointed_layers(passes.model) if passes.is_checkpointed(batch) else nullcontext():
-            recorder.run(batch, loss_reduction, reduce)
+            for _ in range(10):  # a smaller scale each time, which ends at 1
+                with suppress(ScaleTooLargeError):
+                    recorder.run(batch, loss_reduction, reduce)
+                    break
         device = recorder.device
     # The coarsest precision counts. TRL keeps the adapter of a quantised model in bfloat16, and weights in 8 bits
     # round their inputs to as many.
@@ -86,7 +89,10 @@ def _differentiate(
         for tensor in tensors.values():
             tensor.requires_grad_(True)
         try:
-            with torch.autocast(input_ids.device.type, dtype=passes.autocast, enabled=passes.autocast is not None):
+            with (
+                unwrapped_forward(passes.model),
+                torch.autocast(input_ids.device.type, dtype=passes.autocast, enabled=passes.autocast is not None),
+            ):
                 logits = passes.model(input_ids=input_ids, use_cache=False).logits
             logits = logits if logits.dtype == torch.float64 else logits.float()
             losses = F.cross_entropy(

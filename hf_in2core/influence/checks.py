@@ -1,12 +1,13 @@
 """What an [`InfluenceTrainer`] refuses: settings and data before a model is loaded, the rest before long passes."""
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch.distributed.tensor import DTensor
@@ -27,11 +28,19 @@ from .config import InfluenceConfig
 
 logger = logging.getLogger(__name__)
 
+# What `accelerate launch` sets for its processes where it shards the model, and what it is called.
+SHARDING_LAUNCHES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+
 
 def check_settings(args: InfluenceConfig, kwargs: dict[str, Any]) -> None:
     """Refuse, by name, what would make influence another thing than that of the SFT loss."""
     if not isinstance(args, InfluenceConfig):
         raise TypeError(f"`args` is a {type(args).__name__}. Pass an `InfluenceConfig`, which extends `SFTConfig`.")
+    check_launcher()
     refused = {
         # In TRL 1.14 `chunked_nll` is the default, and in each TRL the same loss, computed in less memory.
         "loss_type": args.loss_type not in ("nll", "chunked_nll")
@@ -54,6 +63,22 @@ def check_settings(args: InfluenceConfig, kwargs: dict[str, Any]) -> None:
             raise ValueError(
                 f"Influence cannot be computed with {reason}: the per-example gradients would not be those of the "
                 "loss that SFT minimises. Leave it out of the `InfluenceTrainer`."
+            )
+
+
+def check_launcher() -> None:
+    """
+    Refuse a launch that shards the model: the influence and evaluation passes need it whole in each process.
+
+    Raises:
+        ValueError: naming the setting of the launcher, before a model is loaded.
+    """
+    for variable, name in SHARDING_LAUNCHES.items():
+        if os.environ.get(variable, "false").lower() == "true":
+            raise ValueError(
+                f"The launcher shards the model ({name}, `{variable}`), but each process needs the whole one here. "
+                "Launch with --accelerate_config multi_gpu, or train with `in2core train-reference` and score without "
+                "it."
             )
 
 
@@ -143,6 +168,15 @@ def map_sets(
         map_trainable(rows, preparation, found) for rows, found in zip(sets.values(), checked, strict=True)
     )
     return mapped, dict(zip(validation, rest, strict=True))
+
+
+def check_distribution(kind: DistributedType) -> None:
+    """Refuse an accelerator that shards the model, wherever its plugin comes from."""
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"The accelerator shards the model ({kind.value}), but each process needs the whole one here. Train with "
+            "it if you like; then score the adapter without."
+        )
 
 
 def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool) -> None:

@@ -22,10 +22,10 @@ def choose_autocast(args: SFTConfig, dtype: torch.dtype) -> str:
         args ([`~trl.SFTConfig`]):
             `bf16` and `fp16`.
         dtype (`torch.dtype`):
-            Precision of the model's weights; only those of float32 are cast.
+            Precision of the model's weights; those of float64 are never cast.
     """
     mixed = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
-    return mixed if dtype == torch.float32 else "no"
+    return "no" if dtype == torch.float64 else mixed
 
 
 @dataclass

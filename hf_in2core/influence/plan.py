@@ -283,7 +283,7 @@ class _Shape:
     @classmethod
     def measure(cls, passes: Passes, rows: Dataset) -> "_Shape":
         """Read the lengths of all rows, and plan the shard's batches as the passes do."""
-        start, end = passes.shard(len(rows))
+        start, end = passes.shard(rows)
         vocab_size = passes.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
         tokens = loss_tokens = padded = 0
         counts = np.zeros(64, dtype=np.int64)

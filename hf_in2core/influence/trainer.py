@@ -35,6 +35,7 @@ from .checks import (
     check_adapter_given,
     check_added_columns,
     check_datasets,
+    check_distribution,
     check_model,
     check_settings,
     check_store,
@@ -139,6 +140,7 @@ class InfluenceTrainer(SFTTrainer):
             **kwargs,
         )
         # Fails here, before any training, if a tensor cannot be accounted for.
+        check_distribution(self.accelerator.distributed_type)
         check_model(self.model, args, self.aux_loss_enabled)
         # TRL's own decisions, made while its constructor prepared the data.
         preparation.processing_class = self.processing_class  # type: ignore[assignment]
@@ -155,6 +157,8 @@ class InfluenceTrainer(SFTTrainer):
         self._scorer: InfluenceScorer | None = None
         self._hashes: dict[str, Any] | None = None
         self._last_passes: Passes | None = None
+        # Before any training: whether rows can be told apart hangs on the model, not on what it has learnt.
+        verify_gradients(self.make_passes(self.blocks, ""), self.prepared_pool)
 
     def __repr__(self) -> str:
         sets = ", ".join(f"{name} ({len(prepared):,} rows)" for name, prepared in self.prepared_validation.items())

@@ -1,6 +1,5 @@
 """What a command is given: rows, tokenizers, models, adapters; and everything that can be checked before long work."""
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -295,16 +294,6 @@ def check_model(model_args: ModelConfig, training_args: SFTConfig, for_influence
     if for_influence:
         find_blocks(peft_model, peft_model.active_adapter)
     return sum(tensor.numel() for tensor in peft_model.parameters() if tensor.requires_grad)
-
-
-def check_whole_model() -> None:
-    """Raise where the launcher shards the model: the influence and evaluation passes need it whole."""
-    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(variable, "false").lower() == "true":
-            raise ValueError(
-                f"The launcher shards the model ({name}), but each process needs the whole one here. Launch with "
-                "--accelerate_config multi_gpu, or train with `in2core train-reference` and score without it."
-            )
 
 
 def check_adapter(adapter: str, model_name: str) -> None:

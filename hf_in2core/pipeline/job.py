@@ -15,6 +15,7 @@ from trl import ModelConfig, SFTConfig
 from hf_in2core import InfluenceConfig
 from hf_in2core.cards.publish import check_published_columns
 from hf_in2core.hub.commits import PushCheck, check_can_push
+from hf_in2core.influence.checks import check_launcher
 from hf_in2core.names import POOL, STRATEGIES_BY_ROW, describe_set, name_coreset
 from hf_in2core.rows.hashes import hash_tokenization, hash_value
 from hf_in2core.rows.preparation import Preparation, tokenize_rows
@@ -30,7 +31,6 @@ from .inputs import (
     check_model,
     check_pool_columns,
     check_trainable,
-    check_whole_model,
     hash_folder,
     load_inputs,
     load_tokenizer,
@@ -118,7 +118,7 @@ def check(settings: Settings) -> Job:
         ValueError: with what was given, why it cannot work and what to do instead.
     """
     args: In2CoreArguments = settings.arguments
-    check_whole_model()
+    check_launcher()
     folder = Path(args.output_dir or "")
     reference_args = settings.make(InfluenceConfig, reference=True)
     target_args = settings.make(InfluenceConfig)

@@ -252,6 +252,20 @@ def compute_influence(
     return scorer, trainer.score_influence(), time.perf_counter() - started
 
 
+def find_gathered_order(num_rows: int) -> np.ndarray:
+    """
+    Where the rows of a set come from when each of `n` processes has every `n`-th one and their results are gathered.
+
+    Dealt out in turn, the rows of a set that is sorted by length are as long on every process.
+
+    Returns:
+        `numpy.ndarray` of shape `[rows]`, int64: gathered results are put in order by indexing with it.
+    """
+    processes = PartialState().num_processes
+    gathered = np.concatenate([np.arange(rank, num_rows, processes) for rank in range(processes)])
+    return np.argsort(gathered)
+
+
 def score_with(scorer: InfluenceScorer, pool: Dataset) -> Dataset:
     """
     Score a pool with a fitted scorer, shared out among the processes.
@@ -260,13 +274,14 @@ def score_with(scorer: InfluenceScorer, pool: Dataset) -> Dataset:
         [`~datasets.Dataset`]: the pool's rows with their influence, rank and number of loss tokens, on every process.
     """
     state = PartialState()
-    shard = pool.shard(state.num_processes, state.process_index, contiguous=True)
+    shard = pool.shard(state.num_processes, state.process_index, contiguous=False)
     scored = shard.map(scorer, batched=True, remove_columns=shard.column_names) if len(shard) else None
     columns = {name: [] if scored is None else scored.with_format(None)[name][:] for name in scorer.column_names}
     if state.num_processes > 1:
         columns = {name: gather_object(values) for name, values in columns.items()}
+    order = find_gathered_order(len(pool))
     arrays = {
-        name: np.array(values, dtype=np.int64 if name == NUM_LOSS_TOKENS else np.float64)
+        name: np.array(values, dtype=np.int64 if name == NUM_LOSS_TOKENS else np.float64)[order]
         for name, values in columns.items()
     }
     per_query = arrays.pop(PER_QUERY, None)
@@ -289,7 +304,7 @@ def compute_losses(
         every process.
     """
     state = PartialState()
-    shard = prepared.shard(state.num_processes, state.process_index, contiguous=True)
+    shard = prepared.shard(state.num_processes, state.process_index, contiguous=False)
     autocast = AUTOCAST_DTYPES[choose_autocast(training_args, model.dtype)]
     rows = []
     if len(shard):
@@ -297,8 +312,8 @@ def compute_losses(
         rows = list(zip(*compute_row_losses(model, shard, tokens_per_batch, autocast, shown), strict=True))
     if state.num_processes > 1:
         rows = gather_object(rows)
-    nll, tokens, correct = zip(*rows, strict=True)
-    return np.array(nll), np.array(tokens), np.array(correct)
+    nll, tokens, correct = (np.array(values)[find_gathered_order(len(prepared))] for values in zip(*rows, strict=True))
+    return nll, tokens, correct
 
 
 def evaluate_model(
