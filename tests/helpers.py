@@ -76,7 +76,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(seed: int = 0, num_layers: int = 3, hidden_size: int = 32, vocab_size: int = 340) -> LlamaForCausalLM:
+def make_model(
+    seed: int = 0,
+    num_layers: int = 3,
+    hidden_size: int = 32,
+    vocab_size: int = 340,
+    max_position_embeddings: int = 256,
+) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -85,7 +91,7 @@ def make_model(seed: int = 0, num_layers: int = 3, hidden_size: int = 32, vocab_
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=max_position_embeddings,
         initializer_range=0.2,
         tie_word_embeddings=True,
         pad_token_id=0,

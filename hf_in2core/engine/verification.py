@@ -14,8 +14,9 @@ from .gradients import GradientRecorder, ScaleTooLargeError, compute_per_example
 from .passes import Passes
 
 
-# Relative error accepted between two ways of computing the same gradient, by precision of the forward.
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1, torch.int8: 0.1}
+# Relative error accepted between two ways of computing the same gradient, by precision of the forward. Rotary embeddings
+# and norms of some models run in float32 whatever the precision of the rest.
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1, torch.int8: 0.1}
 
 
 def verify_gradients(passes: Passes, prepared: Dataset) -> None:

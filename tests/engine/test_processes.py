@@ -7,10 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from datasets import Dataset
 from helpers import assert_same, launch_worker
+
+from hf_in2core.engine.passes import Passes
 
 
 WORKER = Path(__file__).parent / "workers" / "influence_worker.py"
@@ -99,3 +104,29 @@ def test_two_machines_equal_one_process(tmp_path) -> None:
     found = [json.loads((tmp_path / f"two.{rank}.json").read_text()) for rank in (0, 1)]
     assert found[0]["influence"] == found[1]["influence"]
     assert_same(to_floats(found[0]["influence"]), to_floats(one["influence"]), 1e-5)
+
+
+@pytest.mark.parametrize("order", ["short first", "long first", "mixed"])
+def test_shards_have_equal_tokens_whatever_the_order(order: str) -> None:
+    generator = np.random.default_rng(0)
+    lengths = np.concatenate([generator.integers(5, 20, 900), generator.integers(100, 400, 900)])
+    lengths = {
+        "short first": np.sort(lengths),
+        "long first": -np.sort(-lengths),
+        "mixed": generator.permutation(lengths),
+    }[order]
+    rows = Dataset.from_list(
+        [{"row": row, "input_ids": [1] * int(n), "labels": [1] * int(n)} for row, n in enumerate(lengths)]
+    )
+    for positions in (None, np.sort(generator.choice(len(rows), 1200, replace=False))):
+        found = lengths if positions is None else lengths[positions]
+        shards = [
+            Passes(None, {}, "mean", 1, accelerator=SimpleNamespace(process_index=rank, num_processes=8)).shard(
+                rows, positions
+            )  # type: ignore[arg-type]
+            for rank in range(8)
+        ]
+        assert [start for start, _ in shards[1:]] == [end for _, end in shards[:-1]]
+        assert (shards[0][0], shards[-1][1]) == (0, len(found))
+        tokens = np.array([found[start:end].sum() for start, end in shards])
+        assert np.abs(tokens / tokens.mean() - 1).max() < 0.02

@@ -1,5 +1,6 @@
 """The support table: each line is an equality with the naive oracle, or a refusal by name before any long work."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +19,16 @@ from helpers import (
 )
 from naive import compute_datainf, compute_gradients
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GPTJConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen2MoeConfig,
+)
 
 from hf_in2core import InfluenceTrainer
 
@@ -221,3 +231,92 @@ def test_deepspeed_and_fsdp_are_refused(tmp_path, pool, validation) -> None:
                 eval_dataset=validation,
                 processing_class=make_tokenizer(),
             )
+
+
+TINY: dict[str, Any] = {
+    **{
+        "vocab_size": 340,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "initializer_range": 0.2,
+    },
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 256},
+}
+ROUTED: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "intermediate_size": 64}
+# Linears that see rows in another shape than `[batch, tokens, features]`: configuration, target modules, tolerance.
+RESHAPED: dict[str, tuple[Callable[[], PretrainedConfig], str | list[str], torch.dtype]] = {
+    "opt": (lambda: OPTConfig(**TINY, ffn_dim=64, word_embed_proj_dim=32), "all-linear", torch.float64),
+    "gptj": (
+        lambda: GPTJConfig(vocab_size=340, n_embd=32, n_layer=2, n_head=4, n_positions=256, rotary_dim=4),
+        "all-linear",
+        torch.float64,
+    ),
+    "qwen2_moe": (
+        lambda: Qwen2MoeConfig(
+            **TINY, **ROUTED, num_experts=4, shared_expert_intermediate_size=16, router_aux_loss_coef=0.0
+        ),
+        ["q_proj", "shared_expert.up_proj", "shared_expert.down_proj"],
+        torch.float32,
+    ),
+    "deepseek_v3": (
+        lambda: DeepseekV3Config(
+            **{**TINY, "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1},
+            **ROUTED,
+            **{"first_k_dense_replace": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16},
+            **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+        ),
+        ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "shared_experts.up_proj"],
+        torch.float32,
+    ),
+}
+
+
+@pytest.mark.usefixtures("exact_damping")
+@pytest.mark.parametrize("family", RESHAPED)
+def test_linears_that_see_rows_in_another_shape_equal_the_loop(tmp_path, validation, family) -> None:
+    make, targets, dtype = RESHAPED[family]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(make())
+    rows = make_prompt_completion(12, seed=2)
+    adapted = add_trained_adapter(model, target_modules=targets)
+    trainer = make_trainer(tmp_path, rows, validation, dtype=dtype, model=adapted)
+    expected = compute_datainf(
+        compute_gradients(trainer.model, prepare(rows)), compute_gradients(trainer.model, prepare(validation))
+    )
+    tolerance = 1e-6 if dtype == torch.float64 else 1e-3
+    assert_same(trainer.score_influence()["influence"], expected, tolerance)
+
+
+def test_what_cannot_be_told_apart_is_refused_before_training(tmp_path, pool, validation) -> None:
+    """Rows that a layer mixes show on two of them, whether the adapter is trained or not."""
+
+    class Mixing(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return self.inner(x.flip(0), *args, **kwargs).flip(0) if len(x) > 1 else self.inner(x, *args, **kwargs)
+
+    model = make_model()
+    model.model.layers[1].mlp = Mixing(model.model.layers[1].mlp)
+    options: dict[str, Any] = {"peft_config": LoraConfig(r=4, target_modules=["up_proj"])}
+    with pytest.raises(ValueError, match=r"layers.1.mlp.inner.up_proj.lora_B.weight. differs from automatic"):
+        InfluenceTrainer(
+            model=model,
+            args=make_config(tmp_path),
+            train_dataset=pool,
+            eval_dataset=validation,
+            processing_class=make_tokenizer(),
+            **options,
+        )
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"])
+def test_a_launch_that_shards_the_model_is_refused_before_it_loads(tmp_path, pool, validation, monkeypatch, variable):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match=f"launcher shards the model .*{variable}"):
+        InfluenceTrainer(
+            model="no/such-model", args=make_config(tmp_path), train_dataset=pool, eval_dataset=validation
+        )
