@@ -12,6 +12,7 @@ from helpers import make_model, make_prompt_completion, make_tokenizer
 
 # isort: split
 import pytest
+import torch
 from datasets import Dataset
 from recipe_runs import make_inputs, run_command, write_config
 from transformers import PreTrainedTokenizerFast
@@ -74,7 +75,7 @@ def validation() -> Dataset:
 @pytest.fixture
 def exact_damping(monkeypatch) -> None:
     """A second fit pass takes the exact damping from the first, whatever the bound on the pilot's error says."""
-    monkeypatch.setattr("hf_in2core.engine.fit.MAX_INNER_DAMPING_ERROR", 0.0)
+    monkeypatch.setattr("hf_in2core.engine.fit.MAX_INNER_DAMPING_ERROR", {torch.float64: 0.0, torch.float32: 0.0})
 
 
 @pytest.fixture(autouse=True)

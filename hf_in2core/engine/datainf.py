@@ -77,19 +77,42 @@ def compute_ihvp(validation_gradient: Tensor, weighted_sum: Tensor, num_examples
     return (validation_gradient - weighted_sum / num_examples) / damping
 
 
+def correct_damping(weighted_sum: Tensor, weighted_slope: Tensor, damping: float, inner_damping: float) -> Tensor:
+    r"""
+    The weighted sum of [`compute_ihvp`] at another damping than it was summed with, to first order.
+
+    Args:
+        weighted_sum (`torch.Tensor` of shape `[Q, *block]`):
+            `sum_i (v_q . g_i) / (inner_damping + ||g_i||^2) * g_i`.
+        weighted_slope (`torch.Tensor` of shape `[Q, *block]`):
+            `sum_i (v_q . g_i) / (inner_damping + ||g_i||^2)^2 * g_i`, minus its derivative by the damping.
+        damping (`float`):
+            Damping from all fitted examples.
+        inner_damping (`float`):
+            Damping that both were summed with.
+
+    Returns:
+        `torch.Tensor` of shape `[Q, *block]`; [`compute_inner_damping_error`] bounds what is left.
+    """
+    return weighted_sum - (damping - inner_damping) * weighted_slope
+
+
 def compute_inner_damping_error(
     error_weight: Tensor, num_examples: int, damping: float, inner_damping: float
 ) -> Tensor:
     r"""
-    Upper bound on `||u(inner_damping) - u(damping)||` of one block.
+    Upper bound on the error of `u` of one block, corrected to first order for the damping.
 
     The fit pass needs the damping before all gradients have been seen, so it takes the one of a pilot sample inside
-    `1 / (damping + ||g_i||^2)`. The difference of the two fractions is `|damping - inner| / ((damping + ||g_i||^2)
-    (inner + ||g_i||^2))`, and `damping + x >= min(1, damping / inner) (inner + x)` for `x >= 0`, hence the bound.
+    `1 / (damping + ||g_i||^2)`, and sums what the first derivative adds beside it. With `x = ||g_i||^2` and `delta =
+    damping - inner`, what is left is `1 / (damping + x) - (1 / (inner + x) - delta / (inner + x)^2) = delta^2 /
+    ((inner + x)^2 (damping + x))`, and `damping + x >= min(1, damping / inner) (inner + x)`, hence the bound.
+
+    The error of a score is at most `sum_b ||error of u_b|| ||g_kb||`.
 
     Args:
         error_weight (`torch.Tensor` of shape `[Q]`):
-            `sum_i |v_q . g_i| ||g_i|| / (inner_damping + ||g_i||^2)^2`.
+            `sum_i |v_q . g_i| ||g_i|| / (inner_damping + ||g_i||^2)^3`.
         num_examples (`int`):
             Number of fitted examples.
         damping (`float`):
@@ -103,4 +126,4 @@ def compute_inner_damping_error(
     if damping == 0.0 or damping == inner_damping:
         return torch.zeros_like(error_weight)
     shrinkage = min(1.0, damping / inner_damping) if inner_damping > 0.0 else 1.0
-    return abs(damping - inner_damping) / (damping * shrinkage * num_examples) * error_weight
+    return (damping - inner_damping) ** 2 / (damping * shrinkage * num_examples) * error_weight

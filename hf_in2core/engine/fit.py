@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from .batches import TokenBatch, read_token_rows
-from .datainf import compute_damping, compute_ihvp, compute_inner_damping_error
+from .datainf import compute_damping, compute_ihvp, compute_inner_damping_error, correct_damping
 from .gradients import (
     FitTerms,
     GradientRecorder,
@@ -33,8 +33,9 @@ logger = logging.getLogger(__name__)
 FITTED_FILE = "fitted.safetensors"
 # Pilot rows, from few rows on and up to many: a hundredth of a pass, which spares most runs a second fit pass.
 PILOT_ROWS, MAX_PILOT_ROWS = 4, 64
-# Largest accepted bound on the relative error of u from taking the inner damping from the pilot rows.
-MAX_INNER_DAMPING_ERROR = 1e-3
+# Largest accepted bound on the relative error of u from taking the inner damping from the pilot rows, by the precision
+# of the gradients: the noise of float32, and well below it where there is none.
+MAX_INNER_DAMPING_ERROR = {torch.float64: 1e-6, torch.float32: 1e-5}
 
 
 def run_validation_pass(passes: Passes, prepared: Dataset, name: str, description: str) -> dict[str, Tensor]:
@@ -104,7 +105,8 @@ class FitResult:
         num_examples (`int`):
             Number of training rows fitted.
         inner_damping_error (`float`):
-            Bound on the relative error of `u` from the pilot's damping; 0 where the exact one was used.
+            Bound on the relative error of `u` that the pilot's damping leaves, corrected to first order; 0 where the
+            exact one was used.
     """
 
     ihvp: dict[str, Tensor]
@@ -154,7 +156,10 @@ def run_fit_pass(
         positions = np.sort(generator.choice(len(prepared), fit_examples, replace=False))
     inner = _compute_pilot_damping(passes, prepared.select(pilot), damping_scale)
     result = _fit(passes, name, prepared, positions, validation_gradients, inner, damping_scale, is_stored)
-    if result.inner_damping_error > MAX_INNER_DAMPING_ERROR:
+    if (
+        result.inner_damping_error
+        > MAX_INNER_DAMPING_ERROR[accumulation_dtype(next(iter(passes.blocks.values())).tensor)]
+    ):
         logger.warning(
             "The pilot's damping may be off by up to %.1e of the result: fitting again with the exact damping.",
             result.inner_damping_error,
@@ -201,6 +206,8 @@ def _fit(
     for key, block in passes.blocks.items():
         device = block.tensor.device
         sums[f"{key}/weighted_sum"] = make_zeros(block.tensor, (num_queries,))
+        # A correction, which needs no more than the precision of the gradients.
+        sums[f"{key}/weighted_slope"] = make_zeros(block.tensor, (num_queries,), accumulation_dtype(block.tensor))
         sums[f"{key}/square_norm"] = torch.zeros((), dtype=torch.float64, device=device)
         sums[f"{key}/error_weight"] = torch.zeros(num_queries, dtype=torch.float64, device=device)
 
@@ -210,6 +217,7 @@ def _fit(
 
     def add(key: str, term: FitTerms) -> None:
         sums[f"{key}/weighted_sum"] += term.weighted_sum
+        sums[f"{key}/weighted_slope"] += term.weighted_slope
         sums[f"{key}/square_norm"] += term.square_norms.double().sum()
         sums[f"{key}/error_weight"] += term.error_weight
 
@@ -245,9 +253,10 @@ def _fit(
     for key, block in passes.blocks.items():
         mean_square_norm = float(sums[f"{key}/square_norm"]) / num_examples
         damping[key] = compute_damping(mean_square_norm, block.tensor.numel(), damping_scale)
-        ihvp[key] = compute_ihvp(
-            validation_gradients[key].double(), sums[f"{key}/weighted_sum"], num_examples, damping[key]
+        weighted_sum = correct_damping(
+            sums[f"{key}/weighted_sum"], sums[f"{key}/weighted_slope"], damping[key], inner_damping[key]
         )
+        ihvp[key] = compute_ihvp(validation_gradients[key].double(), weighted_sum, num_examples, damping[key])
         weight = sums[f"{key}/error_weight"].cpu()
         error = compute_inner_damping_error(weight, num_examples, damping[key], inner_damping[key])
         squared_error += error.square()

@@ -246,6 +246,7 @@ class FitTerms(NamedTuple):
 
     square_norms: Tensor  # [B]
     weighted_sum: Tensor  # [Q, out, in]
+    weighted_slope: Tensor  # [Q, out, in], minus its derivative with respect to the damping
     error_weight: Tensor  # [Q], see compute_inner_damping_error
 
 
@@ -296,8 +297,11 @@ def compute_block_fit_terms(gradients: Tensor, v: Tensor, damping: float) -> Fit
     dots = gradients @ v.flatten(1).T
     coefficients = compute_coefficients(dots, square_norms, damping)
     inverse = compute_coefficients(torch.ones_like(dots), square_norms, damping)
-    error_weight = (coefficients.abs() * inverse * square_norms.sqrt()[:, None]).sum(0)
-    return FitTerms(square_norms, (coefficients.T @ gradients).view_as(v), error_weight)
+    slopes = coefficients * inverse
+    error_weight = (slopes.abs() * inverse * square_norms.sqrt()[:, None]).sum(0)
+    sums = torch.cat([coefficients, slopes], dim=1).T @ gradients
+    weighted_sum, weighted_slope = sums.view(2, *v.shape)
+    return FitTerms(square_norms, weighted_sum, weighted_slope, error_weight)
 
 
 def compute_square_norms(recorder: GradientRecorder, batch: TokenBatch, loss_reduction: str) -> dict[str, Tensor]:

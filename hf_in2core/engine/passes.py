@@ -287,7 +287,7 @@ def accumulate(
         shared = "" if passes.world_size == 1 else "-by-tokens"
         path = passes.folder / f"{name}-{passes.rank}-of-{passes.world_size}{shared}.safetensors"
         stored = read_tensors(path, passes.fingerprint)
-        if stored is not None:
+        if stored is not None and stored[0].keys() == sums.keys():  # else of a version with other sums
             next_row = int(stored[1]["next_row"])
             for key, tensor in stored[0].items():
                 sums[key].copy_(tensor)

@@ -14,8 +14,8 @@ from .gradients import GradientRecorder, ScaleTooLargeError, compute_per_example
 from .passes import Passes
 
 
-# Relative error accepted between two ways of computing the same gradient, by precision of the forward. Rotary embeddings
-# and norms of some models run in float32 whatever the precision of the rest.
+# Relative error accepted between two ways of computing the same gradient, by precision of the forward. Some models
+# compute rotary embeddings and norms in float32, whatever the precision of the rest.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1, torch.int8: 0.1}
 
 

@@ -254,9 +254,12 @@ RESHAPED: dict[str, tuple[Callable[[], PretrainedConfig], str | list[str], torch
     ),
     "qwen2_moe": (
         lambda: Qwen2MoeConfig(
-            **TINY, **ROUTED, num_experts=4, shared_expert_intermediate_size=16, router_aux_loss_coef=0.0
+            **TINY,
+            **ROUTED,
+            **{"num_key_value_heads": 2, "num_experts": 4, "shared_expert_intermediate_size": 16},
+            router_aux_loss_coef=0.0,
         ),
-        ["q_proj", "shared_expert.up_proj", "shared_expert.down_proj"],
+        r".*(q_proj|shared_expert\.(gate|up|down)_proj)",
         torch.float32,
     ),
     "deepseek_v3": (
@@ -266,7 +269,7 @@ RESHAPED: dict[str, tuple[Callable[[], PretrainedConfig], str | list[str], torch
             **{"first_k_dense_replace": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16},
             **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
         ),
-        ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "shared_experts.up_proj"],
+        ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
         torch.float32,
     ),
 }
@@ -315,8 +318,7 @@ def test_what_cannot_be_told_apart_is_refused_before_training(tmp_path, pool, va
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"])
 def test_a_launch_that_shards_the_model_is_refused_before_it_loads(tmp_path, pool, validation, monkeypatch, variable):
+    args = make_config(tmp_path)
     monkeypatch.setenv(variable, "true")
     with pytest.raises(ValueError, match=f"launcher shards the model .*{variable}"):
-        InfluenceTrainer(
-            model="no/such-model", args=make_config(tmp_path), train_dataset=pool, eval_dataset=validation
-        )
+        InfluenceTrainer(model="no/such-model", args=args, train_dataset=pool, eval_dataset=validation)
