@@ -170,17 +170,13 @@ def map_sets(
     return mapped, dict(zip(validation, rest, strict=True))
 
 
-def check_distribution(kind: DistributedType) -> None:
-    """Refuse an accelerator that shards the model, wherever its plugin comes from."""
+def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool, kind: DistributedType) -> None:
+    """Refuse a model that the settings or the accelerator do not fit, or with tensors that cannot be accounted for."""
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ValueError(
             f"The accelerator shards the model ({kind.value}), but each process needs the whole one here. Train with "
             "it if you like; then score the adapter without."
         )
-
-
-def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool) -> None:
-    """Refuse a model that the settings do not fit, or with trainable tensors that cannot be accounted for."""
     if not isinstance(model, PeftModel):
         raise ValueError("The model has no PEFT adapter. Pass `peft_config=LoraConfig(...)`.")
     if len(model.active_adapters) > 1:

@@ -35,7 +35,6 @@ from .checks import (
     check_adapter_given,
     check_added_columns,
     check_datasets,
-    check_distribution,
     check_model,
     check_settings,
     check_store,
@@ -140,8 +139,7 @@ class InfluenceTrainer(SFTTrainer):
             **kwargs,
         )
         # Fails here, before any training, if a tensor cannot be accounted for.
-        check_distribution(self.accelerator.distributed_type)
-        check_model(self.model, args, self.aux_loss_enabled)
+        check_model(self.model, args, self.aux_loss_enabled, self.accelerator.distributed_type)
         # TRL's own decisions, made while its constructor prepared the data.
         preparation.processing_class = self.processing_class  # type: ignore[assignment]
         preparation.completion_only_loss = self.completion_only_loss
