@@ -179,7 +179,9 @@ def plan_influence(
     plans += [PassPlan("score", rows, tokens, timings.score * tokens)] * num_scores
 
     scores = len(pool) * queries * 8
-    sums = (0 if per_example else queries * elements * 8) + (num_fits * at_once * elements * 8 if datainf else 0)
+    # The fit's sum, and beside it its slope.
+    fitted = num_fits * at_once * elements * (8 + itemsize) if datainf else 0
+    sums = (0 if per_example else queries * elements * 8) + fitted
     return InfluencePlan(
         rows=len(pool),
         tokens=shape.tokens,

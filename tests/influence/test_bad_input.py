@@ -134,9 +134,8 @@ def test_settings_out_of_range(tmp_path) -> None:
 
 
 def test_layers_that_do_not_exist(tmp_path, pool, validation) -> None:
-    trainer = make_trainer(tmp_path, pool, validation, influence_layers=[1, 7])
     with pytest.raises(ValueError, match=r"layers \[7\]"):
-        trainer.fit_influence()
+        make_trainer(tmp_path, pool, validation, influence_layers=[1, 7])
 
 
 def test_constant_zero_gradients(tmp_path, pool, validation) -> None:
