@@ -157,7 +157,7 @@ def test_an_adapter_of_any_name_is_saved_and_loaded(tmp_path, model_folder, pool
     beside = make_trainer(tmp_path / "b", pool, validation, torch.float32, model=model)
     assert beside.score_influence()["influence"][:] == alone.score_influence()["influence"][:]
     save_and_load(beside, tmp_path / "scorer-b", pool)
-    model.base_model.set_adapter(["sft", "other"])
+    model.base_model.set_adapter(["sft", "other"])  # type: ignore
     with pytest.raises(ValueError, match="adapters sft, other are active together"):
         make_trainer(tmp_path / "c", pool, validation, torch.float32, model=model)
 
@@ -180,7 +180,7 @@ def test_a_date_in_the_template_stays_that_of_the_fit(tmp_path, model_folder, mo
         class Day(datetime.datetime):
             @classmethod
             def now(cls, tz=None):
-                return cls(*day)
+                return cls(*day)  # type: ignore
 
         monkeypatch.setattr(chat_template_utils, "datetime", Day)
         chat_template_utils._compile_jinja_template.cache_clear()

@@ -244,6 +244,12 @@ TINY: dict[str, Any] = {
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 256},
 }
 ROUTED: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "intermediate_size": 64}
+SHARED: dict[str, Any] = {"num_key_value_heads": 2, "num_experts": 4, "shared_expert_intermediate_size": 16}
+LATENT: dict[str, Any] = {
+    **{"num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1},
+    **{"first_k_dense_replace": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16},
+    **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+}
 # Linears that see rows in another shape than `[batch, tokens, features]`: configuration, target modules, tolerance.
 RESHAPED: dict[str, tuple[Callable[[], PretrainedConfig], str | list[str], torch.dtype]] = {
     "opt": (lambda: OPTConfig(**TINY, ffn_dim=64, word_embed_proj_dim=32), "all-linear", torch.float64),
@@ -256,7 +262,7 @@ RESHAPED: dict[str, tuple[Callable[[], PretrainedConfig], str | list[str], torch
         lambda: Qwen2MoeConfig(
             **TINY,
             **ROUTED,
-            **{"num_key_value_heads": 2, "num_experts": 4, "shared_expert_intermediate_size": 16},
+            **SHARED,
             router_aux_loss_coef=0.0,
         ),
         r".*(q_proj|shared_expert\.(gate|up|down)_proj)",
@@ -264,10 +270,9 @@ RESHAPED: dict[str, tuple[Callable[[], PretrainedConfig], str | list[str], torch
     ),
     "deepseek_v3": (
         lambda: DeepseekV3Config(
-            **{**TINY, "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1},
+            **TINY,
             **ROUTED,
-            **{"first_k_dense_replace": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16},
-            **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+            **LATENT,
         ),
         ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
         torch.float32,

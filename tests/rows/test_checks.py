@@ -116,7 +116,7 @@ def test_conversations_as_json_text_say_how_to_parse_them(tmp_path: Path) -> Non
 
 
 def test_the_first_five_are_named_and_all_counted(tmp_path: Path) -> None:
-    rows = Dataset.from_list([PLAIN | {"completion": None if number % 2 else "a"} for number in range(20)])
+    rows = Dataset.from_list([PLAIN | {"completion": None if number % 2 else "a"} for number in range(20)])  # type: ignore
     with pytest.raises(ValueError, match=r"10 of 20 rows of the pool:(\n  - row \d: .*){5}\n  … and 5 more"):
         make_trainer(tmp_path, rows, rows)
 

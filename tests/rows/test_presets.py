@@ -82,13 +82,13 @@ def test_sharegpt_speakers_system_and_tools() -> None:
             "conversations": [{"from": "user", "value": "c"}, {"from": "assistant", "value": "d"}],
         },
     ]
-    first, second = map_all(rows, "sharegpt")
+    first, second = map_all(rows, "sharegpt")  # type: ignore
     assert [turn["role"] for turn in first["messages"]] == ["system", "user", "assistant", "tool", "assistant"]
     assert first["messages"][0]["content"] == "One word." and first["tools"] is None
     assert [turn["role"] for turn in second["messages"]] == ["user", "assistant"] and second["tools"] == "[]"
     spelled = [{"conversations": [{"role": "user", "content": "c"}, {"role": "gpt", "content": "d"}]}]
     assert map_all(spelled, "sharegpt")[0]["messages"] == second["messages"]
-    own = [{"system": "x", "conversations": [{"from": "system", "value": "y"}, *rows[1]["conversations"]]}]
+    own = [{"system": "x", "conversations": [{"from": "system", "value": "y"}, *rows[1]["conversations"]]}]  # type: ignore
     assert map_all(own, "sharegpt")[0]["messages"][0]["content"] == "y"
 
 
@@ -96,7 +96,7 @@ def make_turns(*weights: int | None) -> list[dict[str, Any]]:
     turns = []
     for number, weight in enumerate(weights):
         turns += [{"role": "user", "content": f"a{number}", "weight": None}]
-        turns += [{"role": "assistant", "content": f"b{number}", "weight": weight}]
+        turns += [{"role": "assistant", "content": f"b{number}", "weight": weight}]  # type: ignore
     return turns
 
 
