@@ -20,8 +20,8 @@ from hf_in2core.engine.scoring import average_over_sets, count_queries, score_to
 from hf_in2core.engine.state import hash_adapter, hash_json, hash_tensors, write_tensors
 from hf_in2core.names import LOSS_REDUCTIONS, NUM_LOSS_TOKENS, PER_QUERY, RANK, list_added_columns, list_score_columns
 from hf_in2core.notebook import render_html
-from hf_in2core.rows.checks import list_read_columns, warn_of_unscored
-from hf_in2core.rows.columns import check_sources
+from hf_in2core.rows.checks import warn_of_unscored
+from hf_in2core.rows.columns import check_sources, list_read_columns
 from hf_in2core.rows.preparation import Preparation, prepare_batch
 
 from .scorer_files import (

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from hf_in2core.progress import make_bar
 
-from .columns import FORMAT_COLUMNS, check_sources, get_preset, list_format_columns, map_row, read_sources
+from .columns import FORMAT_COLUMNS, check_sources, get_preset, list_read_columns, map_row, read_sources
 from .hashes import hash_value
 from .masks import describe_kind, describe_mask
 from .presets import RowError, count_silent_turns, describe_value, read_tools, read_turns
@@ -126,20 +126,6 @@ def check_rows(dataset: Dataset, preparation: "Preparation", what: str, hashes: 
                 found.hashes.append(hash_value(mapped))
             bar.update()
     return found
-
-
-def list_read_columns(names: Iterable[str], columns: list[str] | None) -> list[str]:
-    """Of a set's columns those that its mapping may read, so that no other is decoded."""
-    names = list(names)
-    if (preset := get_preset(columns)) is not None:
-        read: Iterable[str] = {
-            "alpaca": ("instruction", "input", "output", "system", "history", "tools"),
-            "sharegpt": ("conversations", "system", "tools"),
-            "openai": ("messages", "tools"),
-        }[preset]
-    else:
-        read = read_sources(columns).values() or list_format_columns(names)
-    return [name for name in names if name in set(read)]
 
 
 def check_row(row: Mapping[str, Any], preparation: "Preparation") -> tuple[dict[str, Any], bool]:

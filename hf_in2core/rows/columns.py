@@ -92,6 +92,16 @@ def list_format_columns(names: Iterable[str]) -> list[str]:
     return [name for name in kept if name in names]
 
 
+def list_read_columns(names: Iterable[str], columns: list[str] | None) -> list[str]:
+    """Of a set's columns those that its mapping may read, so that no other is decoded."""
+    names = list(names)
+    if (preset := get_preset(columns)) is not None:
+        read = {*PRESETS[preset].needed, *PRESETS[preset].optional}
+    else:
+        read = set(read_sources(columns).values() or list_format_columns(names))
+    return [name for name in names if name in read]
+
+
 def check_sources(names: Iterable[str], columns: list[str] | None) -> None:
     """
     Check that rows have the columns that a mapping reads, and that what they become is one of TRL's formats.
@@ -103,7 +113,7 @@ def check_sources(names: Iterable[str], columns: list[str] | None) -> None:
     names = list(names)
     preset = get_preset(columns)
     sources = read_sources(columns)
-    needed = list(PRESETS[preset][1] if preset else sources.values())
+    needed = list(PRESETS[preset].needed if preset else sources.values())
     missing = [name for name in needed if name not in names]
     if missing:
         raise ValueError(
@@ -131,7 +141,7 @@ def map_row(row: Mapping[str, Any], columns: list[str] | None, conversational: b
         RowError: if a cell is not what its preset needs.
     """
     if (preset := get_preset(columns)) is not None:
-        return PRESETS[preset][0](row, conversational)
+        return PRESETS[preset].read(row, conversational)
     sources = read_sources(columns)
     mapped = {target: row[source] for target, source in sources.items()} if sources else row
     kept = {name: mapped[name] for name in list_format_columns(mapped)}

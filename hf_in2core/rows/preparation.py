@@ -17,7 +17,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from hf_in2core.engine.batches import read_token_rows
 
 from .checks import CheckedRows, check_row, check_rows, describe_kind, refuse_bad_rows
-from .columns import apply_columns, check_sources, get_column_names, map_row
+from .columns import apply_columns, check_sources, get_column_names, list_read_columns, map_row
 from .presets import RowError
 
 
@@ -123,9 +123,10 @@ def find_first_row(
     Raises:
         ValueError: if there are no rows, or the set lacks columns or fits no format.
     """
-    check_sources(get_column_names(dataset) if _has_rows(dataset) else [], columns)
+    names = get_column_names(dataset) if _has_rows(dataset) else []
+    check_sources(names, columns)
     first: dict[str, Any] | None = None
-    for row in dataset.with_format(None):
+    for row in dataset.with_format(None).select_columns(list_read_columns(names, columns)):
         try:
             mapped = map_row(row, columns, bool(processing_class.chat_template))
         except RowError:

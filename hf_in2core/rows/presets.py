@@ -3,7 +3,7 @@
 import datetime
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import Features, Json, List, Value
 
@@ -160,6 +160,8 @@ def from_openai(row: Mapping[str, Any], conversational: bool = True) -> dict[str
     turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in read_turns(row, "messages")]
     trained = [number for number, turn in enumerate(row["messages"]) if _is_answer(turn) and not _is_silent(turn)]
     start = trained[0] if trained else len(turns)
+    if start == 0 and turns:
+        raise RowError("messages", "begins with an assistant turn that is trained on, so that nothing is its prompt")
     return {"prompt": turns[:start], "completion": turns[start:], **take_tools(row)}
 
 
@@ -192,11 +194,18 @@ def _is_silent(turn: Mapping[str, Any]) -> bool:
     return weight is not None and weight == 0
 
 
-# Preset -> how it reads a row, and the columns that it needs.
-PRESETS: dict[str, tuple[Callable[[Mapping[str, Any], bool], dict[str, Any]], tuple[str, ...]]] = {
-    "alpaca": (from_alpaca, ("instruction", "output")),
-    "sharegpt": (from_sharegpt, ("conversations",)),
-    "openai": (from_openai, ("messages",)),
+class Preset(NamedTuple):
+    """How a known format is read, by `read(row, conversational)`: the columns that it needs, and that it may have."""
+
+    read: Callable[[Mapping[str, Any], bool], dict[str, Any]]
+    needed: tuple[str, ...]
+    optional: tuple[str, ...]
+
+
+PRESETS = {
+    "alpaca": Preset(from_alpaca, ("instruction", "output"), ("input", "system", "history", "tools")),
+    "sharegpt": Preset(from_sharegpt, ("conversations",), ("system", "tools")),
+    "openai": Preset(from_openai, ("messages",), ("tools",)),
 }
 
 

@@ -150,7 +150,14 @@ def _load_local(path: Path, split: str | None, texts: set[str]) -> Dataset:
         return load_dataset(str(path), split=split, **options)
     splits = load_dataset(str(path), **options)
     loaded = _take_split(splits, split)
-    return _keep_texts(loaded, parts, texts) if builders == {"json"} and len(splits) == 1 else loaded
+    if builders != {"json"} or not _find_dates(loaded, texts):
+        return loaded
+    # The order in which datasets reads parts is its own: they are read again, as one list in ours. If that gives
+    # other rows, what looks like a date stays one, and is refused by row where it should be text.
+    ordered = load_dataset("json", data_files=[str(part) for part in parts], split="train")
+    if len(splits) != 1 or len(ordered) != len(loaded):
+        return loaded
+    return _keep_texts(ordered, parts, texts)
 
 
 def _get_options(builder: str, files: list[Path], texts: set[str]) -> dict[str, Any]:
@@ -170,14 +177,18 @@ def _get_options(builder: str, files: list[Path], texts: set[str]) -> dict[str, 
 
 def _keep_texts(loaded: Dataset, files: list[Path], texts: set[str]) -> Dataset:
     """Texts of JSON that Arrow took for dates, read again as they stand; all else stays as it is."""
-    wanted = {name: _read_dates_as_text(feature) for name, feature in loaded.features.items() if name in texts}
-    wanted = {name: feature for name, feature in wanted.items() if feature != loaded.features[name]}
-    if not wanted:
+    if not (wanted := _find_dates(loaded, texts)):
         return loaded
     values = [{name: row.get(name) for name in wanted} for file in files for row in _read_json(file)]
     again = Dataset.from_list(values, features=Features(wanted))
     kept = loaded.remove_columns(list(wanted))
     return concatenate_datasets([kept, again], axis=1).select_columns(loaded.column_names)
+
+
+def _find_dates(loaded: Dataset, texts: set[str]) -> dict[str, Any]:
+    """The columns of texts that hold dates, and the types that they should have."""
+    wanted = {name: _read_dates_as_text(feature) for name, feature in loaded.features.items() if name in texts}
+    return {name: feature for name, feature in wanted.items() if feature != loaded.features[name]}
 
 
 def _read_dates_as_text(feature: Any) -> Any:

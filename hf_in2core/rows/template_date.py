@@ -21,7 +21,7 @@ _CALL = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\
 def prints_date(template: Any) -> bool:
     """Whether a chat template, or one of several by name, prints the date of the day on which it is rendered."""
     texts = template.values() if isinstance(template, dict) else [template or ""]
-    return any(_CALL.search(text) for text in texts)
+    return any("strftime_now(" in text for text in texts)
 
 
 def read_clock(processing_class: PreTrainedTokenizerBase) -> datetime:
@@ -34,12 +34,10 @@ def read_clock(processing_class: PreTrainedTokenizerBase) -> datetime:
 
 
 def pin_template(template: Any, day: datetime) -> Any:
-    """A chat template, or several by name, with the date written into it."""
+    """A chat template, or several by name, with the date written into it; a form made up as it goes stays a call."""
     if isinstance(template, dict):
         return {name: pin_template(text, day) for name, text in template.items()}
-    if template is None:
-        return None
-    return _CALL.sub(lambda call: repr(day.strftime(call["format"])), template)
+    return template and _CALL.sub(lambda call: repr(day.strftime(call["format"])), template)
 
 
 def pin_tokenizer(processing_class: PreTrainedTokenizerBase, day: datetime) -> PreTrainedTokenizerBase:
@@ -65,14 +63,21 @@ def pin_date(preparation: "Preparation", warn: bool) -> "Preparation":
     if not any(map(prints_date, templates)):
         return preparation
     day = read_clock(preparation.processing_class)
-    if warn:
+    pinned = replace(
+        preparation,
+        processing_class=pin_tokenizer(preparation.processing_class, day),
+        chat_template=pin_template(preparation.chat_template, day),
+    )
+    if warn and any(map(prints_date, [pinned.chat_template, pinned.processing_class.chat_template])):
+        logger.warning(
+            "The chat template prints the date in a form that it makes up as it goes, so that it cannot be pinned: "
+            "scores of conversations change from day to day. Write `strftime_now('%d %b %Y')`, or the date itself, "
+            "into the template (`chat_template_path`)."
+        )
+    elif warn:
         logger.warning(
             "The chat template prints the date, %s today. The scorer keeps this date, so that a row scores the same "
             "on any day; SFT itself prints that of the day on which it runs.",
             day.date(),
         )
-    return replace(
-        preparation,
-        processing_class=pin_tokenizer(preparation.processing_class, day),
-        chat_template=pin_template(preparation.chat_template, day),
-    )
+    return pinned

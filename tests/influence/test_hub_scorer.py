@@ -237,6 +237,28 @@ def test_a_published_pool_grows_without_a_refit(hub, published, publisher, tmp_p
     assert len(repo.history()) == 2
 
 
+def test_rows_that_do_not_fit_are_refused_before_they_are_scored(hub, published, publisher, tmp_path) -> None:
+    hub.add_repo("dataset", "ada/mixed", hub.repos[("dataset", "ada/scored")].files())
+    repo, path = hub.repos[("dataset", "ada/mixed")], tmp_path / "more.jsonl"
+    good = list(helpers.make_prompt_completion(3, seed=8))
+    flags = ["--hub_id", "ada/mixed", "--rows", str(path)]
+    for rows, told in [
+        (
+            [*good, good[0] | {"prompt": None}],
+            "1 of 4 rows of the rows to add:\n  - row 3 (id '8-0'): `prompt` is null",
+        ),
+        ([row | {"id": number} for number, row in enumerate(good)], "Column `id` holds string in the first pool"),
+    ]:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(ClientError) as raised:
+            publisher.run(GROW, flags=flags)
+        assert told in raised.value.message and len(repo.history()) == 1
+        assert "score_with" not in raised.value.message  # nothing was scored
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*good, good[0] | {"prompt": None}]))
+    publisher.run(GROW, flags=[*flags, "--bad_rows", "drop"])
+    assert repo.history()[0].title.startswith("Add 3 rows") and "are dropped, the first: row 3" in publisher.output
+
+
 def test_a_grown_pools_coresets_are_chosen_as_they_were() -> None:
     choose_splits = load_command("grow").choose_splits
     turns = {"strategy": "round_robin_rows", "column": "influence", "fraction": 0.5}

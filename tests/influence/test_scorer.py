@@ -208,6 +208,13 @@ def test_a_date_in_the_template_stays_that_of_the_fit(tmp_path, model_folder, mo
     assert tokenizer.chat_template == template  # the user's own tokenizer goes on printing the date
 
 
+def test_a_date_that_cannot_be_pinned_is_told(tmp_path, pool, validation, caplog) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% set form = '%d' %}{{ strftime_now(form) }}" + CHAT_TEMPLATE
+    make_trainer(tmp_path, pool, validation, tokenizer=tokenizer)
+    assert "cannot be pinned: scores of conversations change" in caplog.text
+
+
 def test_a_later_scoring_takes_the_columns_of_the_earlier_one_away(tmp_path, pool, validation) -> None:
     """Told by what that scoring recorded, which outlasts files: a column that is only called like one stays."""
     own = pool.add_column("influence_notes", ["x"] * len(pool)).add_column("influence_prior", [0.5] * len(pool))

@@ -144,6 +144,7 @@ def test_a_weight_without_the_preset_is_told(tmp_path: Path, caplog: pytest.LogC
         ("sharegpt", {"conversations": []}, "`conversations` is an empty conversation"),
         ("sharegpt", {"conversations": [{"from": "dog", "value": "a"}]}, "has the speaker 'dog' in turn 0; known: "),
         ("sharegpt", {"conversations": [{"from": "human", "value": None}]}, "has null as the text of turn 0"),
+        ("openai", {"messages": [{"role": "assistant", "content": "a"}]}, "`messages` begins with an assistant turn"),
         ("openai", {"messages": [{"role": "user", "content": 3, "weight": 0}]}, r"has a number \(3\) as the content"),
     ],
 )

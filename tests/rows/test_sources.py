@@ -151,6 +151,11 @@ def test_cells_of_texts_stay_as_they_are_written(tmp_path: Path) -> None:
     for number, row in enumerate(values):
         (folder / f"{number}.jsonl").write_text(json.dumps(row) + "\n")
     assert load_rows(str(folder))["output"][:] == ["2024-05-01", "2024-05-02"]
+    # Whatever order the parts are read in, a text stays with its row.
+    for number in range(2, 12):
+        text = f"2024-06-{number:02}"
+        (folder / f"{number}.jsonl").write_text(json.dumps(values[0] | {"output": text, "n": number}) + "\n")
+    assert all(row["output"] == f"2024-06-{row['n']:02}" for row in load_rows(str(folder)) if row["n"] != 1)
 
 
 def test_empty_file(tmp_path: Path) -> None:
