@@ -15,10 +15,16 @@ from hf_in2core.engine.gradients import GradientRecorder, compute_per_example_gr
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("precision", ["bf16", "no"])
-def test_scores_do_not_hang_on_where_the_adapter_was_trained(tmp_path, dtype, precision) -> None:
-    """accelerate leaves its own mixed precision around a model that was trained in this process."""
-    options: dict[str, Any] = {} if precision == "no" else {precision: True}
+@pytest.mark.parametrize("precision", ["bf16", "no", "launcher"])
+def test_scores_do_not_hang_on_where_the_adapter_was_trained(tmp_path, dtype, precision, monkeypatch) -> None:
+    """
+    accelerate leaves its own mixed precision around a model that was trained in this process.
+
+    It may be the launcher's alone (`accelerate launch --mixed_precision bf16`), which the arguments do not know of.
+    """
+    options: dict[str, Any] = {"bf16": True} if precision == "bf16" else {}
+    if precision == "launcher":
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     scores, fingerprints = [], []
     for train in (False, True):
         pool, validation = make_prompt_completion(14, seed=0), make_prompt_completion(5, seed=1)
@@ -26,6 +32,7 @@ def test_scores_do_not_hang_on_where_the_adapter_was_trained(tmp_path, dtype, pr
         trainer = make_trainer(tmp_path / str(train), pool, validation, dtype, **options)
         if train:
             trainer.train()
+        assert trainer.autocast == ("bf16" if precision == "bf16" else "no")  # what the arguments say, for any base
         model = trainer.accelerator.unwrap_model(trainer.model)
         assert ("_original_forward" in vars(model)) == (train and precision != "no")
         before = vars(model).get("forward")
