@@ -28,19 +28,25 @@ from hf_in2core.engine.scoring import run_score_pass
 from hf_in2core.engine.store import GradientStore
 
 
-def run_plain(model: PeftModel, rows: Dataset, tokens_per_batch: int, full_logits: bool = False) -> None:
+def run_plain(
+    model: PeftModel,
+    rows: Dataset,
+    tokens_per_batch: int,
+    full_logits: bool = False,
+    autocast: torch.dtype | None = None,
+) -> None:
     """One ordinary forward and backward over the rows, in the very batches of the influence passes."""
     model.eval()
     token_rows = read_token_rows(rows)
     for indices in plan_batches(token_rows, tokens_per_batch, model.config.vocab_size):
-        batch = collate(token_rows, indices)
+        batch = collate(token_rows, indices).to(model.device)
         if full_logits:
             outputs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
             labels = torch.full(batch.input_ids.shape, -100).flatten()
             labels[batch.positions] = batch.targets
             loss = F.cross_entropy(outputs.logits.flatten(0, 1).float(), labels, ignore_index=-100)
         else:
-            loss = compute_token_nll(model, batch)[0].mean()
+            loss = compute_token_nll(model, batch, autocast)[0].mean()
         loss.backward()
         model.zero_grad()
 
@@ -57,20 +63,26 @@ def compute_mean_gradients(passes: Passes, rows: Dataset) -> dict[str, torch.Ten
     return {name: v[None] for name, v in run_validation_pass(passes, rows, "v", "v").items()}
 
 
-def collect_gradients(model: PeftModel, rows: Dataset) -> list[dict[str, torch.Tensor]]:
+def collect_gradients(
+    model: PeftModel, rows: Dataset, autocast: torch.dtype | None = None
+) -> list[dict[str, torch.Tensor]]:
     """Gradients the published way: batch size 1, full logits, every gradient in memory."""
     model.eval()
     gradients = []
     for row in rows:
         model.zero_grad()
-        labels = torch.tensor([row["labels"]])
-        model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss.backward()
+        labels = torch.tensor([row["labels"]], device=model.device)
+        with torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None):
+            loss = model(input_ids=torch.tensor([row["input_ids"]], device=model.device), labels=labels).loss
+        loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     model.zero_grad()
     return gradients
 
 
-def run_published(model: PeftModel, train: Dataset, validation: Dataset, mean: bool) -> np.ndarray:
+def run_published(
+    model: PeftModel, train: Dataset, validation: Dataset, mean: bool, autocast: torch.dtype | None = None
+) -> np.ndarray:
     """
     DataInf as published: batch size 1, every gradient in memory, loops over examples and tensors; `[n]`.
 
@@ -78,7 +90,8 @@ def run_published(model: PeftModel, train: Dataset, validation: Dataset, mean: b
     the other (as it does for generated text, with the damping computed again for each), and then the mean of the
     influences.
     """
-    train_gradients, validation_gradients = collect_gradients(model, train), collect_gradients(model, validation)
+    train_gradients = collect_gradients(model, train, autocast)
+    validation_gradients = collect_gradients(model, validation, autocast)
     if mean:
         count = len(validation_gradients)
         validation_gradients = [

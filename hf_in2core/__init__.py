@@ -12,11 +12,11 @@ except PackageNotFoundError:  # a tree on PYTHONPATH that was never installed
 __all__ = ["InfluenceConfig", "InfluenceScorer", "InfluenceTrainer", "push_influence_dataset", "select_coreset"]
 
 if TYPE_CHECKING:
-    from .config import InfluenceConfig
-    from .coreset import select_coreset
-    from .publish import push_influence_dataset
-    from .scorer import InfluenceScorer
-    from .trainer import InfluenceTrainer
+    from .cards.publish import push_influence_dataset
+    from .influence.config import InfluenceConfig
+    from .influence.scorer import InfluenceScorer
+    from .influence.trainer import InfluenceTrainer
+    from .selection.coreset import select_coreset
 
 _MODULES = {
     "InfluenceConfig": "influence.config",

@@ -155,7 +155,7 @@ def run_fit_pass(
     if fit_examples is not None and fit_examples < len(prepared):
         positions = np.sort(generator.choice(len(prepared), fit_examples, replace=False))
     inner = _compute_pilot_damping(passes, prepared.select(pilot), damping_scale)
-    result = _fit(passes, name, prepared, positions, validation_gradients, inner, damping_scale, is_stored)
+    result = fit_rows(passes, name, prepared, positions, validation_gradients, inner, damping_scale, is_stored)
     if (
         result.inner_damping_error
         > MAX_INNER_DAMPING_ERROR[accumulation_dtype(next(iter(passes.blocks.values())).tensor)]
@@ -164,7 +164,7 @@ def run_fit_pass(
             "The pilot's damping may be off by up to %.1e of the result: fitting again with the exact damping.",
             result.inner_damping_error,
         )
-        result = _fit(
+        result = fit_rows(
             passes, f"{name}-exact", prepared, positions, validation_gradients, result.damping, damping_scale, True
         )
     return result
@@ -191,7 +191,7 @@ def _compute_pilot_damping(passes: Passes, pilot: Dataset, damping_scale: float)
     }
 
 
-def _fit(
+def fit_rows(
     passes: Passes,
     name: str,
     prepared: Dataset,

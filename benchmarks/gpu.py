@@ -1,0 +1,359 @@
+"""The influence passes on a GPU: tokens per second beside plain training steps, memory, precision, the published way.
+
+python benchmarks/gpu.py [--quick] [--out benchmarks/results/gpu.json] [--only speed_0.6B ...]
+
+Models have random weights, made on the device in the shapes of Qwen3-0.6B and Llama-2-7B; rows are 1,024 random
+tokens, all of them with loss. Baseline and ours run in turn, in one process. A part that fails is written down with
+its error and the others go on; the exit status then is 1. `--quick` runs tiny shapes, on the CPU where there is no
+GPU: it shows that every part runs, and its figures mean nothing.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig, PeftModel, get_peft_model
+from scipy.stats import spearmanr
+from speed import compute_mean_gradients, run_fit_and_score, run_plain, run_published
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, Qwen3Config, Qwen3ForCausalLM
+from workload import describe_machine, make_passes, make_rows, make_tokenizer
+
+from hf_in2core import InfluenceConfig, InfluenceTrainer
+from hf_in2core.engine.fit import fit_rows
+from hf_in2core.engine.passes import Passes
+from hf_in2core.engine.scoring import run_score_pass
+from hf_in2core.influence.plan import plan_influence
+
+
+RANK = 16
+
+
+def make_shape(name: str, quick: bool) -> PretrainedConfig:
+    """Configuration of a shape that people use."""
+    if quick:
+        small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+        return (
+            Qwen3Config(**small, **heads, tie_word_embeddings=True)
+            if name == "0.6B"
+            else LlamaConfig(**small, **heads)
+        )
+    if name == "0.6B":
+        return Qwen3Config(
+            **{"vocab_size": 151_936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28},
+            **{"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True},
+        )
+    return LlamaConfig(
+        **{"vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32},
+        **{"num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096},
+    )
+
+
+def make_model(name: str, device: torch.device, dtype: torch.dtype, quick: bool) -> PeftModel:
+    """That shape with random weights and a LoRA adapter (float32) on every linear, made on the device."""
+    torch.manual_seed(0)
+    config = make_shape(name, quick)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            base = (Qwen3ForCausalLM if name == "0.6B" else LlamaForCausalLM)(config)
+            model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
+    finally:
+        torch.set_default_dtype(before)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_" in parameter_name:
+                parameter.data = parameter.data.to(device, torch.float32)
+            if "lora_B" in parameter_name:
+                parameter.normal_(std=0.02)
+    return model
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def read_peak() -> int | None:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def count_kernels(work: Callable[[], object]) -> dict[str, int]:
+    """Kernels, copies to the device and waits for it in one run."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    with profile(activities=activities) as profiler:
+        work()
+        synchronize()
+    names: dict[str, int] = {}
+    for event in profiler.key_averages():
+        names[event.key] = names.get(event.key, 0) + event.count
+    wanted = ("cudaLaunchKernel", "cudaMemcpyAsync", "cudaStreamSynchronize", "cuLaunchKernel", "cudaLaunchKernelExC")
+    return {name: names.get(name, 0) for name in wanted}
+
+
+def measure_speed(name: str, device: torch.device, quick: bool) -> dict[str, Any]:
+    """Tokens per second of plain steps and of the passes, each at its best batch, and their peak memory."""
+    dtype = torch.bfloat16
+    length = 32 if quick else 1024
+    sizes = [2, 4] if quick else [2, 4, 8, 16, 24] if name == "0.6B" else [1, 2, 4, 8]
+    repetitions = 1 if quick else 4
+    model = make_model(name, device, dtype, quick)
+    vocab_size = model.config.vocab_size
+    passes = make_passes(model, autocast=torch.bfloat16, chunk_size=100_000)
+    held_out = make_rows(2, vocab_size, length, length, prompt=0.0, seed=1)
+    v = compute_mean_gradients(passes, held_out)
+    directions = {key: value.float() for key, value in v.items()}
+    damping = dict.fromkeys(passes.blocks, 1e-6)
+    table: list[dict[str, Any]] = []
+    for size in sizes:
+        rows = make_rows(2 * size, vocab_size, length, length, prompt=0.0)
+        passes.tokens_per_batch = size * length
+        works: dict[str, Callable[[], object]] = {
+            "plain": lambda rows=rows, size=size: run_plain(model, rows, size * length, autocast=torch.bfloat16),
+            "score": lambda rows=rows: run_score_pass(passes, rows, directions, cosine=False),
+            "fit": lambda rows=rows: fit_rows(passes, "fit", rows, None, v, damping, 0.1, False),
+            "validation": lambda rows=rows: compute_mean_gradients(passes, rows),
+        }
+        for what in list(works):
+            entry: dict[str, Any] = {"what": what, "rows_per_batch": size, "tokens_per_batch": size * length}
+            free()
+            try:
+                works[what]()
+            except torch.OutOfMemoryError:
+                entry["error"] = "out of memory"
+                del works[what]
+            entry["peak_bytes"] = read_peak()
+            table.append(entry)
+        seconds: dict[str, list[float]] = {what: [] for what in works}
+        for _ in range(repetitions):
+            for what, work in works.items():
+                synchronize()
+                start = time.perf_counter()
+                work()
+                synchronize()
+                seconds[what].append(time.perf_counter() - start)
+        for entry in table[-4:]:
+            if entry["what"] in seconds:
+                entry["tokens_per_second"] = len(rows) * length / statistics.median(seconds[entry["what"]])
+        if passes.tokens_per_batch != size * length or "plain" not in works:
+            break  # a pass has halved its batches: larger ones do not fit
+    best = {
+        what: max((entry.get("tokens_per_second", 0.0) for entry in table if entry["what"] == what), default=0.0)
+        for what in ("plain", "score", "fit", "validation")
+    }
+    ratios = {what: value / best["plain"] for what, value in best.items()}
+    passes.tokens_per_batch = sizes[1] * length
+    rows = make_rows(sizes[1], vocab_size, length, length, prompt=0.0)
+    kernels = {
+        "plain": count_kernels(lambda: run_plain(model, rows, sizes[1] * length, autocast=torch.bfloat16)),
+        "score": count_kernels(lambda: run_score_pass(passes, rows, directions, cosine=False)),
+    }
+    return {"shape": name, "best_tokens_per_second": best, "of_plain": ratios, "kernels": kernels, "batches": table}
+
+
+def measure_precision(device: torch.device, quick: bool) -> dict[str, Any]:
+    """Scores by a bfloat16 base and by a float32 one of the same values, and the published way beside ours."""
+    num_rows, num_validation, length = (12, 3, 32) if quick else (200, 20, 512)
+    model = make_model("0.6B", device, torch.bfloat16, quick)
+    vocab_size = model.config.vocab_size
+    rows = make_topics(num_rows, vocab_size, length, seed=0)
+    held_out = make_topics(num_validation, vocab_size, length, seed=1, topics=1)
+    scores: dict[str, np.ndarray] = {}
+    seconds: dict[str, float] = {}
+
+    def keep(name: str, work: Callable[[], np.ndarray]) -> None:
+        synchronize()
+        start = time.perf_counter()
+        scores[name] = work()
+        synchronize()
+        seconds[name] = time.perf_counter() - start
+
+    passes = make_passes(model, 8192, autocast=torch.bfloat16)
+
+    def ours(passes: Passes) -> np.ndarray:
+        return run_fit_and_score(passes, rows, compute_mean_gradients(passes, held_out))
+
+    keep("warm-up", partial(ours, passes))
+    keep("bf16", partial(ours, passes))
+    for mean in (True, False) if quick else (True,):
+        free()
+        name = "published, one mean query" if mean else "published, queries one by one"
+        keep(name, lambda mean=mean: run_published(model, rows, held_out, mean=mean, autocast=torch.bfloat16))
+    free()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    keep("float32", partial(ours, make_passes(model, 8192)))
+
+    def compare(one: str, other: str) -> dict[str, float]:
+        difference = np.linalg.norm(scores[one] - scores[other]) / np.linalg.norm(scores[other])
+        return {"spearman": float(spearmanr(scores[one], scores[other]).statistic), "relative": float(difference)}
+
+    published = "published, one mean query"
+    return {
+        "rows": num_rows,
+        "validation_rows": num_validation,
+        "tokens_per_row": length,
+        "seconds": seconds,
+        "published_over_ours": seconds[published] / seconds["bf16"],
+        "bf16_and_float32": compare("bf16", "float32"),
+        "ours_and_published": compare("bf16", published),
+    }
+
+
+def make_topics(num_rows: int, vocab_size: int, length: int, seed: int, topics: int = 4) -> Dataset:
+    """Rows of a few topics with words of their own, so that some are more like the validation rows than others."""
+    generator = np.random.default_rng(seed)
+    words = (vocab_size - 5) // 8
+    rows = []
+    for row in range(num_rows):
+        low = 5 + words * (row % topics)
+        tokens = low + np.minimum(generator.zipf(1.3, length), words) - 1
+        mixed = generator.random(length) < 0.3
+        tokens[mixed] = generator.integers(5, vocab_size, int(mixed.sum()))
+        rows.append({"row": row, "input_ids": tokens.tolist(), "labels": tokens.tolist()})
+    return Dataset.from_list(rows)
+
+
+def measure_trainer(device: torch.device, quick: bool) -> dict[str, Any]:
+    """The whole trainer on the device: SFT, plan, fit, scores; in float32 its scores beside those of the CPU."""
+    found: dict[str, Any] = {}
+    for name, mixed in (("float32", False), ("bf16", True)):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            **{"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4},
+            **{"num_attention_heads": 4, "num_key_value_heads": 2},
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = InfluenceTrainer(
+                model=LlamaForCausalLM(config),
+                args=InfluenceConfig(
+                    **{"output_dir": folder, "bf16": mixed, "report_to": "none", "disable_tqdm": True},
+                    **{"max_steps": 2 if quick else 20, "save_strategy": "no", "learning_rate": 1e-3},
+                    use_cpu=device.type == "cpu",
+                ),
+                train_dataset=make_topics(24 if quick else 200, 1024, 48, 0).remove_columns("row"),
+                eval_dataset=make_topics(8, 1024, 48, 1, topics=1).remove_columns("row"),
+                processing_class=make_tokenizer(1024),
+                peft_config=LoraConfig(r=8, target_modules="all-linear"),
+            )
+            start = time.perf_counter()
+            trainer.train()
+            trained = time.perf_counter()
+            plan = plan_influence(trainer)
+            planned = time.perf_counter()
+            scores = np.array(trainer.score_influence()["influence"])
+            scored = time.perf_counter()
+            entry: dict[str, Any] = {
+                "train_seconds": trained - start,
+                "plan_seconds": planned - trained,
+                "planned_seconds": plan.seconds,
+                "seconds": scored - planned,
+            }
+            if not mixed:
+                model = trainer.accelerator.unwrap_model(trainer.model).cpu()
+                passes = make_passes(model, 4096)
+                expected = run_fit_and_score(
+                    passes,
+                    trainer.prepared_pool,
+                    compute_mean_gradients(passes, trainer.prepared_validation["validation"]),
+                )
+                entry["relative_to_cpu"] = float(np.linalg.norm(scores - expected) / np.linalg.norm(expected))
+                entry["spearman_with_cpu"] = float(spearmanr(scores, expected).statistic)
+            found[name] = entry
+    return found
+
+
+def measure_sharded(device: torch.device, quick: bool) -> dict[str, Any]:
+    """The launcher's own FSDP path, where there are two devices."""
+    if torch.cuda.device_count() < 2:
+        return {"skipped": f"{torch.cuda.device_count()} GPU(s): `accelerate launch` with FSDP2 needs two"}
+    root = Path(__file__).resolve().parent.parent
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+        command += [
+            "--config_file",
+            str(root / "recipes/accelerate_configs/fsdp.yaml"),
+            str(root / "recipes/in2core.py"),
+        ]
+        command += ["--config", str(root / "recipes/quickstart/in2core.yaml"), "--output_dir", folder]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root)
+    return {"returncode": done.returncode, "end": (done.stdout + done.stderr)[-2000:]}
+
+
+PARTS: dict[str, Callable[[torch.device, bool], dict[str, Any]]] = {
+    "sharded": measure_sharded,
+    "trainer": measure_trainer,
+    "speed_0.6B": partial(measure_speed, "0.6B"),
+    "precision": measure_precision,
+    "speed_7B": partial(measure_speed, "7B"),
+}
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "none"
+    import accelerate
+    import peft
+    import transformers
+    import trl
+
+    versions = {module.__name__: module.__version__ for module in (transformers, trl, peft, accelerate)}
+    return {**describe_machine(), "card": card, **versions}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="Tiny shapes: shows that it runs, not how fast.")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"))
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="Parts to run.")
+    args = parser.parse_args()
+    disable_progress_bars()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not args.quick:
+        parser.error("there is no GPU here. Run it where there is one, or see that it runs with --quick.")
+    found: dict[str, Any] = {"machine": describe_device(device), "quick": args.quick}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for name in args.only:
+        free()
+        start = time.perf_counter()
+        try:
+            found[name] = PARTS[name](device, args.quick)
+        except Exception as error:
+            traceback.print_exc()
+            found[name] = {"error": f"{type(error).__name__}: {error}"}
+            failed.append(name)
+        found[name]["wall_seconds"] = time.perf_counter() - start
+        args.out.write_text(json.dumps(found, indent=2) + "\n")
+        shown = {key: value for key, value in found[name].items() if key != "batches"}
+        print(f"## {name}\n{json.dumps(shown, indent=1)}", flush=True)
+        for entry in found[name].get("batches", []):
+            print(entry, flush=True)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
