@@ -26,9 +26,9 @@ from workload import describe_machine  # noqa: E402
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer  # noqa: E402
 from hf_in2core.engine.blocks import find_blocks  # noqa: E402
-from hf_in2core.engine.fit import run_per_example_validation_pass  # noqa: E402
 from hf_in2core.engine.losses import compute_row_losses  # noqa: E402
 from hf_in2core.engine.passes import Passes  # noqa: E402
+from hf_in2core.engine.validation import run_per_example_validation_pass  # noqa: E402
 from hf_in2core.evaluation.judge import compute_auc, compute_confidence_interval  # noqa: E402
 from hf_in2core.pipeline.arguments import In2CoreArguments  # noqa: E402
 from hf_in2core.pipeline.job import Job, check  # noqa: E402

@@ -27,10 +27,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from hf_in2core.engine.batches import iterate_batches, plan_batches, read_token_rows
 from hf_in2core.engine.blocks import find_blocks
-from hf_in2core.engine.fit import run_fit_pass, run_per_example_validation_pass
+from hf_in2core.engine.fit import run_fit_pass
 from hf_in2core.engine.losses import compute_row_losses, compute_token_nll, compute_token_weights
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.scoring import run_score_pass
+from hf_in2core.engine.validation import run_per_example_validation_pass
 from hf_in2core.evaluation.judge import compute_auc
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.selection.similarities import compute_hidden_embeddings
@@ -133,7 +134,7 @@ def train_epoch(model: Any, rows: Dataset, optimizer: torch.optim.Optimizer, see
     model.train()
     for start in range(0, len(order), batch_size):
         picked = token_rows.take(order[start : start + batch_size])
-        batches = plan_batches(picked, 10**6, vocab_size=1)
+        batches = plan_batches(picked, 10**6)
         for batch in iterate_batches(picked, batches):
             nll = compute_token_nll(model, batch)[0]
             (nll * compute_token_weights(batch, "mean", nll)).sum().div(len(picked)).backward()

@@ -32,7 +32,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, Qwen3C
 from workload import describe_machine, make_passes, make_rows, make_tokenizer
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer
-from hf_in2core.engine.fit import fit_rows
+from hf_in2core.engine.budget import choose_tokens_per_batch
+from hf_in2core.engine.fit_sums import fit_rows
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.scoring import run_score_pass
 from hf_in2core.influence.plan import plan_influence
@@ -99,35 +100,19 @@ def read_peak() -> int | None:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
-def count_kernels(work: Callable[[], object]) -> dict[str, int]:
-    """Kernels, copies to the device and waits for it in one run."""
-    from torch.profiler import ProfilerActivity, profile
-
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
-    with profile(activities=activities) as profiler:
-        work()
-        synchronize()
-    names: dict[str, int] = {}
-    for event in profiler.key_averages():
-        names[event.key] = names.get(event.key, 0) + event.count
-    wanted = ("cudaLaunchKernel", "cudaMemcpyAsync", "cudaStreamSynchronize", "cuLaunchKernel", "cudaLaunchKernelExC")
-    return {name: names.get(name, 0) for name in wanted}
-
-
 def measure_speed(name: str, device: torch.device, quick: bool) -> dict[str, Any]:
     """Tokens per second of plain steps and of the passes, each at its best batch, and their peak memory."""
-    dtype = torch.bfloat16
     length = 32 if quick else 1024
-    sizes = [2, 4] if quick else [2, 4, 8, 16, 24] if name == "0.6B" else [1, 2, 4, 8]
-    repetitions = 1 if quick else 4
-    model = make_model(name, device, dtype, quick)
+    model = make_model(name, device, torch.bfloat16, quick)
     vocab_size = model.config.vocab_size
     passes = make_passes(model, autocast=torch.bfloat16, chunk_size=100_000)
-    held_out = make_rows(2, vocab_size, length, length, prompt=0.0, seed=1)
-    v = compute_mean_gradients(passes, held_out)
+    v = compute_mean_gradients(passes, make_rows(2, vocab_size, length, length, prompt=0.0, seed=1))
     directions = {key: value.float() for key, value in v.items()}
     damping = dict.fromkeys(passes.blocks, 1e-6)
-    table: list[dict[str, Any]] = []
+    chosen = 4 * length if quick else choose_tokens_per_batch(passes, 1)
+    found: dict[str, Any] = {"shape": name, "chosen_tokens_per_batch": chosen, "batches": []}
+    sizes = sorted({2, 4} if quick else {4, 8, chosen // length // 2, chosen // length})
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     for size in sizes:
         rows = make_rows(2 * size, vocab_size, length, length, prompt=0.0)
         passes.tokens_per_batch = size * length
@@ -137,41 +122,46 @@ def measure_speed(name: str, device: torch.device, quick: bool) -> dict[str, Any
             "fit": lambda rows=rows: fit_rows(passes, "fit", rows, None, v, damping, 0.1, False),
             "validation": lambda rows=rows: compute_mean_gradients(passes, rows),
         }
+        entries = {what: {"what": what, "tokens_per_batch": size * length} for what in works}
         for what in list(works):
-            entry: dict[str, Any] = {"what": what, "rows_per_batch": size, "tokens_per_batch": size * length}
             free()
             try:
                 works[what]()
             except torch.OutOfMemoryError:
-                entry["error"] = "out of memory"
+                entries[what]["error"] = "out of memory"
                 del works[what]
-            entry["peak_bytes"] = read_peak()
-            table.append(entry)
-        seconds: dict[str, list[float]] = {what: [] for what in works}
-        for _ in range(repetitions):
-            for what, work in works.items():
-                synchronize()
-                start = time.perf_counter()
-                work()
-                synchronize()
-                seconds[what].append(time.perf_counter() - start)
-        for entry in table[-4:]:
-            if entry["what"] in seconds:
-                entry["tokens_per_second"] = len(rows) * length / statistics.median(seconds[entry["what"]])
-        if passes.tokens_per_batch != size * length or "plain" not in works:
-            break  # a pass has halved its batches: larger ones do not fit
+            entries[what]["peak_bytes"] = read_peak()
+        seconds = time_in_turn(works, 1 if quick else 3)
+        for what, value in seconds.items():
+            entries[what]["tokens_per_second"] = len(rows) * length / value
+        found["batches"] += entries.values()
+        print(*entries.values(), sep="\n", flush=True)
+        if passes.tokens_per_batch != size * length:
+            found["halved_at"] = size * length  # a pass has run out of memory and halved its batches
+            break
     best = {
-        what: max((entry.get("tokens_per_second", 0.0) for entry in table if entry["what"] == what), default=0.0)
+        what: max(entry.get("tokens_per_second", 0.0) for entry in found["batches"] if entry["what"] == what)
         for what in ("plain", "score", "fit", "validation")
     }
-    ratios = {what: value / best["plain"] for what, value in best.items()}
-    passes.tokens_per_batch = sizes[1] * length
-    rows = make_rows(sizes[1], vocab_size, length, length, prompt=0.0)
-    kernels = {
-        "plain": count_kernels(lambda: run_plain(model, rows, sizes[1] * length, autocast=torch.bfloat16)),
-        "score": count_kernels(lambda: run_score_pass(passes, rows, directions, cosine=False)),
-    }
-    return {"shape": name, "best_tokens_per_second": best, "of_plain": ratios, "kernels": kernels, "batches": table}
+    found["best_tokens_per_second"] = best
+    found["of_plain"] = {what: value / best["plain"] for what, value in best.items()}
+    peaks = [entry["peak_bytes"] for entry in found["batches"] if entry["what"] == "fit" and entry["peak_bytes"]]
+    if peaks:
+        found["peak_of_device_memory"] = peaks[-1] / total
+    return found
+
+
+def time_in_turn(works: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+    """Median seconds of each work by the clock, the works taking turns."""
+    seconds: dict[str, list[float]] = {what: [] for what in works}
+    for _ in range(repetitions):
+        for what, work in works.items():
+            synchronize()
+            start = time.perf_counter()
+            work()
+            synchronize()
+            seconds[what].append(time.perf_counter() - start)
+    return {what: statistics.median(values) for what, values in seconds.items()}
 
 
 def measure_precision(device: torch.device, quick: bool) -> dict[str, Any]:

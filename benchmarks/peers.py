@@ -61,12 +61,14 @@ from workload import make_model, make_passes, make_rows, report, time_interleave
 
 from hf_in2core.engine.batches import TokenBatch, collate, read_token_rows
 from hf_in2core.engine.datainf import compute_ihvp
-from hf_in2core.engine.fit import run_fit_pass, run_per_example_validation_pass, run_validation_pass
-from hf_in2core.engine.gradients import GradientRecorder, compute_fit_terms
+from hf_in2core.engine.fit import run_fit_pass
+from hf_in2core.engine.gradients import GradientRecorder
 from hf_in2core.engine.losses import compute_token_nll, compute_token_weights
 from hf_in2core.engine.passes import Passes, run_batches
+from hf_in2core.engine.reductions import FitDirections, compute_fit_terms
 from hf_in2core.engine.scoring import run_score_pass
 from hf_in2core.engine.store import GradientStore
+from hf_in2core.engine.validation import run_per_example_validation_pass, run_validation_pass
 
 
 BATCH_SIZE = 32
@@ -113,11 +115,12 @@ def run_datainf_with_damping(passes: Passes, train: Dataset, queries: Dataset, d
     """Our DataInf with one given damping in every block, as dattri has it."""
     v = compute_queries(passes, queries, mean=False)
     sums = {name: torch.zeros_like(value).double() for name, value in v.items()}
+    directions = FitDirections(v, dict.fromkeys(v, damping))
     with GradientRecorder(passes.model, passes.blocks) as recorder:
 
         def step(batch: TokenBatch) -> None:
-            for name, term in compute_fit_terms(recorder, batch, "mean", v, dict.fromkeys(v, damping)).items():
-                sums[name] += term.weighted_sum
+            for name, value in compute_fit_terms(recorder, batch, "mean", directions)[0].items():
+                sums[name] += value[: len(sums[name])].view_as(sums[name])
 
         run_batches(passes, read_token_rows(train), step)
     ihvp = {name: compute_ihvp(v[name].double(), sums[name], len(train), damping).float() for name in v}

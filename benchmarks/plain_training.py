@@ -23,10 +23,11 @@ from workload import describe_machine
 
 from hf_in2core.engine.batches import TokenBatch, collate, read_token_rows
 from hf_in2core.engine.blocks import find_blocks
-from hf_in2core.engine.fit import run_fit_pass, run_per_example_validation_pass
+from hf_in2core.engine.fit import run_fit_pass
 from hf_in2core.engine.losses import compute_row_losses, compute_token_nll
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.scoring import run_score_pass
+from hf_in2core.engine.validation import run_per_example_validation_pass
 from hf_in2core.evaluation.judge import compute_confidence_interval
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.rows.sources import load_rows

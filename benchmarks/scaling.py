@@ -20,9 +20,10 @@ from datasets import Dataset, disable_progress_bars
 from workload import make_model, make_passes, make_rows, report, time_interleaved
 
 from hf_in2core.engine.blocks import find_blocks, select_blocks
-from hf_in2core.engine.fit import run_fit_pass, run_validation_pass
+from hf_in2core.engine.fit import run_fit_pass
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.scoring import run_score_pass
+from hf_in2core.engine.validation import run_validation_pass
 
 
 VOCAB_SIZE = 4096

@@ -21,11 +21,12 @@ from workload import make_model, make_passes, make_rows, report, time_interleave
 
 from hf_in2core.engine.batches import collate, plan_batches, read_token_rows
 from hf_in2core.engine.blocks import find_blocks, select_blocks
-from hf_in2core.engine.fit import run_fit_pass, run_validation_pass
+from hf_in2core.engine.fit import run_fit_pass
 from hf_in2core.engine.losses import compute_token_nll, compute_token_weights, frozen_eval_mode
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.scoring import run_score_pass
 from hf_in2core.engine.store import GradientStore
+from hf_in2core.engine.validation import run_validation_pass
 
 
 def run_plain(
@@ -38,7 +39,7 @@ def run_plain(
     """One ordinary forward and backward over the rows, in the very batches of the influence passes."""
     model.eval()
     token_rows = read_token_rows(rows)
-    for indices in plan_batches(token_rows, tokens_per_batch, model.config.vocab_size):
+    for indices in plan_batches(token_rows, tokens_per_batch):
         batch = collate(token_rows, indices).to(model.device)
         if full_logits:
             outputs = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
@@ -134,7 +135,7 @@ def run_central_difference(passes: Passes, rows: Dataset, u: dict[str, torch.Ten
                 block.tensor.add_(u[name][0].view_as(block.tensor), alpha=sign * step)
             if sign == 1 and influence.any():
                 break
-            for indices in plan_batches(token_rows, passes.tokens_per_batch, passes.model.config.vocab_size):
+            for indices in plan_batches(token_rows, passes.tokens_per_batch):
                 batch = collate(token_rows, indices)
                 nll, _ = compute_token_nll(passes.model, batch, passes.autocast)
                 losses = torch.zeros(len(indices), dtype=torch.float64)

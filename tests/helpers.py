@@ -162,7 +162,7 @@ def launch_worker(worker: str, tmp_path: Path, name: str, world_size: int, check
     launcher += ["--dynamo_backend=no", f"--num_processes={world_size}", "--main_process_port=0"]
     # Without the variable `--multi_gpu` gives two independent copies, with `--cpu` one process, both silently.
     launcher += ["--multi_gpu"] if world_size > 1 else ["--cpu"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*launcher, str(ROOT / "tests" / "engine" / "workers" / worker), json.dumps(arguments)],
         env=environment,

@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 
 from hf_in2core.engine.batches import TokenBatch, read_token_rows
 from hf_in2core.engine.fit import fit_directions
-from hf_in2core.engine.gradients import GradientRecorder, compute_block_dots
-from hf_in2core.engine.passes import Passes, check_finite, run_batches
+from hf_in2core.engine.gradients import GradientRecorder, check_finite
+from hf_in2core.engine.passes import Passes, run_batches
+from hf_in2core.engine.reductions import compute_block_dots, stack_on
 from hf_in2core.evaluation.intervals import compute_rank_correlation
 from hf_in2core.rows.hashes import find_shared_tokens
 
@@ -238,18 +238,20 @@ def _score_by_layer(
 
     def make_step(recorder: GradientRecorder, bar: tqdm) -> Callable[[TokenBatch], None]:
         def step(batch: TokenBatch) -> None:
-            dots = torch.zeros(len(batch.rows), num_sets, len(layers), dtype=torch.float64)
-            norms = torch.zeros(len(batch.rows), len(layers), dtype=torch.float64)
+            found: dict[str, Tensor] = {}
 
             def reduce(name: str, x: Tensor, grad_output: Tensor) -> None:
-                block_dots, block_norms = compute_block_dots(x, grad_output, directions[name], cosine)
-                dots[:, :, column[name]] += block_dots.cpu()
-                if block_norms is not None:
-                    norms[:, column[name]] += block_norms.cpu()
+                found[name] = compute_block_dots(x, grad_output, directions[name], cosine)
 
-            recorder.run(batch, passes.loss_reduction, reduce)
-            check_finite([dots.flatten(1)], batch)
-            parts[batch.indices], square_norms[batch.indices] = -dots.numpy(), norms.numpy()
+            losses = recorder.run(batch, passes.loss_reduction, reduce)
+            # [B, blocks, sets], and the squared norms after the sets
+            dots = check_finite(losses, stack_on(list(found.values()), losses.device).movedim(0, 1), batch)
+            by_layer = np.zeros((len(batch.rows), len(layers), dots.shape[2]))
+            for index, name in enumerate(found):
+                by_layer[:, column[name]] += dots[:, index]
+            parts[batch.indices] = -by_layer[:, :, :num_sets].transpose(0, 2, 1)
+            if cosine:
+                square_norms[batch.indices] = by_layer[:, :, num_sets]
             bar.update(len(batch.rows))
 
         return step

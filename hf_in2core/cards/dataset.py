@@ -252,6 +252,7 @@ def list_provenance(scorer: Mapping[str, Any]) -> list[tuple[str, Markdown]]:
         "damping_scale": "Damping scale",
         "influence_layers": "Layers",
         "num_fit_examples": "Rows in the fit pass",
+        "fit_agreement": "Agreement of the two halves of the fitted sample (Spearman)",
         "autocast": "Mixed precision",
         "tokens_per_batch": "Tokens per batch",
     }

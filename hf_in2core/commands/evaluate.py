@@ -75,7 +75,7 @@ def main(settings: Settings) -> None:
         result: dict[str, Any] = {"adapter": adapter}
         if prepared is not None:
             result |= {"rows": len(prepared)}
-            result |= evaluate_model(model, prepared, training_args, training_args.tokens_per_batch)
+            result |= evaluate_model(model, prepared, training_args)
         if tasks:
             result["tasks"] = evaluate_on_tasks(model, tokenizer, tasks, args.limit, training_args)
         results.append(result)

@@ -63,7 +63,7 @@ def main(settings: Settings) -> None:
     except ValueError as error:
         make_parser().error(str(error))
     published = push_influence_dataset(
-        args.hub_id,
+        args.hub_id or "",
         scored,
         coresets={name: coresets[rows] for name, (rows, _) in wanted.items()},
         scorer=run / "scorer" if (run / "scorer").is_dir() else None,

@@ -75,7 +75,7 @@ def main(settings: Settings) -> None:
     trainer = make_trainer(model_args, training_args, tokenize(rows, training_args, tokenizer), tokenizer)
     trained = train_and_save(trainer, settings, "Target")
     if prepared_test is not None:
-        trained |= evaluate_model(trainer.model, prepared_test, training_args, training_args.tokens_per_batch)
+        trained |= evaluate_model(trainer.model, prepared_test, training_args)
         say(f"test loss {trained['test_loss']}, perplexity {trained['test_perplexity']}")
     if tasks:
         trained["tasks"] = evaluate_on_tasks(trainer.model, tokenizer, tasks, args.limit, training_args)

@@ -10,8 +10,15 @@ from datasets import Dataset
 from torch import Tensor
 
 
-# Logits are built at labelled positions only; this bounds their number of elements per batch (2 GiB in float32).
-MAX_LOGITS_PER_BATCH = 2**29
+# In `benchmarks/speed.py` larger batches are slower on a CPU: their activations leave its caches.
+CPU_TOKENS = 2048
+# For forwards alone on a GPU; where gradients are taken the budget is measured.
+GPU_TOKENS = 8192
+
+
+def choose_forward_tokens(tokens_per_batch: int | None, device: torch.device) -> int:
+    """Tokens of a batch in a pass of forwards alone; `tokens_per_batch` where it is given."""
+    return tokens_per_batch or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
 
 
 @dataclass
@@ -130,8 +137,11 @@ class TokenBatch:
     num_loss_tokens: Tensor
 
     def to(self, device: torch.device) -> "TokenBatch":
-        """The same batch with its tensors on `device`."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        """The same batch with its tensors on `device`; a GPU does not wait for them."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        if device.type == "cuda" and self.input_ids.device.type == "cpu":
+            tensors = {name: value.pin_memory() for name, value in tensors.items()}
+        tensors = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
         return TokenBatch(self.indices, self.rows, **tensors)
 
 
@@ -163,7 +173,13 @@ def collate(token_rows: TokenRows, indices: np.ndarray) -> TokenBatch:
     )
 
 
-def plan_batches(token_rows: TokenRows, tokens_per_batch: int, vocab_size: int) -> list[np.ndarray]:
+def make_dummy_rows() -> TokenRows:
+    """One row of two tokens, the second with loss: for a forward that only has to happen."""
+    one = np.ones(1, dtype=np.int64)
+    return TokenRows(row=one, offsets=np.array([0, 2]), input_ids=np.array([0, 0]), labels=np.array([-100, 0]))
+
+
+def plan_batches(token_rows: TokenRows, tokens_per_batch: int, max_loss_tokens: int | None = None) -> list[np.ndarray]:
     """
     Cut rows into batches of at most `tokens_per_batch` tokens, padding included.
 
@@ -176,8 +192,9 @@ def plan_batches(token_rows: TokenRows, tokens_per_batch: int, vocab_size: int) 
             The rows.
         tokens_per_batch (`int`):
             Token budget, padding included.
-        vocab_size (`int`):
-            Size of the vocabulary, which bounds the labelled tokens of a batch through the size of their logits.
+        max_loss_tokens (`int`, *optional*):
+            Labelled tokens of a batch, where the logits of all of them are held at once (see
+            [`losses.find_max_loss_tokens`]); without a bound by default.
 
     Returns:
         `list[numpy.ndarray]`: positions in `token_rows`, one int64 array per batch.
@@ -185,13 +202,13 @@ def plan_batches(token_rows: TokenRows, tokens_per_batch: int, vocab_size: int) 
     lengths, num_loss_tokens = token_rows.lengths, token_rows.num_loss_tokens
     order = np.argsort(-lengths, kind="stable")
     order = order[num_loss_tokens[order] > 0]
-    max_loss_tokens = max(MAX_LOGITS_PER_BATCH // max(vocab_size, 1), 1)
+    most = len(token_rows.labels) if max_loss_tokens is None else max_loss_tokens
     batches: list[np.ndarray] = []
     start, loss_tokens = 0, 0
     for end, index in enumerate(order):
         width = int(lengths[order[start]])
         loss_tokens += int(num_loss_tokens[index])
-        if end > start and ((end - start + 1) * width > tokens_per_batch or loss_tokens > max_loss_tokens):
+        if end > start and ((end - start + 1) * width > tokens_per_batch or loss_tokens > most):
             batches.append(order[start:end])
             start, loss_tokens = end, int(num_loss_tokens[index])
     if start < len(order):

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from .blocks import Blocks, count_elements
 from .datainf import compute_damping
-from .fit import FitResult, run_per_example_validation_pass
+from .fit_sums import FitResult
 from .passes import Passes
+from .validation import run_per_example_validation_pass
 
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Per-example gradients of an adapter out of one batched backward; their dots, norms and weighted sums.
+"""Per-example gradients of an adapter out of one batched backward.
 
 Every trainable tensor is a block. A block is the weight or bias of an `nn.Linear` (a LoRA `A` or `B`): with input `x`
 of shape `[B, T, in]` and output gradient `g` of shape `[B, T, out]`, the per-example gradient of its weight is
@@ -11,17 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .batches import TokenBatch
 from .blocks import Blocks
-from .datainf import compute_coefficients
 from .forwards import replaced_forwards
-from .losses import compute_token_nll, compute_token_weights, frozen_eval_mode
+from .losses import (
+    compute_token_nll,
+    compute_token_weights,
+    differentiate_head,
+    frozen_eval_mode,
+    has_plain_head,
+    run_to_head,
+)
 
 
 Reducer = Callable[[str, Tensor, Tensor], None]
@@ -87,7 +95,8 @@ class GradientRecorder:
         first = next(iter(blocks.values())).tensor
         self.device = first.device
         self.accumulation_dtype = accumulation_dtype(first)
-        self._anchor = torch.ones((), requires_grad=True)
+        self._anchors: dict[torch.device, Tensor] = {}
+        self._plain_head: bool | None = None
         self._batch_shape: tuple[int, int] = (0, 0)
         self._reducer: Reducer | None = None
         self._recorded: dict[str, int] = {}
@@ -101,6 +110,9 @@ class GradientRecorder:
             by_module.setdefault(block.module, []).append(name)
         self._entered = ExitStack()
         self._entered.enter_context(frozen_eval_mode(self.model))
+        if self.autocast is not None:
+            # The adapter's input is cast by autocast; PEFT would keep a float32 copy of it for the backward.
+            self._entered.enter_context(disable_input_dtype_casting(self.model))
         forwards = {module: self._make_forward(module, names) for module, names in by_module.items()}
         self._entered.enter_context(replaced_forwards(forwards))  # type: ignore[arg-type]
         return self
@@ -113,9 +125,14 @@ class GradientRecorder:
             for name in names:
                 self._record(name, x, grad_output)
 
+        # The weights stand still while gradients are recorded: autocast need not cast them in every forward.
+        weight = module.weight if self.autocast is None else module.weight.detach().to(self.autocast)
+
         def forward(x: Tensor) -> Tensor:
-            anchor = self._anchor.to(x.device)
-            return _RecordedLinear.apply(x, module.weight, module.bias, anchor, record)
+            anchor = self._anchors.get(x.device)
+            if anchor is None:
+                anchor = self._anchors[x.device] = torch.ones((), requires_grad=True, device=x.device)
+            return _RecordedLinear.apply(x, weight, module.bias, anchor, record)
 
         return forward
 
@@ -163,12 +180,11 @@ class GradientRecorder:
                 `[B, T, out]`; it must not keep them.
 
         Returns:
-            `torch.Tensor` of shape `[B]`: per-example losses, detached.
+            `torch.Tensor` of shape `[B]`: per-example losses, detached; look at them with [`check_finite`].
 
         Raises:
             ScaleTooLargeError: if a gradient has left float16; the same call again has a smaller scale.
-            ValueError: if a loss is not finite (the rows are named), or if a block took no part in the backward or
-                took part more than once.
+            ValueError: if a block took no part in the backward or took part more than once.
         """
         batch = batch.to(self.device)
         self._batch_shape = (batch.input_ids.shape[0], batch.input_ids.shape[1])
@@ -176,20 +192,8 @@ class GradientRecorder:
         self._recorded.clear()
         self._fits = None
         with torch.enable_grad():
-            nll, _ = compute_token_nll(self.model, batch, self.autocast)
-            weights = compute_token_weights(batch, loss_reduction, nll)
-            weighted = nll * weights
-            losses = torch.zeros(len(batch.rows), dtype=nll.dtype, device=nll.device)
-            losses = losses.index_add(0, batch.row_of_target.to(nll.device), weighted.detach())
-            if not torch.isfinite(losses).all():
-                bad = batch.rows[(~torch.isfinite(losses)).cpu().numpy()]
-                raise ValueError(
-                    f"The loss of row(s) {bad.tolist()[:10]} is not finite, so their gradients cannot be used. Look "
-                    "at these rows, or run the influence passes in float32 (`bf16=False`, `fp16=False`)."
-                )
-            if weighted.requires_grad:  # else no block took part, which is reported below
-                (weighted.sum() * self.loss_scale).backward()
-            self._check_scale()
+            nll, weights = self._run_backward(batch, loss_reduction)
+        self._check_scale()
         wrong = [name for name in self.blocks if self._recorded.get(name, 0) != 1]
         if wrong:
             raise ValueError(
@@ -198,7 +202,27 @@ class GradientRecorder:
                 "adapter may be merged or disabled, or the module is bypassed or called repeatedly. Unmerge and "
                 "enable the adapter, or leave these modules out of `target_modules`."
             )
-        return losses
+        losses = torch.zeros(len(batch.rows), dtype=nll.dtype, device=nll.device)
+        return losses.index_add_(0, batch.row_of_target.to(nll.device), nll * weights)
+
+    def _run_backward(self, batch: TokenBatch, loss_reduction: str) -> tuple[Tensor, Tensor]:
+        """Losses and weights of the labelled tokens, detached, the backward done."""
+        if self._plain_head is None:
+            self._plain_head = has_plain_head(self.model, self.autocast)
+        # Where nothing requires a gradient no block took part, which is reported below.
+        if self._plain_head:
+            hidden = run_to_head(self.model, batch, self.autocast)
+            nll, weights, gradient = differentiate_head(
+                self.model, hidden, batch, loss_reduction, self.autocast, self.loss_scale
+            )
+            if hidden.requires_grad:
+                hidden.backward(gradient)
+            return nll, weights
+        nll, _ = compute_token_nll(self.model, batch, self.autocast)
+        weights = compute_token_weights(batch, loss_reduction, nll)
+        if nll.requires_grad:
+            ((nll * weights).sum() * self.loss_scale).backward()
+        return nll.detach(), weights
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
@@ -221,177 +245,36 @@ def compute_per_example_gradients(x: Tensor, grad_output: Tensor, dtype: torch.d
     Returns:
         `torch.Tensor` of shape `[B, out, in]`
     """
+    if x.is_cuda and x.dtype == grad_output.dtype and x.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(grad_output.transpose(1, 2), x, out_dtype=dtype)  # summed in float32, without copies in it
     return torch.bmm(grad_output.to(dtype).transpose(1, 2), x.to(dtype))
 
 
-def compute_gradient_sum(recorder: GradientRecorder, batch: TokenBatch, loss_reduction: str) -> dict[str, Tensor]:
+def check_finite(losses: Tensor, values: Tensor, batch: TokenBatch) -> np.ndarray:
     """
-    Sum of the per-example gradients of a batch.
-
-    Returns:
-        `dict[str, torch.Tensor]`: `[out, in]` (a bias: `[out, 1]`) per block.
-    """
-    sums: dict[str, Tensor] = {}
-
-    def reduce(name: str, x: Tensor, grad_output: Tensor) -> None:
-        dtype = recorder.accumulation_dtype
-        sums[name] = grad_output.to(dtype).flatten(0, 1).T @ x.to(dtype).flatten(0, 1)
-
-    recorder.run(batch, loss_reduction, reduce)
-    return sums
-
-
-class FitTerms(NamedTuple):
-    """What one batch adds to the sums of the fit pass, for one block."""
-
-    square_norms: Tensor  # [B]
-    weighted_sum: Tensor  # [Q, out, in]
-    weighted_slope: Tensor  # [Q, out, in], minus its derivative with respect to the damping
-    error_weight: Tensor  # [Q], see compute_inner_damping_error
-
-
-def compute_fit_terms(
-    recorder: GradientRecorder,
-    batch: TokenBatch,
-    loss_reduction: str,
-    validation_gradients: dict[str, Tensor],
-    damping: dict[str, float],
-    keep: Callable[[str, Tensor], None] | None = None,
-) -> dict[str, FitTerms]:
-    """
-    The terms of DataInf's sum over training examples for one batch.
+    Bring what a batch has given to the CPU, in the one transfer that waits for it, and look whether it is finite.
 
     Args:
-        recorder ([`GradientRecorder`]):
-            An entered recorder.
+        losses (`torch.Tensor` of shape `[B]`):
+            Losses of its rows.
+        values (`torch.Tensor` of shape `[B, ...]`):
+            What was made of their gradients, any dtype and device.
         batch ([`TokenBatch`]):
-            Training rows.
-        loss_reduction (`str`):
-            `"mean"`, `"sum"`, `"sqrt"` or `"max"`.
-        validation_gradients (`dict[str, torch.Tensor]`):
-            `v`, shape `[Q, out, in]` per block.
-        damping (`dict[str, float]`):
-            Damping of each block inside the fraction (the pilot's).
-        keep (`Callable`, *optional*):
-            Called with each block's name and its per-example gradients, `[B, out * in]`.
+            The batch.
 
     Returns:
-        `dict[str, FitTerms]`
+        `numpy.ndarray` of shape `[B, ...]`, float64: the values.
+
+    Raises:
+        ValueError: naming the rows with a loss, or else a gradient, that is NaN or infinite.
     """
-    terms: dict[str, FitTerms] = {}
-
-    def reduce(name: str, x: Tensor, grad_output: Tensor) -> None:
-        v = validation_gradients[name]
-        gradients = compute_per_example_gradients(x, grad_output, v.dtype).flatten(1)
-        if keep is not None:
-            keep(name, gradients)
-        terms[name] = compute_block_fit_terms(gradients, v, damping[name])
-
-    recorder.run(batch, loss_reduction, reduce)
-    return terms
-
-
-def compute_block_fit_terms(gradients: Tensor, v: Tensor, damping: float) -> FitTerms:
-    """The same terms for one block, from its per-example gradients `[B, out * in]` and `v` `[Q, out, in]`."""
-    square_norms = torch.linalg.vector_norm(gradients, dim=1).square()
-    dots = gradients @ v.flatten(1).T
-    coefficients = compute_coefficients(dots, square_norms, damping)
-    inverse = compute_coefficients(torch.ones_like(dots), square_norms, damping)
-    slopes = coefficients * inverse
-    error_weight = (slopes.abs() * inverse * square_norms.sqrt()[:, None]).sum(0)
-    sums = torch.cat([coefficients, slopes], dim=1).T @ gradients
-    weighted_sum, weighted_slope = sums.view(2, *v.shape)
-    return FitTerms(square_norms, weighted_sum, weighted_slope, error_weight)
-
-
-def compute_square_norms(recorder: GradientRecorder, batch: TokenBatch, loss_reduction: str) -> dict[str, Tensor]:
-    """Squared norms of the per-example gradients of a batch, shape `[B]` per block."""
-    norms: dict[str, Tensor] = {}
-
-    def reduce(name: str, x: Tensor, grad_output: Tensor) -> None:
-        norms[name] = (
-            compute_per_example_gradients(x, grad_output, recorder.accumulation_dtype).square().sum(dim=(1, 2))
-        )
-
-    recorder.run(batch, loss_reduction, reduce)
-    return norms
-
-
-def compute_dots(
-    recorder: GradientRecorder,
-    batch: TokenBatch,
-    loss_reduction: str,
-    directions: dict[str, Tensor],
-    with_norms: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """
-    Dot products of the per-example gradients of a batch with `Q` directions, summed over blocks.
-
-    Args:
-        recorder ([`GradientRecorder`]):
-            An entered recorder.
-        batch ([`TokenBatch`]):
-            The rows.
-        loss_reduction (`str`):
-            `"mean"`, `"sum"`, `"sqrt"` or `"max"`.
-        directions (`dict[str, torch.Tensor]`):
-            Shape `[Q, out, in]` per block.
-        with_norms (`bool`, *optional*, defaults to `False`):
-            Whether to return the squared norms of the whole (concatenated) per-example gradients too.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor | None]`: dots `[B, Q]` and squared norms `[B]` (or `None`), both float64.
-    """
-    num_queries = next(iter(directions.values())).shape[0]
-    dots = torch.zeros(len(batch.rows), num_queries, dtype=torch.float64)
-    square_norms = torch.zeros(len(batch.rows), dtype=torch.float64)
-    per_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    def reduce(name: str, x: Tensor, grad_output: Tensor) -> None:
-        u = directions[name]
-        if x.device not in per_device:
-            per_device[x.device] = (dots.to(x.device), square_norms.to(x.device))
-        device_dots, device_norms = per_device[x.device]
-        block_dots, block_norms = compute_block_dots(x, grad_output, u, with_norms)
-        device_dots += block_dots
-        if block_norms is not None:
-            device_norms += block_norms
-
-    recorder.run(batch, loss_reduction, reduce)
-    # Layers of one model can lie on several devices (`device_map`).
-    total_dots = torch.stack([device_dots.cpu() for device_dots, _ in per_device.values()]).sum(0)
-    total_norms = torch.stack([device_norms.cpu() for _, device_norms in per_device.values()]).sum(0)
-    return total_dots, total_norms if with_norms else None
-
-
-def compute_block_dots(
-    x: Tensor, grad_output: Tensor, u: Tensor, with_norms: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """
-    Dot products of the per-example gradients of one block with `Q` directions.
-
-    With one direction `U` no per-example gradient is formed: `<U, G_k> = sum_t g_kt . (U x_kt)`, one thin matrix
-    product on the smaller side.
-
-    Args:
-        x (`torch.Tensor` of shape `[B, T, in]`):
-            Input of the linear.
-        grad_output (`torch.Tensor` of shape `[B, T, out]`):
-            Gradient of the summed loss with respect to its output.
-        u (`torch.Tensor` of shape `[Q, out, in]`):
-            Directions.
-        with_norms (`bool`, *optional*, defaults to `False`):
-            Whether to return the squared norms of the per-example gradients too.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor | None]`: dots `[B, Q]` and squared norms `[B]` (or `None`), in the dtype of
-        the directions.
-    """
-    if u.shape[0] == 1 and not with_norms:
-        x, grad_output = x.to(u.dtype), grad_output.to(u.dtype)
-        a_side = u.shape[1] <= u.shape[2]  # the product that ends on the smaller side
-        products = (x @ u[0].T).mul_(grad_output) if a_side else (grad_output @ u[0]).mul_(x)
-        return products.sum(dim=(1, 2))[:, None], None
-    gradients = compute_per_example_gradients(x, grad_output, u.dtype).flatten(1)
-    dots = gradients @ u.flatten(1).T
-    return dots, torch.linalg.vector_norm(gradients, dim=1).square() if with_norms else None
+    columns = [losses[:, None], values.flatten(1).to(losses.device)]
+    found = torch.cat([column.double() for column in columns], dim=1).cpu().numpy()
+    finite = np.isfinite(found)
+    for what, bad in (("loss", ~finite[:, 0]), ("gradient", ~finite.all(axis=1))):
+        if bad.any():
+            raise ValueError(
+                f"The {what} of row(s) {batch.rows[bad].tolist()[:10]} is not finite, so they have no influence. Look "
+                "at these rows, or run the influence passes in float32 (`bf16=False`, `fp16=False`)."
+            )
+    return found[:, 1:].reshape(tuple(values.shape))

@@ -2,7 +2,8 @@
 
 import gc
 import logging
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,10 +22,19 @@ from tqdm import tqdm
 
 from hf_in2core.progress import make_bar
 
-from .batches import TokenBatch, TokenRows, collate, plan_batches, read_lengths, read_token_rows
+from .batches import (
+    TokenBatch,
+    TokenRows,
+    collate,
+    make_dummy_rows,
+    plan_batches,
+    read_lengths,
+    read_token_rows,
+)
 from .blocks import Blocks
 from .forwards import checkpointed_layers, find_checkpointable_layers
 from .gradients import GradientRecorder, ScaleTooLargeError
+from .losses import find_max_loss_tokens
 from .state import read_tensors, write_tensors
 from .store import GradientStore, StoredChunk
 
@@ -119,7 +129,8 @@ class Passes:
     @property
     def device(self) -> torch.device:
         """Device of this process."""
-        return torch.device("cpu") if self.accelerator is None else self.accelerator.device
+        first = next(iter(self.blocks.values())).tensor
+        return first.device if self.accelerator is None else self.accelerator.device
 
     def gather_objects(self, items: list[Any]) -> list[Any]:
         """Gather lists of picklable objects from all processes into one list, in the order of the ranks."""
@@ -172,8 +183,8 @@ def run_batches(passes: Passes, token_rows: TokenRows, step: Callable[[TokenBatc
         RuntimeError: if one row alone does not fit in memory, with activation checkpointing (it is named with its
             length), or if memory runs out where base weights are sharded.
     """
-    vocab_size = passes.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
-    pending = plan_batches(token_rows, passes.tokens_per_batch, vocab_size)[::-1]
+    max_loss_tokens = find_max_loss_tokens(passes.model, passes.autocast)
+    pending = plan_batches(token_rows, passes.tokens_per_batch, max_loss_tokens)[::-1]
     while pending:
         indices = pending.pop()
         batch = collate(token_rows, indices)
@@ -231,15 +242,13 @@ def run_batches(passes: Passes, token_rows: TokenRows, step: Callable[[TokenBatc
 
 def finish_together(passes: Passes, recorder: GradientRecorder) -> None:
     """Where base weights are sharded: take part in the batches that other processes still have, adding nothing."""
-    one = np.ones(1, dtype=np.int64)
-    row = TokenRows(row=one, offsets=np.array([0, 2]), input_ids=np.array([0, 0]), labels=np.array([-100, 0]))
 
     def ignore(name: str, x: Tensor, grad_output: Tensor) -> None:
         pass
 
     while passes.start_round(False):
         with suppress(ScaleTooLargeError):
-            recorder.run(collate(row, np.array([0])), passes.loss_reduction, ignore)
+            recorder.run(collate(make_dummy_rows(), np.array([0])), passes.loss_reduction, ignore)
 
 
 def accumulate(
@@ -299,10 +308,19 @@ def accumulate(
                 step(batch)
                 bar.update(len(batch.rows))
 
+            rested = time.monotonic()
+            saving = 0.0
+
             def save() -> None:
-                if path is not None:
-                    metadata = {"fingerprint": passes.fingerprint, "next_row": str(next_row)}
-                    write_tensors(path, sums, metadata)
+                nonlocal rested, saving
+                # Large sums take seconds to write: a tenth of the time at most, and the last ones always.
+                if path is None or (time.monotonic() - rested < 10 * saving and next_row < end):
+                    return
+                started = time.monotonic()
+                metadata = {"fingerprint": passes.fingerprint, "next_row": str(next_row)}
+                write_tensors(path, sums, metadata)
+                rested = time.monotonic()
+                saving = rested - started
 
             while next_row < end:
                 # Chunk borders are counted from the shard's start, so that a resumed run makes the same batches.
@@ -333,20 +351,3 @@ def make_zeros(tensor: Tensor, leading: tuple[int, ...], dtype: torch.dtype = to
     """Zeros of shape `[*leading, out, in]` on the device of a block's tensor (a bias is `[out, 1]`)."""
     shape = tuple(tensor.shape) if tensor.dim() == 2 else (tensor.numel(), 1)
     return torch.zeros(*leading, *shape, dtype=dtype, device=tensor.device)
-
-
-def check_finite(values: Iterable[Tensor], batch: TokenBatch, per_row: bool = True) -> None:
-    """Raise on a NaN or infinite gradient, naming the rows (`values` are `[B, ...]`, or sums over the whole batch)."""
-    bad = np.zeros(len(batch.rows), dtype=bool)
-    for value in values:
-        finite = torch.isfinite(value)
-        bad |= (
-            ~(finite.flatten(1).all(1) if per_row and value.dim() > 1 else finite if per_row else finite.all())
-            .cpu()
-            .numpy()
-        )
-    if bad.any():
-        raise ValueError(
-            f"The gradient of row(s) {batch.rows[bad].tolist()[:10]} is not finite, so they have no influence. Look "
-            "at these rows, or run the influence passes in float32 (`bf16=False`, `fp16=False`)."
-        )

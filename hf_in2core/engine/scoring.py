@@ -9,8 +9,9 @@ from datasets import Dataset
 from torch import Tensor
 
 from .batches import TokenBatch, TokenRows, read_token_rows
-from .gradients import GradientRecorder, compute_dots
-from .passes import Passes, check_finite, finish_together, run_batches
+from .gradients import GradientRecorder
+from .passes import Passes, finish_together, run_batches
+from .reductions import compute_dots
 from .state import read_tensors, write_tensors
 from .store import StoredChunk
 
@@ -106,10 +107,9 @@ def _make_step(
         with_norms = direction_norm is not None
         dots, square_norms = compute_dots(recorder, batch, passes.loss_reduction, directions, with_norms)
         if direction_norm is not None and square_norms is not None:
-            norms = square_norms.sqrt()[:, None] * direction_norm
-            dots = dots / norms.clamp(min=torch.finfo(torch.float64).tiny)
-        check_finite([dots], batch)
-        influence[batch.indices] = -dots.numpy()
+            norms = np.sqrt(square_norms)[:, None] * direction_norm.numpy()
+            dots = dots / np.maximum(norms, np.finfo(np.float64).tiny)
+        influence[batch.indices] = -dots
         if report is not None:
             report(len(batch.rows))
 
@@ -178,6 +178,7 @@ def run_score_pass(
     set_sizes: list[int] | None = None,
     queries_per_block: int | None = None,
     top_k: int | None = None,
+    description: str = "Influence: score pass",
 ) -> Scores:
     """
     Influence of every prepared row, chunk by chunk, each chunk kept on disk.
@@ -197,6 +198,8 @@ def run_score_pass(
             Directions held beside the model at a time.
         top_k (`int`, *optional*):
             Keep only the strongest rows of every query instead of `[rows, Q]` numbers.
+        description (`str`, *optional*):
+            What the progress bar says.
 
     Returns:
         [`Scores`]
@@ -212,7 +215,7 @@ def run_score_pass(
     done = _read_chunks(passes, prefix, kept, tops, (start, end))
     with (
         GradientRecorder(passes.model, passes.blocks, passes.autocast) as recorder,
-        passes.progress(end - start, "Influence: score pass", initial=int(done[start:end].sum())) as bar,
+        passes.progress(end - start, description, initial=int(done[start:end].sum())) as bar,
     ):
         for first in range(start, end, passes.chunk_size):
             last = min(first + passes.chunk_size, end)

@@ -9,16 +9,52 @@ import torch
 from peft import PeftModel
 
 from hf_in2core import __version__
-from hf_in2core.engine import batches, blocks, datainf, fit, forwards, gradients, losses, passes, scoring, store
-from hf_in2core.engine.blocks import Blocks, read_adapter_settings
+from hf_in2core.engine import (
+    batches,
+    blocks,
+    datainf,
+    fit,
+    fit_sums,
+    forwards,
+    gradients,
+    losses,
+    passes,
+    reductions,
+    sample,
+    scoring,
+    store,
+    validation,
+)
+from hf_in2core.engine.blocks import Blocks, count_elements, read_adapter_settings
+from hf_in2core.engine.gradients import accumulation_dtype
+from hf_in2core.engine.sample import is_sampled
 from hf_in2core.engine.state import hash_adapter, hash_base
+from hf_in2core.engine.store import choose_store_dtype
 
 from .config import InfluenceConfig
 
 
 # A change in any of these may change a score, so their source is part of a run's fingerprint.
-ENGINE = (batches, blocks, datainf, fit, forwards, gradients, losses, passes, scoring, store)
+ENGINE = (
+    *(batches, blocks, datainf, fit, fit_sums, forwards, gradients, losses, passes, reductions, sample, scoring),
+    *(store, validation),
+)
 LIBRARIES = ["torch", "transformers", "trl", "peft", "datasets", "accelerate"]
+
+
+def find_store_dtype(args: InfluenceConfig, num_rows: int, blocks: Blocks) -> torch.dtype | None:
+    """Precision of the gradient store of a pool, `None` without one."""
+    if args.gradient_store_gb == 0 or (isinstance(args.fit_examples, int) and args.fit_examples < num_rows):
+        return None
+    full = accumulation_dtype(next(iter(blocks.values())).tensor)
+    return choose_store_dtype(args.gradient_store_gb, num_rows, count_elements(blocks), full)
+
+
+def find_fit_examples(args: InfluenceConfig, num_rows: int, store_dtype: torch.dtype | None) -> int | str | None:
+    """`fit_examples`, or `None` where it comes to all rows of a pool."""
+    if args.fit_examples == "auto":
+        return "auto" if is_sampled(num_rows, store_dtype is not None) else None
+    return args.fit_examples if isinstance(args.fit_examples, int) and args.fit_examples < num_rows else None
 
 
 def identify_run(
@@ -27,9 +63,9 @@ def identify_run(
     args: InfluenceConfig,
     data: dict[str, Any],
     *,
+    num_rows: int,
     autocast: str,
     per_example: bool,
-    store_dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """
     Everything that shapes u and the scores.
@@ -43,16 +79,17 @@ def identify_run(
             Settings; those that change nothing but time and memory are left out.
         data (`dict[str, Any]`):
             Hashes of the prepared rows: of the `pool`, and of each set of `validation` by name.
+        num_rows (`int`):
+            Prepared rows of the pool.
         autocast (`str`):
             Mixed precision of the forward: `"no"`, `"bf16"` or `"fp16"`.
         per_example (`bool`):
             Whether every validation row is a query of its own.
-        store_dtype (`torch.dtype`, *optional*):
-            Precision of the gradient store, `None` without one.
 
     Returns:
         `dict[str, Any]`, ready for JSON. Where base weights are sharded, all processes have to call together.
     """
+    store_dtype = find_store_dtype(args, num_rows, blocks)
     source = b"".join(Path(str(module.__file__)).read_bytes() for module in ENGINE)
     return {
         "version": __version__,
@@ -67,7 +104,7 @@ def identify_run(
         "estimator": args.estimator,
         "loss_reduction": args.loss_reduction,
         "damping_scale": args.damping_scale,
-        "fit_examples": args.fit_examples,
+        "fit_examples": find_fit_examples(args, num_rows, store_dtype),
         "seed": args.seed,
         "per_example": per_example,
         # In float32 a store changes nothing but rounding.

@@ -13,14 +13,11 @@ from datasets import Dataset
 from hf_in2core.engine.batches import TokenBatch, TokenRows, plan_batches, read_token_rows
 from hf_in2core.engine.curvature import CURVATURE_ROWS, MIN_CURVATURE_ROWS
 from hf_in2core.engine.fit import count_pilot_rows
-from hf_in2core.engine.gradients import (
-    GradientRecorder,
-    accumulation_dtype,
-    compute_dots,
-    compute_fit_terms,
-    compute_gradient_sum,
-)
+from hf_in2core.engine.gradients import GradientRecorder, accumulation_dtype
+from hf_in2core.engine.losses import find_max_loss_tokens
 from hf_in2core.engine.passes import Passes, finish_together, make_zeros, run_batches
+from hf_in2core.engine.reductions import FitDirections, compute_dots, compute_fit_terms, compute_gradient_sum
+from hf_in2core.engine.sample import SAMPLE_SHARES, count_held_rows, is_sampled
 from hf_in2core.notebook import render_html
 
 
@@ -167,7 +164,7 @@ def plan_influence(
         PassPlan("validation", found.shard_rows, found.padded_tokens, seconds * found.padded_tokens)
         for found, seconds in zip(shapes[1:], timings.validation, strict=True)
     ]
-    share = min((args.fit_examples or len(pool)) / len(pool), 1.0)
+    share = 1.0 if args.fit_examples is None else _guess_share(args.fit_examples, len(pool), passes.store is not None)
     pilot = count_pilot_rows(len(pool))
     rows, tokens = int(share * shape.shard_rows) + pilot, int(share * shape.padded_tokens + pilot * shape.mean_width)
     plans += [PassPlan("fit", rows, tokens, timings.fit * tokens)] * (num_fits if datainf else 0)
@@ -180,7 +177,7 @@ def plan_influence(
 
     scores = len(pool) * queries * 8
     # The fit's sum, and beside it its slope.
-    fitted = num_fits * at_once * elements * (8 + itemsize) if datainf else 0
+    fitted = num_fits * at_once * elements * (8 + 8) if datainf else 0
     sums = (0 if per_example else queries * elements * 8) + fitted
     return InfluencePlan(
         rows=len(pool),
@@ -199,6 +196,13 @@ def plan_influence(
         store=0 if passes.store is None else len(pool) * passes.store.row_bytes,
         reduced=sums + scores if passes.world_size > 1 else 0,
     )
+
+
+def _guess_share(fit_examples: int | str, num_rows: int, is_stored: bool) -> float:
+    """Share of the pool that a fit takes; of a sample that grows, the second one and the rows held back twice."""
+    if isinstance(fit_examples, int):
+        return min(fit_examples / num_rows, 1.0)
+    return SAMPLE_SHARES[1] + 2 * count_held_rows(num_rows) / num_rows if is_sampled(num_rows, is_stored) else 1.0
 
 
 class _Timings(NamedTuple):
@@ -223,20 +227,20 @@ def _time_batches(
     blocks = passes.blocks
     dtype = accumulation_dtype(next(iter(blocks.values())).tensor)
     directions = {name: make_zeros(block.tensor, (num_queries,), dtype) + 1e-4 for name, block in blocks.items()}
-    sums = {name: make_zeros(block.tensor, (num_queries,)) for name, block in blocks.items()}
-    damping = dict.fromkeys(blocks, 1.0)
+    sums = {name: make_zeros(block.tensor, (2, num_queries)) for name, block in blocks.items()}
+    fit_directions = FitDirections(directions, dict.fromkeys(blocks, 1.0))
     cosine = estimator == "gradient_cosine"
     num_batches = 0
     with GradientRecorder(passes.model, blocks, passes.autocast) as recorder:
 
         def validate(batch: TokenBatch) -> None:
             for name, gradient in compute_gradient_sum(recorder, batch, passes.loss_reduction).items():
-                sums[name][0] += gradient
+                sums[name][0, 0] += gradient
 
         def fit(batch: TokenBatch) -> None:
-            terms = compute_fit_terms(recorder, batch, passes.loss_reduction, directions, damping)
-            for name, term in terms.items():
-                sums[name] += term.weighted_sum
+            block_sums, _ = compute_fit_terms(recorder, batch, passes.loss_reduction, fit_directions)
+            for name, value in block_sums.items():
+                sums[name] += value.view_as(sums[name])
 
         def score(batch: TokenBatch) -> None:
             compute_dots(recorder, batch, passes.loss_reduction, directions, with_norms=cosine)
@@ -286,7 +290,7 @@ class _Shape:
     def measure(cls, passes: Passes, rows: Dataset) -> "_Shape":
         """Read the lengths of all rows, and plan the shard's batches as the passes do."""
         start, end = passes.shard(rows)
-        vocab_size = passes.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+        max_loss_tokens = find_max_loss_tokens(passes.model, passes.autocast)
         tokens = loss_tokens = padded = 0
         counts = np.zeros(64, dtype=np.int64)
         for first in range(0, len(rows), 10_000):
@@ -297,7 +301,7 @@ class _Shape:
         batches: list[np.ndarray] = []
         for first in range(start, end, passes.chunk_size):
             token_rows = read_token_rows(rows, first, min(first + passes.chunk_size, end))
-            for indices in plan_batches(token_rows, passes.tokens_per_batch, vocab_size):
+            for indices in plan_batches(token_rows, passes.tokens_per_batch, max_loss_tokens):
                 padded += len(indices) * int(token_rows.lengths[indices].max())
                 batches.append(first + indices)
         powers = np.flatnonzero(counts).tolist()

@@ -12,11 +12,12 @@ from datasets import Dataset, Features, Json, List, Value, concatenate_datasets
 from scipy.stats import spearmanr
 
 from hf_in2core.engine.batches import read_token_rows
-from hf_in2core.engine.fit import run_fit_pass, run_validation_pass
+from hf_in2core.engine.fit import run_fit_pass
 from hf_in2core.engine.gradients import GradientRecorder
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.scoring import Directions, score_token_rows
 from hf_in2core.engine.state import hash_prepared
+from hf_in2core.engine.validation import run_validation_pass
 from hf_in2core.names import (
     INFLUENCE,
     NUM_LOSS_TOKENS,

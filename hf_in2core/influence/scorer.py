@@ -12,8 +12,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_in2core.engine.batches import read_token_rows
+from hf_in2core.engine.batches import GPU_TOKENS, read_token_rows
 from hf_in2core.engine.blocks import Blocks, check_not_offloaded, find_blocks, trainable_adapter
+from hf_in2core.engine.budget import choose_tokens_per_batch
 from hf_in2core.engine.gradients import GradientRecorder
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.scoring import average_over_sets, count_queries, score_token_rows
@@ -125,15 +126,18 @@ class InfluenceScorer:
 
     def make_passes(self) -> Passes:
         """A pass over data with this scorer's settings, in this process alone."""
-        return Passes(
+        passes = Passes(
             model=self.model,
             blocks=self.blocks,
             loss_reduction=self.config.loss_reduction,
-            tokens_per_batch=self.tokens_per_batch,
+            tokens_per_batch=self.tokens_per_batch or GPU_TOKENS,
             checkpointed_tokens=self.checkpointed_tokens,
             autocast=AUTOCAST_DTYPES[self.config.autocast],
             show_progress=False,
         )
+        if self.tokens_per_batch is None:
+            passes.tokens_per_batch = choose_tokens_per_batch(passes, count_queries(self.directions))
+        return passes
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         """

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_in2core import __version__
 from hf_in2core.engine.blocks import Blocks
-from hf_in2core.engine.fit import FitResult
+from hf_in2core.engine.fit_sums import FitResult
 from hf_in2core.engine.state import hash_adapter, hash_base
 from hf_in2core.hub.silence import limited_silence
 from hf_in2core.names import LOSS_REDUCTIONS
@@ -50,8 +50,8 @@ class ScorerConfig:
             Rows of each validation set, by name (`"validation"` for a single one), in the order of `u`'s first axis.
         per_example (`bool`):
             Whether that axis has an entry for every validation row instead of every set.
-        num_fit_examples (`int`):
-            Training rows that the fit pass saw; 0 for estimators without one.
+        num_fit_examples (`int`), fit_agreement (`float`, *optional*):
+            Training rows that the fit pass saw (0 for estimators without one); of a sample, how its halves agree.
         damping (`dict[str, float]`):
             Damping of each block.
         inner_damping_error (`float`):
@@ -60,8 +60,8 @@ class ScorerConfig:
             How raw rows become tokens, see [`preparation.Preparation`].
         autocast (`str`):
             `"no"`, `"bf16"` or `"fp16"`: mixed precision of the forward.
-        tokens_per_batch (`int`):
-            Token budget of a batch.
+        tokens_per_batch (`int`, *optional*):
+            Token budget of a batch; what suits the device by default.
         base_model, base_model_revision, base_model_dtype (`str`):
             Identity of the base model; an empty id if it was built in memory.
         base_model_hash, adapter_hash, tokenizer_hash, template_hash (`str`):
@@ -85,7 +85,7 @@ class ScorerConfig:
     inner_damping_error: float
     preparation: dict[str, Any]
     autocast: str
-    tokens_per_batch: int
+    tokens_per_batch: int | None
     base_model: str
     base_model_revision: str | None
     base_model_dtype: str
@@ -95,6 +95,7 @@ class ScorerConfig:
     template_hash: str
     pool_hash: str
     libraries: dict[str, str] = field(default_factory=dict)
+    fit_agreement: float | None = None
     format_version: int = FORMAT_VERSION
 
 
@@ -159,7 +160,7 @@ def _check_values(config: ScorerConfig) -> dict[str, bool]:
         "per_example": isinstance(config.per_example, bool),
         "preparation": isinstance(preparation, dict) and set(preparation) == prepared_by,
         "autocast": isinstance(config.autocast, str) and config.autocast in AUTOCAST_DTYPES,
-        "tokens_per_batch": _is_count(config.tokens_per_batch),
+        "tokens_per_batch": config.tokens_per_batch is None or _is_count(config.tokens_per_batch),
         "base_model_dtype": config.base_model_dtype in _BASE_DTYPES,
         "base_model_revision": config.base_model_revision is None or isinstance(config.base_model_revision, str),
         "libraries": isinstance(config.libraries, dict),
@@ -335,6 +336,7 @@ def describe_fit(
         validation_sets=validation_sets,
         per_example=identity["per_example"],
         num_fit_examples=result.num_examples,
+        fit_agreement=result.agreement,
         damping=result.damping,
         inner_damping_error=result.inner_damping_error,
         preparation=preparation.to_dict(),
@@ -354,13 +356,8 @@ def describe_fit(
 
 def find_revision(name: str, revision: str | None = None) -> str | None:
     """
-    Commit on the Hub that a model was loaded from, as the local cache has it.
-
-    Args:
-        name (`str`):
-            Hub id or folder.
-        revision (`str`, *optional*):
-            Branch, tag or commit that was asked for; the default branch when `None`.
+    Commit on the Hub that a model was loaded from, as the local cache has it, by its id (or folder) and the branch, tag
+    or commit that was asked for.
 
     Returns:
         `str` or `None`: the commit; `None` for a folder, and for what was never loaded from the Hub.

@@ -7,7 +7,7 @@ from scipy.stats import spearmanr
 from transformers import Trainer
 from transformers.integrations import get_reporting_integration_callbacks
 
-from hf_in2core.engine.fit import FitResult
+from hf_in2core.engine.fit_sums import FitResult
 from hf_in2core.names import INFLUENCE
 
 
@@ -48,8 +48,9 @@ def summarize_influence(columns: Mapping[str, np.ndarray], num_loss_tokens: np.n
 
 
 def summarize_fit(result: FitResult, validation_rows: int, seconds: float) -> dict[str, float]:
-    """Figures of a fit: `influence/fit_rows`, `validation_rows`, `inner_damping_error` and `fit_seconds`."""
-    return {
+    """Figures of a fit: `influence/fit_rows`, `fit_agreement` of a sampled one, `inner_damping_error` and others."""
+    agreement = {} if result.agreement is None else {"influence/fit_agreement": result.agreement}
+    return agreement | {
         "influence/fit_rows": float(result.num_examples),
         "influence/validation_rows": float(validation_rows),
         "influence/inner_damping_error": result.inner_damping_error,

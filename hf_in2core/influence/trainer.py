@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
+from hf_in2core.engine.batches import GPU_TOKENS
 from hf_in2core.engine.blocks import Blocks, count_elements, find_blocks, select_blocks
+from hf_in2core.engine.budget import choose_tokens_per_batch
 from hf_in2core.engine.curvature import check_curvature
-from hf_in2core.engine.fit import FitResult, fit_directions, read_fit, write_fit
-from hf_in2core.engine.gradients import accumulation_dtype
+from hf_in2core.engine.fit import fit_directions, read_fit, write_fit
+from hf_in2core.engine.fit_sums import FitResult
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.scoring import run_score_pass
 from hf_in2core.engine.state import hash_json, hash_prepared, open_state
-from hf_in2core.engine.store import GradientStore, choose_store_dtype
+from hf_in2core.engine.store import GradientStore
 from hf_in2core.engine.verification import verify_gradients
 from hf_in2core.names import NUM_LOSS_TOKENS, PER_QUERY, POOL, VALIDATION, list_added_columns, list_score_columns
 from hf_in2core.rows.preparation import Preparation
@@ -46,7 +47,7 @@ from .checks import (
     stand_in_template,
 )
 from .config import AUTOCAST_DTYPES, InfluenceConfig, choose_autocast
-from .identity import identify_run
+from .identity import find_store_dtype, identify_run
 from .scorer import InfluenceScorer
 from .scorer_files import describe_fit
 from .tracking import report, summarize_fit, summarize_influence
@@ -193,29 +194,21 @@ class InfluenceTrainer(SFTTrainer):
             blocks,
             self.args,
             self._hashes,
+            num_rows=len(self.prepared_pool),
             autocast=self.autocast,
             per_example=per_example,
-            store_dtype=self._store_dtype(blocks),
         )
-
-    def _store_dtype(self, blocks: Blocks) -> torch.dtype | None:
-        """Precision of the gradient store, `None` without one."""
-        args, num_rows = self.args, len(self.prepared_pool)
-        if args.gradient_store_gb == 0 or (args.fit_examples is not None and args.fit_examples < num_rows):
-            return None
-        full = accumulation_dtype(next(iter(blocks.values())).tensor)
-        return choose_store_dtype(args.gradient_store_gb, num_rows, count_elements(blocks), full)
 
     def make_passes(self, blocks: Blocks, fingerprint: str) -> Passes:
         """Passes through some blocks, whose state is kept under the fingerprint; with what is known of the memory."""
         folder = Path(str(self.args.output_dir)) / "influence" / fingerprint
         elements = {name: block.tensor.numel() for name, block in blocks.items()}
-        store_dtype = self._store_dtype(blocks)
+        store_dtype = find_store_dtype(self.args, len(self.prepared_pool), blocks)
         # What an earlier pass learnt about the memory is not learnt again.
         last = self._last_passes
-        tokens_per_batch, checkpointed_tokens = self.args.tokens_per_batch, None
+        tokens_per_batch, checkpointed_tokens = self.args.tokens_per_batch or GPU_TOKENS, None
         if last is not None:
-            tokens_per_batch = min(tokens_per_batch, last.tokens_per_batch)
+            tokens_per_batch = min(self.args.tokens_per_batch or last.tokens_per_batch, last.tokens_per_batch)
             checkpointed_tokens = last.checkpointed_tokens
         if self.args.influence_activation_checkpointing:
             checkpointed_tokens = 0
@@ -233,6 +226,10 @@ class InfluenceTrainer(SFTTrainer):
             show_progress=not self.args.disable_tqdm,
             store=None if store_dtype is None else GradientStore(folder, fingerprint, elements, store_dtype),
         )
+        if last is None and self.args.tokens_per_batch is None:
+            self._last_passes.tokens_per_batch = choose_tokens_per_batch(
+                self._last_passes, len(self.prepared_validation)
+            )
         return self._last_passes
 
     def fit_influence(self, per_example: bool = False) -> InfluenceScorer:
@@ -296,8 +293,8 @@ class InfluenceTrainer(SFTTrainer):
         return self._scorer
 
     def count_queries_per_block(self, blocks: Blocks) -> int:
-        """Queries whose gradient, sum and direction fit into `query_memory_gb` together."""
-        bytes_per_query = count_elements(blocks) * (4 + 8 + 8)
+        """Queries whose gradient, sum with its slope, and direction fit into `query_memory_gb` together."""
+        bytes_per_query = count_elements(blocks) * (4 + 16 + 8)
         return max(int(self.args.query_memory_gb * 1e9 / bytes_per_query), 1)
 
     def _make_scorer(self, result: FitResult, job: Passes, identity: dict[str, Any]) -> InfluenceScorer:

@@ -82,7 +82,7 @@ def train_reference(job: Job) -> tuple[str, dict[str, Any]]:
         with written_folder(folder) as temporary:
             result = train(trainer, "Reference") | {"identity": identity}
             if PartialState().is_main_process:
-                trainer.model.save_pretrained(temporary)
+                trainer.model.save_pretrained(str(temporary))
                 write_json(temporary / "training.json", result)
         release(trainer)
         remove_checkpoints(checkpoints)
@@ -154,7 +154,7 @@ def compute_reference_losses(job: Job, adapter: str) -> np.ndarray:
         whole = job.tokenize_pool(training_args, job.reference_tokenizer)
         prepared = prepare_rows(whole, replace(preparation, columns=None))
         model = load_model(job.reference_model, training_args, adapter)
-    nll, tokens, _ = compute_losses(model, prepared, training_args, training_args.tokens_per_batch, "Loss of the pool")
+    nll, tokens, _ = compute_losses(model, prepared, training_args, "Loss of the pool")
     losses = np.full(len(job.inputs.pool), np.nan)
     losses[prepared.with_format("numpy")["row"][:]] = nll / tokens
     return losses
@@ -182,7 +182,7 @@ def evaluate_base(job: Job, positions: list[int]) -> dict[str, Any]:
             trainer = make_trainer(job.target_model, training_args, tokens, job.target_tokenizer)
         steps = training_args.max_steps if training_args.max_steps > 0 else count_steps(trainer)
         # A fresh LoRA adapter changes nothing: this is the base model.
-        evaluation = evaluate_model(trainer.model, job.prepared_test, training_args, training_args.tokens_per_batch)
+        evaluation = evaluate_model(trainer.model, job.prepared_test, training_args)
         result = {"steps": steps, **evaluation, "identity": identity}
         with written_folder(folder) as temporary:
             if PartialState().is_main_process:
@@ -220,13 +220,11 @@ def train_arm(job: Job, arm: Arm, positions: list[int], steps: int) -> dict[str,
             trainer = make_trainer(job.target_model, training_args, tokens, job.target_tokenizer)
         with written_folder(folder) as temporary:
             trained = train(trainer, f"{run.arm}, fraction {run.fraction:g}, seed {run.seed}, equal {run.budget}")
-            evaluation = evaluate_model(
-                trainer.model, job.prepared_test, training_args, training_args.tokens_per_batch
-            )
+            evaluation = evaluate_model(trainer.model, job.prepared_test, training_args)
             result = {"arm": run.arm, "fraction": run.fraction, "seed": run.seed, **trained, **evaluation}
             result["identity"] = identity
             if PartialState().is_main_process:
-                trainer.model.save_pretrained(temporary)
+                trainer.model.save_pretrained(str(temporary))
                 write_json(temporary / "result.json", result)
         release(trainer)
         remove_checkpoints(checkpoints)

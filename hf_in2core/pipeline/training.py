@@ -293,7 +293,6 @@ def compute_losses(
     model: PreTrainedModel,
     prepared: Dataset,
     training_args: InfluenceConfig,
-    tokens_per_batch: int,
     description: str = "Test set",
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
@@ -309,23 +308,23 @@ def compute_losses(
     rows = []
     if len(shard):
         shown = None if training_args.disable_tqdm else description
-        rows = list(zip(*compute_row_losses(model, shard, tokens_per_batch, autocast, shown), strict=True))
+        rows = list(
+            zip(*compute_row_losses(model, shard, training_args.tokens_per_batch, autocast, shown), strict=True)
+        )
     if state.num_processes > 1:
         rows = gather_object(rows)
     nll, tokens, correct = (np.array(values)[find_gathered_order(len(prepared))] for values in zip(*rows, strict=True))
     return nll, tokens, correct
 
 
-def evaluate_model(
-    model: Any, prepared: Dataset, training_args: InfluenceConfig, tokens_per_batch: int
-) -> dict[str, float | None]:
+def evaluate_model(model: Any, prepared: Dataset, training_args: InfluenceConfig) -> dict[str, float | None]:
     """
     Loss, perplexity and accuracy per labelled token of prepared rows.
 
     Returns:
         `dict`: `test_loss` (nats), `test_perplexity`, `test_accuracy`, `test_tokens`; `None` where not finite.
     """
-    nll, tokens, correct = compute_losses(model, prepared, training_args, tokens_per_batch)
+    nll, tokens, correct = compute_losses(model, prepared, training_args)
     loss = TokenPerplexity().compute(nll_sum=nll.tolist(), num_loss_tokens=tokens.tolist())
     accuracy = TokenAccuracy().compute(num_correct=correct.tolist(), num_loss_tokens=tokens.tolist())
     assert loss is not None and accuracy is not None

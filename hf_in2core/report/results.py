@@ -58,6 +58,7 @@ def show_provenance(run: Run) -> list[tuple[str, str]]:
         ("Damping scale", get_value(run.scorer, "damping_scale")),
         ("Layers", (get_value(run.scorer, "influence_layers") or "all") if run.scorer else ""),
         ("Rows the scorer was fitted on", get_value(run.scorer, "num_fit_examples")),
+        ("Agreement of two halves of them", get_value(run.scorer, "fit_agreement")),
         ("Machine", ", ".join(str(part) for part in hardware if part) if machine else ""),
         ("Libraries", ", ".join(libraries)),
         ("Command", run.get("command")),

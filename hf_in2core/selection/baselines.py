@@ -37,7 +37,7 @@ def add_loss(
     dataset: Dataset,
     model: nn.Module,
     preparation: Preparation,
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: int | None = None,
     autocast: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Dataset:
@@ -57,7 +57,7 @@ def add_loss(
             Causal language model, such as the reference model with its adapter.
         preparation ([`Preparation`]):
             How rows become tokens: `trainer.preparation` or `scorer.preparation`.
-        tokens_per_batch (`int`, *optional*, defaults to `8192`):
+        tokens_per_batch (`int`, *optional*):
             Token budget of a batch, padding included.
         autocast (`torch.dtype`, *optional*):
             Mixed precision of the forward.
@@ -80,7 +80,7 @@ def add_ifd(
     dataset: Dataset,
     model: nn.Module,
     preparation: Preparation,
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: int | None = None,
     autocast: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Dataset:
@@ -105,7 +105,7 @@ def add_ifd(
             Causal language model, such as the reference model with its adapter.
         preparation ([`Preparation`]):
             How rows become tokens: `trainer.preparation` or `scorer.preparation`. Prompts must carry no loss.
-        tokens_per_batch (`int`, *optional*, defaults to `8192`):
+        tokens_per_batch (`int`, *optional*):
             Token budget of a batch, padding included.
         autocast (`torch.dtype`, *optional*):
             Mixed precision of the forward.
@@ -143,7 +143,7 @@ def add_rds(
     validation: Dataset,
     model: nn.Module,
     preparation: Preparation,
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: int | None = None,
     autocast: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Dataset:
@@ -168,7 +168,7 @@ def add_rds(
             Causal language model. RDS+ takes the model before any fine-tuning; a reference model works too.
         preparation ([`Preparation`]):
             How rows become tokens: `trainer.preparation` or `scorer.preparation`.
-        tokens_per_batch (`int`, *optional*, defaults to `8192`):
+        tokens_per_batch (`int`, *optional*):
             Token budget of a batch, padding included.
         autocast (`torch.dtype`, *optional*):
             Mixed precision of the forward.

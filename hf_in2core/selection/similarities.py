@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hf_in2core.engine.batches import TokenBatch, iterate_batches, plan_batches, read_token_rows
+from hf_in2core.engine.batches import (
+    TokenBatch,
+    choose_forward_tokens,
+    iterate_batches,
+    plan_batches,
+    read_token_rows,
+)
 from hf_in2core.engine.losses import frozen_eval_mode
 from hf_in2core.progress import get_bar_settings, make_bar
 
@@ -18,7 +24,7 @@ def compute_rds_similarities(
     prepared: Dataset,
     queries: Dataset,
     model: nn.Module,
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: int | None = None,
     autocast: torch.dtype | None = None,
 ) -> np.ndarray:
     """Cosines of the RDS+ embeddings of rows and queries, float64 `[Q, n]`; see [`baselines.add_rds`]."""
@@ -74,7 +80,7 @@ def import_bm25s() -> Any:
 def compute_hidden_embeddings(
     model: nn.Module,
     prepared: Dataset,
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: int | None = None,
     autocast: torch.dtype | None = None,
     description: str | None = None,
 ) -> np.ndarray:
@@ -86,7 +92,7 @@ def compute_hidden_embeddings(
             Causal language model.
         prepared ([`~datasets.Dataset`]):
             Prepared rows from [`preparation.prepare_rows`].
-        tokens_per_batch (`int`, *optional*, defaults to `8192`):
+        tokens_per_batch (`int`, *optional*):
             Token budget of a batch, padding included.
         autocast (`torch.dtype`, *optional*):
             Mixed precision of the forward.
@@ -110,8 +116,8 @@ def compute_hidden_embeddings(
     bar = make_bar(len(token_rows), description or "", shown=description is not None, brief=True)
     try:
         with frozen_eval_mode(model), bar:
-            # A vocabulary of 1: no logits bound the batches.
-            for batch in iterate_batches(token_rows, plan_batches(token_rows, tokens_per_batch, vocab_size=1)):
+            size = choose_forward_tokens(tokens_per_batch, device)
+            for batch in iterate_batches(token_rows, plan_batches(token_rows, size)):
                 found.clear()
                 embeddings[batch.indices] = _embed(model, batch.to(device), autocast, found)
                 bar.update(len(batch.rows))

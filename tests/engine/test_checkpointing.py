@@ -22,8 +22,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from hf_in2core import InfluenceTrainer
 from hf_in2core.analysis.layers import compute_layer_scores
 from hf_in2core.engine.batches import TokenBatch, read_token_rows
-from hf_in2core.engine.gradients import GradientRecorder, compute_gradient_sum
+from hf_in2core.engine.gradients import GradientRecorder
 from hf_in2core.engine.passes import run_batches
+from hf_in2core.engine.reductions import compute_gradient_sum
 
 
 @pytest.mark.usefixtures("exact_damping")

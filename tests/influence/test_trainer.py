@@ -21,7 +21,8 @@ from hf_in2core import InfluenceScorer
 from hf_in2core.engine.batches import collate, read_token_rows
 from hf_in2core.engine.blocks import find_blocks
 from hf_in2core.engine.fit import MAX_INNER_DAMPING_ERROR, PILOT_ROWS
-from hf_in2core.engine.gradients import GradientRecorder, compute_gradient_sum
+from hf_in2core.engine.gradients import GradientRecorder
+from hf_in2core.engine.reductions import compute_gradient_sum
 from hf_in2core.names import LOSS_REDUCTIONS
 
 

@@ -1,0 +1,65 @@
+"""Token budgets of batches where none is given: what the caches of a CPU or the memory of a GPU hold."""
+
+import gc
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batches import TokenRows, choose_forward_tokens, collate
+from .blocks import count_elements
+from .gradients import GradientRecorder
+from .losses import MAX_LOGITS_PER_CHUNK
+from .passes import Passes
+
+
+# On a GPU the time per token stops falling well before this.
+MAX_GPU_TOKENS = 32_768
+# Logits of one chunk: in half precision, in float32, their log-probabilities and their gradient.
+BYTES_PER_LOGIT = 16
+
+
+def choose_tokens_per_batch(passes: Passes, num_queries: int) -> int:
+    """
+    Tokens of a batch in the influence passes: measured on a GPU, from two rows of different length.
+
+    Args:
+        passes ([`Passes`]):
+            A pass that will run; nothing of it is changed.
+        num_queries (`int`):
+            Queries whose sums lie beside the activations.
+
+    Returns:
+        `int`
+    """
+    if passes.device.type != "cuda":
+        return choose_forward_tokens(None, passes.device)
+    longest = getattr(passes.model.config.get_text_config(), "max_position_embeddings", None) or 1024  # type: ignore[union-attr, operator]
+    lengths = (min(longest, 1024) // 2, min(longest, 1024))
+    short, long = (_measure_activations(passes, length) for length in lengths)
+    per_token = max((long - short) / (lengths[1] - lengths[0]), 1.0)
+    free = torch.cuda.mem_get_info(passes.device)[0]
+    free += torch.cuda.memory_reserved(passes.device) - torch.cuda.memory_allocated(passes.device)
+    # v in float32, the sum and its slope in float64, u in float64.
+    state = num_queries * count_elements(passes.blocks) * (4 + 16 + 8)
+    room = 0.85 * (free - state - MAX_LOGITS_PER_CHUNK * BYTES_PER_LOGIT)
+    return int(min(max(room / per_token, 256), MAX_GPU_TOKENS))
+
+
+def _measure_activations(passes: Passes, length: int) -> int:
+    """Bytes that one row takes on the device at the peak of its pass."""
+    labels = np.full(length, -100)
+    labels[-8:] = 0
+    ids = np.zeros(length, dtype=np.int64)
+    batch = collate(TokenRows(np.zeros(1, dtype=np.int64), np.array([0, length]), ids, labels), np.array([0]))
+
+    def ignore(name: str, x: Tensor, grad_output: Tensor) -> None:
+        pass
+
+    with GradientRecorder(passes.model, passes.blocks, passes.autocast) as recorder:
+        recorder.run(batch, "mean", ignore)  # what is made once does not count
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats(passes.device)
+        before = torch.cuda.memory_allocated(passes.device)
+        recorder.run(batch, "mean", ignore)
+    return torch.cuda.max_memory_allocated(passes.device) - before

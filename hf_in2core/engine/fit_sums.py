@@ -1,0 +1,175 @@
+"""The sums over rows that DataInf's fit is made of, and the directions that they come to."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from .batches import TokenBatch
+from .datainf import compute_damping, compute_ihvp, compute_inner_damping_error, correct_damping
+from .gradients import GradientRecorder, accumulation_dtype
+from .passes import Passes, accumulate, make_zeros
+from .reductions import FitDirections, FitTerms, compute_fit_terms
+from .store import GradientStore, StoredChunk
+
+
+@dataclass
+class FitResult:
+    """
+    Outcome of the fit pass.
+
+    Attributes:
+        ihvp (`dict[str, torch.Tensor]`):
+            Preconditioned validation gradients `u`, float64 `[Q, out, in]` per block.
+        damping (`dict[str, float]`):
+            Damping of each block.
+        num_examples (`int`):
+            Number of training rows fitted.
+        inner_damping_error (`float`):
+            Bound on the relative error of `u` that the pilot's damping leaves, corrected to first order; 0 where the
+            exact one was used.
+        agreement (`float`, *optional*):
+            Rank correlation of the scores by the two halves of a sampled fit, the lowest of all validation sets;
+            `None` where the number of rows was given or all of them were fitted.
+    """
+
+    ihvp: dict[str, Tensor]
+    damping: dict[str, float]
+    num_examples: int
+    inner_damping_error: float
+    agreement: float | None = None
+
+
+@dataclass
+class FitSums:
+    """
+    Sums of the fit pass over some rows.
+
+    Attributes:
+        sums (`dict[str, torch.Tensor]`):
+            Float64. Per block `[2, Q, out, in]`, the weighted sum and minus its derivative by the damping;
+            `square_norms` `[blocks]` and `error_weights` `[blocks, Q]`.
+        num_examples (`int`):
+            Number of rows.
+    """
+
+    sums: dict[str, Tensor]
+    num_examples: int
+
+    def add(self, other: "FitSums") -> "FitSums":
+        """The sums over the rows of both."""
+        sums = {key: value + other.sums[key] for key, value in self.sums.items()}
+        return FitSums(sums, self.num_examples + other.num_examples)
+
+    def finish(
+        self,
+        passes: Passes,
+        validation_gradients: dict[str, Tensor],
+        inner_damping: dict[str, float],
+        damping_scale: float,
+    ) -> FitResult:
+        """`u` from the sums, corrected to first order for the damping that they were summed with."""
+        num_queries = next(iter(validation_gradients.values())).shape[0]
+        ihvp, damping = {}, {}
+        squared_error, squared_norm = torch.zeros(num_queries).double(), torch.zeros(num_queries).double()
+        parts = zip(
+            passes.blocks.items(), self.sums["square_norms"].cpu(), self.sums["error_weights"].cpu(), strict=True
+        )
+        for (key, block), square_norm, weight in parts:
+            mean_square_norm = float(square_norm) / self.num_examples
+            damping[key] = compute_damping(mean_square_norm, block.tensor.numel(), damping_scale)
+            weighted_sum, slope = self.sums[key]
+            weighted_sum = correct_damping(weighted_sum, slope, damping[key], inner_damping[key])
+            v = validation_gradients[key].double()
+            ihvp[key] = compute_ihvp(v, weighted_sum, self.num_examples, damping[key])
+            error = compute_inner_damping_error(weight, self.num_examples, damping[key], inner_damping[key])
+            squared_error += error.square()
+            squared_norm += ihvp[key].flatten(1).square().sum(1).cpu()
+        relative = torch.where(squared_norm > 0, (squared_error / squared_norm).sqrt(), torch.zeros_like(squared_norm))
+        return FitResult(ihvp, damping, self.num_examples, float(relative.max()))
+
+
+def fit_rows(
+    passes: Passes,
+    name: str,
+    prepared: Dataset,
+    positions: np.ndarray | None,
+    validation_gradients: dict[str, Tensor],
+    inner_damping: dict[str, float],
+    damping_scale: float,
+    is_stored: bool,
+) -> FitResult:
+    """The fit on some rows at a given inner damping; parameters as those of [`run_fit_pass`]."""
+    sums = sum_fit_terms(passes, name, prepared, positions, validation_gradients, inner_damping, is_stored)
+    return sums.finish(passes, validation_gradients, inner_damping, damping_scale)
+
+
+def sum_fit_terms(
+    passes: Passes,
+    name: str,
+    prepared: Dataset,
+    positions: np.ndarray | None,
+    validation_gradients: dict[str, Tensor],
+    inner_damping: dict[str, float],
+    is_stored: bool = False,
+) -> FitSums:
+    """Pass the rows at sorted `positions` (all where `None`); parameters as those of [`run_fit_pass`]."""
+    num_queries, num_blocks = next(iter(validation_gradients.values())).shape[0], len(passes.blocks)
+    dtype = accumulation_dtype(next(iter(passes.blocks.values())).tensor)
+    first = next(iter(passes.blocks.values())).tensor
+    sums: dict[str, Tensor] = {
+        "square_norms": torch.zeros(num_blocks, dtype=torch.float64, device=first.device),
+        "error_weights": torch.zeros(num_blocks, num_queries, dtype=torch.float64, device=first.device),
+    }
+    for key, block in passes.blocks.items():
+        sums[key] = make_zeros(block.tensor, (2, num_queries))  # the weighted sum, and minus its slope
+    directions = FitDirections({key: value.to(dtype) for key, value in validation_gradients.items()}, inner_damping)
+    store = passes.store if positions is None else None
+
+    def add(block_sums: dict[str, Tensor], terms: FitTerms) -> None:
+        for key, value in block_sums.items():
+            sums[key] += value.view_as(sums[key])
+        sums["square_norms"] += terms.square_norms.to(first.device)
+        sums["error_weights"] += terms.error_weights.to(first.device)
+
+    def make_step(recorder: GradientRecorder) -> Callable[[TokenBatch], None]:
+        def step(batch: TokenBatch) -> None:
+            keep = None if store is None else partial(_keep, store, batch.indices)
+            add(*compute_fit_terms(recorder, batch, passes.loss_reduction, directions, keep))
+
+        return step
+
+    def add_stored(chunk: StoredChunk) -> None:
+        norms, dots = [], []
+        for key, block in passes.blocks.items():
+            parts = [
+                directions.compute_block_sums(key, gradients.to(block.tensor.device, dtype))
+                for _, gradients in chunk.read(key)
+            ]
+            block_sums, block_norms, block_dots = zip(*parts, strict=True)
+            for value in block_sums:
+                sums[key] += value.view_as(sums[key])
+            norms.append(torch.cat(block_norms))
+            dots.append(torch.cat(block_dots))
+        add({}, directions.summarize(norms, dots, first.device))
+
+    sums = accumulate(
+        passes,
+        name,
+        "Influence: fit pass",
+        prepared,
+        positions,
+        sums,
+        make_step,
+        store,
+        add_stored if is_stored else None,
+    )
+    return FitSums(sums, len(prepared) if positions is None else len(positions))
+
+
+def _keep(store: GradientStore, indices: np.ndarray, name: str, gradients: Tensor) -> None:
+    store.keep(name, indices, gradients)

@@ -1,0 +1,113 @@
+"""DataInf fitted on a sample of the pool that grows until two halves of it agree."""
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import torch
+from datasets import Dataset
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from .fit_sums import FitResult, FitSums, sum_fit_terms
+from .passes import Passes
+from .scoring import run_score_pass
+
+
+logger = logging.getLogger(__name__)
+
+# A smaller pool is fitted whole.
+MIN_SAMPLED_POOL = 1000
+# Shares of the pool that a sampled fit grows through; after the last of them all rows are fitted.
+SAMPLE_SHARES = (0.05, 0.1, 0.2, 0.4)
+MIN_AGREEMENT = 0.998
+
+
+def is_sampled(num_rows: int, is_stored: bool) -> bool:
+    """Whether `fit_examples="auto"` takes a sample: not of a small pool, nor where the gradients of all are kept."""
+    return num_rows >= MIN_SAMPLED_POOL and not is_stored
+
+
+def count_held_rows(num_rows: int) -> int:
+    """Rows outside of the sample that its halves are compared on: a fortieth of the pool, 50 to 256."""
+    return min(max(num_rows // 40, 50), 256)
+
+
+def fit_sample(
+    passes: Passes,
+    name: str,
+    prepared: Dataset,
+    order: np.ndarray,
+    validation_gradients: dict[str, Tensor],
+    inner_damping: dict[str, float],
+    damping_scale: float,
+    set_sizes: list[int] | None = None,
+) -> tuple[FitResult, np.ndarray | None]:
+    """
+    The fit on a sample that grows until two halves of it agree, and on all rows where they do not.
+
+    `u` is a mean over rows. The fits on the two halves have each twice the variance of the one on the whole sample, so
+    that they differ more from each other than that one does from the fit on all rows. They are compared by the scores
+    that they give to rows outside of the sample: the rank correlation is to be [`MIN_AGREEMENT`] at least, on every
+    validation set; where validation rows are queries, in the mean over a set's queries and for the worst tenth of
+    them.
+
+    Args:
+        order (`numpy.ndarray` of shape `[n]`):
+            All positions in random order: the held-back rows, then the sample as it grows.
+
+    The other arguments are those of [`run_fit_pass`].
+
+    Returns:
+        `tuple[FitResult, numpy.ndarray | None]`: the fit, and the sorted positions of its rows (`None` for all).
+    """
+    held, candidates = np.split(order, [count_held_rows(len(order))])
+    held_rows = prepared.select(np.sort(held))
+    silent = replace(passes, folder=None, store=None)
+    halves: list[FitSums] = []
+    done = 0
+    for share in SAMPLE_SHARES:
+        size = int(share * len(order))
+        for half in range(2):
+            rows = np.sort(candidates[done:size][half::2])
+            added = sum_fit_terms(passes, f"{name}-{half}-{size}", prepared, rows, validation_gradients, inner_damping)
+            halves = [*halves, added] if done == 0 else [*halves[:half], halves[half].add(added), *halves[half + 1 :]]
+        done = size
+        directions = [half.finish(passes, validation_gradients, inner_damping, damping_scale).ihvp for half in halves]
+        both = {key: torch.cat([direction[key] for direction in directions]) for key in passes.blocks}
+        scores = run_score_pass(
+            silent, held_rows, both, cosine=False, description="Influence: rows held back"
+        ).influence
+        agreement = compare_halves(scores, set_sizes)
+        whole = halves[0].add(halves[1])
+        if agreement >= MIN_AGREEMENT:
+            if passes.rank == 0:
+                logger.info("Fitted on %d rows: the scores by two halves of them agree by %.4f.", done, agreement)
+            result = whole.finish(passes, validation_gradients, inner_damping, damping_scale)
+            return replace(result, agreement=agreement), np.sort(candidates[:done])
+    if passes.rank == 0:
+        logger.warning(
+            "The scores by two halves of %d rows agree by %.4f (Spearman; %.3f is asked for): fitting on all %d rows.",
+            done,
+            agreement,
+            MIN_AGREEMENT,
+            len(order),
+        )
+    rest = np.sort(np.concatenate([held, candidates[done:]]))
+    added = sum_fit_terms(passes, f"{name}-rest", prepared, rest, validation_gradients, inner_damping)
+    return whole.add(added).finish(passes, validation_gradients, inner_damping, damping_scale), None
+
+
+def compare_halves(scores: np.ndarray, set_sizes: list[int] | None = None) -> float:
+    """
+    Agreement of two halves of a sample, from the scores `[rows, 2 * Q]` that they give to the same rows.
+
+    Returns:
+        `float` in [-1, 1]: the lowest of the sets' rank correlations; of a set of several queries their mean or their
+        tenth percentile, whichever is lower. NaN, where all scores of a query are equal, counts as none.
+    """
+    count = scores.shape[1] // 2
+    found = np.array([spearmanr(scores[:, query], scores[:, count + query]).statistic for query in range(count)])
+    found = np.nan_to_num(found, nan=-1.0)
+    sets = np.split(found, np.cumsum(set_sizes or [1] * count)[:-1])
+    return float(min(min(values.mean(), np.quantile(values, 0.1)) for values in sets))
