@@ -176,7 +176,8 @@ def collate(token_rows: TokenRows, indices: np.ndarray) -> TokenBatch:
 def make_dummy_rows() -> TokenRows:
     """One row of two tokens, the second with loss: for a forward that only has to happen."""
     one = np.ones(1, dtype=np.int64)
-    return TokenRows(row=one, offsets=np.array([0, 2]), input_ids=np.array([0, 0]), labels=np.array([-100, 0]))
+    # Not token 0, which may be the padding, whose embedding is zero in some models.
+    return TokenRows(row=one, offsets=np.array([0, 2]), input_ids=np.array([1, 1]), labels=np.array([-100, 1]))
 
 
 def plan_batches(token_rows: TokenRows, tokens_per_batch: int, max_loss_tokens: int | None = None) -> list[np.ndarray]:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -75,25 +74,21 @@ def run_fit_pass(
     positions = None
     if fit_examples == "auto" and is_sampled(len(prepared), passes.store is not None):
         order = generator.permutation(len(prepared))
-        result, positions = fit_sample(
-            passes, name, prepared, order, validation_gradients, inner, damping_scale, set_sizes
-        )
+        result = fit_sample(passes, name, prepared, order, validation_gradients, inner, damping_scale, set_sizes)
     else:
         if isinstance(fit_examples, int) and fit_examples < len(prepared):
             positions = np.sort(generator.choice(len(prepared), fit_examples, replace=False))
         result = fit_rows(passes, name, prepared, positions, validation_gradients, inner, damping_scale, is_stored)
-    if (
-        result.inner_damping_error
-        > MAX_INNER_DAMPING_ERROR[accumulation_dtype(next(iter(passes.blocks.values())).tensor)]
-    ):
+    bound = MAX_INNER_DAMPING_ERROR[accumulation_dtype(next(iter(passes.blocks.values())).tensor)]
+    # Of a sample that grew it is far below what the sample leaves.
+    if result.agreement is None and result.inner_damping_error > bound:
         logger.warning(
             "The pilot's damping may be off by up to %.1e of the result: fitting again with the exact damping.",
             result.inner_damping_error,
         )
-        exact = fit_rows(
+        result = fit_rows(
             passes, f"{name}-exact", prepared, positions, validation_gradients, result.damping, damping_scale, True
         )
-        result = replace(exact, agreement=result.agreement)
     return result
 
 

@@ -127,7 +127,8 @@ def has_plain_head(model: nn.Module, autocast: torch.dtype | None) -> bool:
     with frozen_eval_mode(model), _mixed_precision(device, autocast):
         logits = _run_model(model, batch, autocast, hidden, only_first=True)
         alone = model.get_output_embeddings()(hidden[0][:1])  # type: ignore[operator]
-    _PLAIN_HEADS[model] = torch.equal(alone.flatten(), logits.flatten())
+    # Logits that are all zero are equal after any scaling.
+    _PLAIN_HEADS[model] = torch.equal(alone.flatten(), logits.flatten()) and bool(logits.any())
     return _PLAIN_HEADS[model]
 
 

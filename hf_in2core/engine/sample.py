@@ -18,8 +18,10 @@ logger = logging.getLogger(__name__)
 
 # A smaller pool is fitted whole.
 MIN_SAMPLED_POOL = 1000
-# Shares of the pool that a sampled fit grows through; after the last of them all rows are fitted.
-SAMPLE_SHARES = (0.05, 0.1, 0.2, 0.4)
+# A sampled fit begins with a twentieth of the pool or so many rows: agreement hangs on their number and not on the
+# pool's. It doubles up to this share of the pool; then all rows are fitted.
+MAX_FIRST_SAMPLE = 1024
+MAX_SHARE = 0.4
 MIN_AGREEMENT = 0.998
 
 
@@ -33,6 +35,14 @@ def count_held_rows(num_rows: int) -> int:
     return min(max(num_rows // 40, 50), 256)
 
 
+def list_sample_sizes(num_rows: int) -> list[int]:
+    """Numbers of rows that a sampled fit grows through."""
+    sizes = [min(num_rows // 20, MAX_FIRST_SAMPLE)]
+    while 2 * sizes[-1] <= MAX_SHARE * num_rows:
+        sizes.append(2 * sizes[-1])
+    return sizes
+
+
 def fit_sample(
     passes: Passes,
     name: str,
@@ -42,7 +52,7 @@ def fit_sample(
     inner_damping: dict[str, float],
     damping_scale: float,
     set_sizes: list[int] | None = None,
-) -> tuple[FitResult, np.ndarray | None]:
+) -> FitResult:
     """
     The fit on a sample that grows until two halves of it agree, and on all rows where they do not.
 
@@ -59,19 +69,22 @@ def fit_sample(
     The other arguments are those of [`run_fit_pass`].
 
     Returns:
-        `tuple[FitResult, numpy.ndarray | None]`: the fit, and the sorted positions of its rows (`None` for all).
+        [`FitResult`], with `agreement` where a sample was enough.
     """
     held, candidates = np.split(order, [count_held_rows(len(order))])
     held_rows = prepared.select(np.sort(held))
     silent = replace(passes, folder=None, store=None)
     halves: list[FitSums] = []
     done = 0
-    for share in SAMPLE_SHARES:
-        size = int(share * len(order))
-        for half in range(2):
-            rows = np.sort(candidates[done:size][half::2])
-            added = sum_fit_terms(passes, f"{name}-{half}-{size}", prepared, rows, validation_gradients, inner_damping)
-            halves = [*halves, added] if done == 0 else [*halves[:half], halves[half].add(added), *halves[half + 1 :]]
+    for size in list_sample_sizes(len(order)):
+        added = [
+            sum_fit_terms(
+                *(passes, f"{name}-{half}-{size}", prepared, np.sort(candidates[done:size][half::2])),
+                *(validation_gradients, inner_damping),
+            )
+            for half in range(2)
+        ]
+        halves = [old.add(new) for old, new in zip(halves, added, strict=True)] if halves else added
         done = size
         directions = [half.finish(passes, validation_gradients, inner_damping, damping_scale).ihvp for half in halves]
         both = {key: torch.cat([direction[key] for direction in directions]) for key in passes.blocks}
@@ -84,7 +97,7 @@ def fit_sample(
             if passes.rank == 0:
                 logger.info("Fitted on %d rows: the scores by two halves of them agree by %.4f.", done, agreement)
             result = whole.finish(passes, validation_gradients, inner_damping, damping_scale)
-            return replace(result, agreement=agreement), np.sort(candidates[:done])
+            return replace(result, agreement=agreement)
     if passes.rank == 0:
         logger.warning(
             "The scores by two halves of %d rows agree by %.4f (Spearman; %.3f is asked for): fitting on all %d rows.",
@@ -94,8 +107,8 @@ def fit_sample(
             len(order),
         )
     rest = np.sort(np.concatenate([held, candidates[done:]]))
-    added = sum_fit_terms(passes, f"{name}-rest", prepared, rest, validation_gradients, inner_damping)
-    return whole.add(added).finish(passes, validation_gradients, inner_damping, damping_scale), None
+    others = sum_fit_terms(passes, f"{name}-rest", prepared, rest, validation_gradients, inner_damping)
+    return whole.add(others).finish(passes, validation_gradients, inner_damping, damping_scale)
 
 
 def compare_halves(scores: np.ndarray, set_sizes: list[int] | None = None) -> float:

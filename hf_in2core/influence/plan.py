@@ -17,7 +17,7 @@ from hf_in2core.engine.gradients import GradientRecorder, accumulation_dtype
 from hf_in2core.engine.losses import find_max_loss_tokens
 from hf_in2core.engine.passes import Passes, finish_together, make_zeros, run_batches
 from hf_in2core.engine.reductions import FitDirections, compute_dots, compute_fit_terms, compute_gradient_sum
-from hf_in2core.engine.sample import SAMPLE_SHARES, count_held_rows, is_sampled
+from hf_in2core.engine.sample import count_held_rows, is_sampled, list_sample_sizes
 from hf_in2core.notebook import render_html
 
 
@@ -202,7 +202,9 @@ def _guess_share(fit_examples: int | str, num_rows: int, is_stored: bool) -> flo
     """Share of the pool that a fit takes; of a sample that grows, the second one and the rows held back twice."""
     if isinstance(fit_examples, int):
         return min(fit_examples / num_rows, 1.0)
-    return SAMPLE_SHARES[1] + 2 * count_held_rows(num_rows) / num_rows if is_sampled(num_rows, is_stored) else 1.0
+    if not is_sampled(num_rows, is_stored):
+        return 1.0
+    return (list_sample_sizes(num_rows)[1] + 2 * count_held_rows(num_rows)) / num_rows
 
 
 class _Timings(NamedTuple):

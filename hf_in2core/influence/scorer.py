@@ -88,7 +88,8 @@ class InfluenceScorer:
         self.tokens_per_batch = config.tokens_per_batch
         self.checkpointed_tokens: int | None = None
         self._has_warned = False
-        identity = {name: value for name, value in vars(config).items() if name != "tokens_per_batch"}
+        left_out = {"tokens_per_batch"} | ({"fit_agreement"} if config.fit_agreement is None else set())
+        identity = {name: value for name, value in vars(config).items() if name not in left_out}
         self.fingerprint = hash_json([identity, list(config.validation_sets), hash_tensors(directions)])
         _live_scorers.add(self)
 

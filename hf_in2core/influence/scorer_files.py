@@ -132,7 +132,8 @@ def read_scorer_config(path: Path) -> ScorerConfig:
             "`pip install -U hf-in2core`."
         )
     known = {f.name for f in fields(ScorerConfig)}
-    unknown, missing = sorted(set(values) - known), sorted(known - set(values))
+    # Version 0.1 fitted no samples that grow.
+    unknown, missing = sorted(set(values) - known), sorted(known - {"fit_agreement"} - set(values))
     if unknown or missing:
         raise ValueError(
             f"{file} has unknown keys {unknown} and lacks {missing}, so it is not a scorer of format version "
@@ -164,6 +165,7 @@ def _check_values(config: ScorerConfig) -> dict[str, bool]:
         "base_model_dtype": config.base_model_dtype in _BASE_DTYPES,
         "base_model_revision": config.base_model_revision is None or isinstance(config.base_model_revision, str),
         "libraries": isinstance(config.libraries, dict),
+        "fit_agreement": config.fit_agreement is None or isinstance(config.fit_agreement, float),
         **{name: isinstance(getattr(config, name), str) for name in names},
     }
 
@@ -356,8 +358,8 @@ def describe_fit(
 
 def find_revision(name: str, revision: str | None = None) -> str | None:
     """
-    Commit on the Hub that a model was loaded from, as the local cache has it, by its id (or folder) and the branch, tag
-    or commit that was asked for.
+    Commit on the Hub that a model was loaded from, as the local cache has it, by its id or folder and the branch or
+    commit that was asked for.
 
     Returns:
         `str` or `None`: the commit; `None` for a folder, and for what was never loaded from the Hub.

@@ -59,9 +59,13 @@ def analyse_run(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, 
         judges = ["test"] if name == "coverage" else map(describe_set, job.inputs.validation)
         inputs = {key: job.identities[key] for key in [POOL, *judges]}
         sizes = (PILOT_ROWS, LAYER_BUDGET) if name == "layers" else (MAX_TEST_ROWS, TOP_K)
-        identity = job.identify(True, InfluenceConfig, reference["identity"], inputs, name, sizes)
+        shaping = (reference["identity"], inputs, name, sizes)
+        identity = job.identify(True, InfluenceConfig, *shaping)
         path = job.folder / "analyses" / f"{name}.json"
         result = agree(partial(read_result, path, identity))
+        if result is None:  # what was fitted on all rows is what a sample of them stands for
+            exact = job.identify(True, InfluenceConfig, *shaping, fit_examples=None)
+            result = agree(partial(read_result, path, exact))
         if result is None and name in job.args.analyses:
             started = time.perf_counter()
             try:

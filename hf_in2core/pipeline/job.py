@@ -99,9 +99,9 @@ class Job:
             self.tokens[key] = tokenize_rows(self.inputs.pool, preparation, training_args.dataset_num_proc)
         return self.tokens[key]
 
-    def identify(self, reference: bool, config_type: type, *extra: Any) -> str:
-        """Hash of the settings that shape a result, and of what else does."""
-        shaping = self.settings.select(ModelConfig, reference) | self.settings.select(config_type, reference)
+    def identify(self, reference: bool, config_type: type, *extra: Any, **instead: Any) -> str:
+        """Hash of the settings (or of others `instead`) that shape a result, and of what else does."""
+        shaping = self.settings.select(ModelConfig, reference) | self.settings.select(config_type, reference) | instead
         return hash_value([{name: value for name, value in shaping.items() if name not in HARMLESS}, *extra])
 
     def identify_target(self, *extra: Any) -> str:
@@ -240,6 +240,8 @@ def find_differences(job: Job) -> list[str]:
         return []
     before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     now = job.settings.values
+    # What was fitted on all rows is what a sample of them stands for.
+    before |= {name: now.get(name) for name in before if name.endswith("fit_examples") and before[name] is None}
     different = [
         f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())

@@ -37,7 +37,8 @@ GROUPS = ("data", "reference", "influence", "selection", "targets", "output")
 # The flags of SFTConfig, ModelConfig and InfluenceConfig that people need first, told without importing them.
 LIBRARY_FLAGS = {
     "estimator": "How: `datainf`, `gradient_dot` or `gradient_cosine` (default: datainf).",
-    "tokens_per_batch": "Tokens in a batch of the influence passes (default: 8192).",
+    "fit_examples": "Rows to fit on: `auto` (a sample whose halves agree), a number or `all` (default: auto).",
+    "tokens_per_batch": "Tokens in a batch of the influence passes (default: what the device holds).",
     "learning_rate": "Learning rate (default: TRL's, 2e-5; LoRA wants about ten times as much).",
     "num_train_epochs": "Epochs (default: 3).",
     "max_steps": "Optimiser steps, instead of epochs.",

@@ -101,11 +101,12 @@ def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, A
     # Scores in run folders are marked so: a set without a name is "" in their hash.
     sets = {name if has_named_sets(validation) else "": job.identities[describe_set(name)] for name in validation}
     per_example = job.args.strategy in STRATEGIES_BY_ROW
-    identity = job.identify(
-        True, InfluenceConfig, reference["identity"], sets, job.identities[POOL], *(["per example"] * per_example)
-    )
+    shaping = (reference["identity"], sets, job.identities[POOL], *(["per example"] * per_example))
+    identity = job.identify(True, InfluenceConfig, *shaping)
+    # What was fitted on all rows is what a sample of them stands for.
+    exact = job.identify(True, InfluenceConfig, *shaping, fit_examples=None)
     path = job.folder / "selection.json"
-    result = agree(lambda: read_result(path, identity))
+    result = agree(lambda: read_result(path, identity) or read_result(path, exact))
     if result is None:
         resumed = agree(lambda: any((job.folder / "influence").glob("*/*.safetensors")))
         influence_args = job.settings.make(InfluenceConfig, reference=True)

@@ -1,0 +1,81 @@
+"""`fit_examples="auto"`: a sample that grows until its halves agree, and all rows where they do not."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import add_trained_adapter, assert_same, make_model, make_prompt_completion, make_trainer
+from scipy.stats import spearmanr
+
+from hf_in2core.engine.sample import MIN_AGREEMENT, compare_halves, list_sample_sizes
+
+
+OPTIONS = {"tokens_per_batch": 4096, "chunk_size": 4096}
+
+
+def score(
+    folder,
+    num_rows: int,
+    fit_examples,
+    damping_scale: float,
+    per_example: bool = False,
+    distinct: int = 1000,
+    **options,
+):
+    pool, validation = make_prompt_completion(num_rows, seed=0), make_prompt_completion(6, seed=1)
+    model = add_trained_adapter(make_model().to(torch.float64))
+    options = {**OPTIONS, "fit_examples": fit_examples, "damping_scale": damping_scale, **options}
+    trainer = make_trainer(folder, pool, validation, model=model, **options)
+    scorer = trainer.fit_influence()
+    return scorer.config, np.array(trainer.score_influence()["influence"])
+
+
+@pytest.mark.slow
+def test_a_sample_whose_halves_agree_stands_for_the_pool(tmp_path) -> None:
+    sampled, scores = score(tmp_path / "auto", 2000, "auto", 10.0)
+    whole, expected = score(tmp_path / "all", 2000, None, 10.0)
+    assert sampled.num_fit_examples < whole.num_fit_examples == 2000
+    assert sampled.fit_agreement >= MIN_AGREEMENT and whole.fit_agreement is None
+    # The whole sample is nearer to the pool than its halves are to each other.
+    assert spearmanr(scores, expected).statistic >= sampled.fit_agreement
+    assert not np.allclose(scores, expected, rtol=1e-9, atol=0)
+
+
+def test_sizes_grow_by_their_number_and_not_by_the_pools() -> None:
+    assert list_sample_sizes(1000) == [50, 100, 200, 400]
+    assert list_sample_sizes(1_000_000)[:2] == [1024, 2048]
+    assert list_sample_sizes(1_000_000)[-1] <= 400_000
+
+
+def test_where_the_halves_do_not_agree_all_rows_are_fitted(tmp_path, caplog) -> None:
+    found, scores = score(tmp_path / "auto", 1000, "auto", 1e-4)
+    _, expected = score(tmp_path / "all", 1000, None, 1e-4)
+    assert found.num_fit_examples == 1000 and found.fit_agreement is None
+    assert_same(scores, expected, 1e-9)
+    assert "fitting on all 1000 rows" in caplog.text
+
+
+def test_small_pools_and_stores_are_fitted_whole(tmp_path) -> None:
+    config, scores = score(tmp_path / "small", 60, "auto", 10.0)
+    assert config.num_fit_examples == 60 and config.fit_agreement is None
+    assert scores.tolist() == score(tmp_path / "all", 60, None, 10.0)[1].tolist()
+    # The same run: what one has computed the other finds.
+    assert scores.tolist() == score(tmp_path / "small", 60, None, 10.0)[1].tolist()
+    assert len(list((tmp_path / "small" / "influence").iterdir())) == 1
+    config, _ = score(tmp_path / "store", 1000, "auto", 10.0, gradient_store_gb=1)
+    assert config.num_fit_examples == 1000 and config.fit_agreement is None
+
+
+def test_agreement_is_the_worst_of_the_sets_and_of_a_tenth_of_their_queries() -> None:
+    rising = np.arange(20.0)
+    other = rising.copy()
+    other[[0, 1]] = other[[1, 0]]
+    swapped = spearmanr(rising, other).statistic
+    columns = np.stack([rising] * 4, axis=1)
+    assert compare_halves(np.hstack([columns, columns])) == 1.0
+    # One query of its own set: the worst set counts.
+    second = np.stack([rising, rising, rising, other], axis=1)
+    assert compare_halves(np.hstack([columns, second])) == pytest.approx(swapped)
+    # One query of a set of four: below their mean lies the tenth percentile.
+    assert swapped < compare_halves(np.hstack([columns, second]), [4]) < (3 + swapped) / 4
+    # Scores that are all equal show no agreement.
+    assert compare_halves(np.zeros((20, 2))) == -1.0
