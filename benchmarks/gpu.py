@@ -96,8 +96,9 @@ def free() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def read_peak() -> int | None:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+def read_peak() -> float | None:
+    """Peak of the allocated device memory in GB (10^9 bytes)."""
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
 
 
 def measure_speed(name: str, device: torch.device, quick: bool) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def measure_speed(name: str, device: torch.device, quick: bool) -> dict[str, Any
             except torch.OutOfMemoryError:
                 entries[what]["error"] = "out of memory"
                 del works[what]
-            entries[what]["peak_bytes"] = read_peak()
+            entries[what]["peak_gb"] = read_peak()
         seconds = time_in_turn(works, 1 if quick else 3)
         for what, value in seconds.items():
             entries[what]["tokens_per_second"] = len(rows) * length / value
@@ -145,9 +146,9 @@ def measure_speed(name: str, device: torch.device, quick: bool) -> dict[str, Any
     }
     found["best_tokens_per_second"] = best
     found["of_plain"] = {what: value / best["plain"] for what, value in best.items()}
-    peaks = [entry["peak_bytes"] for entry in found["batches"] if entry["what"] == "fit" and entry["peak_bytes"]]
+    peaks = [entry["peak_gb"] for entry in found["batches"] if entry["what"] == "fit" and entry["peak_gb"]]
     if peaks:
-        found["peak_of_device_memory"] = peaks[-1] / total
+        found["peak_of_device_memory"] = peaks[-1] * 1e9 / total
     return found
 
 
@@ -181,7 +182,8 @@ def measure_precision(device: torch.device, quick: bool) -> dict[str, Any]:
         synchronize()
         seconds[name] = time.perf_counter() - start
 
-    passes = make_passes(model, 8192, autocast=torch.bfloat16)
+    passes = make_passes(model, autocast=torch.bfloat16)
+    passes.tokens_per_batch = choose_tokens_per_batch(passes, 1)
 
     def ours(passes: Passes) -> np.ndarray:
         return run_fit_and_score(passes, rows, compute_mean_gradients(passes, held_out))
@@ -297,8 +299,8 @@ PARTS: dict[str, Callable[[torch.device, bool], dict[str, Any]]] = {
     "sharded": measure_sharded,
     "trainer": measure_trainer,
     "speed_0.6B": partial(measure_speed, "0.6B"),
-    "precision": measure_precision,
     "speed_7B": partial(measure_speed, "7B"),
+    "precision": measure_precision,
 }
 
 

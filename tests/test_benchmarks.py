@@ -193,3 +193,31 @@ def test_lengths_refuses_what_says_nothing_about_length(tmp_path: Path) -> None:
         done = call_lengths(tmp_path, *flags)
         assert done.returncode != 0 and message in done.stderr
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_gpu_runs_end_to_end_without_one(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--quick", "--out", str(tmp_path / "gpu.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["sharded"]["skipped"]
+    assert found["trainer"]["float32"]["spearman_with_cpu"] == 1.0
+    for part in ("speed_0.6B", "speed_7B"):
+        assert set(found[part]["of_plain"]) == {"plain", "score", "fit", "validation"}
+    assert found["precision"]["bf16_and_float32"]["spearman"] > 0.99
+    assert found["precision"]["ours_and_published"]["relative"] < 1e-2
+
+
+@pytest.mark.slow
+def test_calls_and_memory_stay_within_their_targets(tmp_path: Path) -> None:
+    """Counted, not timed: what a GPU is asked for in each batch."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "calls.py"), "--quick", "--output_dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    calls = json.loads((tmp_path / "calls.json").read_text())["rows"]
+    for row in calls:
+        limit = float(row["target"].removeprefix("<= ") or "inf")
+        assert row["of a plain step"] <= limit, row
+    assert {row["one batch of"] for row in calls} == {"plain step", "score", "validation", "fit"}
+    assert len(json.loads((tmp_path / "kept_memory.json").read_text())["rows"]) == 4

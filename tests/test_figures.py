@@ -6,7 +6,8 @@
 - Every other figure is listed here with the document it stands in (`LISTED`): thresholds, versions, and single figures
   that are quoted from RESULTS.md.
 - RESULTS.md as it was at commit eecc9d2 is frozen section by section. A section that is new names its record in a
-  comment, `<!-- figures: docs/results/NAME.json -->`, and its figures are values of that file.
+  comment, `<!-- figures: docs/results/NAME.json -->` (or one in `benchmarks/records`), and its figures are values of
+  that file.
 
 A figure is a number with a decimal point or a thousands comma, or one followed by a percent sign or seconds.
 """
@@ -36,7 +37,7 @@ LISTED = {
         + ["95 %", "0.25", "0.25", "55", "1", "58", "1.621", "1.586", "1.342"]
     ),
     "docs/choices.md": (
-        ["1,600", "95 %", "8,192", "1.74", "3.3", "0.01", "5.12", "3.56", "2.79", "2.55", "0.068", "0.098"]
+        ["1,600", "95 %", "1,000", "0.998", "1.74", "3.3", "0.01", "5.12", "3.56", "2.79", "2.55", "0.068", "0.098"]
         + ["0.02", "0.72", "0.76", "0.58", "0.70"]
     ),
     "docs/report.md": ["95 %"],
@@ -239,17 +240,18 @@ def find_wrong_in_results(text: str) -> list[str]:
             wrong.append(f"{title}: frozen at commit eecc9d2; write a new section")
     for title, section in sections.items():
         named = re.findall(r"<!-- figures: docs/results/(\w+)\.json -->", section)
+        recorded = re.findall(r"<!-- figures: (benchmarks/records/\w+\.json) -->", section)
         shown = {text for name in named for text in list_losses(name)}
         # Not those of single runs and settings, of which some would match by chance.
         parts = [RECORDS[name].get(part) for name in named for part in ("base", "selection", "verdict", "auc")]
-        values = list(list_values(parts))
+        values = list(list_values([*parts, *(json.loads((ROOT / path).read_text()) for path in recorded)]))
         for match in FIGURE.finditer(re.sub(r"```.*?^```|<!--.*?-->", " ", section, flags=re.DOTALL | re.MULTILINE)):
             number = match[0].removesuffix(" %").replace(",", "")
             decimals = len(number.partition(".")[2])
             scale = 100 if match[0].endswith("%") else 1
             is_value = "±" not in number and float(number) in {round(value * scale, decimals) for value in values}
             if match[0] not in shown and not is_value:
-                wrong.append(f"{title}: {match[0]} is no value of {named or 'a record: name one'}")
+                wrong.append(f"{title}: {match[0]} is no value of {named + recorded or 'a record: name one'}")
     return wrong
 
 
