@@ -24,12 +24,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import spearmanr
 from speed import compute_mean_gradients, run_fit_and_score, run_plain, run_published
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, Qwen3Config, Qwen3ForCausalLM
-from workload import describe_machine, make_passes, make_rows, make_tokenizer
+from workload import describe_machine, make_passes, make_rows, make_tokenizer, make_topics
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.engine.budget import choose_tokens_per_batch
@@ -213,20 +213,6 @@ def measure_precision(device: torch.device, quick: bool) -> dict[str, Any]:
         "bf16_and_float32": compare("bf16", "float32"),
         "ours_and_published": compare("bf16", published),
     }
-
-
-def make_topics(num_rows: int, vocab_size: int, length: int, seed: int, topics: int = 4) -> Dataset:
-    """Rows of a few topics with words of their own, so that some are more like the validation rows than others."""
-    generator = np.random.default_rng(seed)
-    words = (vocab_size - 5) // 8
-    rows = []
-    for row in range(num_rows):
-        low = 5 + words * (row % topics)
-        tokens = low + np.minimum(generator.zipf(1.3, length), words) - 1
-        mixed = generator.random(length) < 0.3
-        tokens[mixed] = generator.integers(5, vocab_size, int(mixed.sum()))
-        rows.append({"row": row, "input_ids": tokens.tolist(), "labels": tokens.tolist()})
-    return Dataset.from_list(rows)
 
 
 def measure_trainer(device: torch.device, quick: bool) -> dict[str, Any]:

@@ -4,6 +4,7 @@ python benchmarks/speed.py [--quick] [--output_dir benchmarks/results]
 """
 
 import argparse
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from scipy.stats import spearmanr
 from torch.nn import functional as F
-from workload import make_model, make_passes, make_rows, report, time_interleaved
+from workload import make_model, make_passes, make_rows, make_tokenizer, make_topics, report, time_interleaved
 
+from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.engine.batches import collate, plan_batches, read_token_rows
 from hf_in2core.engine.blocks import find_blocks, select_blocks
 from hf_in2core.engine.fit import run_fit_pass
@@ -144,6 +146,41 @@ def run_central_difference(passes: Passes, rows: Dataset, u: dict[str, torch.Ten
     return influence
 
 
+def time_trainer(num_rows: int, folder: Path, repetitions: int) -> list[dict[str, object]]:
+    """Fit and score by the trainer, its checks and files included, against two plain passes over the pool."""
+    pool, held_out = (make_topics(rows, 1024, 80, seed) for rows, seed in ((num_rows, 0), (num_rows // 40, 1)))
+    trainer = InfluenceTrainer(
+        model=make_model(256, 4, vocab_size=1024),
+        args=InfluenceConfig(output_dir=str(folder), bf16=False, use_cpu=True, report_to="none", disable_tqdm=True),
+        train_dataset=pool.remove_columns("row"),
+        eval_dataset=held_out.remove_columns("row"),
+        processing_class=make_tokenizer(1024),
+    )
+    told: dict[str, str] = {}
+
+    def score(name: str, fit_examples: str | None) -> None:
+        trainer.args.fit_examples, trainer._scorer = fit_examples, None
+        shutil.rmtree(folder / "influence", ignore_errors=True)
+        trainer.score_influence()
+        config = trainer.fit_influence().config
+        agreement = "" if config.fit_agreement is None else f", halves agree by {config.fit_agreement:.4f}"
+        told[name] = f"{config.num_fit_examples} rows fitted{agreement}"
+
+    works: dict[str, Callable[[], object]] = {
+        "two plain passes": lambda: [run_plain(trainer.model, trainer.prepared_pool, 2048) for _ in "12"],
+        "fit + score, exact": partial(score, "fit + score, exact", None),
+        "fit + score, auto": partial(score, "fit + score, auto", "auto"),
+    }
+    seconds = time_interleaved(works, repetitions)
+    plain = seconds["two plain passes"]
+    targets = {"fit + score, exact": "<= 1.10", "fit + score, auto": "<= 0.65"}
+    return [
+        {"what": f"by the trainer, {num_rows} rows: {name}", "CPU s": value, "ratio": value / plain}
+        | {"told": told.get(name, ""), "target": targets.get(name, "")}
+        for name, value in seconds.items()
+    ]
+
+
 def profile_passes(works: dict[str, Callable[[], object]]) -> list[dict[str, object]]:
     """Self CPU seconds of the operations that take most of them, side by side."""
     found: dict[str, dict[str, float]] = {}
@@ -168,9 +205,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="Small sizes: shows that it runs, not how fast.")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--trainer_only", action="store_true", help="Only the times of the trainer.")
     args = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bars()
+    with tempfile.TemporaryDirectory() as folder:
+        by_trainer = time_trainer(1000 if args.quick else 2000, Path(folder), 1 if args.quick else 2)
+    report("speed_trainer", by_trainer, args.output_dir)
+    if args.trainer_only:
+        return
     width, layers, num_rows, repetitions = (64, 4, 24, 1) if args.quick else (512, 8, 64, 3)
     table = []
 

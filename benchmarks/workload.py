@@ -58,6 +58,20 @@ def make_rows(num_rows: int, vocab_size: int, low: int, high: int, prompt: float
     return Dataset.from_list(rows)
 
 
+def make_topics(num_rows: int, vocab_size: int, length: int, seed: int, topics: int = 4) -> Dataset:
+    """Rows of a few topics with words of their own, so that some are more like the validation rows than others."""
+    generator = np.random.default_rng(seed)
+    words = (vocab_size - 5) // 8
+    rows = []
+    for row in range(num_rows):
+        low = 5 + words * (row % topics)
+        tokens = low + np.minimum(generator.zipf(1.3, length), words) - 1
+        mixed = generator.random(length) < 0.3
+        tokens[mixed] = generator.integers(5, vocab_size, int(mixed.sum()))
+        rows.append({"row": row, "input_ids": tokens.tolist(), "labels": tokens.tolist()})
+    return Dataset.from_list(rows)
+
+
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """A tokenizer that the trainer can hold; the rows are tokens already."""
     vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2, **{f"w{token}": token for token in range(3, vocab_size)}}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .blocks import Blocks, count_elements
 from .datainf import compute_damping
-from .fit_sums import FitResult
+from .fit_sums import FitResult, GradientSample
 from .passes import Passes
 from .validation import run_per_example_validation_pass
 
@@ -100,14 +100,41 @@ def _check_damping(damping: float) -> None:
         )
 
 
-def check_curvature(passes: Passes, prepared: Dataset, result: FitResult, damping_scale: float, seed: int) -> None:
+def draw_curvature_sample(passes: Passes, num_rows: int, seed: int) -> GradientSample | None:
+    """What the fit has to keep for [`check_curvature`]; `None` for a pool in which nothing can be concluded."""
+    if num_rows < MIN_CURVATURE_ROWS:
+        return None
+    count = min(CURVATURE_ROWS, num_rows)
+    generator = np.random.default_rng(seed)
+    most = max(MAX_CURVATURE_ELEMENTS, 4 * count_elements(passes.blocks))
+    return GradientSample(draw_blocks(passes.blocks, most // count, generator), count, generator)
+
+
+def check_curvature(
+    passes: Passes,
+    prepared: Dataset,
+    result: FitResult,
+    damping_scale: float,
+    seed: int,
+    sample: GradientSample | None,
+) -> None:
     """Warn where DataInf ranks rows otherwise than the exact damped inverse; as [`measure_curvature`]."""
-    agreement = measure_curvature(passes, prepared, result, damping_scale, seed)
+    kept = None if sample is None else sample.stack()
+    if not passes.everywhere(kept is not None):
+        kept = None
+    agreement = measure_curvature(passes, prepared, result, damping_scale, seed, kept)
     if passes.rank == 0:
         warn_of_curvature(agreement, damping_scale)
 
 
-def measure_curvature(passes: Passes, prepared: Dataset, result: FitResult, damping_scale: float, seed: int) -> float:
+def measure_curvature(
+    passes: Passes,
+    prepared: Dataset,
+    result: FitResult,
+    damping_scale: float,
+    seed: int,
+    gradients: dict[str, Tensor] | None = None,
+) -> float:
     """
     Rank correlation of DataInf with the exact damped inverse on a seeded sample of 64 rows, fitted and scored on it.
 
@@ -125,27 +152,31 @@ def measure_curvature(passes: Passes, prepared: Dataset, result: FitResult, damp
             Relative damping.
         seed (`int`):
             Seed of the sample.
+        gradients (`dict[str, torch.Tensor]`, *optional*):
+            Of the sample, `[rows, out * in]` per block, as the fit has kept them; by default the rows are passed.
 
     Returns:
         `float` in [-1, 1]; NaN where nothing can be concluded: fewer than 32 rows, no gradients, or equal scores.
     """
-    if len(prepared) < MIN_CURVATURE_ROWS:
+    if not any(value > 0 for value in result.damping.values()):
         return float("nan")
-    count = min(CURVATURE_ROWS, len(prepared))
-    generator = np.random.default_rng(seed)
-    rows = np.sort(generator.choice(len(prepared), count, replace=False))
-    active = {name: passes.blocks[name] for name, value in result.damping.items() if value > 0}
-    if not active:
+    if gradients is None:
+        sample = draw_curvature_sample(passes, len(prepared), seed)
+        if sample is None:
+            return float("nan")
+        rows = np.sort(np.random.default_rng(seed).choice(len(prepared), sample.num_rows, replace=False))
+        silent = replace(passes, blocks=sample.blocks, folder=None, store=None)
+        gradients = run_per_example_validation_pass(
+            silent, prepared.select(rows), "Influence: sample for the exact inverse"
+        )
+    # A block in which no row has a gradient has no inverse.
+    chosen = [name for name in gradients if result.damping[name] > 0]
+    count = len(next(iter(gradients.values())))
+    if count < MIN_CURVATURE_ROWS:
         return float("nan")
-    most = max(MAX_CURVATURE_ELEMENTS, 4 * count_elements(active))
-    chosen = draw_blocks(active, most // count, generator)
-    sample = replace(passes, blocks=chosen, folder=None, store=None)
-    gradients = run_per_example_validation_pass(
-        sample, prepared.select(rows), "Influence: sample for the exact inverse"
-    )
     totals = torch.zeros(2, count, dtype=torch.float64)
     for name in chosen:
-        g = gradients.pop(name).flatten(1).double()
+        g = gradients[name].flatten(1).double()
         gram = g @ g.T
         v = result.ihvp[name].to(g.device, torch.float64).mean(0).flatten() * result.damping[name]
         damping = compute_damping(float(gram.diagonal().mean()), g.shape[1], damping_scale)

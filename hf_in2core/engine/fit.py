@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .batches import TokenBatch, read_token_rows
 from .datainf import compute_damping
-from .fit_sums import FitResult, fit_rows
+from .fit_sums import FitResult, GradientSample, fit_rows
 from .gradients import GradientRecorder, accumulation_dtype
 from .passes import Passes, run_batches
 from .reductions import compute_square_norms
@@ -39,6 +39,7 @@ def run_fit_pass(
     name: str = "fit",
     is_stored: bool = False,
     set_sizes: list[int] | None = None,
+    sample: GradientSample | None = None,
 ) -> FitResult:
     """
     DataInf's preconditioned validation gradients, in one pass over the pool or over a sample of it, and without stored
@@ -64,6 +65,8 @@ def run_fit_pass(
             Whether an earlier fit pass has filled the gradient store, if there is one; else this pass fills it.
         set_sizes (`list[int]`, *optional*):
             Queries of each validation set, where validation rows are queries; by default each query is a set.
+        sample ([`GradientSample`], *optional*):
+            Keeps gradients of a few of the rows.
 
     Returns:
         [`FitResult`]
@@ -78,7 +81,9 @@ def run_fit_pass(
     else:
         if isinstance(fit_examples, int) and fit_examples < len(prepared):
             positions = np.sort(generator.choice(len(prepared), fit_examples, replace=False))
-        result = fit_rows(passes, name, prepared, positions, validation_gradients, inner, damping_scale, is_stored)
+        result = fit_rows(
+            passes, name, prepared, positions, validation_gradients, inner, damping_scale, is_stored, sample
+        )
     bound = MAX_INNER_DAMPING_ERROR[accumulation_dtype(next(iter(passes.blocks.values())).tensor)]
     # Of a sample that grew it is far below what the sample leaves.
     if result.agreement is None and result.inner_damping_error > bound:
@@ -122,6 +127,7 @@ def fit_directions(
     fit_examples: int | str | None,
     seed: int,
     queries_per_block: int | None = None,
+    sample: GradientSample | None = None,
 ) -> FitResult:
     """
     The directions that rows are scored with: `u` for DataInf, `v` for the estimators without curvature.
@@ -144,11 +150,15 @@ def fit_directions(
         queries_per_block (`int`, *optional*):
             If given, every validation row is a query of its own, so many of them in memory at a time; by default each
             validation set is one through its mean gradient.
+        sample ([`GradientSample`], *optional*):
+            Keeps gradients of a few rows of the pool, from the first fit pass.
 
     Returns:
         [`FitResult`] with directions in float32 (float64 for a float64 model); on the CPU where rows are queries.
     """
     dtype = accumulation_dtype(next(iter(passes.blocks.values())).tensor)
+
+    results: list[FitResult] = []
 
     def precondition(
         gradients: dict[str, Tensor], name: str, is_stored: bool = False, set_sizes: list[int] | None = None
@@ -156,12 +166,20 @@ def fit_directions(
         result = FitResult(ihvp=gradients, damping={}, num_examples=0, inner_damping_error=0.0)
         if estimator == "datainf":
             result = run_fit_pass(
-                passes, pool, gradients, damping_scale, fit_examples, seed, name, is_stored, set_sizes
+                passes,
+                pool,
+                gradients,
+                damping_scale,
+                fit_examples,
+                seed,
+                name,
+                is_stored,
+                set_sizes,
+                None if results else sample,
             )
         result.ihvp = {key: value.to(dtype) for key, value in result.ihvp.items()}
         return result
 
-    results = []
     if queries_per_block is None:
         means = [
             run_validation_pass(passes, rows, f"validation-{index}", f"Influence: validation set {name}")

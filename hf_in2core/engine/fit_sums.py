@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from .batches import TokenBatch
+from .blocks import Blocks
 from .datainf import compute_damping, compute_ihvp, compute_inner_damping_error, correct_damping
 from .gradients import GradientRecorder, accumulation_dtype
 from .passes import Passes, accumulate, make_zeros
@@ -42,6 +43,49 @@ class FitResult:
     num_examples: int
     inner_damping_error: float
     agreement: float | None = None
+
+
+class GradientSample:
+    """
+    Gradients of a few of the rows that a fit passes anyway, for a check that needs them one by one.
+
+    Args:
+        blocks (`dict[str, Block]`):
+            Blocks to keep gradients of.
+        num_rows (`int`):
+            Rows to keep, at most.
+        generator (`numpy.random.Generator`):
+            Draws them.
+    """
+
+    def __init__(self, blocks: Blocks, num_rows: int, generator: np.random.Generator) -> None:
+        self.blocks = blocks
+        self.num_rows = num_rows
+        self._generator = generator
+        self._wanted: list[int] = []
+        self._kept: dict[str, dict[int, Tensor]] = {name: {} for name in blocks}
+
+    def draw(self, prepared: Dataset, positions: np.ndarray | None) -> None:
+        """Draw from the rows that are about to be passed, until there are enough."""
+        rows = (prepared if positions is None else prepared.select(positions)).with_format("numpy")["row"][:]
+        count = min(self.num_rows - len(self._wanted), len(rows))
+        self._wanted += self._generator.choice(rows, count, replace=False).tolist()
+
+    def keep(self, name: str, batch: TokenBatch, gradients: Tensor) -> None:
+        """Keep those of a batch's gradients `[B, out * in]` that were drawn."""
+        if name in self.blocks:
+            for index in np.flatnonzero(np.isin(batch.rows, self._wanted)):
+                self._kept[name][int(batch.rows[index])] = gradients[index].clone()
+
+    def stack(self) -> dict[str, Tensor] | None:
+        """
+        The gradients, `[rows, out * in]` per block, rows in the same order.
+
+        `None` if this process has not passed all of them: a part was read from disk, or was another process's.
+        """
+        if not self._wanted or any(len(kept) < len(self._wanted) for kept in self._kept.values()):
+            return None
+        return {name: torch.stack([kept[row] for row in self._wanted]) for name, kept in self._kept.items()}
 
 
 @dataclass
@@ -102,9 +146,10 @@ def fit_rows(
     inner_damping: dict[str, float],
     damping_scale: float,
     is_stored: bool,
+    sample: GradientSample | None = None,
 ) -> FitResult:
     """The fit on some rows at a given inner damping; parameters as those of [`run_fit_pass`]."""
-    sums = sum_fit_terms(passes, name, prepared, positions, validation_gradients, inner_damping, is_stored)
+    sums = sum_fit_terms(passes, name, prepared, positions, validation_gradients, inner_damping, is_stored, sample)
     return sums.finish(passes, validation_gradients, inner_damping, damping_scale)
 
 
@@ -116,6 +161,7 @@ def sum_fit_terms(
     validation_gradients: dict[str, Tensor],
     inner_damping: dict[str, float],
     is_stored: bool = False,
+    sample: GradientSample | None = None,
 ) -> FitSums:
     """Pass the rows at sorted `positions` (all where `None`); parameters as those of [`run_fit_pass`]."""
     num_queries, num_blocks = next(iter(validation_gradients.values())).shape[0], len(passes.blocks)
@@ -129,6 +175,12 @@ def sum_fit_terms(
         sums[key] = make_zeros(block.tensor, (2, num_queries))  # the weighted sum, and minus its slope
     directions = FitDirections({key: value.to(dtype) for key, value in validation_gradients.items()}, inner_damping)
     store = passes.store if positions is None else None
+    keepers: list[Callable[[str, TokenBatch, Tensor], None]] = []
+    if sample is not None:
+        sample.draw(prepared, positions)
+        keepers.append(sample.keep)
+    if store is not None:
+        keepers.append(partial(_keep, store))
 
     def add(block_sums: dict[str, Tensor], terms: FitTerms) -> None:
         for key, value in block_sums.items():
@@ -138,8 +190,11 @@ def sum_fit_terms(
 
     def make_step(recorder: GradientRecorder) -> Callable[[TokenBatch], None]:
         def step(batch: TokenBatch) -> None:
-            keep = None if store is None else partial(_keep, store, batch.indices)
-            add(*compute_fit_terms(recorder, batch, passes.loss_reduction, directions, keep))
+            add(
+                *compute_fit_terms(
+                    recorder, batch, passes.loss_reduction, directions, partial(_hand_out, keepers, batch)
+                )
+            )
 
         return step
 
@@ -171,5 +226,12 @@ def sum_fit_terms(
     return FitSums(sums, len(prepared) if positions is None else len(positions))
 
 
-def _keep(store: GradientStore, indices: np.ndarray, name: str, gradients: Tensor) -> None:
-    store.keep(name, indices, gradients)
+def _hand_out(
+    keepers: list[Callable[[str, TokenBatch, Tensor], None]], batch: TokenBatch, name: str, gradients: Tensor
+) -> None:
+    for keeper in keepers:
+        keeper(name, batch, gradients)
+
+
+def _keep(store: GradientStore, name: str, batch: TokenBatch, gradients: Tensor) -> None:
+    store.keep(name, batch.indices, gradients)

@@ -9,7 +9,7 @@ from datasets import Dataset
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from .fit_sums import FitResult, FitSums, sum_fit_terms
+from .fit_sums import FitResult, FitSums, GradientSample, sum_fit_terms
 from .passes import Passes
 from .scoring import run_score_pass
 
@@ -52,6 +52,7 @@ def fit_sample(
     inner_damping: dict[str, float],
     damping_scale: float,
     set_sizes: list[int] | None = None,
+    sample: GradientSample | None = None,
 ) -> FitResult:
     """
     The fit on a sample that grows until two halves of it agree, and on all rows where they do not.
@@ -81,6 +82,7 @@ def fit_sample(
             sum_fit_terms(
                 *(passes, f"{name}-{half}-{size}", prepared, np.sort(candidates[done:size][half::2])),
                 *(validation_gradients, inner_damping),
+                sample=sample,
             )
             for half in range(2)
         ]

@@ -169,7 +169,7 @@ def plan_influence(
     rows, tokens = int(share * shape.shard_rows) + pilot, int(share * shape.padded_tokens + pilot * shape.mean_width)
     plans += [PassPlan("fit", rows, tokens, timings.fit * tokens)] * (num_fits if datainf else 0)
     rows = min(CURVATURE_ROWS, len(pool))
-    if datainf and rows >= MIN_CURVATURE_ROWS:
+    if datainf and rows >= MIN_CURVATURE_ROWS and passes.world_size > 1:  # one process keeps them from its fit
         tokens = int(rows * shape.mean_width)
         plans.append(PassPlan("check", rows, tokens, timings.fit * tokens))
     rows, tokens = shape.shard_rows, shape.padded_tokens

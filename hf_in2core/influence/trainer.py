@@ -17,7 +17,7 @@ from trl.trainer.utils import get_config_model_id
 from hf_in2core.engine.batches import GPU_TOKENS
 from hf_in2core.engine.blocks import Blocks, count_elements, find_blocks, select_blocks
 from hf_in2core.engine.budget import choose_tokens_per_batch
-from hf_in2core.engine.curvature import check_curvature
+from hf_in2core.engine.curvature import check_curvature, draw_curvature_sample
 from hf_in2core.engine.fit import fit_directions, read_fit, write_fit
 from hf_in2core.engine.fit_sums import FitResult
 from hf_in2core.engine.passes import Passes
@@ -267,6 +267,7 @@ class InfluenceTrainer(SFTTrainer):
             started = time.perf_counter()
             check_store(job, len(self.prepared_pool), self.args.gradient_store_gb)
             verify_gradients(job, self.prepared_pool)
+            sample = draw_curvature_sample(job, len(self.prepared_pool), self.args.seed)
             result = fit_directions(
                 job,
                 self.prepared_pool,
@@ -276,6 +277,7 @@ class InfluenceTrainer(SFTTrainer):
                 fit_examples=self.args.fit_examples,
                 seed=self.args.seed,
                 queries_per_block=self.count_queries_per_block(blocks) if per_example else None,
+                sample=sample if self.args.estimator == "datainf" else None,
             )
             # Every process holds the same sums; on one file system the last rename wins with the same bytes.
             if self.accelerator.is_local_main_process:
@@ -283,7 +285,7 @@ class InfluenceTrainer(SFTTrainer):
             self.accelerator.wait_for_everyone()
             if self.args.estimator == "datainf":
                 # On every process: they would wait for the first, and sharded weights need all of them.
-                check_curvature(job, self.prepared_pool, result, self.args.damping_scale, self.args.seed)
+                check_curvature(job, self.prepared_pool, result, self.args.damping_scale, self.args.seed, sample)
             seconds = time.perf_counter() - started
         check_zero_blocks(result.damping, blocks, warn=self.is_world_process_zero())
         self._scorer = self._make_scorer(result, job, identity)

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from helpers import make_prompt_completion, make_trainer, prepare
+from helpers import assert_same, make_prompt_completion, make_trainer, prepare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import compute_dense_ihvp, compute_gradients
@@ -15,11 +15,12 @@ from hf_in2core.engine.blocks import count_elements
 from hf_in2core.engine.curvature import (
     compute_exact_ihvp,
     draw_blocks,
+    draw_curvature_sample,
     measure_curvature,
     score_fitted_rows,
     warn_of_curvature,
 )
-from hf_in2core.engine.fit import read_fit
+from hf_in2core.engine.fit import fit_directions, read_fit
 
 
 def draw(n: int, d: int, q: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,3 +122,22 @@ def test_blocks_that_fit_are_of_every_kind(tmp_path, pool, validation, share) ->
     largest = max(block.tensor.numel() for block in blocks.values())
     assert most - largest < count_elements(chosen) <= most
     assert all(any(kind in name for name in chosen) for kind in ("lora_A", "lora_B", "mlp", "self_attn"))
+
+
+@pytest.mark.parametrize("options", [{}, {"fit_examples": 50}, {"tokens_per_batch": 40, "chunk_size": 7}])
+def test_the_fit_keeps_the_gradients_of_the_sample(tmp_path, options) -> None:
+    """So the check passes no row of its own."""
+    pool, validation = make_prompt_completion(80, seed=5), make_prompt_completion(6, seed=6)
+    trainer = make_trainer(tmp_path, pool, validation, **options)
+    job = trainer.make_passes(trainer.blocks, "")
+    job.folder = None
+    sample = draw_curvature_sample(job, len(pool), seed=0)
+    assert sample is not None and sample.stack() is None
+    args = {"estimator": "datainf", "damping_scale": 0.1, "fit_examples": trainer.args.fit_examples, "seed": 0}
+    fit_directions(job, trainer.prepared_pool, trainer.prepared_validation, **args, sample=sample)
+    kept = sample.stack()
+    assert kept is not None and len(sample._wanted) == min(64, options.get("fit_examples", 64))
+    expected = compute_gradients(trainer.model, prepare(pool))
+    for name, gradients in kept.items():
+        rows = torch.stack([expected[row][name.replace(".weight", ".default.weight")] for row in sample._wanted])
+        assert_same(gradients.flatten(), rows.flatten(), 1e-9)
