@@ -28,6 +28,22 @@ class Block(NamedTuple):
 
 Blocks = dict[str, Block]
 
+# The linears of the attention as most families call them.
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def explain_idle_blocks(names: list[str]) -> str:
+    """Why blocks take no part in the backward of text, or more than one, and what to do."""
+    if any(re.search(r"vision|visual|image|audio", name) for name in names):
+        return (
+            "they belong to a part of the model that text does not reach. Leave it out: "
+            '`target_modules=r".*language_model.*_proj"`.'
+        )
+    return (
+        "the adapter may be merged or disabled, or the module is bypassed or called repeatedly. Unmerge and enable "
+        "the adapter, or leave these modules out of `target_modules`."
+    )
+
 
 def find_blocks(model: nn.Module, adapter_name: str | None = None) -> Blocks:
     """
@@ -73,9 +89,11 @@ def find_blocks(model: nn.Module, adapter_name: str | None = None) -> Blocks:
     if refused:
         shown = "\n".join(f"  - {name}: {reason}" for name, reason in list(refused.items())[:10])
         more = f"\n  … and {len(refused) - 10} more" if len(refused) > 10 else ""
+        experts = any(".experts." in name for name in refused)
+        advice = "of the attention alone, `target_modules=" + f"{ATTENTION!r}`" if experts else "on linear layers"
         raise ValueError(
             f"{len(refused)} trainable tensors have no per-example gradient here, and leaving them out would make the "
-            f"influence wrong:\n{shown}{more}\nUse plain LoRA (or rsLoRA) on linear layers: no DoRA, no LoRA on "
+            f"influence wrong:\n{shown}{more}\nUse plain LoRA (or rsLoRA) {advice}: no DoRA, no LoRA on "
             "embeddings, `lm_head` or `target_parameters`, no `trainable_token_indices`, `modules_to_save` only for "
             "linear layers, and no full fine-tuning."
         )

@@ -1,6 +1,7 @@
 """Token budgets of batches where none is given: what the caches of a CPU or the memory of a GPU hold."""
 
 import gc
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from .batches import TokenRows, choose_forward_tokens, collate
 from .blocks import count_elements
-from .gradients import GradientRecorder
+from .gradients import GradientRecorder, ScaleTooLargeError
 from .losses import MAX_LOGITS_PER_CHUNK
 from .passes import Passes
 
@@ -57,9 +58,11 @@ def _measure_activations(passes: Passes, length: int) -> int:
         pass
 
     with GradientRecorder(passes.model, passes.blocks, passes.autocast) as recorder:
-        recorder.run(batch, "mean", ignore)  # what is made once does not count
+        with suppress(ScaleTooLargeError):
+            recorder.run(batch, "mean", ignore)  # what is made once does not count
         gc.collect()
         torch.cuda.reset_peak_memory_stats(passes.device)
         before = torch.cuda.memory_allocated(passes.device)
-        recorder.run(batch, "mean", ignore)
+        with suppress(ScaleTooLargeError):
+            recorder.run(batch, "mean", ignore)
     return torch.cuda.max_memory_allocated(passes.device) - before

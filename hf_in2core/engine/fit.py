@@ -8,6 +8,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from hf_in2core.names import describe_set
+
 from .batches import TokenBatch, read_token_rows
 from .datainf import compute_damping
 from .fit_sums import FitResult, GradientSample, fit_rows
@@ -182,7 +184,7 @@ def fit_directions(
 
     if queries_per_block is None:
         means = [
-            run_validation_pass(passes, rows, f"validation-{index}", f"Influence: validation set {name}")
+            run_validation_pass(passes, rows, f"validation-{index}", f"Influence: {describe_set(name)} set")
             for index, (name, rows) in enumerate(validation.items())
         ]
         v = {key: torch.stack([mean[key] for mean in means]) for key in passes.blocks}
@@ -191,7 +193,7 @@ def fit_directions(
         for index, (set_name, rows) in enumerate(validation.items()):
             for start in range(0, len(rows), queries_per_block):
                 queries = rows.select(range(start, min(start + queries_per_block, len(rows))))
-                v = run_per_example_validation_pass(passes, queries, f"Influence: validation set {set_name}")
+                v = run_per_example_validation_pass(passes, queries, f"Influence: {describe_set(set_name)} set")
                 result = precondition(v, f"fit-{index}-{start}", bool(results), [len(queries)])
                 result.ihvp = {key: value.cpu() for key, value in result.ihvp.items()}
                 results.append(result)

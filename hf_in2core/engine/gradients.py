@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .batches import TokenBatch
-from .blocks import Blocks
+from .blocks import Blocks, explain_idle_blocks
 from .forwards import replaced_forwards
 from .losses import (
     compute_token_nll,
@@ -198,9 +198,8 @@ class GradientRecorder:
         if wrong:
             raise ValueError(
                 f"{len(wrong)} trainable tensors took part in the backward pass "
-                f"{self._recorded.get(wrong[0], 0)} times where once was expected, first of them `{wrong[0]}`: the "
-                "adapter may be merged or disabled, or the module is bypassed or called repeatedly. Unmerge and "
-                "enable the adapter, or leave these modules out of `target_modules`."
+                f"{self._recorded.get(wrong[0], 0)} times where once was expected, first of them `{wrong[0]}`: "
+                + explain_idle_blocks(wrong)
             )
         losses = torch.zeros(len(batch.rows), dtype=nll.dtype, device=nll.device)
         return losses.index_add_(0, batch.row_of_target.to(nll.device), nll * weights)

@@ -25,6 +25,7 @@ from hf_in2core.rows.checks import warn_of_unscored
 from hf_in2core.rows.columns import check_sources, list_read_columns
 from hf_in2core.rows.preparation import Preparation, prepare_batch
 
+from .base_model import load_base_model
 from .scorer_files import (
     ADAPTER_FILE,
     ADAPTER_FOLDER,
@@ -36,7 +37,6 @@ from .scorer_files import (
     check_directions,
     check_identity,
     download_scorer,
-    load_base_model,
     read_directions,
     read_scorer_config,
     tidy_saved_files,

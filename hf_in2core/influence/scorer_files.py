@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from huggingface_hub import resolve_revision, snapshot_download
 from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_in2core import __version__
 from hf_in2core.engine.blocks import Blocks
@@ -370,30 +368,3 @@ def find_revision(name: str, revision: str | None = None) -> str | None:
         return resolve_revision(name, revision=revision, local_files_only=True).resolved
     except (OSError, ValueError):  # not in the cache, or no id at all
         return None
-
-
-def load_base_model(config: ScorerConfig, name: str) -> PreTrainedModel:
-    """
-    Load the base model that a scorer names; `name` is the scorer's own, for errors.
-
-    Raises:
-        ValueError: if it was built in memory, or is a folder that is not there.
-    """
-    base = config.base_model
-    if not base:
-        raise ValueError(
-            f"The scorer in {name} was fitted with a base model in memory. Pass it: "
-            "`InfluenceScorer.from_pretrained(..., model=model, processing_class=tokenizer)`."
-        )
-    if base.startswith(("/", ".", "~")) and not Path(base).is_dir():
-        raise ValueError(
-            f"The scorer in {name} was fitted with a base model in the folder {base}, which is not on this machine. "
-            "Pass it: `InfluenceScorer.from_pretrained(..., model=model)`."
-        )
-    model = AutoModelForCausalLM.from_pretrained(
-        base,
-        revision=config.base_model_revision,
-        dtype=getattr(torch, config.base_model_dtype),
-        trust_remote_code=False,
-    )
-    return model.to(PartialState().device)

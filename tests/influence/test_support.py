@@ -22,15 +22,19 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GPTJConfig,
     MixtralConfig,
     MixtralForCausalLM,
     OPTConfig,
     PretrainedConfig,
     Qwen2MoeConfig,
+    Qwen3MoeConfig,
 )
 
 from hf_in2core import InfluenceTrainer
+from hf_in2core.engine.blocks import ATTENTION
 
 
 SUPPORTED: dict[str, dict[str, Any]] = {
@@ -327,3 +331,49 @@ def test_a_launch_that_shards_the_model_is_refused_before_it_loads(tmp_path, poo
     monkeypatch.setenv(variable, "true")
     with pytest.raises(ValueError, match=f"launcher shards the model .*{variable}"):
         InfluenceTrainer(model="no/such-model", args=args, train_dataset=pool, eval_dataset=validation)
+
+
+def make_multimodal() -> torch.nn.Module:
+    size: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    size["num_attention_heads"] = 4
+    text = {**size, "vocab_size": len(make_tokenizer()), "num_key_value_heads": 2, "head_dim": 8}
+    vision = {**size, "image_size": 28, "patch_size": 14}
+    tokens: dict[str, Any] = {
+        "mm_tokens_per_image": 4,
+        "image_token_index": 3,
+        "boi_token_index": 4,
+        "eoi_token_index": 5,
+    }
+    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, **tokens))
+
+
+def test_what_text_does_not_reach_is_left_out_by_the_advice(tmp_path, validation) -> None:
+    rows = make_prompt_completion(9, seed=2)
+
+    def build(folder, target_modules) -> InfluenceTrainer:
+        model = get_peft_model(make_multimodal().double(), LoraConfig(r=2, target_modules=target_modules))
+        return make_trainer(folder, rows, validation, model=model)
+
+    with pytest.raises(ValueError, match=r"vision_tower.*text does not reach.*target_modules=r") as error:
+        build(tmp_path / "all", "all-linear")
+    advice = str(error.value).split('target_modules=r"')[1].split('"')[0]
+    trainer = build(tmp_path / "text", advice)
+    assert trainer.blocks and not any("vision" in name for name in trainer.blocks)
+
+
+def test_experts_are_left_out_by_the_advice(tmp_path, validation) -> None:
+    size: dict[str, Any] = {
+        **{"vocab_size": len(make_tokenizer()), "hidden_size": 32, "intermediate_size": 48, "head_dim": 8},
+        **{"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "router_aux_loss_coef": 0.0},
+    }
+    config = Qwen3MoeConfig(**size)
+    rows = make_prompt_completion(9, seed=2)
+    for target, refused in (("all-linear", True), (ATTENTION, False)):
+        model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(r=2, target_modules=target))
+        options = {"model": model, "dtype": torch.float32, "router_aux_loss_coef": 0.0}
+        if refused:
+            with pytest.raises(ValueError, match=r"(?s)experts.*target_modules=\['q_proj', 'k_"):
+                make_trainer(tmp_path / "all", rows, validation, **options)
+        else:
+            assert make_trainer(tmp_path / "attention", rows, validation, **options).blocks
