@@ -22,6 +22,7 @@ from workload import describe_machine
 
 from hf_in2core import InfluenceTrainer
 from hf_in2core.analysis.layers import LayerScores, choose_layers, compute_layer_scores, grow_layers, list_layer_sets
+from hf_in2core.engine.batches import CPU_TOKENS
 from hf_in2core.engine.fit import fit_directions
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.scoring import run_score_pass
@@ -67,9 +68,7 @@ def time_passes(trainer: InfluenceTrainer, layers: list[int] | None, rows: int) 
     trainer.args.influence_layers = layers
     blocks = trainer.blocks
     trainer.args.influence_layers = None
-    passes = Passes(
-        trainer.model, blocks, trainer.args.loss_reduction, trainer.args.tokens_per_batch, show_progress=False
-    )
+    passes = Passes(trainer.model, blocks, trainer.args.loss_reduction, CPU_TOKENS, show_progress=False)
     pool = trainer.prepared_pool.select(range(min(rows, len(trainer.prepared_pool))))
     validation = trainer.prepared_validation
     start = time.process_time()

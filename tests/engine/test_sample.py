@@ -6,7 +6,7 @@ import torch
 from helpers import add_trained_adapter, assert_same, make_model, make_prompt_completion, make_trainer
 from scipy.stats import spearmanr
 
-from hf_in2core.engine.sample import MIN_AGREEMENT, compare_halves, list_sample_sizes
+from hf_in2core.engine.sample import MIN_AGREEMENT, compare_halves, is_sampled, list_sample_sizes
 
 
 OPTIONS = {"tokens_per_batch": 4096, "chunk_size": 4096}
@@ -55,14 +55,13 @@ def test_where_the_halves_do_not_agree_all_rows_are_fitted(tmp_path, caplog) -> 
 
 
 def test_small_pools_and_stores_are_fitted_whole(tmp_path) -> None:
+    assert is_sampled(1000, False) and not is_sampled(999, False) and not is_sampled(1000, True)
     config, scores = score(tmp_path / "small", 60, "auto", 10.0)
     assert config.num_fit_examples == 60 and config.fit_agreement is None
     assert scores.tolist() == score(tmp_path / "all", 60, None, 10.0)[1].tolist()
     # The same run: what one has computed the other finds.
     assert scores.tolist() == score(tmp_path / "small", 60, None, 10.0)[1].tolist()
     assert len(list((tmp_path / "small" / "influence").iterdir())) == 1
-    config, _ = score(tmp_path / "store", 1000, "auto", 10.0, gradient_store_gb=1)
-    assert config.num_fit_examples == 1000 and config.fit_agreement is None
 
 
 def test_agreement_is_the_worst_of_the_sets_and_of_a_tenth_of_their_queries() -> None:
