@@ -202,7 +202,7 @@ def test_gpu_runs_end_to_end_without_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["sharded"]["skipped"]
-    assert found["trainer"]["float32"]["spearman_with_cpu"] == 1.0
+    assert found["trainer"]["float32"]["relative_to_cpu"] < 1e-4
     for part in ("speed_0.6B", "speed_7B"):
         assert set(found[part]["of_plain"]) == {"plain", "score", "fit", "validation"}
     assert found["precision"]["bf16_and_float32"]["spearman"] > 0.99
