@@ -18,7 +18,10 @@ from hf_in2core.pipeline.parser import RecipeParser, Settings
 def make_parser() -> RecipeParser:
     """Parser of this command."""
     return RecipeParser(
-        "score", ScoreInfluenceArguments, __doc__, shown={"influence": ("estimator", "tokens_per_batch", "max_length")}
+        "score",
+        ScoreInfluenceArguments,
+        __doc__,
+        shown={"influence": ("estimator", "fit_examples", "tokens_per_batch", "max_length")},
     )
 
 
