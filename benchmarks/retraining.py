@@ -53,7 +53,7 @@ def compute_influence(g: dict[str, np.ndarray], v: dict[str, np.ndarray], dampin
         square_norms, dots = rows.square().sum(1), rows @ queries.T
         damping = compute_damping(float(square_norms.mean()), rows.shape[1], damping_scale)
         if damping > 0:
-            weighted = compute_coefficients(dots, square_norms, damping).T @ rows
+            weighted = compute_coefficients(dots, square_norms, damping)[0].T @ rows
             found["DataInf"] -= (rows @ compute_ihvp(queries, weighted, num_rows, damping).T).numpy()
             found["exact damped inverse"] -= (rows @ compute_exact_ihvp(rows, queries, damping).T).numpy()
         found["gradient dot"] -= dots.numpy()

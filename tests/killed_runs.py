@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from helpers import add_trained_adapter, make_model, make_prompt_completion, make_trainer
 from tqdm import tqdm
 
-from hf_in2core.engine import fit, passes, scoring
+from hf_in2core.engine import fit, passes, scoring, validation
 
 
 OPTIONS = {"chunk_size": 3, "tokens_per_batch": 40}
@@ -99,6 +99,6 @@ def count_batches(monkeypatch) -> list[int]:
         counted.append(len(token_rows))
         return run_batches(job, token_rows, step)
 
-    for module in (passes, fit, scoring):
+    for module in (passes, fit, scoring, validation):
         monkeypatch.setattr(module, "run_batches", counting)
     return counted

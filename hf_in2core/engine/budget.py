@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .batches import TokenRows, choose_forward_tokens, collate
 from .blocks import count_elements
+from .fit_sums import SAMPLED_FIT_BYTES
 from .gradients import GradientRecorder, ScaleTooLargeError
 from .losses import MAX_LOGITS_PER_CHUNK
 from .passes import Passes
@@ -41,8 +42,7 @@ def choose_tokens_per_batch(passes: Passes, num_queries: int) -> int:
     per_token = max((long - short) / (lengths[1] - lengths[0]), 1.0)
     free = torch.cuda.mem_get_info(passes.device)[0]
     free += torch.cuda.memory_reserved(passes.device) - torch.cuda.memory_allocated(passes.device)
-    # v in float32, the sum and its slope in float64, u in float64.
-    state = num_queries * count_elements(passes.blocks) * (4 + 16 + 8)
+    state = num_queries * count_elements(passes.blocks) * SAMPLED_FIT_BYTES
     room = 0.85 * (free - state - MAX_LOGITS_PER_CHUNK * BYTES_PER_LOGIT)
     return int(min(max(room / per_token, 256), MAX_GPU_TOKENS))
 

@@ -34,9 +34,9 @@ def compute_damping(mean_square_norm: float, num_elements: int, damping_scale: f
     return damping_scale * mean_square_norm / num_elements
 
 
-def compute_coefficients(dots: Tensor, square_norms: Tensor, damping: float) -> Tensor:
+def compute_coefficients(dots: Tensor, square_norms: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     r"""
-    Sherman-Morrison coefficients `(v_qb . g_ib) / (lambda_b + ||g_ib||^2)` of one block.
+    Sherman-Morrison coefficients of one block, and minus their derivative with respect to the damping.
 
     Args:
         dots (`torch.Tensor` of shape `[B, Q]`):
@@ -47,11 +47,15 @@ def compute_coefficients(dots: Tensor, square_norms: Tensor, damping: float) -> 
             Damping of the block.
 
     Returns:
-        `torch.Tensor` of shape `[B, Q]`: the coefficients; 0 where the per-example gradient is zero.
+        `tuple[torch.Tensor, torch.Tensor]`, both `[B, Q]`: `(v_qb . g_ib) / (lambda_b + ||g_ib||^2)`, and the same
+        with the denominator squared; 0 where the per-example gradient is zero.
     """
-    denominators = damping + square_norms
-    # A zero gradient has a zero dot product: its term vanishes, also when the damping is zero too.
-    return dots / torch.where(denominators > 0, denominators, torch.ones_like(denominators))[:, None]
+    denominators = (square_norms + damping)[:, None]
+    if damping == 0.0:
+        # A zero gradient has a zero dot product: its term vanishes, also when the damping is zero too.
+        denominators = torch.where(denominators > 0, denominators, torch.ones_like(denominators))
+    coefficients = dots / denominators
+    return coefficients, coefficients / denominators
 
 
 def compute_ihvp(validation_gradient: Tensor, weighted_sum: Tensor, num_examples: int, damping: float) -> Tensor:

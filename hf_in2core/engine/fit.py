@@ -79,7 +79,9 @@ def run_fit_pass(
     positions = None
     if fit_examples == "auto" and is_sampled(len(prepared), passes.store is not None):
         order = generator.permutation(len(prepared))
-        result = fit_sample(passes, name, prepared, order, validation_gradients, inner, damping_scale, set_sizes)
+        result = fit_sample(
+            passes, name, prepared, order, validation_gradients, inner, damping_scale, set_sizes, sample
+        )
     else:
         if isinstance(fit_examples, int) and fit_examples < len(prepared):
             positions = np.sort(generator.choice(len(prepared), fit_examples, replace=False))

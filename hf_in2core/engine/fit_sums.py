@@ -18,6 +18,12 @@ from .reductions import FitDirections, FitTerms, compute_fit_terms
 from .store import GradientStore, StoredChunk
 
 
+# Bytes that a fit holds per query and element of the adapter: v and its columns in float32, the sum and its slope in
+# float64 and those of a batch in float32, u in float64. A sample that grows has two halves, and what one is given.
+FIT_BYTES = 4 + 4 + 16 + 8 + 8
+SAMPLED_FIT_BYTES = FIT_BYTES + 2 * 16
+
+
 @dataclass
 class FitResult:
     """
@@ -104,10 +110,11 @@ class FitSums:
     sums: dict[str, Tensor]
     num_examples: int
 
-    def add(self, other: "FitSums") -> "FitSums":
-        """The sums over the rows of both."""
-        sums = {key: value + other.sums[key] for key, value in self.sums.items()}
-        return FitSums(sums, self.num_examples + other.num_examples)
+    def add(self, other: "FitSums") -> None:
+        """Add the sums over other rows, in place."""
+        for key, value in other.sums.items():
+            self.sums[key] += value
+        self.num_examples += other.num_examples
 
     def finish(
         self,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .batches import TokenBatch
+from .datainf import compute_coefficients
 from .gradients import GradientRecorder, check_finite, compute_per_example_gradients
 
 
@@ -60,12 +61,10 @@ class FitDirections:
     """
 
     def __init__(self, validation_gradients: dict[str, Tensor], damping: dict[str, float]) -> None:
-        self.names = list(validation_gradients)
         self.columns = {name: v.flatten(1).T.contiguous() for name, v in validation_gradients.items()}
-        # A damping of zero means that the pilot had no gradient here: a row without one then adds 0 / tiny.
-        self.damping = {
-            name: v.new_tensor(damping[name] or torch.finfo(v.dtype).tiny) for name, v in validation_gradients.items()
-        }
+        self.damping = damping
+        first = next(iter(validation_gradients.values()))
+        self._all_damping = torch.tensor([damping[name] for name in self.columns], device=first.device).double()
 
     def compute_block_sums(self, name: str, gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """
@@ -83,17 +82,16 @@ class FitDirections:
         """
         norms = torch.linalg.vector_norm(gradients, dim=1)
         dots = gradients @ self.columns[name]
-        denominators = torch.addcmul(self.damping[name], norms, norms)[:, None]
-        coefficients = dots / denominators
-        return torch.cat([coefficients, coefficients / denominators], dim=1).T @ gradients, norms, dots
+        weights = torch.cat(compute_coefficients(dots, norms.square(), self.damping[name]), dim=1)
+        return weights.T @ gradients, norms, dots
 
     def summarize(self, norms: list[Tensor], dots: list[Tensor], device: torch.device) -> FitTerms:
         """The other sums, of the blocks in their order, from the norms and dots of the same examples."""
         all_norms, all_dots = stack_on(norms, device).double(), stack_on(dots, device).double()
-        damping = stack_on([self.damping[name] for name in self.names], device).double()
         squares = all_norms.square()
-        inverse = (1.0 / (damping[:, None] + squares))[..., None]
-        error_weights = (all_dots.abs() * inverse.pow(3) * all_norms[..., None]).sum(1)
+        denominators = self._all_damping.to(device)[:, None] + squares
+        denominators = torch.where(denominators > 0, denominators, torch.ones_like(denominators))
+        error_weights = (all_dots.abs() * (all_norms / denominators.pow(3))[..., None]).sum(1)
         return FitTerms(squares.sum(1), error_weights)
 
 
@@ -136,7 +134,7 @@ def compute_fit_terms(
         found[name] = directions.compute_block_sums(name, gradients)
 
     losses = recorder.run(batch, loss_reduction, reduce)
-    _, norms, dots = (list(parts) for parts in zip(*(found[name] for name in directions.names), strict=True))
+    _, norms, dots = (list(parts) for parts in zip(*(found[name] for name in directions.columns), strict=True))
     check_finite(losses, stack_on(norms, losses.device).T, batch)
     return {name: sums for name, (sums, _, _) in found.items()}, directions.summarize(norms, dots, losses.device)
 

@@ -10,6 +10,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from .fit_sums import FitResult, FitSums, GradientSample, sum_fit_terms
+from .gradients import accumulation_dtype
 from .passes import Passes
 from .scoring import run_score_pass
 
@@ -76,30 +77,32 @@ def fit_sample(
     held_rows = prepared.select(np.sort(held))
     silent = replace(passes, folder=None, store=None)
     halves: list[FitSums] = []
+    dtype = accumulation_dtype(next(iter(passes.blocks.values())).tensor)
     done = 0
     for size in list_sample_sizes(len(order)):
-        added = [
-            sum_fit_terms(
-                *(passes, f"{name}-{half}-{size}", prepared, np.sort(candidates[done:size][half::2])),
-                *(validation_gradients, inner_damping),
-                sample=sample,
+        for half in range(2):
+            rows = np.sort(candidates[done:size][half::2])
+            added = sum_fit_terms(
+                *(passes, f"{name}-{half}-{size}", prepared, rows, validation_gradients, inner_damping), sample=sample
             )
-            for half in range(2)
-        ]
-        halves = [old.add(new) for old, new in zip(halves, added, strict=True)] if halves else added
+            if len(halves) < 2:
+                halves.append(added)
+            else:
+                halves[half].add(added)
         done = size
         directions = [half.finish(passes, validation_gradients, inner_damping, damping_scale).ihvp for half in halves]
-        both = {key: torch.cat([direction[key] for direction in directions]) for key in passes.blocks}
-        scores = run_score_pass(
-            silent, held_rows, both, cosine=False, description="Influence: rows held back"
-        ).influence
-        agreement = compare_halves(scores, set_sizes)
-        whole = halves[0].add(halves[1])
+        both = {key: torch.cat([direction.pop(key).to(dtype) for direction in directions]) for key in passes.blocks}
+        scores = run_score_pass(silent, held_rows, both, cosine=False, description="Influence: rows held back")
+        agreement = compare_halves(scores.influence, set_sizes)
         if agreement >= MIN_AGREEMENT:
-            if passes.rank == 0:
-                logger.info("Fitted on %d rows: the scores by two halves of them agree by %.4f.", done, agreement)
-            result = whole.finish(passes, validation_gradients, inner_damping, damping_scale)
-            return replace(result, agreement=agreement)
+            break
+    whole = halves[0]
+    whole.add(halves[1])
+    if agreement >= MIN_AGREEMENT:
+        if passes.rank == 0:
+            logger.info("Fitted on %d rows: the scores by two halves of them agree by %.4f.", done, agreement)
+        result = whole.finish(passes, validation_gradients, inner_damping, damping_scale)
+        return replace(result, agreement=agreement)
     if passes.rank == 0:
         logger.warning(
             "The scores by two halves of %d rows agree by %.4f (Spearman; %.3f is asked for): fitting on all %d rows.",
@@ -110,7 +113,8 @@ def fit_sample(
         )
     rest = np.sort(np.concatenate([held, candidates[done:]]))
     others = sum_fit_terms(passes, f"{name}-rest", prepared, rest, validation_gradients, inner_damping)
-    return whole.add(others).finish(passes, validation_gradients, inner_damping, damping_scale)
+    whole.add(others)
+    return whole.finish(passes, validation_gradients, inner_damping, damping_scale)
 
 
 def compare_halves(scores: np.ndarray, set_sizes: list[int] | None = None) -> float:
@@ -119,10 +123,13 @@ def compare_halves(scores: np.ndarray, set_sizes: list[int] | None = None) -> fl
 
     Returns:
         `float` in [-1, 1]: the lowest of the sets' rank correlations; of a set of several queries their mean or their
-        tenth percentile, whichever is lower. NaN, where all scores of a query are equal, counts as none.
+        tenth percentile, whichever is lower. Scores that are all equal agree with none.
     """
     count = scores.shape[1] // 2
-    found = np.array([spearmanr(scores[:, query], scores[:, count + query]).statistic for query in range(count)])
-    found = np.nan_to_num(found, nan=-1.0)
+    found = np.full(count, -1.0)
+    for query in range(count):
+        pair = scores[:, [query, count + query]]
+        if np.ptp(pair, axis=0).all():
+            found[query] = spearmanr(*pair.T).statistic
     sets = np.split(found, np.cumsum(set_sizes or [1] * count)[:-1])
     return float(min(min(values.mean(), np.quantile(values, 0.1)) for values in sets))

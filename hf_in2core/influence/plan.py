@@ -13,6 +13,7 @@ from datasets import Dataset
 from hf_in2core.engine.batches import TokenBatch, TokenRows, plan_batches, read_token_rows
 from hf_in2core.engine.curvature import CURVATURE_ROWS, MIN_CURVATURE_ROWS
 from hf_in2core.engine.fit import count_pilot_rows
+from hf_in2core.engine.fit_sums import FIT_BYTES, SAMPLED_FIT_BYTES
 from hf_in2core.engine.gradients import GradientRecorder, accumulation_dtype
 from hf_in2core.engine.losses import find_max_loss_tokens
 from hf_in2core.engine.passes import Passes, finish_together, make_zeros, run_batches
@@ -178,6 +179,11 @@ def plan_influence(
     scores = len(pool) * queries * 8
     # The fit's sum, and beside it its slope.
     fitted = num_fits * at_once * elements * (8 + 8) if datainf else 0
+    halves = 0
+    if args.fit_examples == "auto" and is_sampled(len(pool), passes.store is not None):
+        # Both halves lie in memory, and each step of both on the disk.
+        halves = at_once * elements * (SAMPLED_FIT_BYTES - FIT_BYTES) if datainf else 0
+        fitted *= 2 * len(list_sample_sizes(len(pool))) + 1
     sums = (0 if per_example else queries * elements * 8) + fitted
     return InfluencePlan(
         rows=len(pool),
@@ -191,7 +197,7 @@ def plan_influence(
         num_processes=passes.world_size,
         passes=plans,
         timed_batches=timings.num_batches,
-        peak_memory=_peak_memory(passes) + 2 * scores,
+        peak_memory=_peak_memory(passes) + halves + 2 * scores,
         disk=passes.world_size * sums + queries * elements * itemsize + scores,
         store=0 if passes.store is None else len(pool) * passes.store.row_bytes,
         reduced=sums + scores if passes.world_size > 1 else 0,

@@ -19,8 +19,9 @@ from hf_in2core.engine.blocks import Blocks, count_elements, find_blocks, select
 from hf_in2core.engine.budget import choose_tokens_per_batch
 from hf_in2core.engine.curvature import check_curvature, draw_curvature_sample
 from hf_in2core.engine.fit import fit_directions, read_fit, write_fit
-from hf_in2core.engine.fit_sums import FitResult
+from hf_in2core.engine.fit_sums import FIT_BYTES, SAMPLED_FIT_BYTES, FitResult
 from hf_in2core.engine.passes import Passes
+from hf_in2core.engine.sample import is_sampled
 from hf_in2core.engine.scoring import run_score_pass
 from hf_in2core.engine.state import hash_json, hash_prepared, open_state
 from hf_in2core.engine.store import GradientStore
@@ -295,8 +296,9 @@ class InfluenceTrainer(SFTTrainer):
         return self._scorer
 
     def count_queries_per_block(self, blocks: Blocks) -> int:
-        """Queries whose gradient, sum with its slope, and direction fit into `query_memory_gb` together."""
-        bytes_per_query = count_elements(blocks) * (4 + 16 + 8)
+        """Queries whose gradients, sums and directions fit into `query_memory_gb` together."""
+        sampled = self.args.fit_examples == "auto" and is_sampled(len(self.prepared_pool), False)
+        bytes_per_query = count_elements(blocks) * (SAMPLED_FIT_BYTES if sampled else FIT_BYTES)
         return max(int(self.args.query_memory_gb * 1e9 / bytes_per_query), 1)
 
     def _make_scorer(self, result: FitResult, job: Passes, identity: dict[str, Any]) -> InfluenceScorer:

@@ -124,10 +124,18 @@ def test_blocks_that_fit_are_of_every_kind(tmp_path, pool, validation, share) ->
     assert all(any(kind in name for name in chosen) for kind in ("lora_A", "lora_B", "mlp", "self_attn"))
 
 
-@pytest.mark.parametrize("options", [{}, {"fit_examples": 50}, {"tokens_per_batch": 40, "chunk_size": 7}])
-def test_the_fit_keeps_the_gradients_of_the_sample(tmp_path, options) -> None:
+@pytest.mark.parametrize(
+    ("num_rows", "options"),
+    [
+        (80, {}),
+        (80, {"fit_examples": 50}),
+        (80, {"tokens_per_batch": 40, "chunk_size": 7}),
+        (1000, {"fit_examples": "auto", "tokens_per_batch": 4096}),
+    ],
+)
+def test_the_fit_keeps_the_gradients_of_the_sample(tmp_path, num_rows, options) -> None:
     """So the check passes no row of its own."""
-    pool, validation = make_prompt_completion(80, seed=5), make_prompt_completion(6, seed=6)
+    pool, validation = make_prompt_completion(num_rows, seed=5), make_prompt_completion(6, seed=6)
     trainer = make_trainer(tmp_path, pool, validation, **options)
     job = trainer.make_passes(trainer.blocks, "")
     job.folder = None
@@ -136,8 +144,8 @@ def test_the_fit_keeps_the_gradients_of_the_sample(tmp_path, options) -> None:
     args = {"estimator": "datainf", "damping_scale": 0.1, "fit_examples": trainer.args.fit_examples, "seed": 0}
     fit_directions(job, trainer.prepared_pool, trainer.prepared_validation, **args, sample=sample)
     kept = sample.stack()
-    assert kept is not None and len(sample._wanted) == min(64, options.get("fit_examples", 64))
-    expected = compute_gradients(trainer.model, prepare(pool))
+    assert kept is not None and len(sample._wanted) == (50 if num_rows == 80 and options.get("fit_examples") else 64)
+    expected = compute_gradients(trainer.model, prepare(pool.select(sample._wanted)))
     for name, gradients in kept.items():
-        rows = torch.stack([expected[row][name.replace(".weight", ".default.weight")] for row in sample._wanted])
+        rows = torch.stack([row[name.replace(".weight", ".default.weight")] for row in expected])
         assert_same(gradients.flatten(), rows.flatten(), 1e-9)

@@ -17,8 +17,7 @@ from hf_in2core.engine.datainf import (
 def fit(g: torch.Tensor, v: torch.Tensor, damping: float, inner_damping: float | None = None) -> torch.Tensor:
     """`u` from the package's pieces; `g` is `[n, d]`, `v` is `[Q, d]`."""
     inner = damping if inner_damping is None else inner_damping
-    coefficients = compute_coefficients(g @ v.T, g.square().sum(1), inner)
-    slopes = compute_coefficients(coefficients, g.square().sum(1), inner)
+    coefficients, slopes = compute_coefficients(g @ v.T, g.square().sum(1), inner)
     return compute_ihvp(v, correct_damping(coefficients.T @ g, slopes.T @ g, damping, inner), len(g), damping)
 
 
@@ -86,5 +85,6 @@ def test_inner_damping_error_bounds_the_true_error(seed: int, factor: float) -> 
 def test_a_block_without_gradients_counts_for_nothing() -> None:
     g, v = torch.zeros(3, 4, dtype=torch.float64), torch.ones(1, 4, dtype=torch.float64)
     assert compute_damping(0.0, 4, 0.1) == 0.0
-    coefficients = compute_coefficients(g @ v.T, g.square().sum(1), 0.0)
+    coefficients, slopes = compute_coefficients(g @ v.T, g.square().sum(1), 0.0)
+    assert not slopes.any()
     assert torch.equal(compute_ihvp(v, coefficients.T @ g, 3, 0.0), torch.zeros(1, 4, dtype=torch.float64))

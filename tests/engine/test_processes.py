@@ -56,6 +56,18 @@ def test_layers_checkpoints_and_coverage_are_the_same_on_two_processes(tmp_path)
 
 
 @pytest.mark.slow
+def test_a_sampled_fit_is_the_same_on_two_processes(tmp_path) -> None:
+    options: dict[str, Any] = {"num_rows": 2000, "chunk_size": 4096, "tokens_per_batch": 4096, "dtype": "float64"}
+    options |= {"fit_examples": "auto", "damping_scale": 10.0}
+    one = launch_worker(WORKER.name, tmp_path, "one", 1, **options)[0]
+    two = launch_worker(WORKER.name, tmp_path, "two", 2, **options)
+    assert two[0]["fit"] == two[1]["fit"] and two[0]["influence"] == two[1]["influence"]
+    assert two[0]["fit"]["num_fit_examples"] == one["fit"]["num_fit_examples"] < 2000
+    assert two[0]["fit"]["fit_agreement"] == pytest.approx(one["fit"]["fit_agreement"], abs=1e-9)
+    assert_same(to_floats(two[0]["influence"]), to_floats(one["influence"]), 1e-9)
+
+
+@pytest.mark.slow
 def test_more_processes_than_rows(tmp_path) -> None:
     one = launch_worker(WORKER.name, tmp_path, "one", 1, num_rows=2)[0]
     three = launch_worker(WORKER.name, tmp_path, "three", 3, num_rows=2)

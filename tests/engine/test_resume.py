@@ -1,4 +1,4 @@
-"""Kill -9 at any moment: the same call goes on, repeats no finished chunk, and ends with the same bits."""
+"""Kill -9 at any moment: the same call goes on, repeats no chunk that is on the disk, and ends with the same bits."""
 
 import random
 import threading
@@ -29,6 +29,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from hf_in2core.engine import passes, scoring
+from hf_in2core.engine.state import write_tensors
+from hf_in2core.engine.validation import run_validation_pass
 
 
 # tqdm's own lock is shared with forked processes, and one that is killed while it holds it would stop all later ones.
@@ -47,6 +49,29 @@ def test_killed_runs_end_with_the_same_bits(tmp_path, seed, kills) -> None:
     resumed = build(tmp_path / "killed").score_influence()
     assert resumed["influence"] == expected["influence"]
     assert resumed["influence_rank"] == expected["influence_rank"]
+
+
+def test_sums_that_take_long_to_write_are_written_less_often(tmp_path, monkeypatch) -> None:
+    """At most a tenth of the time, and in the end always."""
+    written: list[int] = []
+
+    def write_slowly(path, tensors, metadata) -> None:
+        time.sleep(0.3)
+        written.append(int(metadata["next_row"]))
+        write_tensors(path, tensors, metadata)
+
+    monkeypatch.setattr(passes, "write_tensors", write_slowly)
+    trainer = build(tmp_path)
+    job = trainer.make_passes(trainer.blocks, "slow-disk")
+    job.folder.mkdir(parents=True)
+    run_validation_pass(job, trainer.prepared_pool, "sums", "Sums")
+    rows = len(trainer.prepared_pool)
+    assert written[0] == OPTIONS["chunk_size"] and written[-1] == rows
+    assert len(written) < rows // OPTIONS["chunk_size"] / 2
+    # What was written last is whole: nothing runs again.
+    batches = count_batches(monkeypatch)
+    run_validation_pass(job, trainer.prepared_pool, "sums", "Sums")
+    assert not batches
 
 
 @pytest.mark.slow

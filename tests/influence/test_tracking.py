@@ -22,7 +22,7 @@ from hf_in2core.progress import get_bar_settings
 from hf_in2core.selection.baselines import add_bm25, add_loss, add_rds
 
 
-PASSES = ["Influence: validation set validation", "Influence: fit pass", "Influence: score pass"]
+PASSES = ["Influence: validation set", "Influence: fit pass", "Influence: score pass"]
 
 
 def read_scalars(folder: Path) -> dict[str, list[float]]:

@@ -34,11 +34,13 @@ def main() -> None:
         # Found by this rank's check of its gradients, while the others go on and wait for its sums.
         trainer.model.base_model.merge_adapter()
     scored = trainer.score_influence()
+    config = trainer.fit_influence().config
+    told = {"fit": {"num_fit_examples": config.num_fit_examples, "fit_agreement": config.fit_agreement}}
     analysed = compute_the_rest(trainer) if analyse else {}
     values = [None if value is None else value.hex() for value in scored["influence"]]
     result = {"influence": values, "rank": scored["influence_rank"], "id": scored["id"], "pid": os.getpid()}
     out.with_suffix(f".{trainer.accelerator.process_index}.json").write_text(
-        json.dumps({k: list(v) if k != "pid" else v for k, v in result.items()} | analysed)
+        json.dumps({k: list(v) if k != "pid" else v for k, v in result.items()} | analysed | told)
     )
 
 
