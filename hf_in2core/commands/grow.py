@@ -34,7 +34,7 @@ def main(settings: Settings) -> None:
 
     args: GrowArguments = settings.arguments
     join_processes(settings)
-    check_launcher()
+    check_launcher("`in2core grow`")
     assert args.hub_id is not None
     sources = [hub_id for source in args.rows or [] if (hub_id := find_hub_id(source))] + (args.combine or [])
     # Everything is read at one commit, and published only if that is still the newest.

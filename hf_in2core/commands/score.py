@@ -48,7 +48,7 @@ def main(settings: Settings) -> None:
 
     args: ScoreInfluenceArguments = settings.arguments
     join_processes(settings)
-    check_launcher()
+    check_launcher("`--scorer`" if args.scorer is not None else None)
     assert args.pool is not None and args.output_dir is not None
     folder = Path(args.output_dir)
     pool = load_rows(args.pool, "pool", columns=args.columns)

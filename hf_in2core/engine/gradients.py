@@ -30,6 +30,7 @@ from .losses import (
     has_plain_head,
     run_to_head,
 )
+from .sharding import is_sharded
 
 
 Reducer = Callable[[str, Tensor, Tensor], None]
@@ -95,6 +96,7 @@ class GradientRecorder:
         first = next(iter(blocks.values())).tensor
         self.device = first.device
         self.accumulation_dtype = accumulation_dtype(first)
+        self.sharded = is_sharded(model)
         self._anchors: dict[torch.device, Tensor] = {}
         self._plain_head: bool | None = None
         self._batch_shape: tuple[int, int] = (0, 0)
@@ -114,21 +116,33 @@ class GradientRecorder:
             # The adapter's input is cast by autocast; PEFT would keep a float32 copy of it for the backward.
             self._entered.enter_context(disable_input_dtype_casting(self.model))
         forwards = {module: self._make_forward(module, names) for module, names in by_module.items()}
+        if self.sharded:
+            forwards |= {module: _make_frozen_forward(module) for module in self._find_other_linears()}
         self._entered.enter_context(replaced_forwards(forwards))  # type: ignore[arg-type]
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._entered.close()
 
+    def _find_other_linears(self) -> list[nn.Linear]:
+        """Trainable linears that are not recorded: sharded, they cannot be frozen."""
+        recorded = {block.module for block in self.blocks.values()}
+        linears = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
+        return [module for module in linears if module.weight.requires_grad and module not in recorded]
+
     def _make_forward(self, module: nn.Linear, names: list[str]) -> Callable[[Tensor], Tensor]:
         def record(x: Tensor, grad_output: Tensor) -> None:
             for name in names:
                 self._record(name, x, grad_output)
 
-        # The weights stand still while gradients are recorded: autocast need not cast them in every forward.
-        weight = module.weight if self.autocast is None else module.weight.detach().to(self.autocast)
+        # The weights stand still while gradients are recorded: autocast need not cast them in every forward. Where
+        # they are sharded, the module has a whole one within the forward of its layer only.
+        kept = None if self.sharded else module.weight
+        if kept is not None and self.autocast is not None:
+            kept = kept.detach().to(self.autocast)
 
         def forward(x: Tensor) -> Tensor:
+            weight = module.weight.detach() if kept is None else kept
             anchor = self._anchors.get(x.device)
             if anchor is None:
                 anchor = self._anchors[x.device] = torch.ones((), requires_grad=True, device=x.device)
@@ -222,6 +236,13 @@ class GradientRecorder:
         if nll.requires_grad:
             ((nll * weights).sum() * self.loss_scale).backward()
         return nll.detach(), weights
+
+
+def _make_frozen_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        return F.linear(x, module.weight.detach(), None if module.bias is None else module.bias.detach())
+
+    return forward
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from hf_in2core.progress import make_bar
@@ -24,6 +24,7 @@ from .batches import (
     read_token_rows,
 )
 from .forwards import unwrapped_forward
+from .sharding import count_together, is_sharded
 
 
 # Elements of logits that are held at once: 2 GiB in float32 where those of a batch are needed together, and chunks of
@@ -34,9 +35,13 @@ MAX_LOGITS_PER_CHUNK = 2**27
 
 @contextmanager
 def frozen_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) with every parameter frozen; both are put back as they were."""
+    """
+    Evaluation mode (no dropout) with every parameter frozen; both are put back as they were.
+
+    Sharded parameters stay as they are: FSDP looks once, in the first forward, which ones a training will change.
+    """
     training = [module for module in model.modules() if module.training]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
     # Inputs that require gradients (set for activation checkpointing) would take the backward down to the embeddings.
     with_input_grads = [module for module in model.modules() if module.__dict__.get("_require_grads_hooks")]
     for module in with_input_grads:
@@ -119,7 +124,7 @@ def has_plain_head(model: nn.Module, autocast: torch.dtype | None) -> bool:
     """
     if model in _PLAIN_HEADS:
         return _PLAIN_HEADS[model]
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
+    if is_sharded(model):
         return False
     device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
     hidden: list[Tensor] = []
@@ -286,8 +291,9 @@ def compute_row_losses(
     device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
     tokens_per_batch = choose_forward_tokens(tokens_per_batch, device)
     batches = plan_batches(token_rows, tokens_per_batch, find_max_loss_tokens(model, whole=True))
+    idle = count_together(len(batches), device) - len(batches) if is_sharded(model) else 0
     bar = make_bar(len(token_rows), description or "", shown=description is not None, brief=True)
-    with frozen_eval_mode(model), bar:
+    with frozen_eval_mode(model), torch.no_grad(), bar:
         for batch in iterate_batches(token_rows, batches):
             token_nll, logits = compute_token_nll(model, batch.to(device), autocast)
             row_of_target = batch.row_of_target.numpy()
@@ -295,4 +301,6 @@ def compute_row_losses(
             hits = logits.argmax(dim=-1).cpu() == batch.targets
             np.add.at(correct, batch.indices[row_of_target], hits.numpy().astype(np.int64))
             bar.update(len(batch.rows))
+        for _ in range(idle):  # other processes need this one's part of the weights
+            _run_model(model, collate(make_dummy_rows(), np.array([0])).to(device), autocast, [])
     return RowLosses(nll, token_rows.num_loss_tokens, correct)

@@ -17,7 +17,6 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from hf_in2core.progress import make_bar
@@ -35,6 +34,7 @@ from .blocks import Blocks
 from .forwards import checkpointed_layers, find_checkpointable_layers
 from .gradients import GradientRecorder, ScaleTooLargeError
 from .losses import find_max_loss_tokens
+from .sharding import is_sharded
 from .state import read_tensors, write_tensors
 from .store import GradientStore, StoredChunk
 
@@ -145,8 +145,8 @@ class Passes:
 
     @cached_property
     def is_sharded(self) -> bool:
-        """Whether the base weights are sharded over the processes (`fully_shard`): each forward then needs all."""
-        return any(isinstance(module, FSDPModule) for module in self.model.modules())
+        """Whether weights are sharded over the processes: each forward then needs all of them."""
+        return is_sharded(self.model)
 
     def start_round(self, has_batch: bool) -> bool:
         """Whether any process has a batch to run, once all have asked; where weights are sharded they run together."""

@@ -16,10 +16,10 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from .batches import read_token_rows
 from .blocks import adapter_tensors
+from .sharding import gather, reshard
 
 
 logger = logging.getLogger(__name__)
@@ -68,8 +68,7 @@ def hash_base_weights(model: nn.Module, adapter_names: set[int]) -> str:
         if id(tensor) in adapter_names:
             continue
         # Whole, one at a time, where it is sharded over processes: all of them get the hash of the whole model.
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        flat = whole.detach().flatten()
+        flat = gather(tensor).detach().flatten()
         step = max(len(flat) // 1024, 1)
         sample = flat[::step][:1024].cpu()
         sample = sample if sample.dtype == torch.uint8 else sample.double()
@@ -80,11 +79,13 @@ def hash_base_weights(model: nn.Module, adapter_names: set[int]) -> str:
 
 def hash_adapter(model: PeftModel) -> str:
     """Hash of every tensor of the active adapter."""
-    return hash_tensors(adapter_tensors(model))
+    reshard(model)
+    return hash_tensors({name: gather(tensor) for name, tensor in adapter_tensors(model).items()})
 
 
 def hash_base(model: PeftModel) -> str:
     """Hash of the frozen weights under the adapter, without any other adapter that the model has loaded."""
+    reshard(model)
     adapters = (adapter_tensors(model, name) for name in model.peft_config)
     return hash_base_weights(model, {id(tensor) for tensors in adapters for tensor in tensors.values()})
 

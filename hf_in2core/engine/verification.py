@@ -12,6 +12,7 @@ from .batches import collate, read_token_rows
 from .forwards import checkpointed_layers, unwrapped_forward
 from .gradients import GradientRecorder, ScaleTooLargeError, compute_per_example_gradients, frozen_eval_mode
 from .passes import Passes
+from .sharding import gather, is_sharded, reshard
 
 
 # Relative error accepted between two ways of computing the same gradient, by precision of the forward. Some models
@@ -87,7 +88,8 @@ def _differentiate(
     """Gradient of the loss of one unpadded row for every block, by the model's own forward with full logits."""
     tensors = {name: block.tensor for name, block in passes.blocks.items()}
     with frozen_eval_mode(passes.model), torch.enable_grad():
-        for tensor in tensors.values():
+        frozen = [tensor for tensor in tensors.values() if not tensor.requires_grad]  # sharded ones are not
+        for tensor in frozen:
             tensor.requires_grad_(True)
         try:
             with (
@@ -102,8 +104,19 @@ def _differentiate(
             loss = losses.mean() if loss_reduction == "mean" else losses.sum()
             if loss_reduction == "sqrt":
                 loss = loss / len(losses) ** 0.5
+            if is_sharded(passes.model):
+                return _differentiate_sharded(passes, loss)
             found = torch.autograd.grad(loss, list(tensors.values()))
         finally:
-            for tensor in tensors.values():
+            for tensor in frozen:
                 tensor.requires_grad_(False)
     return dict(zip(tensors, found, strict=True))
+
+
+def _differentiate_sharded(passes: Passes, loss: Tensor) -> dict[str, Tensor]:
+    """Gradients for sharded tensors: FSDP reduces them in the backward, to the mean over processes with one row."""
+    loss.backward()
+    reshard(passes.model)
+    found = {name: gather(block.tensor.grad) for name, block in passes.blocks.items()}  # type: ignore[arg-type]
+    passes.model.zero_grad(set_to_none=True)
+    return found

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_in2core.engine.blocks import read_adapter_settings
+from hf_in2core.engine.sharding import reshard, scatter_like
 from hf_in2core.names import INFLUENCE, NUM_LOSS_TOKENS, PER_CHECKPOINT, PER_QUERY, RANK
 from hf_in2core.rows.scored import add_influence_columns, add_list_column, read_query_scores, read_record, read_scores
 
@@ -158,15 +159,19 @@ def compute_checkpoint_weights(checkpoints: list[Checkpoint]) -> np.ndarray:
 def kept_adapter(model: PeftModel) -> Iterator[Callable[[Checkpoint], None]]:
     """Yields what puts a checkpoint's tensors into the active adapter; afterwards its own are put back."""
     name = model.active_adapter
+    reshard(model)
     own = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model, adapter_name=name).items()}
 
     def put(checkpoint: Checkpoint) -> None:
         logger.info("Influence at %s.", checkpoint.folder)
-        set_peft_model_state_dict(model, checkpoint.adapter, adapter_name=name)
+        reshard(model)
+        adapter = {key: scatter_like(tensor, own[key]) for key, tensor in checkpoint.adapter.items()}
+        set_peft_model_state_dict(model, adapter, adapter_name=name)
 
     try:
         yield put
     finally:
+        reshard(model)
         set_peft_model_state_dict(model, own, adapter_name=name)
 
 

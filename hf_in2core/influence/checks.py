@@ -7,16 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate import DistributedType, PartialState
+from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from torch.distributed.tensor import DTensor
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
 from hf_in2core.engine.blocks import Blocks, check_not_offloaded, count_elements, find_blocks
 from hf_in2core.engine.forwards import find_checkpointable_layers
 from hf_in2core.engine.passes import Passes
+from hf_in2core.engine.sharding import is_sharding_launch
 from hf_in2core.names import POOL, RESERVED_SET_NAMES, VALIDATION, describe_set
 from hf_in2core.rows.checks import check_rows, refuse_bad_rows
 from hf_in2core.rows.masks import compare_masks, say_silent_turns
@@ -28,11 +28,25 @@ from .config import InfluenceConfig
 
 logger = logging.getLogger(__name__)
 
-# What `accelerate launch` sets for its processes where it shards the model, and what it is called.
-SHARDING_LAUNCHES = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+# What `accelerate launch` sets for its processes where something else than FSDP2 shards the model.
+OTHER_LAUNCHES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+# Settings of FSDP by the variable that carries them: what is needed, what accelerate takes without it, and why.
+FSDP_SETTINGS = {
+    "FSDP_VERSION": ("fsdp_version", "2", "1", "influence is taken through the modules of FSDP2"),
+    "FSDP_STATE_DICT_TYPE": (
+        "fsdp_state_dict_type",
+        "FULL_STATE_DICT",
+        "SHARDED_STATE_DICT",
+        "trained adapters would not be written where they can be loaded",
+    ),
+    "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params", "false", "false", "weights on the CPU are not where the rows are"),
+    "FSDP_ACTIVATION_CHECKPOINTING": (
+        "fsdp_activation_checkpointing",
+        "false",
+        "false",
+        "it replaces layers once they are in use; give `gradient_checkpointing` and "
+        "`influence_activation_checkpointing` instead",
+    ),
 }
 
 
@@ -54,8 +68,8 @@ def check_settings(args: InfluenceConfig, kwargs: dict[str, Any]) -> None:
         and "`skip_prepare_dataset`",
         "deepspeed": args.deepspeed and "DeepSpeed (train with it if you like, then score the adapter without it)",
         "fsdp": args.fsdp
-        and "FSDP by `fsdp` (train with it if you like; then score the adapter without, or shard the frozen weights "
-        "alone with `torch.distributed.fsdp.fully_shard(layer, ignored_params=...)`)",
+        and "FSDP by `fsdp` (let the launcher shard: `accelerate launch --config_file "
+        "recipes/accelerate_configs/fsdp.yaml`)",
         "use_liger_kernel": args.use_liger_kernel and "`use_liger_kernel`",
     }
     for reason in refused.values():
@@ -66,20 +80,48 @@ def check_settings(args: InfluenceConfig, kwargs: dict[str, Any]) -> None:
             )
 
 
-def check_launcher() -> None:
+def check_launcher(needs_whole: str | None = None) -> None:
     """
-    Refuse a launch that shards the model: the influence and evaluation passes need it whole in each process.
+    Refuse a launch that shards the model in a way in which influence cannot be taken.
+
+    Args:
+        needs_whole (`str`, *optional*):
+            The setting or command in which each process works alone, so that it needs the whole model.
 
     Raises:
         ValueError: naming the setting of the launcher, before a model is loaded.
     """
-    for variable, name in SHARDING_LAUNCHES.items():
-        if os.environ.get(variable, "false").lower() == "true":
+    for variable, name in OTHER_LAUNCHES.items():
+        if _is_set(variable):
             raise ValueError(
-                f"The launcher shards the model ({name}, `{variable}`), but each process needs the whole one here. "
-                "Launch with --accelerate_config multi_gpu, or train with `in2core train-reference` and score without "
-                "it."
+                f"The launcher shards the model ({name}, `{variable}`) in a way in which influence cannot be taken. "
+                "Launch with --accelerate_config fsdp, which shards it too, or multi_gpu."
             )
+    if not _is_set("ACCELERATE_USE_FSDP"):
+        return
+    if needs_whole is not None:
+        raise ValueError(
+            f"The launcher shards the model (FSDP, `ACCELERATE_USE_FSDP`), but with {needs_whole} each process needs "
+            "the whole one. Launch with --accelerate_config multi_gpu."
+        )
+    for variable, (setting, needed, default, reason) in FSDP_SETTINGS.items():
+        given = os.environ.get(variable, default)
+        if given.lower() != needed.lower():
+            raise ValueError(
+                f"The launcher's `{setting}: {given}` cannot work here: {reason}. Set `{setting}: {needed}`, as "
+                "--accelerate_config fsdp does."
+            )
+    if not is_sharding_launch():
+        kind = PartialState().distributed_type.value
+        raise ValueError(
+            f"The launcher asks for FSDP (`ACCELERATE_USE_FSDP`), but nothing would be sharded: the launch is {kind}, "
+            "and accelerate shards over several GPUs only. Launch with `--num_processes` of two or more on GPUs, or "
+            "with --accelerate_config single_gpu or cpu."
+        )
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
 
 
 def _as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
@@ -170,13 +212,8 @@ def map_sets(
     return mapped, dict(zip(validation, rest, strict=True))
 
 
-def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool, kind: DistributedType) -> None:
-    """Refuse a model that the settings or the accelerator do not fit, or with tensors that cannot be accounted for."""
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"The accelerator shards the model ({kind.value}), but each process needs the whole one here. Train with "
-            "it if you like; then score the adapter without."
-        )
+def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool) -> None:
+    """Refuse a model that the settings do not fit, or with tensors that cannot be accounted for."""
     if not isinstance(model, PeftModel):
         raise ValueError("The model has no PEFT adapter. Pass `peft_config=LoraConfig(...)`.")
     if len(model.active_adapters) > 1:
@@ -186,13 +223,6 @@ def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool,
         )
     find_blocks(model, model.active_adapter)
     check_not_offloaded(model)
-    sharded = [name for name, p in model.named_parameters() if p.requires_grad and isinstance(p, DTensor)]
-    if sharded:
-        raise ValueError(
-            f"{len(sharded)} tensors of the adapter are sharded over the processes, first `{sharded[0]}`, but each "
-            "process takes gradients of its own rows for all of them. Shard the frozen weights only: "
-            "`fully_shard(layer, ignored_params={p for p in model.parameters() if p.requires_grad})`."
-        )
     if aux_loss_enabled:
         raise ValueError(
             "The model adds a load-balancing loss to the SFT loss, which influence leaves out. Set "

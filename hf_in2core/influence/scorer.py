@@ -18,6 +18,7 @@ from hf_in2core.engine.budget import choose_tokens_per_batch
 from hf_in2core.engine.gradients import GradientRecorder
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.scoring import average_over_sets, count_queries, score_token_rows
+from hf_in2core.engine.sharding import gather_adapter
 from hf_in2core.engine.state import hash_adapter, hash_json, hash_tensors, write_tensors
 from hf_in2core.names import LOSS_REDUCTIONS, NUM_LOSS_TOKENS, PER_QUERY, RANK, list_added_columns, list_score_columns
 from hf_in2core.notebook import render_html
@@ -80,13 +81,12 @@ class InfluenceScorer:
     def __init__(
         self, model: PeftModel, preparation: Preparation, directions: dict[str, Tensor], config: ScorerConfig
     ) -> None:
-        self.model = model
-        self.preparation = preparation
-        self.directions = directions
-        self.config = config
+        self.model, self.preparation = model, preparation
+        self.directions, self.config = directions, config
         # What scoring has learnt about the memory here; not saved.
         self.tokens_per_batch = config.tokens_per_batch
         self.checkpointed_tokens: int | None = None
+        self._adapter = gather_adapter(model)  # where it is sharded: one process alone saves
         self._has_warned = False
         left_out = {"tokens_per_batch"} | ({"fit_agreement"} if config.fit_agreement is None else set())
         identity = {name: value for name, value in vars(config).items() if name not in left_out}
@@ -102,8 +102,7 @@ class InfluenceScorer:
         )
 
     def _repr_html_(self) -> str:
-        config = self.config
-        layers = config.influence_layers
+        config, layers = self.config, self.config.influence_layers
         rows = [
             ("estimator", config.estimator),
             ("loss of a row", LOSS_REDUCTIONS[config.loss_reduction]),
@@ -182,15 +181,15 @@ class InfluenceScorer:
         if len(prepared):
             token_rows = read_token_rows(prepared)
             passes = self.make_passes()
+            if passes.is_sharded:
+                raise ValueError(
+                    "The weights are sharded over processes, which would have to score in step. Use "
+                    "`trainer.score_influence()`, or save the scorer and load it with a whole base model."
+                )
             if hash_adapter(self.model) != self.config.adapter_hash:
                 raise ValueError(
                     "The adapter is no longer the one that the scorer was fitted with: it was trained further, or "
                     "another was put in its place. Save a scorer before training on and load it, or fit again."
-                )
-            if passes.is_sharded:
-                raise ValueError(
-                    "The base weights are sharded over processes, which would have to score in step. Use "
-                    "`trainer.score_influence()`, or save the scorer and load it with a whole base model."
                 )
             with GradientRecorder(self.model, passes.blocks, passes.autocast) as recorder:
                 influence[token_rows.row] = score_token_rows(
@@ -224,9 +223,10 @@ class InfluenceScorer:
         Returns:
             `dict[str, numpy.ndarray]`
         """
-        names = list_score_columns(self.config.validation_sets)
         scores = [influence.mean(axis=1), *influence.T]  # of a single set without a name, the mean alone has a column
-        return dict(zip(names, scores, strict=False)) | {NUM_LOSS_TOKENS: num_loss_tokens}
+        return dict(zip(list_score_columns(self.config.validation_sets), scores, strict=False)) | {
+            NUM_LOSS_TOKENS: num_loss_tokens
+        }
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return _find_live_scorer, (self.fingerprint,)
@@ -239,16 +239,16 @@ class InfluenceScorer:
             folder (`str` or `os.PathLike`):
                 Where to write; made if it does not exist.
         """
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
+        (path := Path(folder)).mkdir(parents=True, exist_ok=True)
         if not self.config.base_model:
             logger.warning(
                 "The base model was built in memory and has no id, so the scorer is saved without one. Loading it "
                 "needs `InfluenceScorer.from_pretrained(folder, model=..., processing_class=...)`."
             )
-        self.model.save_pretrained(str(path / ADAPTER_FOLDER), selected_adapters=[self.model.active_adapter])
+        name = self.model.active_adapter
+        self.model.save_pretrained(str(path / ADAPTER_FOLDER), selected_adapters=[name], state_dict=self._adapter)
         self.preparation.processing_class.save_pretrained(path / TOKENIZER_FOLDER)
-        tidy_saved_files(path, self.model.active_adapter)
+        tidy_saved_files(path, name)
         # One key only: several are written in no fixed order, and the same scorer would be other bytes.
         write_tensors(path / DIRECTIONS_FILE, self.directions, {"fingerprint": self.fingerprint})
         # Unsorted: the order of the validation sets is that of the directions.

@@ -23,6 +23,7 @@ from hf_in2core.engine.fit_sums import FIT_BYTES, SAMPLED_FIT_BYTES, FitResult
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.sample import is_sampled
 from hf_in2core.engine.scoring import run_score_pass
+from hf_in2core.engine.sharding import shard_model
 from hf_in2core.engine.state import hash_json, hash_prepared, open_state
 from hf_in2core.engine.store import GradientStore
 from hf_in2core.engine.verification import verify_gradients
@@ -141,7 +142,8 @@ class InfluenceTrainer(SFTTrainer):
             **kwargs,
         )
         # Fails here, before any training, if a tensor cannot be accounted for.
-        check_model(self.model, args, self.aux_loss_enabled, self.accelerator.distributed_type)
+        check_model(self.model, args, self.aux_loss_enabled)
+        shard_model(self.model)
         # TRL's own decisions, made while its constructor prepared the data.
         preparation.processing_class = self.processing_class  # type: ignore[assignment]
         preparation.completion_only_loss = self.completion_only_loss
@@ -348,8 +350,7 @@ class InfluenceTrainer(SFTTrainer):
             return self._score_checkpoints(checkpoints, per_example)
         pool = self.pool.remove_columns(clashes)
         scorer = self.fit_influence(per_example)
-        blocks = self.blocks
-        prepared = self.prepared_pool
+        blocks, prepared = self.blocks, self.prepared_pool
         job = self.make_passes(blocks, self._fingerprint)
         started = time.perf_counter()
         scores = run_score_pass(
@@ -365,13 +366,12 @@ class InfluenceTrainer(SFTTrainer):
             self.accelerator.wait_for_everyone()  # nobody reads them any more
             if self.accelerator.is_local_main_process:
                 job.store.remove()
-        rows = prepared.with_format("numpy")["row"][:]
-        num_loss_tokens = count_loss_tokens(prepared, len(pool))
+        rows, num_loss_tokens = prepared.with_format("numpy")["row"][:], count_loss_tokens(prepared, len(pool))
         columns = scorer.make_columns(spread(scores.influence, rows, len(pool)), num_loss_tokens)
         scored = add_influence_columns(pool, columns, [PER_QUERY] if scores.per_query is not None else [])
         named = {name: values for name, values in columns.items() if name != NUM_LOSS_TOKENS}
-        statistics = summarize_influence(named, num_loss_tokens)
-        report(self, statistics | {"influence/score_seconds": time.perf_counter() - started})
+        seconds = {"influence/score_seconds": time.perf_counter() - started}
+        report(self, summarize_influence(named, num_loss_tokens) | seconds)
         if scores.per_query is not None:
             scored = add_list_column(scored, PER_QUERY, spread(scores.per_query, rows, len(pool)))
         self.top_rows = None

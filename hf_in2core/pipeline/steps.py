@@ -11,6 +11,7 @@ from datasets import Dataset
 from trl import SFTConfig
 
 from hf_in2core import InfluenceConfig, push_influence_dataset
+from hf_in2core.engine.sharding import save_adapter
 from hf_in2core.evaluation.arms import describe_data
 from hf_in2core.influence.plan import plan_influence
 from hf_in2core.names import POOL, STRATEGIES_BY_ROW, describe_set, has_named_sets, name_coreset
@@ -81,8 +82,8 @@ def train_reference(job: Job) -> tuple[str, dict[str, Any]]:
             trainer = make_reference_trainer(job.reference_model, influence_args, *inputs)
         with written_folder(folder) as temporary:
             result = train(trainer, "Reference") | {"identity": identity}
+            save_adapter(trainer.model, temporary)
             if PartialState().is_main_process:
-                trainer.model.save_pretrained(str(temporary))
                 write_json(temporary / "training.json", result)
         release(trainer)
         remove_checkpoints(checkpoints)
@@ -224,8 +225,8 @@ def train_arm(job: Job, arm: Arm, positions: list[int], steps: int) -> dict[str,
             evaluation = evaluate_model(trainer.model, job.prepared_test, training_args)
             result = {"arm": run.arm, "fraction": run.fraction, "seed": run.seed, **trained, **evaluation}
             result["identity"] = identity
+            save_adapter(trainer.model, temporary)
             if PartialState().is_main_process:
-                trainer.model.save_pretrained(str(temporary))
                 write_json(temporary / "result.json", result)
         release(trainer)
         remove_checkpoints(checkpoints)

@@ -27,6 +27,7 @@ from trl.trainer.utils import create_model_from_path
 
 from hf_in2core import InfluenceConfig, InfluenceScorer, InfluenceTrainer
 from hf_in2core.engine.losses import compute_row_losses
+from hf_in2core.engine.sharding import is_sharded, is_sharding_launch, shard_model
 from hf_in2core.evaluation.judge import TokenAccuracy, TokenPerplexity
 from hf_in2core.influence.config import AUTOCAST_DTYPES, choose_autocast
 from hf_in2core.influence.scorer_files import find_revision
@@ -59,7 +60,7 @@ def load_model(model_args: ModelConfig, training_args: InfluenceConfig, adapter:
     if quantization is not None:
         kwargs["quantization_config"] = quantization
     model = create_model_from_path(model_args.model_name_or_path or "", **kwargs)
-    if quantization is None and not hasattr(model, "hf_device_map"):
+    if quantization is None and not hasattr(model, "hf_device_map") and not is_sharding_launch():
         model = model.to(PartialState().device)
     # A loaded model does not tell which revision it is of, and a scorer names its base model's.
     model.config._commit_hash = find_revision(model_args.model_name_or_path or "", kwargs["revision"])
@@ -303,10 +304,11 @@ def compute_losses(
         every process.
     """
     state = PartialState()
+    shard_model(model)
     shard = prepared.shard(state.num_processes, state.process_index, contiguous=False)
     autocast = AUTOCAST_DTYPES[choose_autocast(training_args, model.dtype)]
     rows = []
-    if len(shard):
+    if len(shard) or is_sharded(model):
         shown = None if training_args.disable_tqdm else description
         rows = list(
             zip(*compute_row_losses(model, shard, training_args.tokens_per_batch, autocast, shown), strict=True)

@@ -65,6 +65,32 @@ def test_two_processes(inputs: Inputs, finished: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_weights_sharded_by_the_launcher(inputs: Inputs, tmp_path: Path) -> None:
+    """Reference, influence, analyses and targets with base and adapter sharded, as with whole models on as many."""
+    settings = {
+        "per_device_train_batch_size": 4, "arms": ["full", "random", "coreset"], "budgets": ["steps"],
+        "max_steps": 12, "strategy": "round_robin_rows", "analyses": ["layers"],
+    }  # fmt: skip
+    found = {}
+    for name, wrapper in {"sharded": ["tests/fsdp_on_cpu.py"], "whole": []}.items():
+        config = inputs[1] | settings | {"output_dir": str(tmp_path / name / "run")}
+        (tmp_path / name).mkdir()
+        launch(*wrapper, "recipes/in2core.py", "--config", write_config(tmp_path / name, config), processes=2)
+        found[name] = read_results(tmp_path / name)
+    sharded, whole = found["sharded"], found["whole"]
+    assert sharded["machine"]["processes"] == 2
+    assert sharded["base"]["test_loss"] == pytest.approx(whole["base"]["test_loss"], rel=1e-5)
+    for arm, expected in zip(sharded["arms"], whole["arms"], strict=True):
+        assert arm["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-4)
+        assert arm["test_loss"] < 0.97 * sharded["base"]["test_loss"]  # it has learnt
+    runs = {name: tmp_path / name / "run" for name in found}
+    scored = [load_from_disk(str(run / "scored"))["influence"][:] for run in runs.values()]
+    assert_same(scored[0], scored[1], 1e-3)
+    layers = [json.loads((run / "analyses" / "layers.json").read_text(encoding="utf-8")) for run in runs.values()]
+    assert_same(layers[0]["spearman"], layers[1]["spearman"], 1e-2)
+
+
+@pytest.mark.slow
 def test_processes_that_do_not_find_each_other(inputs: Inputs, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("with GPUs the processes do find each other")

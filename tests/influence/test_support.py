@@ -325,11 +325,30 @@ def test_what_cannot_be_told_apart_is_refused_before_training(tmp_path, pool, va
         )
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"])
-def test_a_launch_that_shards_the_model_is_refused_before_it_loads(tmp_path, pool, validation, monkeypatch, variable):
+@pytest.mark.parametrize(
+    ("message", "variables"),
+    [
+        ("launcher shards the model .*ACCELERATE_USE_DEEPSPEED", {"ACCELERATE_USE_DEEPSPEED": "true"}),
+        ("launcher shards the model .*ACCELERATE_USE_MEGATRON_LM", {"ACCELERATE_USE_MEGATRON_LM": "true"}),
+        ("fsdp_version: 1.*fsdp_version: 2", {"FSDP_VERSION": "1"}),
+        ("fsdp_state_dict_type: SHARDED_STATE_DICT.*FULL_STATE_DICT", {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}),
+        ("fsdp_offload_params: true", {"FSDP_OFFLOAD_PARAMS": "true"}),
+        ("fsdp_activation_checkpointing: true", {"FSDP_ACTIVATION_CHECKPOINTING": "true"}),
+        # On a CPU accelerate does not shard, and says nothing.
+        ("nothing would be sharded: the launch is NO", {}),
+    ],
+)
+def test_a_launch_that_cannot_work_is_refused_before_the_model_loads(
+    tmp_path, pool, validation, monkeypatch, message, variables
+) -> None:
     args = make_config(tmp_path)
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(ValueError, match=f"launcher shards the model .*{variable}"):
+    if not any(name.startswith("ACCELERATE") for name in variables):
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_VERSION", "2")
+        monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
         InfluenceTrainer(model="no/such-model", args=args, train_dataset=pool, eval_dataset=validation)
 
 

@@ -21,9 +21,9 @@ from hf_in2core.engine.batches import TokenBatch, read_token_rows  # noqa: E402
 from hf_in2core.engine.passes import run_batches  # noqa: E402
 
 
-def shard(model: PeftModel, world_size: int, with_adapter: bool = False) -> PeftModel:
+def shard(model: PeftModel, world_size: int) -> PeftModel:
     mesh = init_device_mesh("cpu", (world_size,))
-    adapter = set() if with_adapter else {p for p in model.parameters() if p.requires_grad}
+    adapter = {p for p in model.parameters() if p.requires_grad}
     for module in model.modules():
         if isinstance(module, LlamaDecoderLayer):
             fully_shard(module, mesh=mesh, ignored_params=adapter)
@@ -75,14 +75,6 @@ def main() -> None:
         "local_elements": sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in parameters),
         "map": catch(ValueError, pool.map, trainer.fit_influence(), batched=True),
         "out_of_memory": catch(RuntimeError, run_batches, passes, rows, run_out_of_memory),
-        "sharded_adapter": catch(
-            ValueError,
-            make_trainer,
-            options["output_dir"],
-            pool,
-            pool,
-            model=shard(add_trained_adapter(make_model()).double(), state.num_processes, with_adapter=True),
-        ),
     }
     Path(options["out"]).with_suffix(f".{state.process_index}.json").write_text(json.dumps(found))
 
