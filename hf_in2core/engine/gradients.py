@@ -116,19 +116,11 @@ class GradientRecorder:
             # The adapter's input is cast by autocast; PEFT would keep a float32 copy of it for the backward.
             self._entered.enter_context(disable_input_dtype_casting(self.model))
         forwards = {module: self._make_forward(module, names) for module, names in by_module.items()}
-        if self.sharded:
-            forwards |= {module: _make_frozen_forward(module) for module in self._find_other_linears()}
         self._entered.enter_context(replaced_forwards(forwards))  # type: ignore[arg-type]
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._entered.close()
-
-    def _find_other_linears(self) -> list[nn.Linear]:
-        """Trainable linears that are not recorded: sharded, they cannot be frozen."""
-        recorded = {block.module for block in self.blocks.values()}
-        linears = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
-        return [module for module in linears if module.weight.requires_grad and module not in recorded]
 
     def _make_forward(self, module: nn.Linear, names: list[str]) -> Callable[[Tensor], Tensor]:
         def record(x: Tensor, grad_output: Tensor) -> None:
@@ -236,13 +228,6 @@ class GradientRecorder:
         if nll.requires_grad:
             ((nll * weights).sum() * self.loss_scale).backward()
         return nll.detach(), weights
-
-
-def _make_frozen_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        return F.linear(x, module.weight.detach(), None if module.bias is None else module.bias.detach())
-
-    return forward
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

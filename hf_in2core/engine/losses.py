@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from hf_in2core.progress import make_bar
@@ -35,13 +34,9 @@ MAX_LOGITS_PER_CHUNK = 2**27
 
 @contextmanager
 def frozen_eval_mode(model: nn.Module) -> Iterator[None]:
-    """
-    Evaluation mode (no dropout) with every parameter frozen; both are put back as they were.
-
-    Sharded parameters stay as they are: FSDP looks once, in the first forward, which ones a training will change.
-    """
+    """Evaluation mode (no dropout) with every parameter frozen; both are put back as they were."""
     training = [module for module in model.modules() if module.training]
-    trainable = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # Inputs that require gradients (set for activation checkpointing) would take the backward down to the embeddings.
     with_input_grads = [module for module in model.modules() if module.__dict__.get("_require_grads_hooks")]
     for module in with_input_grads:
@@ -293,7 +288,7 @@ def compute_row_losses(
     batches = plan_batches(token_rows, tokens_per_batch, find_max_loss_tokens(model, whole=True))
     idle = count_together(len(batches), device) - len(batches) if is_sharded(model) else 0
     bar = make_bar(len(token_rows), description or "", shown=description is not None, brief=True)
-    with frozen_eval_mode(model), torch.no_grad(), bar:
+    with frozen_eval_mode(model), bar:
         for batch in iterate_batches(token_rows, batches):
             token_nll, logits = compute_token_nll(model, batch.to(device), autocast)
             row_of_target = batch.row_of_target.numpy()

@@ -88,8 +88,7 @@ def _differentiate(
     """Gradient of the loss of one unpadded row for every block, by the model's own forward with full logits."""
     tensors = {name: block.tensor for name, block in passes.blocks.items()}
     with frozen_eval_mode(passes.model), torch.enable_grad():
-        frozen = [tensor for tensor in tensors.values() if not tensor.requires_grad]  # sharded ones are not
-        for tensor in frozen:
+        for tensor in tensors.values():
             tensor.requires_grad_(True)
         try:
             with (
@@ -108,7 +107,7 @@ def _differentiate(
                 return _differentiate_sharded(passes, loss)
             found = torch.autograd.grad(loss, list(tensors.values()))
         finally:
-            for tensor in frozen:
+            for tensor in tensors.values():
                 tensor.requires_grad_(False)
     return dict(zip(tensors, found, strict=True))
 
