@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -35,8 +36,6 @@ def shard_model(model: Any) -> None:
     that only the first process has loaded (`fsdp_cpu_ram_efficient_loading`) reach the others here.
     """
     if is_sharding_launch() and not is_sharded(model):
-        from accelerate.utils.fsdp_utils import fsdp2_prepare_model  # younger than our oldest accelerate
-
         fsdp2_prepare_model(Accelerator(), model)
 
 
