@@ -51,6 +51,8 @@ def compute_datainf(
         g = [gradients[name].double() for gradients in train]
         v = torch.stack([gradients[name].double() for gradients in validation]).mean(0)
         damping = damping_scale * sum(float(x @ x) for x in g) / n / v.numel()
+        if damping == 0:  # no row has a gradient for it
+            continue
         for k in range(n):
             total = 0.0
             for i in range(n):
