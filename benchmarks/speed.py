@@ -210,7 +210,7 @@ def main() -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
-        by_trainer = time_trainer(1000 if args.quick else 2000, Path(folder), 1 if args.quick else 2)
+        by_trainer = time_trainer(1000 if args.quick else 2000, Path(folder), 1)
     report("speed_trainer", by_trainer, args.output_dir)
     if args.trainer_only:
         return

@@ -117,10 +117,10 @@ def has_plain_head(model: nn.Module, autocast: torch.dtype | None) -> bool:
     Seen on two tokens, once for a model: some scale the head's output or cap it. Not so where weights are sharded,
     since the head gathers its own within the model's forward only.
     """
-    if model in _PLAIN_HEADS:
-        return _PLAIN_HEADS[model]
     if is_sharded(model):
         return False
+    if model in _PLAIN_HEADS:
+        return _PLAIN_HEADS[model]
     device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
     hidden: list[Tensor] = []
     batch = collate(make_dummy_rows(), np.array([0])).to(device)
