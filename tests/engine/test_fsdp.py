@@ -50,6 +50,8 @@ def test_from_training_to_the_coreset(tmp_path: Path, model: str) -> None:
     per_checkpoint = np.array(first["checkpoints"])
     assert_same(per_checkpoint[:, 1], first["influence"], ROUNDING)
     assert np.abs(per_checkpoint[:, 0] - per_checkpoint[:, 1]).max() > 0.01 * np.abs(per_checkpoint).max()
+    # Training goes on from a checkpoint.
+    assert_same(first["resumed"], first["influence"], 1e-3)
     # What it saved is whole, and scores elsewhere.
     folder = tmp_path / "two-run"
     saved = load_file(folder / "scorer" / "adapter" / "adapter_model.safetensors")
@@ -62,13 +64,14 @@ def test_from_training_to_the_coreset(tmp_path: Path, model: str) -> None:
 
 @pytest.mark.slow
 def test_a_process_that_ends_stops_the_other_and_the_run_goes_on(tmp_path: Path, model: str) -> None:
-    stopped = launch_worker(WORKER.name, tmp_path, "two", 2, check=False, model=model, stop_in="uneven")
+    options = {"model": model, "variants": ["uneven"]}
+    stopped = launch_worker(WORKER.name, tmp_path, "two", 2, check=False, stop_in="uneven", **options)
     assert stopped.returncode != 0 and "exitcode  : 9" in stopped.stderr
     assert not list(tmp_path.glob("two.*.json"))
     states = list((tmp_path / "two-run-uneven").rglob("*.safetensors"))
     assert states  # what was done is kept
     before = {path: path.stat().st_mtime_ns for path in states}
-    again = launch_worker(WORKER.name, tmp_path, "two", 2, model=model)
+    again = launch_worker(WORKER.name, tmp_path, "two", 2, **options)
     assert any(path.exists() and path.stat().st_mtime_ns == before[path] for path in states)
     alone = load_worker().score_trained(model, again[0]["adapter"], str(tmp_path / "alone"), "uneven").pool
     assert_same(again[0]["variants"]["uneven"]["influence"], alone["influence"][:], ROUNDING)

@@ -98,7 +98,10 @@ def main() -> None:
     scorer = trainer.fit_influence()
     if state.is_main_process:
         scorer.save_pretrained(f"{folder}/scorer")
-    for name in VARIANTS:
+    resumed = make_trainer(model, f"{folder}-resumed")
+    resumed.train(resume_from_checkpoint=checkpoints[0])
+    found["resumed"] = resumed.score_influence()["influence"][:]
+    for name in options.get("variants", VARIANTS):
         if options.get("stop_in") == name:
             stop_second_process(1)
         trainer = score_trained(model, adapter, f"{folder}-{name}", name)
