@@ -70,7 +70,6 @@ def expand_make(command: str, place: Place) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_every_command_and_snippet_runs(document: Path, place: Place, reader: HubClient, mine: None) -> None:
