@@ -3,6 +3,7 @@
 import base64
 import copy
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -357,7 +358,11 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert done.returncode == 1 and "is not a folder" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_results_of_any_shape_give_a_page_or_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.slow), 11])
+def test_results_of_any_shape_give_a_page_or_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: int
+) -> None:
+    """Each value of the results wrong in eight ways, or in a `share` of them by turns."""
     monkeypatch.setattr(report_page, "find_spec", lambda name: None)  # pictures take most of the time
     results = make_results(seeds=2, budgets=("steps",)) | {
         "config": {"columns": ["text=text"], "task_column": "task", "validation": ["a"], "pool": "p"},
@@ -371,20 +376,20 @@ def test_results_of_any_shape_give_a_page_or_a_message(tmp_path: Path, monkeypat
     }
     folder = write_run(tmp_path / "run", make_scored(12, task=["a", "b"] * 6), results)
     num_pages = 0
-    for path in list_paths(results)[1:]:
-        for wrong in (None, "x", [], {"y": [1]}, [7], -1.5, True, 10**400):
-            damaged = copy.deepcopy(results)
-            parent = damaged
-            for name in path[:-1]:
-                parent = parent[name]
-            parent[path[-1]] = wrong
-            (folder / "results.json").write_text(json.dumps(damaged))
-            try:
-                write_report(folder)
-                num_pages += 1
-            except ReportError as error:
-                assert "results.json" in str(error), (path, wrong)  # noqa: PT017
-    assert num_pages > 200
+    wrongs: list[Any] = [None, "x", [], {"y": [1]}, [7], -1.5, True, 10**400]
+    for path, wrong in list(itertools.product(list_paths(results)[1:], wrongs))[::share]:
+        damaged = copy.deepcopy(results)
+        parent = damaged
+        for name in path[:-1]:
+            parent = parent[name]
+        parent[path[-1]] = wrong
+        (folder / "results.json").write_text(json.dumps(damaged))
+        try:
+            write_report(folder)
+            num_pages += 1
+        except ReportError as error:
+            assert "results.json" in str(error), (path, wrong)  # noqa: PT017
+    assert num_pages > 200 / share
 
 
 def test_pool_for_these_tests_is_hostile_enough() -> None:
