@@ -362,7 +362,7 @@ def test_the_command_line(tmp_path: Path) -> None:
 def test_results_of_any_shape_give_a_page_or_a_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: int
 ) -> None:
-    """Each value of the results wrong in eight ways, or in a `share` of them by turns."""
+    """Each value of the results wrong in eight ways: all of them, or one in `share`."""
     monkeypatch.setattr(report_page, "find_spec", lambda name: None)  # pictures take most of the time
     results = make_results(seeds=2, budgets=("steps",)) | {
         "config": {"columns": ["text=text"], "task_column": "task", "validation": ["a"], "pool": "p"},
