@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -213,7 +213,14 @@ def map_sets(
 
 
 def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool) -> None:
-    """Refuse a model that the settings do not fit, or with tensors that cannot be accounted for."""
+    """Refuse a model that the settings or the accelerator do not fit, or with tensors that cannot be accounted for."""
+    kind = PartialState().distributed_type
+    sharded = kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if sharded and not is_sharding_launch():
+        raise ValueError(
+            f"The accelerator shards the model ({kind.value}) and the launcher does not say so, so that influence "
+            "cannot be taken. Launch with --accelerate_config fsdp."
+        )
     if not isinstance(model, PeftModel):
         raise ValueError("The model has no PEFT adapter. Pass `peft_config=LoraConfig(...)`.")
     if len(model.active_adapters) > 1:

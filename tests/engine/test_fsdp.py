@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import assert_same, launch_worker, make_model, make_prompt_completion, make_tokenizer
+from helpers import assert_same, launch_worker, make_prompt_completion
 from safetensors.torch import load_file
 
 from hf_in2core import InfluenceScorer, select_coreset
@@ -24,26 +24,18 @@ def load_worker() -> Any:
     return worker
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.mark.slow
-def test_from_training_to_the_coreset(tmp_path: Path, model: str) -> None:
-    first, second = launch_worker(WORKER.name, tmp_path, "two", 2, model=model)
+def test_from_training_to_the_coreset(tmp_path: Path, model_folder: str) -> None:
+    first, second = launch_worker(WORKER.name, tmp_path, "two", 2, model=model_folder)
     assert first["influence"] == second["influence"] and first["coreset"] == second["coreset"]
     assert first["losses"][-1] < first["losses"][0] - 0.5  # the adapter has learnt
     worker = load_worker()
     for name, columns in first["variants"].items():
-        alone = worker.score_trained(model, first["adapter"], str(tmp_path / name), name).pool
+        alone = worker.score_trained(model_folder, first["adapter"], str(tmp_path / name), name).pool
         for column, values in columns.items():
             assert_same(values, alone[column][:], ROUNDING)
     # The same pool and adapter, scored by the process that trained it.
-    alone = worker.score_trained(model, first["adapter"], str(tmp_path / "whole"), "uneven").pool
+    alone = worker.score_trained(model_folder, first["adapter"], str(tmp_path / "whole"), "uneven").pool
     assert_same(first["influence"], alone["influence"][:], ROUNDING)
     assert first["coreset"] == select_coreset(alone, fraction=0.5)["id"][:]
     # Checkpoints: the last one is the trained adapter.
@@ -63,8 +55,8 @@ def test_from_training_to_the_coreset(tmp_path: Path, model: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_ends_stops_the_other_and_the_run_goes_on(tmp_path: Path, model: str) -> None:
-    options = {"model": model, "variants": ["uneven"]}
+def test_a_process_that_ends_stops_the_other_and_the_run_goes_on(tmp_path: Path, model_folder: str) -> None:
+    options = {"model": model_folder, "variants": ["uneven"]}
     stopped = launch_worker(WORKER.name, tmp_path, "two", 2, check=False, stop_in="uneven", **options)
     assert stopped.returncode != 0 and "exitcode  : 9" in stopped.stderr
     assert not list(tmp_path.glob("two.*.json"))
@@ -73,5 +65,5 @@ def test_a_process_that_ends_stops_the_other_and_the_run_goes_on(tmp_path: Path,
     before = {path: path.stat().st_mtime_ns for path in states}
     again = launch_worker(WORKER.name, tmp_path, "two", 2, **options)
     assert any(path.exists() and path.stat().st_mtime_ns == before[path] for path in states)
-    alone = load_worker().score_trained(model, again[0]["adapter"], str(tmp_path / "alone"), "uneven").pool
+    alone = load_worker().score_trained(model_folder, again[0]["adapter"], str(tmp_path / "alone"), "uneven").pool
     assert_same(again[0]["variants"]["uneven"]["influence"], alone["influence"][:], ROUNDING)
