@@ -28,7 +28,14 @@ from datasets import disable_progress_bars
 from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import spearmanr
 from speed import compute_mean_gradients, run_fit_and_score, run_plain, run_published
-from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from workload import describe_machine, make_passes, make_rows, make_tokenizer, make_topics
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer
@@ -63,18 +70,22 @@ def make_shape(name: str, quick: bool) -> PretrainedConfig:
     )
 
 
-def make_model(name: str, device: torch.device, dtype: torch.dtype, quick: bool) -> PeftModel:
-    """That shape with random weights and a LoRA adapter (float32) on every linear, made on the device."""
+def make_base(name: str, device: torch.device, dtype: torch.dtype, quick: bool) -> PreTrainedModel:
+    """That shape with random weights, made on the device."""
     torch.manual_seed(0)
-    config = make_shape(name, quick)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            base = (Qwen3ForCausalLM if name == "0.6B" else LlamaForCausalLM)(config)
-            model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
+            return (Qwen3ForCausalLM if name == "0.6B" else LlamaForCausalLM)(make_shape(name, quick))
     finally:
         torch.set_default_dtype(before)
+
+
+def make_model(name: str, device: torch.device, dtype: torch.dtype, quick: bool) -> PeftModel:
+    """That shape with a LoRA adapter (float32) on every linear."""
+    base = make_base(name, device, dtype, quick)
+    model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "lora_" in parameter_name:
@@ -218,39 +229,49 @@ def measure_precision(device: torch.device, quick: bool) -> dict[str, Any]:
 def measure_trainer(device: torch.device, quick: bool) -> dict[str, Any]:
     """The whole trainer on the device: SFT, plan, fit, scores; in float32 its scores beside those of the CPU."""
     found: dict[str, Any] = {}
-    for name, mixed in (("float32", False), ("bf16", True)):
+    for name, mixed in (("float32", False), ("bf16", True), ("0.6B", True)):
         torch.manual_seed(0)
-        config = LlamaConfig(
-            **{"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4},
-            **{"num_attention_heads": 4, "num_key_value_heads": 2},
-        )
+        if name == "0.6B":
+            model, length, num_rows = make_base(name, device, torch.bfloat16, quick), 32 if quick else 1024, 128
+        else:
+            config = LlamaConfig(
+                **{"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4},
+                **{"num_attention_heads": 4, "num_key_value_heads": 2},
+            )
+            model, length, num_rows = LlamaForCausalLM(config), 48, 200
+        vocab_size = min(model.config.vocab_size, 1024)
         with tempfile.TemporaryDirectory() as folder:
             trainer = InfluenceTrainer(
-                model=LlamaForCausalLM(config),
+                model=model,
                 args=InfluenceConfig(
                     **{"output_dir": folder, "bf16": mixed, "report_to": "none", "disable_tqdm": True},
-                    **{"max_steps": 2 if quick else 20, "save_strategy": "no", "learning_rate": 1e-3},
-                    use_cpu=device.type == "cpu",
+                    **{"max_steps": 2 if quick or name == "0.6B" else 20, "save_strategy": "no"},
+                    **{"learning_rate": 1e-3, "use_cpu": device.type == "cpu", "max_length": None},
                 ),
-                train_dataset=make_topics(24 if quick else 200, 1024, 48, 0).remove_columns("row"),
-                eval_dataset=make_topics(8, 1024, 48, 1, topics=1).remove_columns("row"),
-                processing_class=make_tokenizer(1024),
+                train_dataset=make_topics(24 if quick else num_rows, vocab_size, length, 0).remove_columns("row"),
+                eval_dataset=make_topics(8, vocab_size, length, 1, topics=1).remove_columns("row"),
+                processing_class=make_tokenizer(vocab_size),
                 peft_config=LoraConfig(r=8, target_modules="all-linear"),
             )
             start = time.perf_counter()
             trainer.train()
             trained = time.perf_counter()
+            free()
+            planning = time.perf_counter()
             plan = plan_influence(trainer)
             planned = time.perf_counter()
+            free()
             scores = np.array(trainer.score_influence()["influence"])
             scored = time.perf_counter()
             entry: dict[str, Any] = {
                 "train_seconds": trained - start,
-                "plan_seconds": planned - trained,
+                "plan_seconds": planned - planning,
                 "planned_seconds": plan.seconds,
                 "seconds": scored - planned,
+                "planned_peak_gb": plan.peak_memory / 1e9,
+                "peak_gb": read_peak(),
             }
-            if not mixed:
+            if name == "float32":
                 model = trainer.accelerator.unwrap_model(trainer.model).cpu()
                 passes = make_passes(model, 4096)
                 expected = run_fit_and_score(
@@ -262,6 +283,36 @@ def measure_trainer(device: torch.device, quick: bool) -> dict[str, Any]:
                 entry["spearman_with_cpu"] = float(spearmanr(scores, expected).statistic)
             found[name] = entry
     return found
+
+
+def measure_queries(device: torch.device, quick: bool) -> dict[str, Any]:
+    """Every validation row a query, in blocks as large as the device's memory allows."""
+    model = make_model("0.6B", device, torch.bfloat16, quick)
+    vocab_size, length = min(model.config.vocab_size, 1024), 32 if quick else 512
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = InfluenceTrainer(
+            model=model,
+            args=InfluenceConfig(
+                **{"output_dir": folder, "bf16": True, "report_to": "none", "disable_tqdm": True, "max_length": None},
+                use_cpu=device.type == "cpu",
+            ),
+            train_dataset=make_topics(12 if quick else 64, vocab_size, length, 0).remove_columns("row"),
+            eval_dataset=make_topics(4 if quick else 128, vocab_size, length, 1, topics=1).remove_columns("row"),
+            processing_class=make_tokenizer(vocab_size),
+        )
+        chosen = trainer.make_passes(trainer.blocks, "").tokens_per_batch
+        free()
+        start = time.perf_counter()
+        trainer.fit_influence(per_example=True)
+        scores = np.array(trainer.score_influence()["influence_per_query"])
+        seconds = time.perf_counter() - start
+        return {
+            "queries": scores.shape[1],
+            "queries_per_block": trainer.count_queries_per_block(trainer.blocks),
+            "tokens_per_batch": [chosen, trainer.make_passes(trainer.blocks, "").tokens_per_batch],
+            "seconds": seconds,
+            "peak_gb": read_peak(),
+        }
 
 
 def measure_sharded(device: torch.device, quick: bool) -> dict[str, Any]:
@@ -287,6 +338,7 @@ PARTS: dict[str, Callable[[torch.device, bool], dict[str, Any]]] = {
     "speed_0.6B": partial(measure_speed, "0.6B"),
     "speed_7B": partial(measure_speed, "7B"),
     "precision": measure_precision,
+    "queries": measure_queries,
 }
 
 

@@ -6,7 +6,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+ON_GPU = os.environ.get("TESTS_ON_GPU") == "1"  # CONTRIBUTING.md
+if not ON_GPU:
+    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 import json
 import random
@@ -115,7 +117,7 @@ def add_trained_adapter(model: LlamaForCausalLM, seed: int = 1, **kwargs: object
 
 
 def make_config(folder, **kwargs) -> InfluenceConfig:
-    defaults = {"bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    defaults = {"bf16": False, "use_cpu": not ON_GPU, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     return InfluenceConfig(output_dir=str(folder), **{**defaults, **kwargs})
 
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 def compute_loss(model, row: dict, loss_reduction: str = "mean") -> torch.Tensor:
     """Loss of one row in the model's own precision (`labels=` would go through float32)."""
-    labels = torch.tensor(row["labels"])[1:]
-    logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+    labels = torch.tensor(row["labels"], device=model.device)[1:]
+    logits = model(input_ids=torch.tensor([row["input_ids"]], device=model.device)).logits[0, :-1]
     losses = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")[labels != -100]
     if loss_reduction == "max":
         values = losses.tolist()
@@ -71,7 +71,12 @@ def embed(model: PeftModel, ids: list[int]) -> torch.Tensor:
     """RDS+ embedding of one row: no batch, no padding, and the hidden states that the model itself returns."""
     model.eval()
     with torch.no_grad():
-        hidden = model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0].double()
+        hidden = (
+            model(input_ids=torch.tensor([ids], device=model.device), output_hidden_states=True)
+            .hidden_states[-1][0]
+            .double()
+            .cpu()
+        )
     total = sum(range(1, len(ids) + 1))
     return torch.stack([(t + 1) / total * hidden[t] for t in range(len(ids))]).sum(0)
 

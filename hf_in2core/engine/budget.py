@@ -1,4 +1,4 @@
-"""Token budgets of batches where none is given: what the caches of a CPU or the memory of a GPU hold."""
+"""Budgets where none is given, of tokens and queries: what the caches of a CPU or the memory of a GPU hold."""
 
 import gc
 from contextlib import suppress
@@ -19,6 +19,7 @@ from .passes import Passes
 MAX_GPU_TOKENS = 32_768
 # Logits of one chunk: in half precision, in float32, their log-probabilities and their gradient.
 BYTES_PER_LOGIT = 16
+CPU_QUERY_BYTES = 4e9
 
 
 def choose_tokens_per_batch(passes: Passes, num_queries: int) -> int:
@@ -40,11 +41,23 @@ def choose_tokens_per_batch(passes: Passes, num_queries: int) -> int:
     lengths = (min(longest, 1024) // 2, min(longest, 1024))
     short, long = (_measure_activations(passes, length) for length in lengths)
     per_token = max((long - short) / (lengths[1] - lengths[0]), 1.0)
-    free = torch.cuda.mem_get_info(passes.device)[0]
-    free += torch.cuda.memory_reserved(passes.device) - torch.cuda.memory_allocated(passes.device)
+    free = _read_free_memory(passes.device)
     state = num_queries * count_elements(passes.blocks) * SAMPLED_FIT_BYTES
     room = 0.85 * (free - state - MAX_LOGITS_PER_CHUNK * BYTES_PER_LOGIT)
     return int(min(max(room / per_token, 256), MAX_GPU_TOKENS))
+
+
+def choose_query_memory(passes: Passes) -> float:
+    """Bytes for the gradients of single queries; the same on every process, whose passes run in step."""
+    if passes.device.type != "cuda":
+        return CPU_QUERY_BYTES
+    return min(passes.gather_objects([_read_free_memory(passes.device) / 4]))
+
+
+def _read_free_memory(device: torch.device) -> int:
+    """Bytes of a GPU that are free or only cached."""
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserved
 
 
 def _measure_activations(passes: Passes, length: int) -> int:

@@ -196,7 +196,7 @@ def fit_directions(
             for start in range(0, len(rows), queries_per_block):
                 queries = rows.select(range(start, min(start + queries_per_block, len(rows))))
                 v = run_per_example_validation_pass(passes, queries, f"Influence: {describe_set(set_name)} set")
-                result = precondition(v, f"fit-{index}-{start}", bool(results), [len(queries)])
+                result = precondition(v, f"fit-{index}-{start}-{len(queries)}", bool(results), [len(queries)])
                 result.ihvp = {key: value.cpu() for key, value in result.ihvp.items()}
                 results.append(result)
     return FitResult(

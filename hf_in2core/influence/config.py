@@ -75,9 +75,10 @@ class InfluenceConfig(SFTConfig):
             sample of so many. `None` (`all` on the command line): all rows, the exact DataInf.
         chunk_size (`int`, *optional*, defaults to `1024`):
             Rows per resumable chunk: an interruption loses one chunk at most.
-        query_memory_gb (`float`, *optional*, defaults to `4`):
-            Memory in GB for the gradients of queries when every validation row is one (`fit_influence(
-            per_example=True)`); queries that do not fit together take passes of their own.
+        query_memory_gb (`float`, *optional*):
+            Memory in GB (10^9 bytes) for the gradients of queries when every validation row is one (`fit_influence(
+            per_example=True)`); queries that do not fit together take passes of their own. `None`: a quarter of what
+            is free on a GPU (the fullest of several), 4 on a CPU.
         gradient_store_gb (`float`, *optional*, defaults to `0`):
             Disk budget in GB (10^9 bytes) for keeping the per-example gradients of the fit pass (`estimator="datainf"`
             on the whole pool, so not with a number as `fit_examples`). Where rows x adapter parameters fit in float32
@@ -130,8 +131,12 @@ class InfluenceConfig(SFTConfig):
         },
     )
     chunk_size: int = field(default=1024, metadata={"help": "Rows per resumable chunk of the influence passes."})
-    query_memory_gb: float = field(
-        default=4.0, metadata={"help": "Memory (GB) for queries' gradients when every validation row is a query."}
+    query_memory_gb: float | None = field(
+        default=None,
+        metadata={
+            "help": "Memory (GB) for queries' gradients when every validation row is a query. By default a quarter of "
+            "what is free on a GPU, 4 on a CPU."
+        },
     )
     gradient_store_gb: float = field(
         default=0.0, metadata={"help": "Disk budget (GB) for keeping the gradients of the fit pass. 0 stores nothing."}
@@ -151,7 +156,7 @@ class InfluenceConfig(SFTConfig):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"`{name}={value}` leaves no row to work on. Give at least 1.")
-        if self.query_memory_gb <= 0:
+        if self.query_memory_gb is not None and self.query_memory_gb <= 0:
             raise ValueError(f"`query_memory_gb={self.query_memory_gb}` holds no query. Give a positive value.")
         if self.gradient_store_gb < 0:
             raise ValueError(f"`gradient_store_gb={self.gradient_store_gb}` is negative. Give 0 to store nothing.")

@@ -16,7 +16,7 @@ from trl.trainer.utils import get_config_model_id
 
 from hf_in2core.engine.batches import GPU_TOKENS
 from hf_in2core.engine.blocks import Blocks, count_elements, find_blocks, select_blocks
-from hf_in2core.engine.budget import choose_tokens_per_batch
+from hf_in2core.engine.budget import choose_query_memory, choose_tokens_per_batch
 from hf_in2core.engine.curvature import check_curvature, draw_curvature_sample
 from hf_in2core.engine.fit import fit_directions, read_fit, write_fit
 from hf_in2core.engine.fit_sums import FIT_BYTES, SAMPLED_FIT_BYTES, FitResult
@@ -229,10 +229,11 @@ class InfluenceTrainer(SFTTrainer):
             show_progress=not self.args.disable_tqdm,
             store=None if store_dtype is None else GradientStore(folder, fingerprint, elements, store_dtype),
         )
-        if last is None and self.args.tokens_per_batch is None:
-            self._last_passes.tokens_per_batch = choose_tokens_per_batch(
-                self._last_passes, len(self.prepared_validation)
-            )
+        if last is None:
+            sets, given = len(self.prepared_validation), self.args.query_memory_gb
+            self._query_bytes = choose_query_memory(self._last_passes) if given is None else given * 1e9
+            if self.args.tokens_per_batch is None:
+                self._last_passes.tokens_per_batch = choose_tokens_per_batch(self._last_passes, sets)
         return self._last_passes
 
     def fit_influence(self, per_example: bool = False) -> InfluenceScorer:
@@ -260,9 +261,8 @@ class InfluenceTrainer(SFTTrainer):
         if self._scorer is not None and self._fingerprint == fingerprint:
             return self._scorer
         job = self.make_passes(blocks, fingerprint)
-        assert job.folder is not None
         if self.is_world_process_zero():
-            open_state(job.folder, identity)
+            open_state(job.folder, identity)  # type: ignore[arg-type]
         self.accelerator.wait_for_everyone()
         result = read_fit(job)
         seconds = None
@@ -301,7 +301,7 @@ class InfluenceTrainer(SFTTrainer):
         """Queries whose gradients, sums and directions fit into `query_memory_gb` together."""
         sampled = self.args.fit_examples == "auto" and is_sampled(len(self.prepared_pool), False)
         bytes_per_query = count_elements(blocks) * (SAMPLED_FIT_BYTES if sampled else FIT_BYTES)
-        return max(int(self.args.query_memory_gb * 1e9 / bytes_per_query), 1)
+        return max(int(self._query_bytes / bytes_per_query), 1)
 
     def _make_scorer(self, result: FitResult, job: Passes, identity: dict[str, Any]) -> InfluenceScorer:
         sets = {name: len(prepared) for name, prepared in self.prepared_validation.items()}

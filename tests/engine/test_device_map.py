@@ -7,6 +7,7 @@ import pytest
 from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook
 from helpers import (
+    ON_GPU,
     add_trained_adapter,
     assert_same,
     make_config,
@@ -29,7 +30,7 @@ MODEL_PARTS = [*PARTS, "lm_head"]
 
 def dispatch(model, prefix: str = ""):
     """Every module with a hook of accelerate's, as on several devices; there is one here, so hooks are forced."""
-    return dispatch_model(model, {prefix + part: "cpu" for part in MODEL_PARTS}, force_hooks=True)
+    return dispatch_model(model, {prefix + part: 0 if ON_GPU else "cpu" for part in MODEL_PARTS}, force_hooks=True)
 
 
 @pytest.mark.parametrize("options", [{}, {"influence_activation_checkpointing": True}])
