@@ -6,9 +6,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-ON_GPU = os.environ.get("TESTS_ON_GPU") == "1"  # CONTRIBUTING.md
-if not ON_GPU:
-    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+os.environ.setdefault("ACCELERATE_USE_CPU", "false" if os.environ.get("TESTS_ON_GPU") == "1" else "true")
 
 import json
 import random
@@ -33,6 +31,7 @@ from hf_in2core.rows.preparation import Preparation, prepare_rows
 datasets.disable_progress_bars()
 torch.set_num_threads(1)
 
+ON_GPU = os.environ.get("TESTS_ON_GPU") == "1"  # CONTRIBUTING.md
 ROOT = Path(__file__).resolve().parents[1]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>"
