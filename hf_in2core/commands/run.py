@@ -22,8 +22,6 @@ def make_parser() -> RecipeParser:
 def main(settings: Settings) -> None:
     """Run the pipeline; everything that is finished already is taken as it is."""
     # Imported here, so that `--help` and a wrong flag are answered without them.
-    from datasets import load_from_disk
-
     from hf_in2core.pipeline.analyses import analyse_run
     from hf_in2core.pipeline.comparison import (
         build_results,
@@ -38,6 +36,7 @@ def main(settings: Settings) -> None:
     from hf_in2core.pipeline.job import check
     from hf_in2core.pipeline.run_folder import join_processes, run_setup_script, say, warn
     from hf_in2core.pipeline.steps import (
+        add_method_columns,
         compute_reference_losses,
         evaluate_base,
         plan_run,
@@ -63,7 +62,7 @@ def main(settings: Settings) -> None:
     # The reference model tells which rows of the pool lower the validation loss.
     adapter, reference = train_reference(job)
     selection = score_pool(job, adapter, reference)
-    scored = load_from_disk(str(job.folder / "scored"))
+    scored, selection["columns"] = add_method_columns(job, adapter)
     coresets = choose_coresets(args, job.folder, scored)
     headline = find_headline(args.fractions, coresets)
     named = [name for name in scored.column_names if name in ("id", args.task_column, args.wrong_column)]

@@ -28,6 +28,7 @@ def main(settings: Settings) -> None:
         fraction=args.fraction,
         size=args.size,
         strategy=args.strategy,
+        column=args.column,
         proponents_only=args.proponents_only,
         group_column=args.group_column,
         group_quota=args.group_quota,

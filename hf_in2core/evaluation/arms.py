@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_in2core.names import ARMS, BUDGETS
+from hf_in2core.names import ALL_ARMS, BUDGETS
 
 from .formats import (
     DASH,
@@ -122,7 +122,7 @@ def summarize_arms(entries: Any) -> list[ArmSummary]:
         return (
             list(BUDGETS).index(budget) if budget in BUDGETS else len(BUDGETS),
             -1 if arm == "full" else fractions.index(fraction),
-            ARMS.index(arm) if arm in ARMS else len(ARMS),
+            ALL_ARMS.index(arm) if arm in ALL_ARMS else len(ALL_ARMS),
         )
 
     columns = ("rows", "loss_tokens", "steps", "seconds", "test_loss", "test_perplexity")
@@ -217,6 +217,7 @@ def list_costs(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         "Training and testing the arms": (sum(run[-1] for run in runs) or None, f" for {len(runs)} runs"),
         "Saved by each target run at equal epochs": (cost.get("saving_per_run"), f" ({took} on the coreset)"),
     }
+    known |= {f"Ranking by {column}": (value, "") for column, value in get_object(selection, "columns").items()}
     lines = [(label, format_seconds(value) + note) for label, (value, note) in known.items() if is_number(value)]
     pays_after = cost.get("break_even_runs")
     if is_number(pays_after) or isinstance(pays_after, str):

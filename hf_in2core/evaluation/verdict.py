@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from hf_in2core.names import BUDGETS
+from hf_in2core.names import ARMS, BUDGETS
 from hf_in2core.notebook import render_html, show_figure
 
 from .arms import name_arm
@@ -23,6 +23,13 @@ AGAINST_FULL = {
 }
 
 
+AGAINST_METHOD = {
+    "better": "worse than the coreset beyond noise",
+    "worse": "better than the coreset beyond noise",
+    "inconclusive": "not told apart from the coreset",
+}
+
+
 @dataclass(frozen=True)
 class FractionVerdict:
     """
@@ -34,7 +41,8 @@ class FractionVerdict:
         losses (`dict[str, dict]`): Interval of each arm's own loss.
         diverged (`list[str]`): Arms with a loss that is not finite.
         intervals (`dict[str, dict | None]`): `coreset_minus_random`, `coreset_minus_full`, `opponents_minus_random`
-            and `coreset_minus_opponents`, as from [`~hf_in2core.evaluation.intervals.compare_arms`] plus `outcome`:
+            and `coreset_minus_opponents`, and of each other method `<method>_minus_random` and
+            `coreset_minus_<method>`, as from [`~hf_in2core.evaluation.intervals.compare_arms`] plus `outcome`:
             `"better"`, `"worse"`, `"inconclusive"` or `"no interval"`, against the full pool also `"no worse"`. `None`
             where an arm is missing.
         beats_random (`bool`): The whole interval of coreset - random is below 0.
@@ -140,7 +148,7 @@ class Verdict:
 
 def say_verdict(by_fraction: list[FractionVerdict], cost: SelectionCost, margin: float) -> str:
     r"""
-    Put the verdict into two to five sentences.
+    Put the verdict into a few sentences.
 
     Args:
         by_fraction (`list[FractionVerdict]`):
@@ -156,7 +164,13 @@ def say_verdict(by_fraction: list[FractionVerdict], cost: SelectionCost, margin:
     if not by_fraction:
         return f"Nothing was compared: there is no coreset, random or opponents arm. {_say_cost(cost)}"
     head = by_fraction[0]
-    sentences = [_say_random(head), _say_full(head, margin), _say_others(by_fraction[1:]), _say_cost(cost)]
+    sentences = [
+        _say_random(head),
+        _say_full(head, margin),
+        _say_methods(head),
+        _say_others(by_fraction[1:]),
+        _say_cost(cost),
+    ]
     # A ranking that points the wrong way is read first.
     sentences.insert(0 if _opponents_won(head) else 2, _say_opponents(head))
     return " ".join(sentence for sentence in sentences if sentence)
@@ -252,6 +266,21 @@ def _say_opponents(head: FractionVerdict) -> str:
     if outcome == "inconclusive":
         return "The opponents did not differ from random rows beyond noise, so they do not confirm the ranking."
     return ""
+
+
+def _say_methods(head: FractionVerdict) -> str:
+    """What the other ways to choose did: against random rows, and the coreset against each."""
+    methods = [arm for arm in head.losses if arm not in ARMS]
+    said = []
+    for method in methods:
+        outcomes = [
+            AGAINST_RANDOM.get(head.get_outcome(method, "random")) if "random" in head.losses else None,
+            AGAINST_METHOD.get(head.get_outcome("coreset", method)) if "coreset" in head.losses else None,
+        ]
+        mean = head.losses[method]["mean"]
+        shown = "a loss that is not finite" if mean is None else f"{mean:.3f}"
+        said.append(", ".join([f"{method} {shown}", *filter(None, outcomes)]))
+    return f"Other ways to choose as many rows: {'; '.join(said)}." if said else ""
 
 
 def _say_others(others: list[FractionVerdict]) -> str:

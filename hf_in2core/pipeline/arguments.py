@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_in2core.names import ARMS, BUDGETS, STRATEGIES
+from hf_in2core.names import ALL_ARMS, ARMS, BUDGETS, INFLUENCE, METHODS, STRATEGIES
 
 
 ANALYSES = ("layers", "coverage")
 BAD_ROWS = ("refuse", "drop")
-COMPARED_STRATEGIES = tuple(strategy for strategy in STRATEGIES if strategy not in ("bottom", "random"))
+COMPARED_STRATEGIES = (*(strategy for strategy in STRATEGIES if strategy not in ("bottom", "random")), *METHODS)
 # What the shell command leaves for the processes that it launches: the command as it was typed.
 TYPED_VARIABLE = "IN2CORE_TYPED"
 
@@ -105,14 +105,21 @@ class In2CoreArguments(DataArguments):
         "selection",
         "How the coreset is chosen: `top` by the influence on the mean validation loss, `round_robin` in turn by the "
         "named validation sets, `round_robin_rows` in turn by single validation rows, `greedy` likewise but given the "
-        "rows chosen before (for pools that repeat themselves).",
+        "rows chosen before (for pools that repeat themselves), or one of the methods that can be an arm (`--arms`).",
         "top",
         choices=COMPARED_STRATEGIES,
     )
     target_model_name_or_path: str | None = flag(
         "targets", "Model to fine-tune on the coreset. The reference model by default."
     )
-    arms: list[str] = flag("targets", "Arms to compare.", list(ARMS), choices=ARMS)
+    arms: list[str] = flag(
+        "targets",
+        "Arms to compare. Beside the coreset and its controls, other ways to choose as many rows: "
+        + "; ".join(f"`{name}` ({method.words})" for name, method in METHODS.items())
+        + ".",
+        list(ARMS),
+        choices=ALL_ARMS,
+    )
     seeds: list[int] = flag("targets", "Seeds of the targets (adapter, order, random rows).", [0, 1, 2])
     budgets: list[str] = flag(
         "targets",
@@ -171,6 +178,14 @@ class ScoreInfluenceArguments(DataArguments):
     )
     model_name_or_path: str | None = flag("reference", "Reference model: folder or Hub id.")
     reference_adapter: str | None = flag("reference", "Its trained adapter: folder or Hub id.")
+    methods: list[str] = flag(
+        "influence",
+        "What else to rank the rows by, each a column: "
+        + "; ".join(f"`{name}` (`{method.column}`: {method.words})" for name, method in METHODS.items())
+        + ". `turns` makes each validation row a query, for `in2core select --strategy round_robin_rows`.",
+        [],
+        choices=METHODS,
+    )
     scorer: str | None = flag(
         "influence", "Fitted scorer (folder or Hub id), instead of an adapter and validation rows."
     )
@@ -186,6 +201,11 @@ class ScoreInfluenceArguments(DataArguments):
             raise ValueError(
                 "--dry_run plans fitting and scoring, but --scorer is fitted already. Leave out one of them."
             )
+        elif self.methods:
+            raise ValueError(
+                f"--methods {' '.join(self.methods)} ranks by the reference model and the validation rows, but "
+                "--scorer brings neither. Give --reference_adapter and --validation in its place."
+            )
 
 
 @dataclass
@@ -196,6 +216,11 @@ class SelectCoresetArguments:
     fraction: float | None = flag("selection", "Fraction of the rows that carry loss, in (0, 1].")
     size: int | None = flag("selection", "Number of rows, instead of a fraction.")
     strategy: str = flag("selection", "How rows are chosen.", "top", choices=STRATEGIES)
+    column: str = flag(
+        "selection",
+        "Column to choose by, the smallest values first (the largest with `bottom`), such as `rds_rank` or `loss`.",
+        INFLUENCE,
+    )
     proponents_only: bool = flag("selection", "Drop rows with influence >= 0 first.", False)
     group_column: str | None = flag("selection", "Select within each value of this column.")
     group_quota: str = flag("selection", "`proportional` or `equal`.", "proportional")
@@ -258,7 +283,7 @@ class EvaluateArguments(DataArguments, TaskArguments):
         "Folder of `in2core run`: evaluate its target model and the adapter of every arm on --tasks, into its "
         "results.json and report.html.",
     )
-    arms: list[str] = flag("targets", "With --run: only these arms.", list(ARMS), choices=ARMS)
+    arms: list[str] = flag("targets", "With --run: only these arms.", list(ARMS), choices=ALL_ARMS)
     seeds: list[int] = flag("targets", "With --run: only these seeds. All by default.", [])
 
     def __post_init__(self) -> None:

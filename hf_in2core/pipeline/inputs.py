@@ -220,7 +220,11 @@ def load_validation(sources: dict[str, str], columns: list[str] | None = None) -
 
 
 def check_pool_columns(
-    pool: Dataset, validation_sets: Iterable[str], needed: Sequence[str | None] = (), per_query: bool = False
+    pool: Dataset,
+    validation_sets: Iterable[str],
+    needed: Sequence[str | None] = (),
+    per_query: bool = False,
+    also: Sequence[str] = (),
 ) -> None:
     """
     Check the pool's column names.
@@ -229,7 +233,7 @@ def check_pool_columns(
         ValueError: if the pool already has a column that scoring adds, or lacks one that a flag names.
     """
     names = get_column_names(pool)
-    clashes = [name for name in list_added_columns(validation_sets, per_query) if name in names]
+    clashes = [name for name in [*list_added_columns(validation_sets, per_query), *also] if name in names]
     if clashes:
         raise ValueError(
             f"The pool already has the column(s) {', '.join(clashes)}. Remove or rename them before scoring."

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from trl import SFTConfig
 
 from hf_in2core import InfluenceConfig, push_influence_dataset
 from hf_in2core.engine.sharding import save_adapter
 from hf_in2core.evaluation.arms import describe_data
 from hf_in2core.influence.plan import plan_influence
-from hf_in2core.names import POOL, STRATEGIES_BY_ROW, describe_set, has_named_sets, name_coreset
+from hf_in2core.names import POOL, describe_set, has_named_sets, name_coreset
 from hf_in2core.rows.hashes import hash_value
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.selection.record import Coreset
@@ -23,6 +23,7 @@ from .arguments import describe_command
 from .comparison import Arm, find_equal_run, plan_arms
 from .inputs import take_fraction
 from .job import Job, find_sources
+from .methods import Reference, add_columns, list_columns, needs_queries
 from .run_folder import agree, quiet_loading, read_json, read_tasks, say, warn, write_json, written_folder
 from .training import (
     compute_influence,
@@ -49,7 +50,7 @@ def plan_run(job: Job) -> None:
             trainer = make_reference_trainer(job.reference_model, influence_args, *inputs)
         rows = round(job.args.reference_fraction * len(job.inputs.pool))
         say(f"Reference: to be trained on {rows:,} rows. A rerun with --reference_adapter takes a trained one.")
-    say(str(plan_influence(trainer, job.args.strategy in STRATEGIES_BY_ROW)))
+    say(str(plan_influence(trainer, needs_queries([job.args.strategy, *job.args.arms]))))
     if job.args.analyses:
         say(f"Analyses ({', '.join(job.args.analyses)}): passes of their own after it, which are not in this plan.")
     say("".join(f"Test set: {text}." for name, text in describe_data(job.inputs.facts) if name == "test"))
@@ -101,7 +102,7 @@ def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, A
     validation = job.inputs.validation
     # Scores in run folders are marked so: a set without a name is "" in their hash.
     sets = {name if has_named_sets(validation) else "": job.identities[describe_set(name)] for name in validation}
-    per_example = job.args.strategy in STRATEGIES_BY_ROW
+    per_example = needs_queries([job.args.strategy, *job.args.arms])
     shaping = (reference["identity"], sets, job.identities[POOL], *(["per example"] * per_example))
     identity = job.identify(True, InfluenceConfig, *shaping)
     # What was fitted on all rows is what a sample of them stands for.
@@ -146,6 +147,32 @@ def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, A
         f"{result['seconds']:.0f} s."
     )
     return result
+
+
+def add_method_columns(job: Job, adapter: str) -> tuple[Dataset, dict[str, float]]:
+    """
+    Add what the methods among the arms rank by to `scored/`, each column kept as soon as it is there.
+
+    Returns:
+        `tuple`: the scored pool, and the seconds that each column took, of earlier runs too.
+    """
+    args = job.args
+    reference_args = job.settings.make(InfluenceConfig, reference=True)
+    rows = (job.inputs.pool, job.inputs.validation, job.reference_tokenizer)
+    reference = Reference(job.reference_model, reference_args, adapter, *rows)
+    folder, path = job.folder / "scored", job.folder / "columns.json"
+    scored = load_from_disk(str(folder))
+    for column in list_columns([args.strategy, *args.arms]):
+        scored, seconds = add_columns(scored, [column], reference)
+        if seconds:
+            say(f"Column {column}: {seconds[column]:.0f} s.")
+            with written_folder(folder) as temporary:
+                if PartialState().is_main_process:
+                    scored.save_to_disk(str(temporary))
+                    write_json(path, (read_json(path) or {}) | seconds)
+            scored = load_from_disk(str(folder))
+    known = agree(lambda: read_json(path)) or {}
+    return scored, {column: known[column] for column in known if column in scored.column_names}
 
 
 def compute_reference_losses(job: Job, adapter: str) -> np.ndarray:

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from hf_in2core.names import INFLUENCE, name_coreset
+from hf_in2core.names import INFLUENCE, LENGTH_MATCHED, METHODS, name_coreset
 from hf_in2core.rows.scored import hash_scores, read_scores
 
 from .coreset import select_positions
+from .lengths import match_lengths
 
 
 RECORD = "coresets.json"
@@ -55,9 +56,16 @@ def describe_choice(arm: str, fraction: float, seed: int = 0, strategy: str = "t
     """
     What an arm's rows are called in the record, and the arguments of [`select_coreset`] that choose them.
 
-    Rows that are drawn have their seed in the name: `random_25-seed0`. `strategy` is that of the arm `coreset`.
+    Rows that are drawn have their seed in the name: `random_25-seed0`. `strategy` is that of the arm `coreset`, or one
+    of `METHODS`, which are arms too. Those of the arm `length_matched` are as long as the coreset's, which they name.
     """
-    name, arguments = name_coreset(fraction, arm), {"strategy": ARM_STRATEGIES.get(arm, strategy), "column": INFLUENCE}
+    name, chosen = name_coreset(fraction, arm), METHODS.get(arm, METHODS.get(strategy))
+    if arm == LENGTH_MATCHED:
+        return f"{name}-seed{seed}", {"as_long_as": name_coreset(fraction), "seed": seed}
+    if arm in ARM_STRATEGIES or chosen is None:
+        arguments: dict[str, Any] = {"strategy": ARM_STRATEGIES.get(arm, strategy), "column": INFLUENCE}
+    else:
+        arguments = {"strategy": chosen.strategy, "column": chosen.column}
     if arm == "random":
         return f"{name}-seed{seed}", arguments | {"fraction": fraction, "seed": seed}
     return name, arguments | {"fraction": fraction}
@@ -104,8 +112,13 @@ def take_coresets(
     coresets = dict(recorded)
     for name, arguments in wanted.items():
         if name not in recorded or (renew and recorded[name].arguments != arguments):
-            positions = select_positions(scored, **arguments, order="original").tolist()
-            with_loss = int(np.isfinite(read_scores(scored, arguments["column"])).sum())
+            if "as_long_as" in arguments:
+                like = np.array(coresets[arguments["as_long_as"]].positions)
+                positions, column = match_lengths(scored, like, arguments["seed"]).tolist(), INFLUENCE
+            else:
+                positions = select_positions(scored, **arguments, order="original").tolist()
+                column = arguments["column"]
+            with_loss = int(np.isfinite(read_scores(scored, column)).sum())
             coresets[name] = Coreset(dict(arguments), with_loss, positions)
     if write and coresets != recorded and (renew or os.access(path.parent, os.W_OK)):
         write_record(path, scores, coresets)
