@@ -47,6 +47,9 @@ METHODS = {
     "rds_clean": Method("rds_clean_rank", "top", "as rds, the quarter of highest loss last"),
     "fused": Method("fused_rank", "top", "the ranks of cosine and rds fused"),
 }
+# Those of `--strategy auto`, the cheapest and most different first: what the budget has no runs for is left out.
+CANDIDATES = ("cosine", "bm25", "rds_clean", "cosine_clean", "rds", "turns", "fused", "loss", "mean")
+AUTO = "auto"
 # Random rows that are as long as those of the coreset.
 LENGTH_MATCHED = "length_matched"
 ALL_ARMS = (*ARMS, LENGTH_MATCHED, *METHODS)

@@ -9,7 +9,7 @@ three pictures and report.html. The same command into the same folder resumes. N
 import gc
 from typing import Any
 
-from hf_in2core.names import NUM_LOSS_TOKENS, POOL
+from hf_in2core.names import AUTO, NUM_LOSS_TOKENS, POOL
 from hf_in2core.pipeline.arguments import In2CoreArguments
 from hf_in2core.pipeline.parser import RecipeParser, Settings, make_run_parser
 
@@ -39,6 +39,7 @@ def main(settings: Settings) -> None:
         add_method_columns,
         compute_reference_losses,
         evaluate_base,
+        hold_tournament,
         plan_run,
         publish,
         score_pool,
@@ -63,7 +64,8 @@ def main(settings: Settings) -> None:
     adapter, reference = train_reference(job)
     selection = score_pool(job, adapter, reference)
     scored, selection["columns"] = add_method_columns(job, adapter)
-    coresets = choose_coresets(args, job.folder, scored)
+    tournament = hold_tournament(job, scored, selection) if args.strategy == AUTO else None
+    coresets = choose_coresets(args, job.folder, scored, tournament["winner"] if tournament else args.strategy)
     headline = find_headline(args.fractions, coresets)
     named = [name for name in scored.column_names if name in ("id", args.task_column, args.wrong_column)]
     job.inputs.facts[POOL]["loss_tokens"] = int(read_scores(scored, NUM_LOSS_TOKENS).sum())
@@ -71,6 +73,8 @@ def main(settings: Settings) -> None:
         "data": job.inputs.facts,
         "examples": find_examples(scored, job.inputs.pool, args.columns, job.reference_tokenizer, named),
     }
+    if tournament is not None:
+        findings["tournament"] = tournament
     if (lengths := find_lengths(scored, headline)) is not None:
         findings["lengths"] = lengths
         if lengths["warning"] is not None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_in2core.names import ALL_ARMS, BUDGETS
+from hf_in2core.names import ALL_ARMS, BUDGETS, METHODS
 
 from .formats import (
     DASH,
@@ -26,6 +26,7 @@ from .formats import (
 
 
 FIGURES = ("rows", "loss tokens", "steps", "seconds", "test loss", "perplexity")
+ARM_WORDS = {"random": "random rows", "full": "the whole pool"}
 OUTCOMES = {"better": "lower loss", "worse": "higher loss", "no worse": "no worse", "inconclusive": "inconclusive"}
 
 
@@ -233,6 +234,8 @@ def describe_data(data: Any) -> list[tuple[str, str]]:
         parts = [f"{format_number(get_value(facts, 'rows'), ',.0f')} rows"]
         if is_number(tokens := get_value(facts, "loss_tokens")):
             parts.append(f"{tokens:,.0f} loss tokens")
+        if is_number(held_back := get_value(facts, "held_back")):
+            parts.append(f"{held_back:,.0f} more held back to judge the methods")
         if is_number(missing := get_value(facts, "without_label")):
             parts.append(f"{missing:,.0f} without a label")
         if is_number(dropped := get_value(facts, "dropped")):
@@ -255,6 +258,22 @@ def tabulate_auc(results: Mapping[str, Any]) -> Table:
         for kind, scores in by_kind.items()
     ]
     return Table(["AUC (0.5 = chance)", "rows", *names], lines)
+
+
+def tabulate_tournament(results: Mapping[str, Any]) -> Table | None:
+    """How the methods did in the tournament, the lowest loss first; `None` where there was none."""
+    found = get_object(results, "tournament")
+    by_name = {str(name): get_object(losses) for name, losses in get_object(found, "losses").items()}
+    known = {name: [loss for loss in losses.values() if is_number(loss)] for name, losses in by_name.items()}
+    if not known:
+        return None
+    order = sorted(known, key=lambda name: sum(known[name]) / len(known[name]) if known[name] else float("inf"))
+    words = ARM_WORDS | {name: method.words for name, method in METHODS.items()}
+    lines = [
+        [name, format_number(len(known[name]), ".0f"), format_interval(known[name], 3), words.get(name, DASH)]
+        for name in order
+    ]
+    return Table(["method", "seeds", "held-back loss", "which is"], lines, [str(found.get("text", ""))])
 
 
 def tabulate_tasks(results: Mapping[str, Any]) -> Table | None:

@@ -95,7 +95,8 @@ def judge(
             (`"steps"` or `"epochs"`), `test_loss` and `seconds`. The fraction of the full arm is not looked at.
         selection (`Mapping[str, Any]`):
             The `selection` of `results.json`: `seconds`, what computing influence took, and `reference_seconds`, what
-            training the reference model took, not contained in `seconds` (0 or `None` for a given adapter).
+            training the reference model took, not contained in `seconds` (0 or `None` for a given adapter); and
+            `tournament_seconds`, of the runs and columns of a tournament, where there was one.
         fractions (`Sequence[float]`, *optional*):
             Fractions of the run, the headline first. Defaults to those in `arms`, in their order.
         margin (`float`, *optional*, defaults to `0.01`):
@@ -227,7 +228,8 @@ def _compute_cost(
     runs: _Runs, selection: Mapping[str, Any], fraction: float, by_fraction: list[FractionVerdict]
 ) -> SelectionCost:
     influence, reference = selection.get("seconds"), selection.get("reference_seconds") or 0.0
-    cost = None if influence is None else influence + reference
+    tournament = selection.get("tournament_seconds") or 0.0
+    cost = None if influence is None else influence + reference + tournament
     full = _mean_seconds(runs.get(("full", None, "epochs"), {}))
     coreset = _mean_seconds(runs.get(("coreset", fraction, "epochs"), {}))
     saving = None if full is None or coreset is None else full - coreset
@@ -248,6 +250,7 @@ def _compute_cost(
         selection_seconds=cost,
         reference_seconds=reference,
         influence_seconds=influence,
+        tournament_seconds=tournament,
         full_seconds=full,
         coreset_seconds=coreset,
         saving_per_run=saving,

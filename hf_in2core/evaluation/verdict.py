@@ -76,7 +76,7 @@ class SelectionCost:
     What selecting cost and saves, in seconds; `None` where it was not measured.
 
     Attributes:
-        selection_seconds (`float`): Reference and influence together; then each of them.
+        selection_seconds (`float`): Reference, influence and tournament together; then each of them.
         full_seconds, coreset_seconds, saving_per_run (`float`): A target run at equal epochs and the headline's
             fraction, and the difference.
         against_random, against_full (`str`): Outcomes at equal epochs.
@@ -89,6 +89,7 @@ class SelectionCost:
     selection_seconds: float | None
     reference_seconds: float
     influence_seconds: float | None
+    tournament_seconds: float
     full_seconds: float | None
     coreset_seconds: float | None
     saving_per_run: float | None
@@ -302,6 +303,8 @@ def _say_cost(cost: SelectionCost) -> str:
     if total is None:
         return "What selecting cost was not recorded."
     parts = f"influence {format_seconds(cost.influence_seconds)}"
+    if cost.tournament_seconds:
+        parts = f"{parts}, tournament {format_seconds(cost.tournament_seconds)}"
     if cost.reference_seconds:
         parts = f"reference {format_seconds(cost.reference_seconds)}, {parts}"
     else:

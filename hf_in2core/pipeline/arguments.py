@@ -5,15 +5,17 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hf_in2core.names import ALL_ARMS, ARMS, BUDGETS, INFLUENCE, METHODS, STRATEGIES
+from hf_in2core.names import ALL_ARMS, ARMS, AUTO, BUDGETS, CANDIDATES, INFLUENCE, METHODS, STRATEGIES
 
 
 ANALYSES = ("layers", "coverage")
 BAD_ROWS = ("refuse", "drop")
-COMPARED_STRATEGIES = (*(strategy for strategy in STRATEGIES if strategy not in ("bottom", "random")), *METHODS)
+COMPARED_STRATEGIES = (*(strategy for strategy in STRATEGIES if strategy not in ("bottom", "random")), *METHODS, AUTO)
+WAYS = "; ".join(f"`{name}` ({method.words}, column `{method.column}`)" for name, method in METHODS.items())
 # What the shell command leaves for the processes that it launches: the command as it was typed.
 TYPED_VARIABLE = "IN2CORE_TYPED"
 
@@ -105,18 +107,18 @@ class In2CoreArguments(DataArguments):
         "selection",
         "How the coreset is chosen: `top` by the influence on the mean validation loss, `round_robin` in turn by the "
         "named validation sets, `round_robin_rows` in turn by single validation rows, `greedy` likewise but given the "
-        "rows chosen before (for pools that repeat themselves), or one of the methods that can be an arm (`--arms`).",
+        "rows chosen before (for pools that repeat themselves), or one of the methods that can be an arm (`--arms`). "
+        "`auto` lets them compete on the reference model, judged on a held-back half of the validation rows.",
         "top",
         choices=COMPARED_STRATEGIES,
     )
+    auto_budget: float = flag("selection", "What `--strategy auto` may take, in target runs.", 2.0, first=False)
     target_model_name_or_path: str | None = flag(
         "targets", "Model to fine-tune on the coreset. The reference model by default."
     )
     arms: list[str] = flag(
         "targets",
-        "Arms to compare. Beside the coreset and its controls, other ways to choose as many rows: "
-        + "; ".join(f"`{name}` ({method.words})" for name, method in METHODS.items())
-        + ".",
+        f"Arms to compare. Beside the coreset and its controls, other ways to choose as many rows: {WAYS}.",
         list(ARMS),
         choices=ALL_ARMS,
     )
@@ -145,12 +147,20 @@ class In2CoreArguments(DataArguments):
                 "--strategy round_robin takes named validation sets in turn, but --validation has one. Name several "
                 "(`--validation math=… code=…`), or take its rows in turn with --strategy round_robin_rows."
             )
+        if self.auto_budget <= 0:
+            raise ValueError(f"--auto_budget {self.auto_budget} is no run. Give a positive number of target runs.")
         for name in ("fractions", "seeds", "arms", "budgets", "analyses"):
             values = getattr(self, name)
             if not values and name != "analyses":
                 raise ValueError(f"--{name} is empty. Give at least one value.")
             if len(set(values)) != len(values):
                 raise ValueError(f"--{name} has a value twice: {values}. Give each once.")
+
+    @property
+    def methods(self) -> list[str]:
+        """The strategy, or the candidates of `auto`, and the arms: all ways to choose rows that the run needs."""
+        candidates = [name for name in CANDIDATES if name != "bm25" or find_spec("bm25s") is not None]
+        return [*(candidates if self.strategy == AUTO else [self.strategy]), *self.arms]
 
 
 @dataclass
@@ -180,9 +190,8 @@ class ScoreInfluenceArguments(DataArguments):
     reference_adapter: str | None = flag("reference", "Its trained adapter: folder or Hub id.")
     methods: list[str] = flag(
         "influence",
-        "What else to rank the rows by, each a column: "
-        + "; ".join(f"`{name}` (`{method.column}`: {method.words})" for name, method in METHODS.items())
-        + ". `turns` makes each validation row a query, for `in2core select --strategy round_robin_rows`.",
+        f"What else to rank the rows by, each a column: {WAYS}. `turns` makes each validation row a query, for "
+        "`in2core select --strategy round_robin_rows`.",
         [],
         choices=METHODS,
     )

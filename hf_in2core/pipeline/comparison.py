@@ -70,10 +70,14 @@ def plan_arms(args: In2CoreArguments) -> list[Arm]:
     ]
 
 
-def choose_coresets(args: In2CoreArguments, run: Path, scored: Dataset) -> dict[str, Coreset]:
-    """The rows of every arm, and the coreset of every fraction: as they are recorded, or chosen now and recorded."""
+def choose_coresets(args: In2CoreArguments, run: Path, scored: Dataset, strategy: str) -> dict[str, Coreset]:
+    """
+    The rows of every arm, and the coreset of every fraction: as they are recorded, or chosen now and recorded.
+
+    `strategy` is that of the coreset: the run's own, or the one that won.
+    """
     arms = [Arm("coreset", fraction, 0, "") for fraction in args.fractions] + plan_arms(args)
-    wanted = dict(describe_choice(arm.arm, arm.fraction, arm.seed, args.strategy) for arm in arms)
+    wanted = dict(describe_choice(arm.arm, arm.fraction, arm.seed, strategy) for arm in arms)
     # Every process chooses alike, so none waits for another.
     return take_coresets(run, scored, wanted, renew=True, write=PartialState().is_main_process)
 

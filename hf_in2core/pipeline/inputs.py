@@ -1,7 +1,7 @@
 """What a command is given: rows, tokenizers, models, adapters; and everything that can be checked before long work."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class Inputs:
     Pool, validation sets by name and test set; raw rows, the hash of each set, and what to tell of each.
 
     `hashes` and `facts` (`rows`, and where there are any `dropped`, `first_dropped` and `without_label`) are by the
-    names of the sets in words.
+    names of the sets in words. `held_back` is the half of each validation set that judges the tournament.
     """
 
     pool: Dataset
@@ -82,6 +82,7 @@ class Inputs:
     test: Dataset
     hashes: dict[str, str]
     facts: dict[str, dict[str, Any]]
+    held_back: dict[str, Dataset] = field(default_factory=dict)
 
 
 def load_inputs(
@@ -150,6 +151,27 @@ def load_inputs(
         hashes={name: hash_value(hash_rows(dataset)) for name, dataset in raw.items()},
         facts=facts,
     )
+
+
+def hold_back(inputs: Inputs, seed: int) -> None:
+    """
+    Keep a seeded half of each validation set out of what selects, to judge the methods of a tournament.
+
+    Raises:
+        ValueError: if a set has fewer than two rows.
+    """
+    for name, rows in inputs.validation.items():
+        what = describe_set(name)
+        if len(rows) < 2:
+            raise ValueError(
+                f"The {what} set has {len(rows)} row, and --strategy auto judges by a half of it that selects "
+                "nothing. Give more rows, or name a strategy."
+            )
+        order = np.random.default_rng(seed).permutation(len(rows))
+        selects, judges = np.sort(order[: -(-len(rows) // 2)]), np.sort(order[-(-len(rows) // 2) :])
+        inputs.validation[name], inputs.held_back[name] = rows.select(selects), rows.select(judges)
+        inputs.hashes[what] = hash_value(hash_rows(inputs.validation[name]))
+        inputs.facts[what] |= {"rows": len(selects), "held_back": len(judges)}
 
 
 def check_inputs(

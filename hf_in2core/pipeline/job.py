@@ -16,7 +16,7 @@ from hf_in2core import InfluenceConfig
 from hf_in2core.cards.publish import check_published_columns
 from hf_in2core.hub.commits import PushCheck, check_can_push
 from hf_in2core.influence.checks import check_launcher
-from hf_in2core.names import POOL, describe_set, name_coreset
+from hf_in2core.names import AUTO, POOL, describe_set, name_coreset
 from hf_in2core.rows.hashes import hash_tokenization, hash_value
 from hf_in2core.rows.preparation import Preparation, tokenize_rows
 from hf_in2core.rows.scored import describe_columns
@@ -32,6 +32,7 @@ from .inputs import (
     check_pool_columns,
     check_trainable,
     hash_folder,
+    hold_back,
     load_inputs,
     load_tokenizer,
     pin_day,
@@ -120,8 +121,7 @@ def check(settings: Settings) -> Job:
     """
     args: In2CoreArguments = settings.arguments
     check_launcher()
-    methods = [args.strategy, *args.arms]
-    check_methods(methods)
+    check_methods(args.methods)
     folder = Path(args.output_dir or "")
     reference_args = settings.make(InfluenceConfig, reference=True)
     target_args = settings.make(InfluenceConfig)
@@ -142,8 +142,10 @@ def check(settings: Settings) -> Job:
     with quiet_loading():
         models = (reference_args, reference_tokenizer), (target_args, target_tokenizer)
         inputs = load_inputs(args, validation_sources, *models)
-    needed, columns = [args.task_column, args.wrong_column], list_columns(methods)
-    check_pool_columns(inputs.pool, inputs.validation, needed, needs_queries(methods), columns)
+        if args.strategy == AUTO:
+            hold_back(inputs, reference_args.seed)
+    needed, columns = [args.task_column, args.wrong_column], list_columns(args.methods)
+    check_pool_columns(inputs.pool, inputs.validation, needed, needs_queries(args.methods), columns)
     if found is not None:
         features = Features(dict(inputs.pool.features) | describe_columns(list(inputs.validation)))
         features |= {column: Value("float64" if column in ("loss", "ifd") else "int64") for column in columns}

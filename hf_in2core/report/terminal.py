@@ -21,6 +21,7 @@ from hf_in2core.evaluation.arms import (
     split_by_budget,
     tabulate_auc,
     tabulate_tasks,
+    tabulate_tournament,
 )
 from hf_in2core.evaluation.formats import DASH
 from hf_in2core.rows.text import CUT, render_line
@@ -74,6 +75,10 @@ def print_results(results: Mapping[str, Any]) -> None:
     if text := results.get("verdict", {}).get("text"):
         _write(console, f"Verdict: {text}\n", style="bold red" if "WARNING" in text else "bold")
 
+    if (tournament := tabulate_tournament(results)) is not None:
+        _write(console, "Tournament of the methods", style="bold")
+        _print_table(console, tournament.columns, tournament.lines)
+        _write(console, f"{tournament.notes[0]}\n")
     print_tasks(results, console)
     if (auc := tabulate_auc(results)).lines:
         _write(console, "Finding rows by a score", style="bold")

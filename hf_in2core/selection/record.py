@@ -24,6 +24,8 @@ from .lengths import match_lengths
 RECORD = "coresets.json"
 RECORD_VERSION = 1
 # The strategy of a coreset is the run's own.
+# A coreset of random rows, where no method was better, is another draw than those of the random arm.
+OWN_SEED = 10_000
 ARM_STRATEGIES = {"full": "top", "random": "random", "opponents": "bottom"}
 
 
@@ -66,6 +68,8 @@ def describe_choice(arm: str, fraction: float, seed: int = 0, strategy: str = "t
         arguments: dict[str, Any] = {"strategy": ARM_STRATEGIES.get(arm, strategy), "column": INFLUENCE}
     else:
         arguments = {"strategy": chosen.strategy, "column": chosen.column}
+    if arguments["strategy"] == "random" and arm == "coreset":
+        return name, arguments | {"fraction": fraction, "seed": OWN_SEED}
     if arm == "random":
         return f"{name}-seed{seed}", arguments | {"fraction": fraction, "seed": seed}
     return name, arguments | {"fraction": fraction}

@@ -1,5 +1,6 @@
-"""Other ways to choose as arms of a run, as columns of `score`, and as what `select` chooses by."""
+"""Other ways to choose as arms of a run, as columns of `score`, and as what `select` chooses by; the tournament."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -90,8 +91,8 @@ def test_the_coreset_may_be_that_of_a_method(compared: Path, tmp_path: Path) -> 
 def test_cosines_in_turn_are_those_of_the_loop(compared: Path) -> None:
     """The norm of `u` changes no turn, so influence over the norm of the row's gradient has the cosine's turns."""
     config = yaml.safe_load((compared / "settings.yaml").read_text(encoding="utf-8"))
-    model = AutoModelForCausalLM.from_pretrained(config["model_name_or_path"])
-    model = PeftModel.from_pretrained(model, compared / "run" / "reference", is_trainable=True).double()
+    base = AutoModelForCausalLM.from_pretrained(config["model_name_or_path"])
+    model = PeftModel.from_pretrained(base, compared / "run" / "reference", is_trainable=True).double()
     tokenizer = AutoTokenizer.from_pretrained(config["model_name_or_path"])
     scored = load_from_disk(str(compared / "run" / "scored"))
     preparation = Preparation(tokenizer, completion_only_loss=True)
@@ -131,3 +132,52 @@ def test_a_column_that_a_method_adds_must_not_be_there(finished: Path, tmp_path:
     with pytest.raises(ValueError, match=r"already has the column\(s\) loss"):
         run_command("run", "--config", write_config(tmp_path, config))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def held(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that finds its strategy by itself; its folder."""
+    folder = tmp_path_factory.mktemp("auto")
+    config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
+    config |= {"output_dir": str(folder / "run"), "strategy": "auto", "auto_budget": 4, "budgets": ["steps"]}
+    config |= {"max_steps": 40, "arms": ["full", "coreset", "random"]}
+    run_command("run", "--config", write_config(folder, config))
+    return folder
+
+
+def test_auto_takes_what_won_on_rows_that_selected_nothing(held: Path) -> None:
+    results = read_results(held)
+    tournament, selection = results["tournament"], results["selection"]
+    # 160 steps are 8 runs of 20: controls and two candidates once, random rows and one of those twice more.
+    assert tournament["num_runs"] * tournament["steps"] <= 160 and tournament["steps"] == 20
+    runs = [folder.name for folder in (held / "run" / "tournament").iterdir()]
+    assert len(runs) == tournament["num_runs"] and {"random-seed0", "random-seed2", "full-seed0"} <= set(runs)
+    validation = len(load_rows(yaml.safe_load((held / "settings.yaml").read_text())["validation"][0], "validation"))
+    facts = results["data"]["validation set"] if "validation set" in results["data"] else results["data"]["validation"]
+    assert facts["rows"] + facts["held_back"] == validation and facts["held_back"] == validation // 2
+    assert selection["validation_rows"] == {"validation": facts["rows"]}
+    _, coresets = read_record(held / "run" / "coresets.json", len(load_from_disk(str(held / "run" / "scored"))))
+    chosen = coresets["coreset_25"].arguments
+    if tournament["winner"] == "random":
+        assert chosen["strategy"] == "random"
+        assert coresets["coreset_25"].positions != coresets["random_25-seed0"].positions
+    else:
+        method = METHODS[tournament["winner"]]
+        assert (chosen["strategy"], chosen["column"]) == (method.strategy, method.column)
+    cost = results["verdict"]["cost"]
+    parts = [cost[f"{name}_seconds"] for name in ("reference", "influence", "tournament")]
+    assert cost["selection_seconds"] == pytest.approx(sum(parts)) and min(parts) > 0
+
+
+def test_a_tournament_goes_on_where_it_stopped(held: Path, tmp_path: Path) -> None:
+    shutil.copytree(held / "run", tmp_path / "run", symlinks=True)
+    config = yaml.safe_load((held / "settings.yaml").read_text(encoding="utf-8")) | {
+        "output_dir": str(tmp_path / "run")
+    }
+    shutil.rmtree(tmp_path / "run" / "tournament" / "random-seed2")
+    (tmp_path / "run" / "results.json").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "tournament").glob("*/result.json")}
+    run_command("run", "--config", write_config(tmp_path, config))
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
+    losses = [read_results(folder)["tournament"]["losses"] for folder in (held, tmp_path)]
+    assert losses[0] == losses[1]  # the same seed and rows again
