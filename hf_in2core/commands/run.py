@@ -39,6 +39,7 @@ def main(settings: Settings) -> None:
         add_method_columns,
         compute_reference_losses,
         evaluate_base,
+        find_answers,
         hold_tournament,
         plan_run,
         publish,
@@ -79,6 +80,10 @@ def main(settings: Settings) -> None:
         findings["lengths"] = lengths
         if lengths["warning"] is not None:
             warn(lengths["warning"])
+    if headline is not None:
+        findings["answers"] = find_answers(job, headline)
+        if findings["answers"]["warning"] is not None:
+            warn(findings["answers"]["warning"])
     if args.task_column is not None or args.wrong_column is not None:
         losses = compute_reference_losses(job, adapter)
         findings |= compute_aucs(scored, losses, job.inputs.validation, args.task_column, args.wrong_column)

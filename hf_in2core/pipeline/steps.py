@@ -19,6 +19,7 @@ from hf_in2core.influence.plan import plan_influence
 from hf_in2core.names import POOL, describe_set, has_named_sets, name_coreset
 from hf_in2core.rows.hashes import hash_rows, hash_value
 from hf_in2core.rows.preparation import Preparation, prepare_rows
+from hf_in2core.selection.answers import compare_answers
 from hf_in2core.selection.coreset import select_positions
 from hf_in2core.selection.record import Coreset, describe_choice
 
@@ -176,6 +177,18 @@ def add_method_columns(job: Job, adapter: str) -> tuple[Dataset, dict[str, float
             scored = load_from_disk(str(folder))
     known = agree(lambda: read_json(path)) or {}
     return scored, {column: known[column] for column in known if column in scored.column_names}
+
+
+def find_answers(job: Job, coreset: Coreset) -> dict[str, Any]:
+    """How mixed the answers of a coreset are, by the tokens that carry loss."""
+    training_args = job.settings.make(InfluenceConfig, reference=True)
+    with quiet_loading(repeated=True):
+        tokens = job.tokenize_pool(training_args, job.reference_tokenizer)
+    answers = [
+        str(job.reference_tokenizer.decode([token for token in labels if token != -100], skip_special_tokens=True))
+        for labels in tokens["labels"]
+    ]
+    return asdict(compare_answers(answers, coreset.positions))
 
 
 def compute_reference_losses(job: Job, adapter: str) -> np.ndarray:
