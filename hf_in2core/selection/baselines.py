@@ -26,8 +26,9 @@ from hf_in2core.names import NUM_LOSS_TOKENS
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.rows.scored import read_scores
 
-from .coreset import select_positions, take_round_robin
+from .coreset import select_positions
 from .similarities import compute_bm25_similarities, compute_rds_similarities, import_bm25s
+from .turns import take_round_robin
 
 
 LENGTH_BINS = 20
