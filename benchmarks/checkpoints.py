@@ -36,7 +36,7 @@ from hf_in2core.pipeline.parser import Settings, make_run_parser  # noqa: E402
 from hf_in2core.pipeline.run_folder import join_processes, quiet_loading, run_setup_script  # noqa: E402
 from hf_in2core.pipeline.training import make_reference_trainer  # noqa: E402
 from hf_in2core.rows.preparation import Preparation, prepare_rows  # noqa: E402
-from hf_in2core.selection.coreset import take_round_robin  # noqa: E402
+from hf_in2core.selection.turns import take_round_robin  # noqa: E402
 
 
 Gradients = dict[str, np.ndarray]

@@ -39,7 +39,7 @@ from plain_training import (
 from hf_in2core import select_coreset
 from hf_in2core.evaluation.judge import compare_arms
 from hf_in2core.rows.sources import load_rows
-from hf_in2core.selection.coreset import take_round_robin
+from hf_in2core.selection.turns import take_round_robin
 
 
 COPIES = 4

@@ -38,8 +38,8 @@ from hf_in2core.evaluation.judge import compare_arms
 from hf_in2core.names import LOSS_REDUCTIONS
 from hf_in2core.rows.sources import load_rows
 from hf_in2core.selection.baselines import select_length_matched
-from hf_in2core.selection.coreset import take_round_robin
 from hf_in2core.selection.lengths import MIN_ROWS, compare_lengths
+from hf_in2core.selection.turns import take_round_robin
 
 
 COSINE = "cosine (unit norm)"

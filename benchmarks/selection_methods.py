@@ -20,7 +20,8 @@ from hf_in2core.rows.hashes import hash_value  # noqa: E402
 from hf_in2core.rows.preparation import Preparation  # noqa: E402
 from hf_in2core.rows.scored import read_query_scores, read_scores  # noqa: E402
 from hf_in2core.selection.baselines import add_bm25, add_ifd, add_loss, add_rds, select_length_matched  # noqa: E402
-from hf_in2core.selection.coreset import select_positions, take_round_robin  # noqa: E402
+from hf_in2core.selection.coreset import select_positions  # noqa: E402
+from hf_in2core.selection.turns import take_round_robin  # noqa: E402
 
 
 ESTIMATORS = {"gradient_dot": "dot", "gradient_cosine": "cosine"}

@@ -18,8 +18,8 @@ from hf_in2core.names import METHODS, STRATEGIES_BY_ROW
 from hf_in2core.rows.preparation import Preparation
 from hf_in2core.selection.baselines import add_bm25, add_ifd, add_loss, add_rds
 from hf_in2core.selection.combined import add_clean_rank, add_fused_rank
-from hf_in2core.selection.coreset import take_round_robin
 from hf_in2core.selection.similarities import import_bm25s
+from hf_in2core.selection.turns import take_round_robin
 
 from .run_folder import quiet_loading
 from .training import load_model, make_influence_trainer

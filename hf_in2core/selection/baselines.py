@@ -24,9 +24,10 @@ from torch import nn
 from hf_in2core.engine.losses import compute_row_losses
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 
-from .coreset import select_positions, take_round_robin
+from .coreset import select_positions
 from .lengths import match_lengths
 from .similarities import compute_bm25_similarities, compute_rds_similarities, import_bm25s
+from .turns import take_round_robin
 
 
 def add_loss(

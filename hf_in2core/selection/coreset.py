@@ -5,18 +5,45 @@ Sign: negative influence = proponent (training on the row lowers the validation 
 
 import operator
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 
-from hf_in2core.names import INFLUENCE, STRATEGIES, STRATEGIES_BY_ROW
-from hf_in2core.rows.scored import find_set_columns, read_column, read_query_scores, read_scores
+from hf_in2core.names import INFLUENCE, STRATEGIES
+from hf_in2core.rows.scored import read_column, read_scores
 
 from .greedy import take_greedy
+from .turns import TakenRows, read_taking_scores, take_round_robin
 
 
 GROUP_QUOTAS = ("proportional", "equal")
 ORDERS = ("influence", "original")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """
+    Rows that were chosen, and what chose each.
+
+    Attributes:
+        positions (`np.ndarray` of shape `[k]`, int64):
+            Where they stand in the pool, ascending.
+        turns (`np.ndarray` of shape `[k]`, int64):
+            When each was taken, 0 = first; with groups, of its group.
+        scores (`np.ndarray` of shape `[k]`, float64, *optional*):
+            What each was taken for: its value of the column, or its influence on the validation row or set that took
+            it (with `"greedy"`, given the rows taken before). `None` for random rows, which nothing decided.
+        takers (`np.ndarray` of shape `[k]`, *optional*):
+            Which validation row (int64), or which named set (str), took each. `None` where a column decided.
+    """
+
+    positions: np.ndarray
+    turns: np.ndarray
+    scores: np.ndarray | None
+    takers: np.ndarray | None
 
 
 def select_coreset(
@@ -120,7 +147,15 @@ def select_coreset(
     return scored.select(positions)
 
 
-def select_positions(
+def select_positions(scored: Dataset, *, order: str = "influence", **options: Any) -> np.ndarray:
+    """[`select_coreset`] where only the positions of the rows are wanted: int64 of shape `[rows kept]`."""
+    _check_choice("order", order, ORDERS)
+    positions = choose_positions(scored, **options).positions
+    scores = read_scores(scored, options.get("column", INFLUENCE))[positions]
+    return positions[np.argsort(scores, kind="stable")] if order == "influence" else positions
+
+
+def choose_positions(
     scored: Dataset,
     *,
     fraction: float | None = None,
@@ -130,14 +165,17 @@ def select_positions(
     proponents_only: bool = False,
     group_column: str | None = None,
     group_quota: str = "proportional",
-    order: str = "influence",
     seed: int = 0,
-) -> np.ndarray:
-    """[`select_coreset`] where only the positions of the rows are wanted: int64 of shape `[rows kept]`."""
+    spared: Sequence[int] = (),
+) -> Choice:
+    """
+    [`select_coreset`] with what chose each row.
+
+    `spared` are rows that `strategy="bottom"` takes only once no others are left.
+    """
     _check_dataset(scored, column)
     _check_choice("strategy", strategy, STRATEGIES)
     _check_choice("group_quota", group_quota, GROUP_QUOTAS)
-    _check_choice("order", order, ORDERS)
     if group_column is None and group_quota != "proportional":
         raise ValueError(
             f"group_quota={group_quota!r} shares the rows between groups, but no groups are given. Pass group_column, "
@@ -174,30 +212,29 @@ def select_positions(
             warnings.warn(
                 f"{count} rows were asked for, but only {len(proponents)} of the {len(rows)} rows that carry loss are "
                 f"proponents (influence < 0); proponents_only=True returns these {len(proponents)}.",
-                stacklevel=3,
+                stacklevel=4,
             )
         rows, count = proponents, min(count, len(proponents))
 
-    set_scores = None
-    if strategy == "round_robin":
-        set_scores = _read_set_scores(scored, rows)
-    elif strategy in STRATEGIES_BY_ROW:
-        set_scores = read_query_scores(scored, f"strategy={strategy!r}")
+    takers, set_scores = read_taking_scores(scored, strategy)
     generator = np.random.default_rng(seed)
-    if group_column is None:
-        selected = _take(rows, count, strategy, influence, set_scores, generator)
-    else:
+    groups, quotas = [rows], [count]
+    if group_column is not None:
         groups = _read_groups(scored, group_column, rows)
         quotas = _compute_quotas([len(group) for group in groups], count, group_quota)
-        selected = np.concatenate(
-            [
-                _take(group, quota, strategy, influence, set_scores, generator)
-                for group, quota in zip(groups, quotas, strict=True)
-            ]
-        )
-
-    selected = np.sort(selected)
-    return selected[np.argsort(influence[selected], kind="stable")] if order == "influence" else selected
+    taken = [
+        _take(group, quota, strategy, influence, set_scores, generator, spared)
+        for group, quota in zip(groups, quotas, strict=True)
+    ]
+    turns = np.concatenate([np.arange(len(part.rows)) for part in taken])
+    parts = TakenRows(*(np.concatenate(values) for values in zip(*taken, strict=True)))
+    order = np.argsort(parts.rows, kind="stable")
+    return Choice(
+        positions=parts.rows[order],
+        turns=turns[order],
+        scores=None if strategy == "random" else parts.scores[order],
+        takers=None if takers is None else takers[parts.takers[order]],
+    )
 
 
 def _take(
@@ -205,35 +242,23 @@ def _take(
     count: int,
     strategy: str,
     influence: np.ndarray,
-    set_scores: np.ndarray | None,
+    set_scores: np.ndarray,
     generator: np.random.Generator,
-) -> np.ndarray:
-    """Take `count` of the row positions `rows` (int64, ascending) by the strategy; the order carries no meaning."""
-    if strategy == "top":
-        return rows[np.argsort(influence[rows], kind="stable")[:count]]
-    if strategy == "bottom":
-        return rows[np.argsort(-influence[rows], kind="stable")[:count]]
-    if strategy == "random":
-        return generator.permutation(rows)[:count]
-    assert set_scores is not None
+    spared: Sequence[int],
+) -> TakenRows:
+    """Take `count` of the row positions `rows` (int64, ascending) by the strategy."""
     if strategy == "greedy":
         return take_greedy(set_scores.T, rows, count)
-    return take_round_robin(rows, count, set_scores)
-
-
-def take_round_robin(rows: np.ndarray, count: int, set_scores: np.ndarray) -> np.ndarray:
-    """Let each validation set (rows of `set_scores`, shape `[Q, pool]`) take its next strongest proponent in turn."""
-    # No queue is asked for more than `count` rows: the others have taken fewer when it is its turn.
-    queues = [iter(rows[np.argsort(scores[rows], kind="stable")[:count]].tolist()) for scores in set_scores]
-    taken: dict[int, None] = {}
-    while len(taken) < count:
-        for queue in queues:
-            if len(taken) == count:
-                break
-            # Every queue holds `count` rows and fewer are taken, so there is always a next one.
-            row = next(row for row in queue if row not in taken)
-            taken[row] = None
-    return np.fromiter(taken, dtype=np.int64, count=count)
+    if strategy.startswith("round_robin"):
+        taken, takers = take_round_robin(rows, count, set_scores), np.arange(count) % len(set_scores)
+        return TakenRows(taken, set_scores[takers, taken], takers)
+    if strategy == "top":
+        taken = rows[np.argsort(influence[rows], kind="stable")[:count]]
+    elif strategy == "bottom":
+        taken = rows[np.lexsort((-influence[rows], np.isin(rows, spared)))[:count]]
+    else:
+        taken = generator.permutation(rows)[:count]
+    return TakenRows(taken, influence[taken], np.zeros(count, dtype=np.int64))
 
 
 def _compute_quotas(sizes: list[int], count: int, group_quota: str) -> list[int]:
@@ -258,26 +283,6 @@ def _compute_quotas(sizes: list[int], count: int, group_quota: str) -> list[int]
             for i in open_groups:
                 quotas[i] = min(sizes[i], quotas[i] + share)
     return quotas
-
-
-def _read_set_scores(scored: Dataset, rows: np.ndarray) -> np.ndarray:
-    """Read the `influence_<name>` columns of the validation sets as float64 of shape `[Q, pool]`."""
-    names = find_set_columns(scored)
-    if len(names) < 2:
-        raise ValueError(
-            f"strategy='round_robin' needs the influence_<name> columns of at least two validation sets, but the "
-            f"dataset has {names or 'none'} (all columns: {scored.column_names}). Score it with "
-            'eval_dataset={"name": ..., "other_name": ...}, or use strategy="top".'
-        )
-    set_scores = np.stack([read_scores(scored, name) for name in names])
-    for name, scores in zip(names, set_scores, strict=True):
-        missing = rows[np.isnan(scores[rows])]
-        if len(missing):
-            raise ValueError(
-                f"Column {name!r} is null or NaN in {len(missing)} rows whose influence is not (the first is row "
-                f"{missing[0]}), so this set cannot rank them. Score the dataset again, or drop the column."
-            )
-    return set_scores
 
 
 def _read_groups(scored: Dataset, group_column: str, rows: np.ndarray) -> list[np.ndarray]:

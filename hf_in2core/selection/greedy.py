@@ -2,12 +2,14 @@
 
 import numpy as np
 
+from .turns import TakenRows
+
 
 # Relative damping of the curvature, as `damping_scale` of influence itself.
 DAMPING_SCALE = 0.1
 
 
-def take_greedy(influence: np.ndarray, candidates: np.ndarray, count: int) -> np.ndarray:
+def take_greedy(influence: np.ndarray, candidates: np.ndarray, count: int) -> TakenRows:
     r"""
     Let each validation row in turn take the row that helps it most, given all rows taken before.
 
@@ -42,8 +44,9 @@ def take_greedy(influence: np.ndarray, candidates: np.ndarray, count: int) -> np
             Rows to take, at most `m`.
 
     Returns:
-        `numpy.ndarray` of shape `[count]`, int64: the rows in the order in which they were taken. Ties go to the first
-        of `candidates`. A smaller selection is not the beginning of a larger one, since c depends on k.
+        [`TakenRows`]: the rows in the order in which they were taken, the influence of each given those before it on
+        the validation row that took it (in units of `influence`), and which of the Q that was. Ties go to the first of
+        `candidates`. A smaller selection is not the beginning of a larger one, since c depends on k.
 
     Raises:
         ValueError: if fewer than two validation rows have any influence.
@@ -62,13 +65,14 @@ def take_greedy(influence: np.ndarray, candidates: np.ndarray, count: int) -> np
     precision = np.linalg.inv(moment)
     features = -influence[candidates][:, queries] / scale[queries]
     left = np.ones(len(candidates), dtype=bool)
-    taken = np.empty(count, dtype=np.int64)
+    taken, scores = np.empty(count, dtype=np.int64), np.empty(count)
+    takers = queries[np.arange(count) % len(queries)]
     for step in range(count):
         direction = precision @ moment[:, step % len(queries)]
         gains = np.where(left, features @ direction, -np.inf)
         best = int(gains.argmax())
         left[best] = False
-        taken[step] = candidates[best]
+        taken[step], scores[step] = candidates[best], -gains[best] * scale[takers[step]]
         covered = precision @ features[best]
         precision -= np.outer(covered, covered) / (count + features[best] @ covered)
-    return taken
+    return TakenRows(taken, scores, takers)

@@ -1,13 +1,13 @@
 """Which rows a run's arms have: chosen once from the scored pool, written down as `coresets.json`, and read by all.
 
 What is trained on, published and shown are these rows. The file holds, under one name each (`coreset_25`), the
-arguments of [`select_coreset`] and the positions of the rows in the pool.
+arguments of [`select_coreset`], the positions of the rows in the pool, and what chose each: lists of the same length.
 """
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,16 @@ from datasets import Dataset
 from hf_in2core.names import INFLUENCE, LENGTH_MATCHED, METHODS, name_coreset
 from hf_in2core.rows.scored import hash_scores, read_scores
 
-from .coreset import select_positions
+from .coreset import choose_positions
 from .lengths import match_lengths
 
 
 RECORD = "coresets.json"
-RECORD_VERSION = 1
-# The strategy of a coreset is the run's own.
+# Version 1 knows the rows, but not what chose each.
+RECORD_VERSION = 2
 # A coreset of random rows, where no method was better, is another draw than those of the random arm.
 OWN_SEED = 10_000
+# The strategy of a coreset is the run's own.
 ARM_STRATEGIES = {"full": "top", "random": "random", "opponents": "bottom"}
 
 
@@ -36,16 +37,26 @@ class Coreset:
 
     Attributes:
         arguments (`dict`):
-            Those of [`select_coreset`] that chose them.
+            Those of [`select_coreset`] that chose them; `spared` holds those of the coreset whose rows were taken only
+            once no others were left, `as_long_as` those of the coreset whose lengths random rows have.
         rows_with_loss (`int`):
             Rows of the pool that they were chosen from.
         positions (`list[int]`):
             Where they stand in the pool, ascending.
+        turns (`list[int]`, *optional*):
+            When each was taken, 0 = first. `None` where a version before this was recorded has chosen.
+        scores (`list[float]`, *optional*):
+            What each was taken for: influence, or on whom took it. `None` likewise, and for random rows.
+        takers (`list[int]` or `list[str]`, *optional*):
+            The validation row or the named set that took each. `None` likewise, and where a column decided.
     """
 
     arguments: dict[str, Any]
     rows_with_loss: int
     positions: list[int]
+    turns: list[int] | None = None
+    scores: list[float] | None = None
+    takers: list[int] | list[str] | None = None
 
     def take_from(self, scored: Dataset) -> Dataset:
         """Its rows as [`select_coreset`] returns them: the smallest influence, or value of another column, first."""
@@ -59,20 +70,24 @@ def describe_choice(arm: str, fraction: float, seed: int = 0, strategy: str = "t
     What an arm's rows are called in the record, and the arguments of [`select_coreset`] that choose them.
 
     Rows that are drawn have their seed in the name: `random_25-seed0`. `strategy` is that of the arm `coreset`, or one
-    of `METHODS`, which are arms too. Those of the arm `length_matched` are as long as the coreset's, which they name.
+    of `METHODS`, which are arms too. The coreset's rows are no opponents, and as long as those of `length_matched`.
     """
-    name, chosen = name_coreset(fraction, arm), METHODS.get(arm, METHODS.get(strategy))
+    name, coreset = name_coreset(fraction, arm), _describe_strategy(strategy, fraction)
+    if arm == "coreset":
+        return name, coreset
     if arm == LENGTH_MATCHED:
-        return f"{name}-seed{seed}", {"as_long_as": name_coreset(fraction), "seed": seed}
-    if arm in ARM_STRATEGIES or chosen is None:
-        arguments: dict[str, Any] = {"strategy": ARM_STRATEGIES.get(arm, strategy), "column": INFLUENCE}
-    else:
-        arguments = {"strategy": chosen.strategy, "column": chosen.column}
-    if arguments["strategy"] == "random" and arm == "coreset":
-        return name, arguments | {"fraction": fraction, "seed": OWN_SEED}
+        return f"{name}-seed{seed}", {"as_long_as": coreset, "seed": seed}
+    arguments = _describe_strategy(ARM_STRATEGIES.get(arm, arm), fraction)
     if arm == "random":
-        return f"{name}-seed{seed}", arguments | {"fraction": fraction, "seed": seed}
-    return name, arguments | {"fraction": fraction}
+        return f"{name}-seed{seed}", arguments | {"seed": seed}
+    return name, arguments | ({"spared": coreset} if arm == "opponents" else {})
+
+
+def _describe_strategy(strategy: str, fraction: float) -> dict[str, Any]:
+    method = METHODS.get(strategy)
+    strategy, column = (strategy, INFLUENCE) if method is None else (method.strategy, method.column)
+    seed = {"seed": OWN_SEED} if strategy == "random" else {}
+    return {"strategy": strategy, "column": column, "fraction": fraction, **seed}
 
 
 def take_coresets(
@@ -91,7 +106,7 @@ def take_coresets(
         scored ([`~datasets.Dataset`]):
             Its scored pool.
         wanted (`Mapping[str, Mapping]`):
-            Name → arguments of [`select_coreset`], as of [`describe_choice`].
+            Name → arguments, as of [`describe_choice`].
         renew (`bool`, *optional*, defaults to `False`):
             For the run itself: choose again what was chosen from other scores or by other arguments.
         write (`bool`, *optional*, defaults to `True`):
@@ -115,18 +130,32 @@ def take_coresets(
         recorded = {}
     coresets = dict(recorded)
     for name, arguments in wanted.items():
-        if name not in recorded or (renew and recorded[name].arguments != arguments):
-            if "as_long_as" in arguments:
-                like = np.array(coresets[arguments["as_long_as"]].positions)
-                positions, column = match_lengths(scored, like, arguments["seed"]).tolist(), INFLUENCE
-            else:
-                positions = select_positions(scored, **arguments, order="original").tolist()
-                column = arguments["column"]
-            with_loss = int(np.isfinite(read_scores(scored, column)).sum())
-            coresets[name] = Coreset(dict(arguments), with_loss, positions)
+        before = recorded.get(name)
+        is_same = before is not None and before.arguments == arguments
+        if before is not None and (before.turns is not None if is_same else not renew):
+            continue
+        chosen = _choose(scored, arguments, coresets.values())
+        # What was trained on stays; where it would be chosen again, it is known now what chose each row.
+        if before is None or not is_same or before.positions == chosen.positions:
+            coresets[name] = chosen
     if write and coresets != recorded and (renew or os.access(path.parent, os.W_OK)):
         write_record(path, scores, coresets)
     return coresets
+
+
+def _choose(scored: Dataset, arguments: Mapping[str, Any], coresets: Iterable[Coreset]) -> Coreset:
+    options, column = dict(arguments), arguments.get("column", INFLUENCE)
+    with_loss = int(np.isfinite(read_scores(scored, column)).sum())
+    for key in ("spared", "as_long_as"):
+        if other := options.pop(key, None):
+            recorded = (coreset.positions for coreset in coresets if coreset.arguments == other)
+            options[key] = next(recorded, None) or choose_positions(scored, **other).positions.tolist()
+    if "as_long_as" in options:
+        positions = match_lengths(scored, np.array(options["as_long_as"]), options["seed"])
+        return Coreset(dict(arguments), with_loss, positions.tolist())
+    choice = choose_positions(scored, **options)
+    lists = (None if values is None else values.tolist() for values in (choice.turns, choice.scores, choice.takers))
+    return Coreset(dict(arguments), with_loss, choice.positions.tolist(), *lists)
 
 
 def read_record(path: Path, num_rows: int) -> tuple[str, dict[str, Coreset]]:
@@ -151,16 +180,19 @@ def read_record(path: Path, num_rows: int) -> tuple[str, dict[str, Coreset]]:
 
 
 def _is_valid(coreset: Coreset, num_rows: int) -> bool:
-    """Whether every row is one of the pool, once and in its order."""
+    """Whether every row is one of the pool, once and in its order, and what is told of each is told of all."""
     positions = coreset.positions
+    for told, kinds in ((coreset.turns, (int,)), (coreset.scores, (int, float)), (coreset.takers, (int, str))):
+        if told is not None and (len(told) != len(positions) or not all(type(value) in kinds for value in told)):
+            return False
     in_pool = all(type(row) is int and 0 <= row < num_rows for row in positions)
     in_order = all(first < second for first, second in zip(positions, positions[1:], strict=False))
     return bool(positions) and in_pool and in_order and isinstance(coreset.arguments, dict)
 
 
 def write_record(path: Path, scores: str, coresets: Mapping[str, Coreset]) -> None:
-    """Write a `coresets.json` whole or not at all, a line for each coreset: 7 MB for a million rows."""
-    entries = ",\n".join(f"{json.dumps(name)}: {json.dumps(asdict(coreset))}" for name, coreset in coresets.items())
+    """Write a `coresets.json` whole or not at all, a line for each coreset: 40 MB for a million rows."""
+    entries = ",\n".join(f"{json.dumps(name)}: {json.dumps(vars(coreset))}" for name, coreset in coresets.items())
     text = f'{{"format_version": {RECORD_VERSION}, "scores": "{scores}", "coresets": {{\n{entries}\n}}}}\n'
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")

@@ -16,9 +16,9 @@ from hf_in2core import select_coreset
 from hf_in2core.names import METHODS
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.rows.sources import load_rows
-from hf_in2core.selection.coreset import take_round_robin
 from hf_in2core.selection.lengths import compare_lengths
 from hf_in2core.selection.record import read_record
+from hf_in2core.selection.turns import take_round_robin
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def test_equals_the_definition(n: int, q: int, seed: int, data: st.DataObject) -
     influence = draw(n, q, seed)
     candidates = sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1)))
     count = data.draw(st.integers(1, len(candidates)))
-    taken = take_greedy(influence, np.array(candidates), count)
+    taken = take_greedy(influence, np.array(candidates), count).rows
     assert taken.tolist() == oracle_greedy(influence, candidates, count)
 
 
@@ -53,13 +53,13 @@ def test_rows_without_loss_count_for_nothing() -> None:
     influence = draw(12, 3, seed=1)
     holes = np.insert(influence, [4, 9], np.nan, axis=0)
     kept = np.flatnonzero(~np.isnan(holes).any(axis=1))
-    assert take_greedy(holes, kept, 6).tolist() == kept[take_greedy(influence, np.arange(12), 6)].tolist()
+    assert take_greedy(holes, kept, 6).rows.tolist() == kept[take_greedy(influence, np.arange(12), 6).rows].tolist()
 
 
 def test_the_scale_of_a_validation_row_does_not_matter() -> None:
     influence = draw(40, 4, seed=2)
-    expected = take_greedy(influence, np.arange(40), 15)
-    assert take_greedy(influence * [1e-6, 1.0, 30.0, 1e5], np.arange(40), 15).tolist() == expected.tolist()
+    expected = take_greedy(influence, np.arange(40), 15).rows
+    assert take_greedy(influence * [1e-6, 1.0, 30.0, 1e5], np.arange(40), 15).rows.tolist() == expected.tolist()
 
 
 def test_copies_are_left_where_top_takes_them() -> None:
@@ -78,7 +78,7 @@ def test_unrelated_rows_keep_their_influence() -> None:
     # Validation rows that share no pool row: what one takes leaves the others' order as it was.
     influence = np.zeros((12, 3))
     influence[np.arange(12), np.arange(12) % 3] = -np.arange(1.0, 13.0)
-    assert take_greedy(influence, np.arange(12), 3).tolist() == [9, 10, 11]
+    assert take_greedy(influence, np.arange(12), 3).rows.tolist() == [9, 10, 11]
 
 
 def test_select_coreset_takes_the_same_rows_within_groups_and_proponents() -> None:
@@ -86,9 +86,9 @@ def test_select_coreset_takes_the_same_rows_within_groups_and_proponents() -> No
     task = np.arange(30) % 2
     scored = make_scored(influence).add_column("task", task)
     coreset = select_coreset(scored, size=10, strategy="greedy", order="original")
-    assert coreset["row"][:] == sorted(take_greedy(influence, np.arange(30), 10).tolist())
+    assert coreset["row"][:] == sorted(take_greedy(influence, np.arange(30), 10).rows.tolist())
     grouped = select_coreset(scored, size=10, strategy="greedy", group_column="task", order="original")
-    expected = [take_greedy(influence, np.flatnonzero(task == group), 5).tolist() for group in (0, 1)]
+    expected = [take_greedy(influence, np.flatnonzero(task == group), 5).rows.tolist() for group in (0, 1)]
     assert grouped["row"][:] == sorted(expected[0] + expected[1])
     proponents = select_coreset(scored, size=5, strategy="greedy", proponents_only=True)
     assert max(proponents["influence"]) < 0

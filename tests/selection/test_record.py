@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
@@ -45,6 +46,107 @@ def test_recorded_rows_are_those_of_select_coreset(tmp_path, strategy) -> None:
     assert take_coresets(tmp_path, scored, {}) == {name: coreset}
 
 
+def make_scored_by_row(num_rows: int = 40, num_queries: int = 3) -> Dataset:
+    """Rows with influence on single validation rows, and on two sets; the first carries no loss."""
+    per_query = np.random.default_rng(0).normal(size=(num_rows, num_queries))
+    columns = {
+        "influence": per_query.mean(axis=1),
+        "influence_math": per_query[:, 0],
+        "influence_code": per_query[:, 1],
+        "influence_per_query": list(per_query),
+    }
+    return Dataset.from_dict({name: [None, *values[1:]] for name, values in columns.items()})
+
+
+def take_in_turn(scores: dict[Any, dict[int, float]], count: int) -> list[tuple[int, Any, float]]:
+    """The definition: each taker in turn takes its smallest score that is left; row, taker and score."""
+    taken: list[tuple[int, Any, float]] = []
+    while len(taken) < count:
+        taker = list(scores)[len(taken) % len(scores)]
+        left = {row: score for row, score in scores[taker].items() if row not in [row for row, _, _ in taken]}
+        row = min(left, key=lambda row: left[row])
+        taken.append((row, taker, left[row]))
+    return taken
+
+
+@pytest.mark.parametrize("strategy", ["round_robin", "round_robin_rows"])
+def test_the_record_tells_who_took_each_row_for_what_and_when(tmp_path, strategy) -> None:
+    scored = make_scored_by_row()
+    names: list[Any] = ["math", "code"] if strategy == "round_robin" else [0, 1, 2]
+    scores = {
+        name: {row: scored["influence_per_query"][row][query] for row in range(1, len(scored))}
+        for query, name in enumerate(names)
+    }
+    name, arguments = describe_choice("coreset", 0.25, strategy=strategy)
+    take_coresets(tmp_path, scored, {name: arguments})
+    entry = json.loads((tmp_path / RECORD).read_text(encoding="utf-8"))["coresets"][name]
+    by_turn = sorted(zip(*(entry[key] for key in ("turns", "positions", "takers", "scores")), strict=True))
+    assert [tuple(found) for _, *found in by_turn] == take_in_turn(scores, 10)
+    assert [turn for turn, *_ in by_turn] == list(range(10))
+
+
+def test_a_column_decides_by_its_values_and_a_draw_by_none(tmp_path) -> None:
+    scored = make_scored_by_row()
+    wanted = dict(describe_choice(arm, 0.25) for arm in ("coreset", "opponents", "random"))
+    coresets: Any = take_coresets(tmp_path, scored, wanted)
+    coreset, opponents, random = coresets.values()
+    for found, sign in ((coreset, 1), (opponents, -1)):
+        assert found.scores == [scored["influence"][row] for row in found.positions] and found.takers is None
+        assert np.argsort(found.turns).tolist() == np.argsort(sign * np.array(found.scores)).tolist()
+    assert random.scores is None and random.takers is None and sorted(random.turns) == list(range(10))
+
+
+def test_greedy_tells_the_influence_given_the_rows_before(tmp_path) -> None:
+    scored = make_scored_by_row()
+    name, arguments = describe_choice("coreset", 0.25, strategy="greedy")
+    coreset: Any = take_coresets(tmp_path, scored, {name: arguments})[name]
+    first = coreset.turns.index(0)
+    plain = np.array(scored["influence_per_query"][1:])
+    # Before anything is taken it is the plain influence, whose smallest wins.
+    assert coreset.takers[first] == 0 and coreset.positions[first] == 1 + plain[:, 0].argmin()
+    assert coreset.scores[first] == pytest.approx(plain[:, 0].min())
+    again = [row for row, taker in zip(coreset.positions, coreset.takers, strict=True) if taker == 0 and row - 1]
+    given = [coreset.scores[coreset.positions.index(row)] for row in again]
+    assert given != pytest.approx([plain[row - 1, 0] for row in again])
+
+
+@pytest.mark.parametrize("fraction, num_kept", [(0.25, 0), (0.5, 0), (0.75, 20)])
+def test_opponents_are_rows_that_the_coreset_leaves(tmp_path, fraction, num_kept) -> None:
+    scored = make_scored_by_row(num_rows=41)
+    wanted = dict(describe_choice(arm, fraction, strategy="round_robin_rows") for arm in ("coreset", "opponents"))
+    coreset, opponents = take_coresets(tmp_path, scored, wanted).values()
+    influence = np.array(scored["influence"][:], dtype=float)
+    left = set(range(1, 41)) - set(coreset.positions)
+    assert len(opponents.positions) == len(coreset.positions) == 40 * fraction
+    # Rows of the coreset fill the arm only where too few others are left.
+    assert len(set(opponents.positions) & set(coreset.positions)) == num_kept
+    others = set(opponents.positions) - set(coreset.positions)
+    assert others == set(sorted(left, key=lambda row: -influence[row])[: len(others)])
+    assert opponents.arguments["spared"] == coreset.arguments
+    by_influence = select_coreset(scored, fraction=fraction, strategy="bottom")["influence"]
+    assert fraction > 0.5 or min(influence[opponents.positions]) < min(by_influence)
+
+
+def test_a_record_of_version_1_is_read_and_completed(tmp_path) -> None:
+    scored = make_scored_by_row()
+    wanted = dict([describe_choice("coreset", 0.25, strategy="round_robin_rows"), describe_choice("random", 0.25)])
+    complete = take_coresets(tmp_path, scored, wanted)
+
+    def make_old(content: Any) -> None:
+        content["format_version"] = 1
+        for entry in content["coresets"].values():
+            for name in ("turns", "scores", "takers"):
+                del entry[name]
+        content["coresets"]["random_25-seed0"]["positions"][0] = 0  # would be drawn otherwise now
+
+    alter(tmp_path, make_old)
+    old = take_coresets(tmp_path, scored, {}, write=False)
+    assert old["coreset_25"].turns is None and old["coreset_25"].positions == complete["coreset_25"].positions
+    read = take_coresets(tmp_path, scored, wanted)
+    assert read["coreset_25"] == complete["coreset_25"]
+    assert read["random_25-seed0"].positions[0] == 0 and read["random_25-seed0"].turns is None
+
+
 def test_names_of_the_record() -> None:
     assert list(WANTED) == ["coreset_50", "random_50-seed3", "opponents_25"]
     assert describe_choice("full", 1.0)[0] == "full"
@@ -58,7 +160,7 @@ def test_names_of_the_record() -> None:
 def test_what_is_recorded_stays_though_it_would_be_chosen_otherwise(tmp_path) -> None:
     scored = make_scored()
     take_coresets(tmp_path, scored, WANTED)
-    altered = [0, 1, 4]
+    altered = [0, 1, 4, 6]
     alter(tmp_path, lambda content: content["coresets"]["coreset_50"].update(positions=altered))
     for renew in (False, True):
         assert take_coresets(tmp_path, scored, WANTED, renew=renew)["coreset_50"].positions == altered
@@ -84,6 +186,8 @@ def test_other_scores_and_other_arguments(tmp_path) -> None:
         lambda content: content["coresets"]["coreset_50"].update(positions=[1, 1]),
         lambda content: content["coresets"]["coreset_50"].update(positions=["1"]),
         lambda content: content["coresets"]["coreset_50"].update(positions=[]),
+        lambda content: content["coresets"]["coreset_50"].update(turns=[0, 1]),
+        lambda content: content["coresets"]["coreset_50"].update(scores=["a"] * 4),
         lambda content: content["coresets"].update(coreset_50=None),
         lambda content: content.pop("scores"),
         lambda content: content.clear(),
@@ -98,7 +202,7 @@ def test_a_damaged_record_is_made_again(tmp_path, change) -> None:
 
 def test_a_record_of_a_newer_version_is_refused(tmp_path) -> None:
     take_coresets(tmp_path, make_scored(), WANTED)
-    alter(tmp_path, lambda content: content.update(format_version=2))
+    alter(tmp_path, lambda content: content.update(format_version=3))
     with pytest.raises(ValueError, match="Upgrade"):
         take_coresets(tmp_path, make_scored(), WANTED)
 

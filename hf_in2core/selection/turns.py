@@ -1,0 +1,189 @@
+"""Taking rows in turn: who takes them, by which scores, and how near to its turn a row stands that nobody took."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from datasets import Dataset
+
+from hf_in2core.names import INFLUENCE, STRATEGIES_BY_ROW, VALIDATION, describe_set, name_set_column
+from hf_in2core.rows.scored import find_set_columns, read_query_scores, read_scores
+
+
+BEST_RANK = "best rank"
+_IN_TURN = {
+    "round_robin": "in turn by {} validation sets",
+    "round_robin_rows": "in turn by {} validation rows",
+    "greedy": "in turn by {} validation rows, each given the rows taken before",
+}
+
+
+class TakenRows(NamedTuple):
+    """Rows in the order in which they were taken, `[count]` each: what each was taken for, and by whom (from 0)."""
+
+    rows: np.ndarray
+    scores: np.ndarray
+    takers: np.ndarray
+
+
+def take_round_robin(rows: np.ndarray, count: int, set_scores: np.ndarray) -> np.ndarray:
+    """Let each validation set (rows of `set_scores`, shape `[Q, pool]`) take its next strongest proponent in turn."""
+    # No queue is asked for more than `count` rows: the others have taken fewer when it is its turn.
+    queues = [iter(rows[np.argsort(scores[rows], kind="stable")[:count]].tolist()) for scores in set_scores]
+    taken: dict[int, None] = {}
+    while len(taken) < count:
+        for queue in queues:
+            if len(taken) == count:
+                break
+            # Every queue holds `count` rows and fewer are taken, so there is always a next one.
+            row = next(row for row in queue if row not in taken)
+            taken[row] = None
+    return np.fromiter(taken, dtype=np.int64, count=count)
+
+
+def read_taking_scores(scored: Dataset, strategy: str) -> tuple[np.ndarray | None, np.ndarray]:
+    """
+    Who takes rows in turn, and the influence of every row on each.
+
+    Args:
+        scored ([`~datasets.Dataset`]):
+            Scored pool.
+        strategy (`str`):
+            As in [`~hf_in2core.select_coreset`].
+
+    Returns:
+        `tuple`: names of the validation sets, or positions of the validation rows, `[Q]`, and float64 `[Q, pool]`;
+        `None` and nothing where a column decides.
+
+    Raises:
+        ValueError: if a column that is needed is missing, or a set has not scored every row that carries loss.
+    """
+    if strategy == "round_robin":
+        names = find_set_columns(scored)
+        return np.array([name.removeprefix(name_set_column("")) for name in names]), _read_set_scores(scored, names)
+    if strategy in STRATEGIES_BY_ROW:
+        set_scores = read_query_scores(scored, f"strategy={strategy!r}")
+        return np.arange(len(set_scores)), set_scores
+    return None, np.empty((0, len(scored)))
+
+
+def _read_set_scores(scored: Dataset, names: list[str]) -> np.ndarray:
+    """Read the `influence_<name>` columns of the validation sets as float64 of shape `[Q, pool]`."""
+    if len(names) < 2:
+        raise ValueError(
+            f"strategy='round_robin' needs the influence_<name> columns of at least two validation sets, but the "
+            f"dataset has {names or 'none'} (all columns: {scored.column_names}). Score it with "
+            'eval_dataset={"name": ..., "other_name": ...}, or use strategy="top".'
+        )
+    set_scores = np.stack([read_scores(scored, name) for name in names])
+    rows = np.flatnonzero(~np.isnan(read_scores(scored, INFLUENCE)))
+    for name, scores in zip(names, set_scores, strict=True):
+        missing = rows[np.isnan(scores[rows])]
+        if len(missing):
+            raise ValueError(
+                f"Column {name!r} is null or NaN in {len(missing)} rows whose influence is not (the first is row "
+                f"{missing[0]}), so this set cannot rank them. Score the dataset again, or drop the column."
+            )
+    return set_scores
+
+
+@dataclass(frozen=True)
+class DecidingScore:
+    """
+    By what the rows of a pool stand in line for a coreset, known of every row, taken or not.
+
+    A column that decides is that score itself. Where rows are taken in turn, only those that were taken have a turn;
+    a row's best rank is the smallest, over those who take, of the number of rows that lower the loss of one more.
+
+    Attributes:
+        name (`str`): `"influence"` or `"best rank"`.
+        how (`str`): How the coreset was chosen, in words that follow "chosen".
+        values (`np.ndarray` of shape `[n]`): The score, the smallest first in line; NaN where a row carries no loss.
+        ranks (`np.ndarray` of shape `[n]`): 0 = first in line; of best ranks, several rows have the same.
+        influence (`np.ndarray` of shape `[n]`): On who ranks the row best; on the mean validation loss otherwise.
+        takers (`np.ndarray` of shape `[n]`, *optional*): Who ranks the row best: a validation row (int64) or a named
+            set (str). `None` where a column decides.
+    """
+
+    name: str
+    how: str
+    values: np.ndarray
+    ranks: np.ndarray
+    influence: np.ndarray
+    takers: np.ndarray | None
+
+    @property
+    def label(self) -> str:
+        """The score in words."""
+        return self.name if self.takers is None else f"{self.name} over those who chose {self.how.partition(',')[0]}"
+
+
+def read_deciding_score(scored: Dataset, strategy: str) -> DecidingScore:
+    """
+    Read by what rows were chosen with a strategy; as of [`read_taking_scores`].
+
+    `"greedy"` takes rows by their influence given those before, which only the taken ones have: it has best ranks too.
+    """
+    influence = read_scores(scored, INFLUENCE)
+    takers, set_scores = read_taking_scores(scored, strategy)
+    rows = np.flatnonzero(~np.isnan(influence))
+    if takers is None:
+        ranks = _rank(influence, rows)
+        return DecidingScore(INFLUENCE, "by influence", influence, ranks, influence, None)
+    best, winners = np.full(len(influence), np.nan), np.zeros(len(influence), dtype=np.int64)
+    for number, scores in enumerate(set_scores):
+        ranks = _rank(scores, rows)
+        is_better = ~(best <= ranks)
+        best[is_better], winners[is_better] = ranks[is_better], number
+    on_winner = set_scores[winners, np.arange(len(influence))]
+    return DecidingScore(
+        BEST_RANK, _IN_TURN[strategy].format(f"{len(takers):,}"), best, best, on_winner, takers[winners]
+    )
+
+
+def _rank(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Ranks of `rows` by their scores, 0 = smallest; NaN elsewhere."""
+    ranks = np.full(len(scores), np.nan)
+    ranks[rows[np.argsort(scores[rows], kind="stable")]] = np.arange(len(rows))
+    return ranks
+
+
+def find_ends(
+    deciding: DecidingScore, influence: np.ndarray, kept: Iterable[int], count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    The first and the last rows in line, by the score that chose.
+
+    Args:
+        deciding ([`DecidingScore`]):
+            Of the pool.
+        influence (`np.ndarray` of shape `[n]`):
+            On the mean validation loss.
+        kept (`Iterable[int]`):
+            Rows that a coreset keeps.
+        count (`int`):
+            The most rows of either end.
+
+    Returns:
+        `tuple`: positions of the strongest proponents (of negative influence on who ranks them best), and of the
+        strongest opponents: rows of positive influence that are not kept, the last in line first.
+    """
+    order = np.lexsort((influence, deciding.values))[: int((~np.isnan(influence)).sum())]
+    is_kept = np.zeros(len(influence), dtype=bool)
+    is_kept[np.fromiter(kept, dtype=np.int64)] = True
+    # Among the last of a pool that helps throughout there are proponents too.
+    proponents = order[deciding.influence[order] < 0][:count]
+    opponents = order[(influence[order] > 0) & ~is_kept[order]][::-1][:count]
+    return proponents, opponents
+
+
+def name_taker(taker: int | str, validation_sets: Mapping[str, int]) -> str:
+    """Who takes rows, in words: a named set, or a validation row, counted through the sets (name → rows)."""
+    if isinstance(taker, str):
+        return describe_set(taker)
+    for name, rows in validation_sets.items():
+        if taker < rows:
+            return f"{describe_set(name)} row {taker:,}"
+        taker -= rows
+    return f"{VALIDATION} row {taker:,}"
