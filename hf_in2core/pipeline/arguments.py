@@ -77,6 +77,9 @@ class In2CoreArguments(DataArguments):
         False,
         first=False,
     )
+    allow_overlap: bool = flag(
+        "data", "Go on with such rows where they are; results, page and cards tell how many.", False, first=False
+    )
     task_column: str | None = flag(
         "data",
         "Column that names a row's task: how influence ranks the tasks of the validation set (AUC).",
@@ -131,6 +134,10 @@ class In2CoreArguments(DataArguments):
 
     def __post_init__(self) -> None:
         require(self, "model_name_or_path", "output_dir", "pool", "validation", "test")
+        if self.drop_overlap and self.allow_overlap:
+            raise ValueError(
+                "--drop_overlap takes shared rows out, --allow_overlap leaves them where they are. Give one."
+            )
         for fraction in [*self.fractions, self.reference_fraction]:
             check_fraction(fraction)
         if self.strategy == "round_robin" and len(self.validation or []) < 2:
