@@ -20,6 +20,7 @@ from hf_in2core.evaluation.arms import (
     summarize_arms,
 )
 from hf_in2core.evaluation.formats import get_object
+from hf_in2core.evaluation.leakage import say_judge
 from hf_in2core.names import (
     INFLUENCE,
     NUM_LOSS_TOKENS,
@@ -200,6 +201,7 @@ def render_influence_section(
         differences=list_differences([verdict]),
         figures=FIGURES,
         arms=(arms := summarize_arms(results.get("arms"))),
+        judge=say_judge(results.get("data")),
         means=explain_means(arms),
         stale_results=stale_results,
         plots=[{"path": Markdown(path), "caption": _caption(Path(path).stem)} for path in plots],

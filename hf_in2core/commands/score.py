@@ -11,8 +11,8 @@
 from pathlib import Path
 
 from hf_in2core.names import describe_set
-from hf_in2core.pipeline.arguments import ScoreInfluenceArguments
 from hf_in2core.pipeline.parser import RecipeParser, Settings
+from hf_in2core.pipeline.stage_arguments import ScoreInfluenceArguments
 
 
 def make_parser() -> RecipeParser:

@@ -7,8 +7,8 @@
 
 from pathlib import Path
 
-from hf_in2core.pipeline.arguments import SelectCoresetArguments
 from hf_in2core.pipeline.parser import RecipeParser, Settings
+from hf_in2core.pipeline.stage_arguments import SelectCoresetArguments
 
 
 def make_parser() -> RecipeParser:

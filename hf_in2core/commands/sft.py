@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_in2core.names import ALL_ARMS, parse_coreset
-from hf_in2core.pipeline.arguments import SftCoresetArguments
 from hf_in2core.pipeline.parser import TRAINING, RecipeParser, Settings
+from hf_in2core.pipeline.stage_arguments import SftCoresetArguments
 
 
 def make_parser() -> RecipeParser:

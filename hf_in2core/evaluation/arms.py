@@ -23,6 +23,7 @@ from .formats import (
     is_number,
     list_objects,
 )
+from .leakage import describe_shared
 
 
 FIGURES = ("rows", "loss tokens", "steps", "seconds", "test loss", "perplexity")
@@ -228,7 +229,7 @@ def list_costs(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def describe_data(data: Any) -> list[tuple[str, str]]:
-    """Each set in words, from `data` of `results.json`: rows and loss tokens, what was dropped, what has no label."""
+    """Each set in words, from `data` of `results.json`: rows, loss tokens, what was dropped, what it shares."""
     lines = []
     for name, facts in data.items() if isinstance(data, Mapping) else ():
         parts = [f"{format_number(get_value(facts, 'rows'), ',.0f')} rows"]
@@ -241,7 +242,7 @@ def describe_data(data: Any) -> list[tuple[str, str]]:
         if is_number(dropped := get_value(facts, "dropped")):
             first = get_value(facts, "first_dropped")
             parts.append(f"{dropped:,.0f} malformed ones dropped{f', the first {first}' if first else ''}")
-        lines.append((str(name), ", ".join(parts)))
+        lines.append((str(name), ", ".join(parts + describe_shared(facts))))
     return lines
 
 

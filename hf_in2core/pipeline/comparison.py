@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_in2core.evaluation.judge import compute_auc, judge
+from hf_in2core.evaluation.leakage import say_shared
 from hf_in2core.names import INFLUENCE, NUM_LOSS_TOKENS, RANK, name_coreset
 from hf_in2core.report.run import RESULTS_VERSION
 from hf_in2core.report.terminal import plot_arms, plot_influence, plot_length, print_results, write_report
@@ -101,11 +102,15 @@ def build_results(
     """The content of `results.json`."""
     complete = len(arms) == num_planned
     verdict = {"text": f"The comparison is not finished: {len(arms)} of {num_planned} arms are trained."}
+    if complete:
+        verdict = asdict(judge(arms, selection, fractions=fractions))
+    # Whoever quotes the verdict quotes it with what it is worth.
+    verdict["text"] = f"{say_shared(findings.get('data'))} {verdict['text']}".lstrip()
     return {
         "format_version": RESULTS_VERSION,
         "arms": arms,
         "selection": selection,
-        "verdict": asdict(judge(arms, selection, fractions=fractions)) if complete else verdict,
+        "verdict": verdict,
         "complete": complete,
         "base": base,
         **findings,

@@ -55,6 +55,7 @@ HARMLESS = {
         "task_column",
         "wrong_column",
         "bad_rows",
+        "allow_overlap",
     ),
     # Results are kept by arm, so that arms can be added.
     *("fractions", "seeds", "arms", "budgets", "analyses"),

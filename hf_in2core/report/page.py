@@ -30,6 +30,7 @@ from hf_in2core.evaluation.arms import (
     tabulate_auc,
     tabulate_tasks,
 )
+from hf_in2core.evaluation.leakage import list_near_copies, say_judge
 from hf_in2core.names import list_added_columns
 from hf_in2core.rows.scored import find_set_columns, read_numbers
 from hf_in2core.selection.lengths import correlate_with_length
@@ -109,6 +110,8 @@ def render_page(run: Run) -> str:
         verdict=show_verdict(run),
         budgets=split_by_budget(arms),
         figures=FIGURES,
+        judge=say_judge(run.get("data")),
+        near_copies=list_near_copies(run.get("data")),
         means=explain_means(arms),
         differences=list_differences(run.get("verdict", "by_fraction")),
         tasks=tabulate_tasks(run.results),
