@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from datasets import load_from_disk
 from helpers import ROOT, assert_same
 from hub_client import make_env
 from loopback_hub import LoopbackHub
-from recipe_runs import Inputs, launch, read_results, stamp, write_config
+from recipe_runs import Inputs, launch, make_rows, read_results, stamp, write_config, write_rows
 
 from hf_in2core import select_coreset
 
@@ -62,6 +63,22 @@ def test_two_processes(inputs: Inputs, finished: Path, tmp_path: Path) -> None:
     # Rows stand in other batches there, which moves the last bits; the largest scores are the measure of those.
     assert_same(again["influence"][:], scored["influence"][:], 1e-5)
     assert again["influence_rank"][:] == scored["influence_rank"][:]
+
+
+@pytest.mark.slow
+def test_two_processes_tell_of_shared_rows_once(inputs: Inputs, tmp_path: Path) -> None:
+    pool = [json.loads(line) for line in Path(inputs[1]["pool"]).read_text(encoding="utf-8").splitlines()]
+    validation = [*make_rows("reverse", 8, seed=3), pool[7] | {"completion": pool[7]["completion"].upper()}]
+    config = inputs[1] | {
+        "validation": [write_rows(tmp_path / "validation.jsonl", validation)],
+        "output_dir": str(tmp_path / "run"),
+    }
+    found = "1 of 60 rows of the pool are in the validation set too (row 7 of the pool is row 8 of the validation set)"
+    flags = ["--config", write_config(tmp_path, config), "--dry_run"]
+    with pytest.raises(AssertionError, match=re.escape(found)):
+        launch("recipes/in2core.py", *flags, processes=2)
+    answer = launch("recipes/in2core.py", *flags, "--allow_overlap", processes=2)
+    assert answer.stderr.count(f"warning: {found}") == 1 and answer.stderr.count(f"{found}: influence on itself") == 1
 
 
 @pytest.mark.slow

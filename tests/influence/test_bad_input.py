@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from helpers import (
     CHAT_TEMPLATE,
     add_trained_adapter,
@@ -85,6 +85,18 @@ def test_rows_longer_than_max_length(tmp_path, pool, validation, caplog) -> None
     make_trainer(tmp_path, pool, validation, max_length=10)
     assert "carry no loss token" in caplog.text
     assert "were cut" in caplog.text
+
+
+def test_validation_rows_in_the_pool_are_counted(tmp_path, pool, validation, caplog) -> None:
+    make_trainer(tmp_path, pool, {"math": validation, "code": make_prompt_completion(3, seed=8)})
+    assert "are in the" not in caplog.text
+    shouted = pool.select([4, 2]).map(lambda row: {"prompt": row["prompt"].upper(), "id": "other"})
+    make_trainer(tmp_path, pool, {"math": validation, "code": concatenate_datasets([validation, shouted])})
+    found = [record.getMessage() for record in caplog.records if "are in the" in record.getMessage()]
+    assert [message.partition(":")[0] for message in found] == [
+        "2 of 23 rows of the pool are in the validation code set too (row 2 of the pool is row 8 of the validation "
+        "code set)"
+    ]
 
 
 def test_no_adapter_and_an_untrained_one(tmp_path, pool, validation, caplog) -> None:

@@ -131,6 +131,12 @@ def test_another_pool_is_warned_of_with_a_measured_correlation(fitted, caplog) -
         check_fitted_pool(scorer, pool, validation.select(range(3)))
 
 
+def test_validation_rows_in_another_pool_are_warned_of(fitted, caplog) -> None:
+    pool, validation, _, scorer = fitted
+    check_fitted_pool(scorer, concatenate_datasets([pool, validation.select([6])]), validation)
+    assert "1 of 24 rows of the pool are in the validation set too (row 23 of the pool is row 6 of" in caplog.text
+
+
 def test_an_estimator_without_curvature_is_fitted_on_no_pool(fitted, tmp_path, caplog) -> None:
     pool, validation, _, _ = fitted
     trainer = make_trainer(tmp_path, pool, validation, torch.float32, estimator="gradient_dot")
