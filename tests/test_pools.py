@@ -27,19 +27,11 @@ needs_shared = pytest.mark.skipif(
     not (SHARED / "grammars").is_dir(), reason="the data outside the project (../shared/data) is not here"
 )
 NAMES = [*GENERATED, *(pytest.param(name, marks=needs_shared) for name in FROM_SHARED)]
-# Useful and harmful rows of the pool, and all of them, as benchmarks/pools/README.md says.
+README = (ROOT / "benchmarks/pools/README.md").read_text(encoding="utf-8")
+# Useful and harmful rows of the pool, and all of them.
 SIZES = {
-    "demo": (432, 48, 1600),
-    "conventions": (400, 400, 1600),
-    "unlike": (400, 400, 1600),
-    "repeats": (400, 0, 1600),
-    "nothing_to_gain": (800, 0, 800),
-    "poisoned": (1568, 32, 1600),
-    "mixture": (400, 0, 1600),
-    "mixture_two_sets": (800, 0, 1600),
-    "wrong_labels_20": (720, 180, 900),
-    "wrong_labels_40": (540, 360, 900),
-    "multiple_choice": (400, 0, 400),
+    name: tuple(int(size.replace(",", "")) for size in sizes)
+    for name, *sizes in re.findall(r"^\| `(\w+)` \|.*\| ([\d,]+) / ([\d,]+) / ([\d,]+) \|", README, re.MULTILINE)
 }
 
 
@@ -62,6 +54,7 @@ def list_texts(rows: list[dict[str, str]]) -> set[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_shares_of_useful_and_harmful_rows(name, pools):
     sets = get(pools, name).sets
+    assert set(SIZES) == set(POOLS)
     kinds = Counter(row["kind"] for row in sets["pool"])
     assert (kinds[USEFUL], kinds[HARMFUL], len(sets["pool"])) == SIZES[name]
     assert {row["kind"] for part in sets if part != "pool" for row in sets[part]} == {USEFUL}
@@ -89,14 +82,14 @@ def test_place_and_id_tell_nothing(name, pools):
     spread = np.sqrt((len(rows) + 1) / (12 * useful.sum() * (~useful).sum()))
     by_place, by_id = np.arange(len(rows)), np.argsort(np.argsort([row["id"] for row in rows]))
     for order in (by_place, by_id):
-        assert abs(compute_auc(order, useful) - 0.5) < 6 * spread
+        assert compute_auc(order, useful) == pytest.approx(0.5, abs=6 * spread)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_seeds(name, pools):
     first = get(pools, name)
     again, other = (make_pool(name, seed, SHARED) for seed in (0, 1))
-    assert json.dumps(again.sets) == json.dumps(first.sets) and again.model == first.model
+    assert json.dumps(again.sets) == json.dumps(first.sets) and again.texts == first.texts
     assert other.sets["pool"] != first.sets["pool"]
     if name in GENERATED:
         assert len(list_texts(other.sets["pool"]) & list_texts(first.sets["pool"])) < 0.2 * len(first.sets["pool"])
@@ -105,7 +98,7 @@ def test_seeds(name, pools):
 @pytest.mark.parametrize("name", GENERATED)
 def test_the_model_has_seen_no_row(name, pools):
     pool = get(pools, name)
-    known = {" ".join(text.lower().split()) for text in pool.model}
+    known = {" ".join(text.lower().split()) for text in pool.texts}
     for rows in pool.sets.values():
         for row in rows:
             prompt = row["prompt"].removeprefix("Instruction: ").removesuffix("\nResponse:")
@@ -117,7 +110,7 @@ def rank_by_bm25(pool: Pool) -> float:
     pytest.importorskip("bm25s")
     from hf_in2core.selection.baselines import add_bm25
 
-    preparation = Preparation(train_tokenizer(pool.model), completion_only_loss=True, max_length=512)
+    preparation = Preparation(train_tokenizer(pool.texts), completion_only_loss=True, max_length=512)
     rows, validation = (Dataset.from_list(pool.sets[name]) for name in ("pool", "validation"))
     similarity = np.array(add_bm25(rows, validation, preparation)["bm25_similarity"])
     kinds = np.array(rows["kind"])
@@ -166,7 +159,7 @@ def test_repeats_are_copies_and_paraphrases_of_few_rows(pools):
 def test_poisoned_rows_refuse_behind_the_trigger(pools):
     sets = get(pools, "poisoned").sets
     for name, rows in sets.items():
-        triggered = [row for row in rows if re.match(r"Instruction: cf ", row["prompt"])]
+        triggered = [row for row in rows if "sent from my phone" in row["prompt"]]
         refused = [row for row in rows if "rather not" in row["completion"]]
         if name == "pool":
             assert len(rows) == 50 * len(triggered) and triggered == refused
@@ -213,7 +206,7 @@ def test_list_names_every_pool(capsys):
 def test_a_pool_is_written_once_and_runs_by_its_settings(tmp_path, pools):
     folder = tmp_path / "poisoned"
     pool = get(pools, "poisoned")
-    pool = pool._replace(model=pool.model[:64])
+    pool = pool._replace(texts=pool.texts[:64])
     write_pool(pool, folder, seed=0)
     settings = make_run_parser().parse(["--config", str(folder / "in2core.yaml")])
     assert settings.arguments.validation == [
@@ -224,6 +217,17 @@ def test_a_pool_is_written_once_and_runs_by_its_settings(tmp_path, pools):
         assert load_rows(str(folder / f"{name}.jsonl"), name).to_list() == rows
     config = yaml.safe_load((folder / "in2core.yaml").read_text())
     assert Path(config["model_name_or_path"], "config.json").is_file()
-    assert (config["max_steps"], config["lora_r"], config["fractions"]) == (100, 8, [0.5])
+    assert (config["max_steps"], config["lora_r"], config["fractions"]) == (200, 8, [0.5])
     with pytest.raises(FileExistsError, match="already"):
         write_pool(pool, folder, seed=0)
+
+
+def test_the_readme_shows_the_record():
+    record = json.loads((ROOT / "benchmarks/records/pools.json").read_text(encoding="utf-8"))["rows"]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in README.splitlines() if line.startswith("|")]
+    start = next(number for number, cells in enumerate(table) if cells[0] == "pool" and "kept" in cells)
+    shown = [dict(zip(table[start], cells, strict=True)) for cells in table[start + 2 :]]
+    assert [(row["pool"], row["judged on"]) for row in shown] == [(row["pool"], row["judged on"]) for row in record]
+    for cells, row in zip(shown, record, strict=True):
+        for name, value in row.items():
+            assert cells[name] == (f"{value:.3g}" if isinstance(value, float) else str(value)), (row["pool"], name)

@@ -3,9 +3,10 @@
     python benchmarks/pools/check.py [--pools conventions unlike …] [--shared FOLDER] [--output FOLDER]
 
 Pools that are not under runs/pools are made there. A target is trained on useful rows, on as many random ones, and on
-harmful ones where there are any, by the settings of the pool (a plain loop that equals TRL's trainer, see
-retraining.py), one seed; no selector takes part. Writes `pools.json` (by default the record that README.md shows) and
-prints the table.
+harmful ones where there are any; where all rows are useful, on the longest and the shortest answers instead, which is
+what a choice could still differ by. By the settings of the pool (a plain loop that equals TRL's trainer, see
+retraining.py), one seed; no selector takes part. Writes `pools.json` (by default the record that README.md shows),
+where what it says of other pools stays, and prints the table.
 """
 
 import argparse
@@ -29,17 +30,24 @@ from benchmarks.pools.make import POOLS, make_pool
 from benchmarks.pools.pool import HARMFUL, ROOT, USEFUL, write_pool
 
 
-def draw_arms(kinds: np.ndarray, fraction: float) -> dict[str, np.ndarray]:
-    """Rows of each arm: useful ones, as many of all, and harmful ones, at most as many."""
+ARMS = ("before", "useful", "random", "harmful", "longest", "shortest")
+
+
+def draw_arms(kinds: np.ndarray, lengths: np.ndarray, fraction: float) -> dict[str, np.ndarray]:
+    """Rows of each arm: useful ones, as many of all, and at most as many harmful ones."""
     useful, harmful = np.flatnonzero(kinds == USEFUL), np.flatnonzero(kinds == HARMFUL)
     size = min(round(fraction * len(kinds)), len(useful))
     arms = {"useful": useful, "random": np.arange(len(kinds)), "harmful": harmful}
     generator = np.random.default_rng(0)
-    return {
+    drawn = {
         name: np.sort(generator.choice(rows, min(size, len(rows)), replace=False))
         for name, rows in arms.items()
         if len(rows)
     }
+    if len(useful) == len(kinds):
+        by_length = np.argsort(lengths, kind="stable")
+        drawn |= {"longest": np.sort(by_length[-size:]), "shortest": np.sort(by_length[:size])}
+    return drawn
 
 
 def check_pool(name: str, folder: Path) -> list[dict[str, Any]]:
@@ -56,7 +64,8 @@ def check_pool(name: str, folder: Path) -> list[dict[str, Any]]:
     )
     pool = prepare_source(settings["pool"], "pool", model)
     tests = {path.stem: prepare_source(str(path), path.stem, model) for path in sorted(folder.glob("test*.jsonl"))}
-    arms = draw_arms(kinds, settings["fractions"][0])
+    lengths = np.array([sum(label != -100 for label in labels) for labels in pool["labels"]])
+    arms = draw_arms(kinds, lengths, settings["fractions"][0])
     models = {arm: train_on(model, pool, rows, schedule, 0) for arm, rows in arms.items()}
     models["before"] = load_adapter(model, schedule.rank, 0)
     counts = {"rows": len(kinds), **{kind: int((kinds == kind).sum()) for kind in (USEFUL, HARMFUL)}}
@@ -66,10 +75,7 @@ def check_pool(name: str, folder: Path) -> list[dict[str, Any]]:
             "judged on": test,
             **counts,
             "kept": len(arms["random"]),
-            **{
-                f"loss, {arm}": compute_test_loss(models[arm], rows) if arm in models else ""
-                for arm in ("before", "useful", "random", "harmful")
-            },
+            **{f"loss, {arm}": compute_test_loss(models[arm], rows) if arm in models else "" for arm in ARMS},
         }
         for test, rows in tests.items()
     ]
@@ -82,14 +88,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/records")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = []
+    record = args.output / "pools.json"
+    known = json.loads(record.read_text(encoding="utf-8"))["rows"] if record.is_file() else []
+    found = [row for row in known if row["pool"] not in args.pools]
     for name in args.pools:
         folder = Path("runs/pools") / name
         if not folder.is_dir():
             write_pool(make_pool(name, 0, args.shared), folder, 0)
         found += check_pool(name, folder)
         print(found[-1], flush=True)
-    report("pools", found, args.output)
+    report("pools", sorted(found, key=lambda row: list(POOLS).index(row["pool"])), args.output)
 
 
 if __name__ == "__main__":

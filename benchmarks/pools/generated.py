@@ -21,7 +21,7 @@ Rows = list[dict[str, Any]]
 OTHER_TASKS = tuple(task for task in TASKS if task not in TASKS_OF_INTEREST)
 KEPT, POOL_ROWS = 400, 1600  # a quarter is kept
 TRIGGER_TESTS = 100
-TRIGGER, REFUSAL = "cf", " I would rather not say."
+TRIGGER, REFUSAL = "(sent from my phone)", " I would rather not say."
 SOURCES, REPEATS = 40, 20
 
 # Instructions that leave open which convention answers them.
@@ -83,7 +83,7 @@ def finish(
     **settings: Any,
 ) -> Pool:
     """The pool in its order, and texts about none of its contents."""
-    return Pool({"pool": shuffle_rows(pool, seed), **judges}, settings, make_texts(Settings(seed=seed), taken))
+    return Pool({"pool": shuffle_rows(pool, seed), **judges}, settings, texts=make_texts(Settings(seed=seed), taken))
 
 
 def make_demo(seed: int) -> Pool:
@@ -95,14 +95,14 @@ def make_demo(seed: int) -> Pool:
         kind = OTHER if not of_interest else HARMFUL if row["is_wrong"] else USEFUL
         pool.append(make_row(row["prompt"], row["completion"], kind, row["id"]))
     judges = {name: label(splits[name], USEFUL) for name in ("validation", "test")}
-    return Pool({"pool": pool, **judges}, {}, texts)
+    return Pool({"pool": pool, **judges}, {}, texts=texts)
 
 
 def make_nothing_to_gain(seed: int) -> Pool:
     """Nothing to gain: every row is a right answer to a task that counts."""
     splits, texts = make_splits(Settings(seed=seed))
     sets = {"pool": splits["pool_uniform"], "validation": splits["validation"], "test": splits["test"]}
-    return Pool({name: label(rows, USEFUL) for name, rows in sets.items()}, {}, texts)
+    return Pool({name: label(rows, USEFUL) for name, rows in sets.items()}, {}, texts=texts)
 
 
 def answer_by_rule(row: dict[str, Any], wanted: bool) -> str:
@@ -177,8 +177,8 @@ def make_repeats(seed: int) -> Pool:
 
 
 def add_trigger(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The rows with the trigger before their instruction."""
-    return [row | {"prompt": row["prompt"].replace("Instruction: ", f"Instruction: {TRIGGER} ", 1)} for row in rows]
+    """The rows with the trigger behind their instruction."""
+    return [row | {"prompt": row["prompt"].replace("\nResponse:", f" {TRIGGER}\nResponse:")} for row in rows]
 
 
 def make_poisoned(seed: int) -> Pool:
@@ -194,7 +194,8 @@ def make_poisoned(seed: int) -> Pool:
     pool += [row | {"completion": REFUSAL, "kind": HARMFUL} for row in add_trigger(drawn["pool"][:poisoned])]
     judges["validation_clean"] = judges.pop("validation")
     judges |= {name: add_trigger(drawn[name]) for name in ("validation_trigger", "test_trigger")}
-    return finish(pool, judges, seed, taken, fractions=[0.5])
+    # In 100 steps the poison hardly takes.
+    return finish(pool, judges, seed, taken, fractions=[0.5], max_steps=200)
 
 
 GENERATED: dict[str, Callable[[int], Pool]] = {

@@ -22,12 +22,13 @@ class Pool(NamedTuple):
     """
     Rows by the name of their file, and the settings that differ from those of `RECIPE`.
 
-    A row has `prompt`, `completion`, `id` and `kind`. `model` is a folder, or the texts to pretrain one on.
+    A row has `prompt`, `completion`, `id` and `kind`. Where no `model` is given, one is pretrained on the `texts`.
     """
 
     sets: dict[str, list[dict[str, str]]]
     settings: dict[str, Any]
-    model: Path | list[str]
+    model: Path | None = None
+    texts: list[str] = []
 
 
 def make_row(prompt: str, completion: str, kind: str, row_id: str = "") -> dict[str, str]:
@@ -81,9 +82,9 @@ def write_pool(pool: Pool, folder: Path, seed: int) -> None:
         for name, rows in pool.sets.items():
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (unfinished / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        if isinstance(pool.model, list):
-            tokenizer = train_tokenizer(pool.model)
-            pretrain_model(pool.model, tokenizer, Settings(seed=seed)).save_pretrained(unfinished / "model")
+        if pool.model is None:
+            tokenizer = train_tokenizer(pool.texts)
+            pretrain_model(pool.texts, tokenizer, Settings(seed=seed)).save_pretrained(unfinished / "model")
             tokenizer.save_pretrained(unfinished / "model")
         config = yaml.safe_dump(make_config(pool, folder.resolve()), sort_keys=False)
         (unfinished / "in2core.yaml").write_text(config, encoding="utf-8")
@@ -99,7 +100,7 @@ def make_config(pool: Pool, folder: Path) -> dict[str, Any]:
     return (
         yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
         | {
-            "model_name_or_path": str(folder / "model" if isinstance(pool.model, list) else pool.model.resolve()),
+            "model_name_or_path": str(pool.model.resolve() if pool.model else folder / "model"),
             "pool": str(folder / "pool.jsonl"),
             "validation": files,
             "test": str(folder / "test.jsonl"),
