@@ -205,9 +205,7 @@ def make_splits(settings: Settings) -> tuple[dict[str, list[dict[str, Any]]], li
 
     The splits `held_out` and `held_out_exercises` (clean rows of every task) are for the manifest's losses and are not
     written. No content (the numbers, letters, words or dates that a row is about) occurs twice, within a split or
-    across splits, and the texts contain none of them. The texts are general ones: solved exercises of every task, as
-    often wrong as the pool, instructions that nobody answers, and noise. How an instruction is answered is left for
-    fine-tuning to teach.
+    across splits, and the texts contain none of them.
     """
     taken: set[tuple[str, str]] = set()
     every, interest, seed, wrong_fraction = [*TASKS], TASKS_OF_INTEREST, settings.seed, settings.wrong_fraction
@@ -219,6 +217,17 @@ def make_splits(settings: Settings) -> tuple[dict[str, list[dict[str, Any]]], li
         "held_out": make_rows("held_out", every, 320, seed, taken),
         "held_out_exercises": make_rows("exercises", every, 320, seed, taken, phrase=phrase_exercise),
     }
+    return splits, make_texts(settings, taken)
+
+
+def make_texts(settings: Settings, taken: set[tuple[str, str]]) -> list[str]:
+    """
+    Make the texts for pretraining, about no content in `taken`.
+
+    They are general ones: solved exercises of every task, as often wrong as the pool, instructions that nobody
+    answers, and noise. How an instruction is answered is left for fine-tuning to teach.
+    """
+    every, seed, wrong_fraction = [*TASKS], settings.seed, settings.wrong_fraction
     num_texts = settings.pretrain_steps * PRETRAIN_BATCH_SIZE
     num_solved, num_unanswered = round(SOLVED_FRACTION * num_texts), round(UNANSWERED_FRACTION * num_texts)
     solved = make_rows("solved", every, num_solved, seed, taken, wrong_fraction, phrase_exercise, distinct=False)
@@ -228,7 +237,7 @@ def make_splits(settings: Settings) -> tuple[dict[str, list[dict[str, Any]]], li
     texts += [row["prompt"].removeprefix("Instruction: ").removesuffix("\nResponse:") for row in unanswered]
     texts += [make_noise(rng) for _ in range(num_texts - len(texts))]
     rng.shuffle(texts)
-    return splits, texts
+    return texts
 
 
 def train_tokenizer(texts: Sequence[str]) -> Any:
