@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from recipes.quickstart.generate import (
@@ -54,7 +54,7 @@ def draw(split: str, tasks: Sequence[str], num_rows: int, seed: int, taken: set[
     return make_rows(split, tasks, num_rows, seed, taken, phrase=lambda task, content, rng: content)
 
 
-def phrase(row: dict[str, Any], phrasings: dict[str, Sequence[str]], rng: random.Random) -> str:
+def phrase(row: dict[str, Any], phrasings: Mapping[str, Sequence[str]], rng: random.Random) -> str:
     """The content of a drawn row in one of the phrasings of its task."""
     return f"Instruction: {rng.choice(phrasings[row['task']]).format(row['prompt'])}\nResponse:"
 

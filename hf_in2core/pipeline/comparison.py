@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_in2core.evaluation.judge import compute_auc, judge
 from hf_in2core.evaluation.leakage import say_shared
-from hf_in2core.names import INFLUENCE, NUM_LOSS_TOKENS, RANK, name_coreset
+from hf_in2core.names import INFLUENCE, METHODS, NUM_LOSS_TOKENS, RANK, name_coreset
 from hf_in2core.report.run import RESULTS_VERSION
 from hf_in2core.report.terminal import plot_arms, plot_influence, plot_length, print_results, write_report
 from hf_in2core.rows.columns import apply_columns
@@ -226,7 +226,7 @@ def compute_aucs(
     wrong_column: str | None,
 ) -> dict[str, Any]:
     """
-    How influence ranks the tasks of interest and the wrong answers, beside how the row's own loss does.
+    How influence ranks the tasks of interest and the wrong answers, beside the row's own loss and the methods.
 
     Args:
         scored ([`~datasets.Dataset`]): The scored pool.
@@ -240,7 +240,10 @@ def compute_aucs(
         `dict`: `auc`, by kind of row and score (0.5 = chance; influence as a sign of tasks of interest is taken
         negative, and of wrong answers positive; the loss likewise low and high), and `auc_rows`, how many there are.
     """
-    influence = read_scores(scored, INFLUENCE)
+    # A method's best rows are at its smallest values, as those of influence; the loss stands for itself.
+    columns = {name: method.column for name, method in METHODS.items() if method.column not in (INFLUENCE, "loss")}
+    scores = {INFLUENCE: read_scores(scored, INFLUENCE), "loss": row_losses}
+    scores |= {name: read_scores(scored, column) for name, column in columns.items() if column in scored.column_names}
     everything = np.ones(len(scored), dtype=bool)
     interest = everything
     if task_column is not None:
@@ -251,10 +254,7 @@ def compute_aucs(
 
     def add(kind: str, labels: np.ndarray, sign: int, among: np.ndarray) -> None:
         counts[kind] = int(labels[among].sum())
-        auc[kind] = {
-            name: compute_auc(sign * scores[among], labels[among])
-            for name, scores in ((INFLUENCE, influence), ("loss", row_losses))
-        }
+        auc[kind] = {name: compute_auc(sign * values[among], labels[among]) for name, values in scores.items()}
 
     if task_column is not None:
         add("tasks of interest", interest, -1, everything)

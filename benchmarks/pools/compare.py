@@ -1,0 +1,147 @@
+"""Every selector on every pool: how it ranks the useful and the harmful rows, and which of them a run takes by itself.
+
+    python benchmarks/pools/compare.py --rank [--pools unlike …] [--seed 0]
+    python benchmarks/pools/compare.py --train [--pools unlike …] [--pool_seeds 0 1] [--arms bm25 rds cosine]
+
+`--rank` scores each pool by every method and prints, of a quarter chosen by it, the share of useful and of harmful
+rows: `pools_ranked.json`. `--train` runs `in2core run --strategy auto` on it, with some methods as arms beside the choice:
+`pools_trained.json`. What the records say of other pools stays; the same command resumes.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from datasets import load_from_disk
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from workload import describe_machine
+
+from benchmarks.pools.make import POOLS, make_pool
+from benchmarks.pools.pool import HARMFUL, ROOT, USEFUL, write_pool
+from hf_in2core.commands import run as run_command
+from hf_in2core.commands import score as score_command
+from hf_in2core.commands import train_reference
+from hf_in2core.names import METHODS
+from hf_in2core.pipeline.run_folder import write_json
+from hf_in2core.selection.coreset import select_positions
+
+
+SETTINGS = ("model_name_or_path", "pool", "learning_rate", "warmup_steps", "per_device_train_batch_size", "max_length")
+SETTINGS += ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "activation_checkpointing")
+
+
+def find_pool(name: str, seed: int, shared: Path) -> Path:
+    """The folder of a pool, made where it is not there yet."""
+    folder = Path("runs/pools") / (name if seed == 0 else f"{name}-{seed}")
+    if not folder.is_dir():
+        write_pool(make_pool(name, seed, shared), folder, seed)
+    return folder
+
+
+def call(command: Any, folder: Path, name: str, settings: dict[str, Any]) -> None:
+    """Call a command of `in2core` in this process with settings from a file."""
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    command.main(command.make_parser().parse(["--config", str(path)]))
+
+
+def rank_pool(folder: Path) -> dict[str, Any]:
+    """Score a pool by every method: the share of useful and of harmful rows in what each chooses."""
+    settings = yaml.safe_load((folder / "in2core.yaml").read_text(encoding="utf-8"))
+    kept = {name: settings[name] for name in SETTINGS if name in settings}
+    reference, scores = folder / "reference", folder / "scores"
+    if not (reference / "training.json").is_file():
+        epochs = {"num_train_epochs": settings.get("reference_num_train_epochs", settings.get("num_train_epochs", 1))}
+        call(train_reference, folder, "reference", kept | epochs | {"output_dir": str(reference)})
+    if not (scores / "scored").is_dir():
+        more = {"reference_adapter": str(reference), "validation": settings["validation"], "methods": list(METHODS)}
+        call(score_command, folder, "score", kept | more | {"output_dir": str(scores)})
+    scored = load_from_disk(str(scores / "scored"))
+    kinds = np.array(scored["kind"])
+    found: dict[str, Any] = {"rows": len(scored), "useful": float(np.mean(kinds == USEFUL)), "methods": {}}
+    found["harmful"] = float(np.mean(kinds == HARMFUL))
+    for name, method in METHODS.items():
+        options = {"column": method.column, "strategy": method.strategy, "order": "original"}
+        chosen = kinds[select_positions(scored, fraction=settings["fractions"][0], **options)]
+        found["methods"][name] = {kind: float(np.mean(chosen == kind)) for kind in (USEFUL, HARMFUL)}
+    return found
+
+
+def train_pool(folder: Path, arms: list[str], seeds: list[int], budget: float) -> dict[str, Any]:
+    """A run that chooses by itself, beside some methods; the test losses by arm and seed, and the tournament."""
+    settings = yaml.safe_load((folder / "in2core.yaml").read_text(encoding="utf-8"))
+    settings |= {"strategy": "auto", "auto_budget": budget, "arms": ["full", "random", "coreset", *arms]}
+    settings |= {"seeds": seeds, "budgets": ["steps"], "output_dir": str(folder / "run")}
+    call(run_command, folder, "auto", settings)
+    results = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
+    losses: dict[str, dict[str, float]] = {}
+    for arm in results["arms"]:
+        losses.setdefault(arm["arm"], {})[str(arm["seed"])] = arm["test_loss"]
+    tournament = {key: results["tournament"][key] for key in ("outcome", "winner", "steps", "num_runs", "losses")}
+    cost = results["verdict"]["cost"]
+    seconds = [arm["seconds"] for arm in results["arms"] if arm["arm"] == "full"]
+    return {
+        "losses": losses,
+        "before": results["base"]["test_loss"],
+        "tournament": tournament | {"seconds": cost["tournament_seconds"], "target_seconds": float(np.mean(seconds))},
+        "intervals": results["verdict"]["by_fraction"][0]["intervals"],
+    }
+
+
+def show_ranked(found: dict[str, Any]) -> None:
+    print(f"\n{'':18}{'random':>14}" + "".join(f"{name:>14}" for name in METHODS))
+    for name, pool in found.items():
+        cells = [f"{pool[USEFUL]:.2f}/{pool[HARMFUL]:.2f}"]
+        cells += [
+            f"{pool['methods'][method][USEFUL]:.2f}/{pool['methods'][method][HARMFUL]:.2f}" for method in METHODS
+        ]
+        print(f"{name:18}" + "".join(f"{cell:>14}" for cell in cells))
+
+
+def show_trained(found: dict[str, Any]) -> None:
+    for name, pool in found.items():
+        means = {arm: float(np.mean(list(losses.values()))) for arm, losses in pool["losses"].items()}
+        shown = ", ".join(f"{arm} {mean:.3f}" for arm, mean in sorted(means.items(), key=lambda pair: pair[1]))
+        tournament = pool["tournament"]
+        print(f"{name}: auto {tournament['outcome']} ({tournament['winner']}); {shown}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--pools", nargs="+", choices=list(POOLS), default=list(POOLS))
+    parser.add_argument("--rank", action="store_true", help="Rank the rows of each pool by every method.")
+    parser.add_argument("--train", action="store_true", help="Train targets beside a tournament.")
+    parser.add_argument("--arms", nargs="*", default=["bm25", "rds", "cosine"], help="Methods that --train compares.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Seeds of the targets.")
+    parser.add_argument("--pool_seeds", nargs="+", type=int, default=[0], help="Seeds of the pools.")
+    parser.add_argument("--auto_budget", type=float, default=2.0)
+    parser.add_argument("--shared", type=Path, default=Path("../shared/data"), help="Data outside the project.")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/records")
+    args = parser.parse_args()
+    for kind, wanted in (("ranked", args.rank), ("trained", args.train)):
+        path = args.output / f"pools_{kind}.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"pools": {}}
+        for name in args.pools if wanted else []:
+            for seed in args.pool_seeds:
+                folder = find_pool(name, seed, args.shared)
+                found = (
+                    rank_pool(folder)
+                    if kind == "ranked"
+                    else train_pool(folder, args.arms, args.seeds, args.auto_budget)
+                )
+                known["pools"][folder.name] = found
+                write_json(path, known | {"machine": describe_machine()})
+        if wanted:
+            (show_ranked if kind == "ranked" else show_trained)(known["pools"])
+
+
+if __name__ == "__main__":
+    main()
