@@ -4,8 +4,8 @@
     python benchmarks/pools/compare.py --train [--pools unlike …] [--pool_seeds 0 1] [--arms bm25 rds cosine]
 
 `--rank` scores each pool by every method and prints, of a quarter chosen by it, the share of useful and of harmful
-rows: `pools_ranked.json`. `--train` runs `in2core run --strategy auto` on it, with some methods as arms beside the choice:
-`pools_trained.json`. What the records say of other pools stays; the same command resumes.
+rows: `pools_ranked.json`. `--train` runs `in2core run --strategy auto` on it, with some methods as arms beside the
+choice: `pools_trained.json`. What the records say of other pools stays; the same command resumes.
 """
 
 import argparse
