@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import yaml
 from datasets import load_from_disk
@@ -106,6 +107,27 @@ def show_ranked(found: dict[str, Any]) -> None:
         print(f"{name:18}" + "".join(f"{cell:>14}" for cell in cells))
 
 
+def draw_ranked(found: dict[str, Any], path: Path) -> None:
+    """A square for each method and pool: useful less harmful rows among those chosen, less the same of the pool."""
+    gains = np.array(
+        [
+            [entry[USEFUL] - entry[HARMFUL] - (pool[USEFUL] - pool[HARMFUL]) for entry in pool["methods"].values()]
+            for pool in found.values()
+        ]
+    )
+    figure, panel = plt.subplots(figsize=(9, 0.45 * len(found) + 2.2), layout="constrained")
+    panel.imshow(gains, cmap="PuOr", vmin=-1, vmax=1, aspect="auto")
+    panel.set_xticks(range(len(METHODS)), METHODS, rotation=35, ha="right")
+    panel.set_yticks(range(len(found)), found)
+    for (row, column), gain in np.ndenumerate(gains):
+        best = gain == gains[row].max()
+        panel.text(column, row, f"{gain:+.2f}", ha="center", va="center", fontsize=8, weight="bold" if best else None)
+    panel.set_title(
+        "A quarter of each pool: useful less harmful rows, above random rows (bold: the best)", fontsize=10
+    )
+    figure.savefig(path, dpi=120)
+
+
 def show_trained(found: dict[str, Any]) -> None:
     for name, pool in found.items():
         means = {arm: float(np.mean(list(losses.values()))) for arm, losses in pool["losses"].items()}
@@ -141,6 +163,8 @@ def main() -> None:
                 write_json(path, known | {"machine": describe_machine()})
         if wanted:
             (show_ranked if kind == "ranked" else show_trained)(known["pools"])
+        if wanted and kind == "ranked":
+            draw_ranked(known["pools"], ROOT / "benchmarks/figures/pools_ranked.png")
 
 
 if __name__ == "__main__":
