@@ -143,7 +143,12 @@ def make_results(seeds: int = 3, budgets: tuple[str, ...] = ("steps", "epochs"),
         for seed in range(seeds)
     ]
     selection = {"seconds": 62.0, "reference_seconds": 60.0, "rows": 1600}
-    return {"arms": arms, "selection": selection, "verdict": asdict(judge(arms, selection))}
+    pair = {"row": 3, "pool_row": 5, "share": 0.9, "text": HOSTILE["script"], "pool_text": HOSTILE["spaced"]}
+    data = {
+        "pool": {"rows": 1600, "shared": {"validation": 0, "test": 0}},
+        "test": {"rows": 200, "near_copies": {"rows": 1, "pairs": [pair]}},
+    }
+    return {"arms": arms, "selection": selection, "verdict": asdict(judge(arms, selection)), "data": data}
 
 
 class Page(HTMLParser):

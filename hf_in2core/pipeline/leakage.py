@@ -36,12 +36,12 @@ def refuse_same_source(args: In2CoreArguments, validation_sources: Mapping[str, 
         for other_flag, other in given[place + 1 :]:
             if args.allow_overlap or flag == other_flag or _identify_source(source) != _identify_source(other):
                 continue
-            why = "the rows that select would be trained on" if flag == "--validation" else "the judges would train"
-            if other_flag == "--test":
-                why = "the rows that select would also judge what they selected"
+            does = "select" if flag == "--validation" else "judge"
+            why = "judge what they selected" if other_flag == "--test" else "be trained on"
             raise ValueError(
-                f"{flag} and {other_flag} name the same source ({source}): {why}. Give each rows of its own, for "
-                "example by splitting the file; --allow_overlap goes on all the same, and the results say so."
+                f"{flag} and {other_flag} name the same source ({source}): the rows that {does} would also {why}. "
+                "Give each rows of its own, for example by splitting the file; --allow_overlap goes on, and the "
+                "results say so."
             )
 
 
@@ -77,16 +77,17 @@ def separate_sets(
             overlap = find_overlap(checked[name], checked[other])
             if overlap is None:
                 continue
-            said.append(str(overlap))
             if not args.drop_overlap:
+                said.append(str(overlap))
                 shared[name][other] = len(overlap.rows)
                 continue
+            warn(f"{overlap}; they are dropped from the {overlap.what}.")
             kept[name] = np.setdiff1d(kept[name], overlap.rows)
             if len(kept[name]) == 0:
                 raise ValueError(
                     f"{overlap}, and nothing is left of the {overlap.what} when they are dropped. Give another set."
                 )
-    if said and not args.drop_overlap and not args.allow_overlap:
+    if said and not args.allow_overlap:
         raise ValueError(
             f"Sets that should have no row in common share some: {'; '.join(said)}. What selects or judges must not "
             "be trained on, nor judge what it selected; the figures would be too good. Rows are the same where prompt "
@@ -94,7 +95,7 @@ def separate_sets(
             "validation set those of the test set; --allow_overlap goes on all the same, and the results say so."
         )
     for found in said:
-        warn(f"{found}; " + ("they are dropped." if args.drop_overlap else "what they measure is too good."))
+        warn(f"{found}; what they measure is too good.")
     return kept, shared
 
 

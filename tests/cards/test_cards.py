@@ -72,6 +72,10 @@ RESULTS: dict[str, Any] = {
         },
         "cost": {"break_even_runs": 3},
     },
+    "data": {
+        "pool": {"rows": 1600, "shared": {"validation": 2, "test": 3}},
+        "test": {"rows": 200, "near_copies": {"rows": 1, "pairs": []}},
+    },
 }
 
 
@@ -208,6 +212,16 @@ def test_the_section_states_sign_verdict_provenance_and_cost() -> None:
     ]:
         assert stated in section, stated
     assert "coreset \N{MINUS SIGN} full" not in section  # that comparison was not run
+
+
+def test_what_the_test_set_shares_is_said_and_what_is_not_known_is_not() -> None:
+    section = html.unescape(render())
+    assert "on the test set, which is not apart from what trained and selected: 3 of 1,600 rows of the pool" in section
+    assert "1,600 rows, 2 of them in the validation set too, 3 of them in the test set too" in section
+    assert "200 rows, 1 with a near-copy in the pool" in section
+    # A run of a version that did not compare them.
+    before = html.unescape(render(results={name: value for name, value in RESULTS.items() if name != "data"}))
+    assert "per labelled token on the test set. " in before
 
 
 def test_without_a_comparison_the_card_does_not_claim_one() -> None:

@@ -135,16 +135,17 @@ def test_near_copies_are_counted_and_shown(inputs: Inputs, tmp_path: Path, capsy
     test = make_rows("reverse", NUM_TEST, seed=4)
     changes = {
         "pool": write_rows(tmp_path / "pool.jsonl", [*pool, pool[0] | known]),
-        "test": write_rows(tmp_path / "test.jsonl", [*test, test[0] | changed]),
+        # The last one is no near-copy but the same row.
+        "test": write_rows(tmp_path / "test.jsonl", [*test, test[0] | changed, test[0] | known]),
         "arms": ["coreset"],
         "budgets": ["epochs"],
         "output_dir": str(tmp_path / "run"),
     }
-    run_command("run", "--config", write_config(tmp_path, inputs[1] | changes))
-    rows = NUM_TEST + 1
-    said = f"1 of {rows} rows of the test set have a near-copy in the pool"
+    run_command("run", "--config", write_config(tmp_path, inputs[1] | changes), "--allow_overlap")
+    said = f"1 of {NUM_TEST + 2} rows of the test set have a near-copy in the pool"
     assert said in capsys.readouterr().err
     found = read_results(tmp_path)["data"]
+    assert found["pool"]["shared"] == {"validation": 0, "test": 1}
     assert found["validation"]["near_copies"] == {"rows": 0, "pairs": []}
     assert found["test"]["near_copies"]["rows"] == 1
     (pair,) = found["test"]["near_copies"]["pairs"]
