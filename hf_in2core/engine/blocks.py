@@ -9,16 +9,22 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
 class Block(NamedTuple):
-    """A trainable tensor: the `parameter` (`"weight"` or `"bias"`) of `module`, in decoder layer `layer`."""
+    """
+    A trainable tensor: the `parameter` (`"weight"` or `"bias"`) of `module`, in decoder layer `layer`.
 
-    module: nn.Linear
+    Its `kind` says how its gradients are recorded: as those of a `"linear"`, or of one of [`VOCABULARY_KINDS`].
+    """
+
+    module: nn.Module
     parameter: str
     layer: int | None
+    kind: str = "linear"
 
     @property
     def tensor(self) -> nn.Parameter:
@@ -28,6 +34,8 @@ class Block(NamedTuple):
 
 Blocks = dict[str, Block]
 
+# Those with a row for every token of the vocabulary.
+VOCABULARY_KINDS = ("head", "embedding")
 # The linears of the attention as most families call them.
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -60,13 +68,12 @@ def find_blocks(model: nn.Module, adapter_name: str | None = None) -> Blocks:
 
     Raises:
         ValueError: if nothing is trainable, or if a trainable tensor is not the weight or bias of an `nn.Linear` that
-            sees each row on its own (the tensors are listed by name).
+            sees each row on its own, nor the whole input embedding (the tensors are listed by name).
     """
     owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
     refused: dict[str, str] = {}
     blocks: Blocks = {}
-    head = model.get_output_embeddings() if isinstance(model, (PreTrainedModel, PeftModel)) else None
-    head_modules = set(head.modules()) if head is not None else set()
+    head, embedding = _find_vocabulary_modules(model)
     unsupported_parents = _find_unsupported_parents(model)
     for module_name, module in model.named_modules():
         for parameter, tensor in module.named_parameters(recurse=False):
@@ -75,12 +82,10 @@ def find_blocks(model: nn.Module, adapter_name: str | None = None) -> Blocks:
             name = f"{module_name}.{parameter}"
             owners.setdefault(id(tensor), []).append((name, module, parameter))
             reason = next((why for parent, why in unsupported_parents.items() if name.startswith(f"{parent}.")), None)
-            if reason is None and module in head_modules:
-                reason = "part of the output head"
-            if reason is None and type(module) is not nn.Linear:
-                reason = f"a tensor of {type(module).__name__}, not the weight or bias of an nn.Linear"
+            kind, why = _classify(module, head, embedding)
+            reason = reason or why
             if reason is None:
-                blocks[_strip_adapter(name, adapter_name)] = Block(module, parameter, _layer_index(name))
+                blocks[_strip_adapter(name, adapter_name)] = Block(module, parameter, _layer_index(name), kind)
             else:
                 refused[name] = reason
     for names in owners.values():
@@ -91,11 +96,13 @@ def find_blocks(model: nn.Module, adapter_name: str | None = None) -> Blocks:
         more = f"\n  … and {len(refused) - 10} more" if len(refused) > 10 else ""
         experts = any(".experts." in name for name in refused)
         advice = "of the attention alone, `target_modules=" + f"{ATTENTION!r}`" if experts else "on linear layers"
+        tied = any(reason.startswith("shared") for reason in refused.values())
+        untie = " Without `ensure_weight_tying` PEFT trains a copy of each tied matrix." if tied else ""
         raise ValueError(
             f"{len(refused)} trainable tensors have no per-example gradient here, and leaving them out would make the "
             f"influence wrong:\n{shown}{more}\nUse plain LoRA (or rsLoRA) {advice}: no DoRA, no LoRA on "
             "embeddings, `lm_head` or `target_parameters`, no `trainable_token_indices`, `modules_to_save` only for "
-            "linear layers, and no full fine-tuning."
+            f"linear layers, the input embedding and `lm_head`, and no full fine-tuning.{untie}"
         )
     if not blocks:
         raise ValueError(
@@ -135,6 +142,35 @@ def _find_unsupported_parents(model: nn.Module) -> dict[str, str]:
             else:
                 parents[name] = f"the LoRA variant {type(variant).__name__}"
     return parents
+
+
+def _find_vocabulary_modules(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The output head and the input embedding, as PEFT has wrapped them."""
+    if not isinstance(model, (PreTrainedModel, PeftModel)):
+        return None, None
+    return model.get_output_embeddings(), model.get_input_embeddings()
+
+
+def _classify(module: nn.Module, head: nn.Module | None, embedding: nn.Module | None) -> tuple[str, str | None]:
+    """Kind of the blocks of a module, and why it has none."""
+    # Not an embedding that scales what it finds, or changes weights or gradients by what it has seen.
+    if type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq:
+        if _is_saved(embedding, module):
+            return "embedding", None
+    elif type(module) is nn.Linear:
+        if _is_saved(head, module):
+            return "head", None
+        inside_head = head is not None and module in set(head.modules())
+        return (
+            "linear",
+            "part of the output head, which counts as a whole (`modules_to_save`) only" if inside_head else None,
+        )
+    return "", f"a tensor of {type(module).__name__}, not the weight or bias of an nn.Linear"
+
+
+def _is_saved(wrapper: nn.Module | None, module: nn.Module) -> bool:
+    """Whether a module is the trained copy that `modules_to_save` has made."""
+    return isinstance(wrapper, ModulesToSaveWrapper) and module in wrapper.modules_to_save.children()
 
 
 def _strip_adapter(name: str, adapter_name: str | None) -> str:

@@ -1,17 +1,21 @@
 """Per-example gradients of an adapter out of one batched backward.
 
-Every trainable tensor is a block. A block is the weight or bias of an `nn.Linear` (a LoRA `A` or `B`): with input `x`
+Every trainable tensor is a block. Most are the weight or bias of an `nn.Linear` (a LoRA `A` or `B`): with input `x`
 of shape `[B, T, in]` and output gradient `g` of shape `[B, T, out]`, the per-example gradient of its weight is
 `G_k = sum_t g_kt x_kt^T`, shape `[out, in]`. The linear is replaced, for the length of a pass, by a function whose
 backward hands `(x, g)` to a reducer, so that no `[n, d]` matrix is ever built and no weight gradient is computed
 twice. The backward stops below the lowest block, and layers below it run without a graph.
+
+The output head and the input embedding have a row for every token of the vocabulary, so that the gradients of a batch
+would be as many copies of the largest matrix of the model: they are handed over one example after the other, the
+head's summed over the chunks of its logits, the embedding's at the tokens of the example alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,9 +35,33 @@ from .losses import (
     run_to_head,
 )
 from .sharding import is_sharded
+from .vocabulary import HeadRows, iterate_embedding_rows
 
 
-Reducer = Callable[[str, Tensor, Tensor], None]
+class Gradients(NamedTuple):
+    """
+    What the backward hands over of the per-example gradients of a block; [`form_gradients`] makes them of it.
+
+    Attributes:
+        x (`torch.Tensor`):
+            Input of the linear, `[B, T, in]`. Of a vocabulary's matrix, the gradient itself at some of its tokens,
+            `[1, m, in]`.
+        grad_output (`torch.Tensor`, *optional*):
+            Gradient of the summed loss with respect to the output of the linear, `[B, T, out]`; `None` of a
+            vocabulary's matrix.
+        row (`int`, *optional*):
+            Which row of the batch it is, where there is a call for each of them, in their order; `None` for all.
+        tokens (`torch.Tensor`, *optional*):
+            Rows of the matrix that `x` has, `[m]`; the gradient is zero in all others. `None` for all.
+    """
+
+    x: Tensor
+    grad_output: Tensor | None
+    row: int | None = None
+    tokens: Tensor | None = None
+
+
+Reducer = Callable[[str, Gradients], None]
 
 # float16 holds nothing below 6e-8: of long rows most gradients would vanish, so the loss is scaled while they pass.
 LOSS_SCALE = 2.0**14
@@ -69,9 +97,23 @@ class _RecordedLinear(torch.autograd.Function):
         return grad_x, None, None, None, None
 
 
+class _RecordedOutput(torch.autograd.Function):
+    """The output of a module as it is, whose gradient is handed to `record` on its way."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, record: Callable[[Tensor], None]) -> Tensor:
+        ctx.record = record
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        ctx.record(grad_output)
+        return grad_output, None, None
+
+
 class GradientRecorder:
     """
-    Runs batches forward and backward with the blocks' linears replaced, feeding a reducer.
+    Runs batches forward and backward with the blocks' modules replaced, feeding a reducer.
 
     Example:
 
@@ -100,6 +142,7 @@ class GradientRecorder:
         self._anchors: dict[torch.device, Tensor] = {}
         self._plain_head: bool | None = None
         self._batch_shape: tuple[int, int] = (0, 0)
+        self._head_rows: dict[str, HeadRows] = {}
         self._reducer: Reducer | None = None
         self._recorded: dict[str, int] = {}
         half = torch.float16 in (autocast, getattr(model, "dtype", None))
@@ -107,7 +150,7 @@ class GradientRecorder:
         self._fits: Tensor | None = None
 
     def __enter__(self) -> GradientRecorder:
-        by_module: dict[nn.Linear, list[str]] = {}
+        by_module: dict[nn.Module, list[str]] = {}
         for name, block in self.blocks.items():
             by_module.setdefault(block.module, []).append(name)
         self._entered = ExitStack()
@@ -116,13 +159,36 @@ class GradientRecorder:
             # The adapter's input is cast by autocast; PEFT would keep a float32 copy of it for the backward.
             self._entered.enter_context(disable_input_dtype_casting(self.model))
         forwards = {module: self._make_forward(module, names) for module, names in by_module.items()}
-        self._entered.enter_context(replaced_forwards(forwards))  # type: ignore[arg-type]
+        self._entered.enter_context(replaced_forwards(forwards))
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._entered.close()
 
-    def _make_forward(self, module: nn.Linear, names: list[str]) -> Callable[[Tensor], Tensor]:
+    def _find_anchor(self, device: torch.device) -> Tensor:
+        anchor = self._anchors.get(device)
+        if anchor is None:
+            anchor = self._anchors[device] = torch.ones((), requires_grad=True, device=device)
+        return anchor
+
+    def _make_forward(self, module: nn.Module, names: list[str]) -> Callable[[Tensor], Tensor]:
+        if isinstance(module, nn.Linear):
+            return self._make_linear_forward(module, names)
+        assert isinstance(module, nn.Embedding)
+        return self._make_embedding_forward(module, names)
+
+    def _make_embedding_forward(self, module: nn.Embedding, names: list[str]) -> Callable[[Tensor], Tensor]:
+        embed = module.forward
+
+        def forward(ids: Tensor) -> Tensor:
+            def record(grad_output: Tensor) -> None:
+                self._record_embedding(names[0], ids, grad_output, module.padding_idx)
+
+            return _RecordedOutput.apply(embed(ids), self._find_anchor(module.weight.device), record)
+
+        return forward
+
+    def _make_linear_forward(self, module: nn.Linear, names: list[str]) -> Callable[[Tensor], Tensor]:
         def record(x: Tensor, grad_output: Tensor) -> None:
             for name in names:
                 self._record(name, x, grad_output)
@@ -135,16 +201,16 @@ class GradientRecorder:
 
         def forward(x: Tensor) -> Tensor:
             weight = module.weight.detach() if kept is None else kept
-            anchor = self._anchors.get(x.device)
-            if anchor is None:
-                anchor = self._anchors[x.device] = torch.ones((), requires_grad=True, device=x.device)
-            return _RecordedLinear.apply(x, weight, module.bias, anchor, record)
+            return _RecordedLinear.apply(x, weight, module.bias, self._find_anchor(x.device), record)
 
         return forward
 
     def _record(self, name: str, x: Tensor, grad_output: Tensor) -> None:
         rows, tokens = self._batch_shape
-        if x.dim() == 2 and len(x) == rows * tokens:
+        block = self.blocks[name]
+        if block.kind == "head":  # of the labelled tokens alone
+            pass
+        elif x.dim() == 2 and len(x) == rows * tokens:
             # Flattened before the linear (OPT, shared experts): the order of the tokens is the batch's.
             x, grad_output = x.reshape(rows, tokens, -1), grad_output.reshape(rows, tokens, -1)
         elif x.dim() > 3 and len(x) == rows:
@@ -156,15 +222,40 @@ class GradientRecorder:
                 f"[{rows}, {tokens}, {x.shape[-1]}] was expected: its rows cannot be told apart, so it has no "
                 "per-example gradient. Leave this module out of `target_modules`."
             )
-        self._recorded[name] = self._recorded.get(name, 0) + 1
-        if self.loss_scale != 1.0:
-            fits = torch.isfinite(grad_output).all()
-            self._fits = fits if self._fits is None else self._fits & fits.to(self._fits.device)
-            grad_output = grad_output.to(self.accumulation_dtype) / self.loss_scale
-        if self.blocks[name].parameter == "bias":
+        grad_output = self._unscale(grad_output)
+        if block.parameter == "bias":
             x = x.new_ones(1).expand(*x.shape[:-1], 1)
-        if self._reducer is not None:
-            self._reducer(name, x, grad_output)
+        if block.kind == "head":
+            found = self._head_rows[name].add(x, grad_output, self.accumulation_dtype)
+            self._hand_over(name, (Gradients(values[None], None, row) for row, values in found))
+        else:
+            self._hand_over(name, [Gradients(x, grad_output)])
+
+    def _record_embedding(self, name: str, ids: Tensor, grad_output: Tensor, padding_idx: int | None) -> None:
+        if tuple(ids.shape) != self._batch_shape:
+            raise ValueError(
+                f"`{name}` received ids of shape {tuple(ids.shape)} where [batch, tokens] = {list(self._batch_shape)} "
+                "was expected: its rows cannot be told apart, so it has no per-example gradient. Leave this module "
+                "out of `modules_to_save`."
+            )
+        found = iterate_embedding_rows(ids, self._unscale(grad_output), padding_idx, self.accumulation_dtype)
+        self._hand_over(
+            name, (Gradients(values[None], None, row, tokens) for row, (tokens, values) in enumerate(found))
+        )
+
+    def _unscale(self, grad_output: Tensor) -> Tensor:
+        if self.loss_scale == 1.0:
+            return grad_output
+        fits = torch.isfinite(grad_output).all()
+        self._fits = fits if self._fits is None else self._fits & fits.to(self._fits.device)
+        return grad_output.to(self.accumulation_dtype) / self.loss_scale
+
+    def _hand_over(self, name: str, found: Iterable[Gradients]) -> None:
+        for gradients in found:
+            if not gradients.row:  # all rows, or the first of them
+                self._recorded[name] = self._recorded.get(name, 0) + 1
+            if self._reducer is not None:
+                self._reducer(name, gradients)
 
     def _check_scale(self) -> None:
         if self._fits is not None and self.loss_scale > 1.0 and not bool(self._fits):
@@ -182,8 +273,8 @@ class GradientRecorder:
                 `"mean"`, `"sum"`, `"sqrt"` or `"max"`: the per-example loss from the losses of its labelled
                 tokens, see [`losses.compute_token_weights`].
             reducer (`Callable`):
-                Called once per block with the block's name, its input `[B, T, in]` and its output gradient
-                `[B, T, out]`; it must not keep them.
+                Called with a block's name and its [`Gradients`], which it must not keep: once per block, or once per
+                block and row for the matrices of a vocabulary.
 
         Returns:
             `torch.Tensor` of shape `[B]`: per-example losses, detached; look at them with [`check_finite`].
@@ -192,6 +283,11 @@ class GradientRecorder:
             ScaleTooLargeError: if a gradient has left float16; the same call again has a smaller scale.
             ValueError: if a block took no part in the backward or took part more than once.
         """
+        self._head_rows = {
+            name: HeadRows(np.cumsum(batch.num_loss_tokens.cpu().numpy()).tolist())
+            for name, block in self.blocks.items()
+            if block.kind == "head"
+        }
         batch = batch.to(self.device)
         self._batch_shape = (batch.input_ids.shape[0], batch.input_ids.shape[1])
         self._reducer = reducer
@@ -253,6 +349,13 @@ def compute_per_example_gradients(x: Tensor, grad_output: Tensor, dtype: torch.d
     if x.is_cuda and x.dtype == grad_output.dtype and x.dtype in (torch.bfloat16, torch.float16):
         return torch.bmm(grad_output.transpose(1, 2), x, out_dtype=dtype)  # summed in float32, without copies in it
     return torch.bmm(grad_output.to(dtype).transpose(1, 2), x.to(dtype))
+
+
+def form_gradients(gradients: Gradients, dtype: torch.dtype) -> Tensor:
+    """Per-example gradients, `[B, out, in]`, or those of one row at some tokens of a vocabulary, `[1, m, in]`."""
+    if gradients.grad_output is None:
+        return gradients.x.to(dtype)
+    return compute_per_example_gradients(gradients.x, gradients.grad_output, dtype)
 
 
 def check_finite(losses: Tensor, values: Tensor, batch: TokenBatch) -> np.ndarray:

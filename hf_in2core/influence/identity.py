@@ -24,6 +24,7 @@ from hf_in2core.engine import (
     scoring,
     store,
     validation,
+    vocabulary,
 )
 from hf_in2core.engine.blocks import Blocks, count_elements, read_adapter_settings
 from hf_in2core.engine.gradients import accumulation_dtype
@@ -37,7 +38,7 @@ from .config import InfluenceConfig
 # A change in any of these may change a score, so their source is part of a run's fingerprint.
 ENGINE = (
     *(batches, blocks, datainf, fit, fit_sums, forwards, gradients, losses, passes, reductions, sample, scoring),
-    *(store, validation),
+    *(store, validation, vocabulary),
 )
 LIBRARIES = ["torch", "transformers", "trl", "peft", "datasets", "accelerate"]
 

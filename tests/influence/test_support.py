@@ -89,7 +89,7 @@ REFUSED_ADAPTERS = {
         "trainable_tokens",
     ),
     "modules_to_save_norm": (lambda: LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]), "norm"),
-    "modules_to_save_head": (lambda: LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "lm_head"),
+    "lora_head": (lambda: LoraConfig(target_modules=["lm_head"]), "lm_head"),
     "target_parameters": (
         lambda: LoraConfig(target_modules=[], target_parameters=["mlp.experts.down_proj"]),
         "target_parameters",
