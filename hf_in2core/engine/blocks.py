@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from peft import PeftModel
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,7 +20,8 @@ class Block(NamedTuple):
     """
     A trainable tensor: the `parameter` (`"weight"` or `"bias"`) of `module`, in decoder layer `layer`.
 
-    Its `kind` says how its gradients are recorded: as those of a `"linear"`, or of one of [`VOCABULARY_KINDS`].
+    Its `kind` says how its gradients are recorded: as those of a `"linear"`, of DoRA's `"magnitude"`, or of one of
+    [`VOCABULARY_KINDS`].
     """
 
     module: nn.Module
@@ -68,7 +71,8 @@ def find_blocks(model: nn.Module, adapter_name: str | None = None) -> Blocks:
 
     Raises:
         ValueError: if nothing is trainable, or if a trainable tensor is not the weight or bias of an `nn.Linear` that
-            sees each row on its own, nor the whole input embedding (the tensors are listed by name).
+            sees each row on its own, its magnitude in DoRA or the whole input embedding (the tensors are listed by
+            name).
     """
     owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
     refused: dict[str, str] = {}
@@ -100,7 +104,7 @@ def find_blocks(model: nn.Module, adapter_name: str | None = None) -> Blocks:
         untie = " Without `ensure_weight_tying` PEFT trains a copy of each tied matrix." if tied else ""
         raise ValueError(
             f"{len(refused)} trainable tensors have no per-example gradient here, and leaving them out would make the "
-            f"influence wrong:\n{shown}{more}\nUse plain LoRA (or rsLoRA) {advice}: no DoRA, no LoRA on "
+            f"influence wrong:\n{shown}{more}\nUse LoRA, rsLoRA or DoRA {advice}: no LoRA on "
             "embeddings, `lm_head` or `target_parameters`, no `trainable_token_indices`, `modules_to_save` only for "
             f"linear layers, the input embedding and `lm_head`, and no full fine-tuning.{untie}"
         )
@@ -136,10 +140,8 @@ def _find_unsupported_parents(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         if type(module).__name__ == "ParamWrapper":
             parents[name] = "LoRA on `target_parameters` (MoE experts), which never calls its matrices as modules"
-        for adapter, variant in (getattr(module, "lora_variant", None) or {}).items():
-            if getattr(module, "use_dora", {}).get(adapter):
-                parents[name] = "DoRA, whose magnitude has no per-example gradient here"
-            else:
+        for variant in (getattr(module, "lora_variant", None) or {}).values():
+            if not isinstance(variant, DoraLinearVariant):
                 parents[name] = f"the LoRA variant {type(variant).__name__}"
     return parents
 
@@ -165,6 +167,8 @@ def _classify(module: nn.Module, head: nn.Module | None, embedding: nn.Module | 
             "linear",
             "part of the output head, which counts as a whole (`modules_to_save`) only" if inside_head else None,
         )
+    elif type(module) is DoraLinearLayer:
+        return "magnitude", None
     return "", f"a tensor of {type(module).__name__}, not the weight or bias of an nn.Linear"
 
 

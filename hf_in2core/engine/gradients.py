@@ -15,17 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .batches import TokenBatch
 from .blocks import Blocks, explain_idle_blocks
-from .forwards import replaced_forwards
+from .forwards import Forward, replaced_forwards
 from .losses import (
     compute_token_nll,
     compute_token_weights,
@@ -34,6 +35,7 @@ from .losses import (
     has_plain_head,
     run_to_head,
 )
+from .recorded import make_dora_forward, make_embedding_forward, make_linear_forward
 from .sharding import is_sharded
 from .vocabulary import HeadRows, iterate_embedding_rows
 
@@ -71,46 +73,6 @@ class ScaleTooLargeError(Exception):
     """A scaled gradient has left float16; the recorder's scale is smaller now, and the batch has to run again."""
 
 
-class _RecordedLinear(torch.autograd.Function):
-    """A linear whose backward hands its input and output gradient to `record` in place of a weight gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        anchor: Tensor,
-        record: Callable[[Tensor, Tensor], None],
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.record = record
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        x, weight = ctx.saved_tensors
-        ctx.record(x, grad_output)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_output.matmul(weight.to(grad_output.dtype)).to(x.dtype)
-        return grad_x, None, None, None, None
-
-
-class _RecordedOutput(torch.autograd.Function):
-    """The output of a module as it is, whose gradient is handed to `record` on its way."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor, record: Callable[[Tensor], None]) -> Tensor:
-        ctx.record = record
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        ctx.record(grad_output)
-        return grad_output, None, None
-
-
 class GradientRecorder:
     """
     Runs batches forward and backward with the blocks' modules replaced, feeding a reducer.
@@ -139,7 +101,6 @@ class GradientRecorder:
         self.device = first.device
         self.accumulation_dtype = accumulation_dtype(first)
         self.sharded = is_sharded(model)
-        self._anchors: dict[torch.device, Tensor] = {}
         self._plain_head: bool | None = None
         self._batch_shape: tuple[int, int] = (0, 0)
         self._head_rows: dict[str, HeadRows] = {}
@@ -165,45 +126,22 @@ class GradientRecorder:
     def __exit__(self, *exc_info: object) -> None:
         self._entered.close()
 
-    def _find_anchor(self, device: torch.device) -> Tensor:
-        anchor = self._anchors.get(device)
-        if anchor is None:
-            anchor = self._anchors[device] = torch.ones((), requires_grad=True, device=device)
-        return anchor
-
-    def _make_forward(self, module: nn.Module, names: list[str]) -> Callable[[Tensor], Tensor]:
-        if isinstance(module, nn.Linear):
-            return self._make_linear_forward(module, names)
-        assert isinstance(module, nn.Embedding)
-        return self._make_embedding_forward(module, names)
-
-    def _make_embedding_forward(self, module: nn.Embedding, names: list[str]) -> Callable[[Tensor], Tensor]:
-        embed = module.forward
-
-        def forward(ids: Tensor) -> Tensor:
-            def record(grad_output: Tensor) -> None:
-                self._record_embedding(names[0], ids, grad_output, module.padding_idx)
-
-            return _RecordedOutput.apply(embed(ids), self._find_anchor(module.weight.device), record)
-
-        return forward
-
-    def _make_linear_forward(self, module: nn.Linear, names: list[str]) -> Callable[[Tensor], Tensor]:
-        def record(x: Tensor, grad_output: Tensor) -> None:
+    def _make_forward(self, module: nn.Module, names: list[str]) -> Forward:
+        def record(seen: Tensor, grad_output: Tensor) -> None:
             for name in names:
-                self._record(name, x, grad_output)
+                self._record(name, seen, grad_output)
 
+        if isinstance(module, nn.Embedding):
+            return make_embedding_forward(module, partial(self._record_embedding, names[0], module.padding_idx))
+        if isinstance(module, DoraLinearLayer):
+            return make_dora_forward(module, self.accumulation_dtype, record)
+        assert isinstance(module, nn.Linear)
         # The weights stand still while gradients are recorded: autocast need not cast them in every forward. Where
         # they are sharded, the module has a whole one within the forward of its layer only.
         kept = None if self.sharded else module.weight
         if kept is not None and self.autocast is not None:
             kept = kept.detach().to(self.autocast)
-
-        def forward(x: Tensor) -> Tensor:
-            weight = module.weight.detach() if kept is None else kept
-            return _RecordedLinear.apply(x, weight, module.bias, self._find_anchor(x.device), record)
-
-        return forward
+        return make_linear_forward(module, kept, record)
 
     def _record(self, name: str, x: Tensor, grad_output: Tensor) -> None:
         rows, tokens = self._batch_shape
@@ -223,7 +161,7 @@ class GradientRecorder:
                 "per-example gradient. Leave this module out of `target_modules`."
             )
         grad_output = self._unscale(grad_output)
-        if block.parameter == "bias":
+        if block.tensor.dim() == 1:  # a bias, or what is multiplied into its gradient already
             x = x.new_ones(1).expand(*x.shape[:-1], 1)
         if block.kind == "head":
             found = self._head_rows[name].add(x, grad_output, self.accumulation_dtype)
@@ -231,7 +169,7 @@ class GradientRecorder:
         else:
             self._hand_over(name, [Gradients(x, grad_output)])
 
-    def _record_embedding(self, name: str, ids: Tensor, grad_output: Tensor, padding_idx: int | None) -> None:
+    def _record_embedding(self, name: str, padding_idx: int | None, ids: Tensor, grad_output: Tensor) -> None:
         if tuple(ids.shape) != self._batch_shape:
             raise ValueError(
                 f"`{name}` received ids of shape {tuple(ids.shape)} where [batch, tokens] = {list(self._batch_shape)} "

@@ -228,7 +228,7 @@ def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool)
             f"The adapters {', '.join(model.active_adapters)} are active together, but influence is taken through "
             "one. Choose it with `model.set_adapter(name)`, or merge them into one with `model.add_weighted_adapter`."
         )
-    _check_vocabulary_blocks(find_blocks(model, model.active_adapter), model, args)
+    _check_special_blocks(find_blocks(model, model.active_adapter), model, args)
     check_not_offloaded(model)
     if aux_loss_enabled:
         raise ValueError(
@@ -242,18 +242,17 @@ def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool)
         )
 
 
-def _check_vocabulary_blocks(blocks: Blocks, model: PeftModel, args: InfluenceConfig) -> None:
-    """Refuse what needs the gradients of a trained head or embedding together, or its weights whole."""
-    name = next((name for name, block in blocks.items() if block.kind in VOCABULARY_KINDS), None)
-    if name is None:
-        return
-    if is_sharding_launch() or is_sharded(model):
+def _check_special_blocks(blocks: Blocks, model: PeftModel, args: InfluenceConfig) -> None:
+    """Refuse sharded weights and a gradient store for the blocks that do not go with them."""
+    unshardable = next((name for name, block in blocks.items() if block.kind != "linear"), None)
+    if unshardable is not None and (is_sharding_launch() or is_sharded(model)):
         raise ValueError(
-            f"`{name}` is trained and the model is sharded (FSDP): the gradients of a head or an embedding are taken "
-            "chunk by chunk outside of the forward, where its weight is not whole. Launch with --accelerate_config "
-            "multi_gpu, or leave it out of `modules_to_save`."
+            f"`{unshardable}` is trained and the model is sharded (FSDP): the gradients of a head, an embedding or "
+            "DoRA's magnitudes need weights that are whole. Launch with --accelerate_config multi_gpu, or leave out "
+            "`use_dora` and the `modules_to_save`."
         )
-    if args.gradient_store_gb > 0 and args.influence_layers is None:
+    name = next((name for name, block in blocks.items() if block.kind in VOCABULARY_KINDS), None)
+    if name is not None and args.gradient_store_gb > 0 and args.influence_layers is None:
         raise ValueError(
             f"`gradient_store_gb={args.gradient_store_gb}` would keep a copy of `{name}` "
             f"({blocks[name].tensor.numel():,} elements) for every row. Set `gradient_store_gb=0`, or leave it out of "

@@ -82,7 +82,7 @@ def make_moe() -> MixtralForCausalLM:
 
 
 REFUSED_ADAPTERS = {
-    "dora": (lambda: LoraConfig(target_modules=["q_proj"], use_dora=True), "DoRA"),
+    "dora_embedding": (lambda: LoraConfig(target_modules=["embed_tokens"], use_dora=True), "DoraEmbeddingLayer"),
     "embedding": (lambda: LoraConfig(target_modules=["embed_tokens"]), "lora_embedding_A"),
     "trainable_tokens": (
         lambda: LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3]),
