@@ -10,18 +10,21 @@ from typing import Any, NamedTuple
 
 from peft import PeftModel
 from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import Embedding as LoraEmbedding
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
 class Block(NamedTuple):
     """
-    A trainable tensor: the `parameter` (`"weight"` or `"bias"`) of `module`, in decoder layer `layer`.
+    A trainable tensor: the `parameter` (`"weight"`, `"bias"`) of `module`, in decoder layer `layer`.
 
-    Its `kind` says how its gradients are recorded: as those of a `"linear"`, of DoRA's `"magnitude"`, or of one of
-    [`VOCABULARY_KINDS`].
+    Its `kind` says how its gradients are recorded: as those of a `"linear"`, of DoRA's `"magnitude"`, of the few
+    `"tokens"` of `trainable_token_indices`, or of one of [`VOCABULARY_KINDS`].
     """
 
     module: nn.Module
@@ -32,13 +35,13 @@ class Block(NamedTuple):
     @property
     def tensor(self) -> nn.Parameter:
         """The trainable tensor."""
-        return getattr(self.module, self.parameter)
+        return self.module.get_parameter(self.parameter)
 
 
 Blocks = dict[str, Block]
 
 # Those with a row for every token of the vocabulary.
-VOCABULARY_KINDS = ("head", "embedding")
+VOCABULARY_KINDS = ("head", "embedding", "lora_embedding")
 # The linears of the attention as most families call them.
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -71,8 +74,7 @@ def find_blocks(model: nn.Module, adapter_name: str | None = None) -> Blocks:
 
     Raises:
         ValueError: if nothing is trainable, or if a trainable tensor is not the weight or bias of an `nn.Linear` that
-            sees each row on its own, its magnitude in DoRA or the whole input embedding (the tensors are listed by
-            name).
+            sees each row on its own, its magnitude in DoRA or of the input embedding (the tensors are listed by name).
     """
     owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
     refused: dict[str, str] = {}
@@ -86,10 +88,15 @@ def find_blocks(model: nn.Module, adapter_name: str | None = None) -> Blocks:
             name = f"{module_name}.{parameter}"
             owners.setdefault(id(tensor), []).append((name, module, parameter))
             reason = next((why for parent, why in unsupported_parents.items() if name.startswith(f"{parent}.")), None)
-            kind, why = _classify(module, head, embedding)
+            if isinstance(module, nn.ParameterDict):  # by the names of adapters, in the module that uses them
+                parent, _, field = module_name.rpartition(".")
+                user, path = model.get_submodule(parent), f"{field}.{parameter}"
+            else:
+                user, path = module, parameter
+            kind, why = _classify(user, head, embedding)
             reason = reason or why
             if reason is None:
-                blocks[_strip_adapter(name, adapter_name)] = Block(module, parameter, _layer_index(name), kind)
+                blocks[_strip_adapter(name, adapter_name)] = Block(user, path, _layer_index(name), kind)
             else:
                 refused[name] = reason
     for names in owners.values():
@@ -105,8 +112,8 @@ def find_blocks(model: nn.Module, adapter_name: str | None = None) -> Blocks:
         raise ValueError(
             f"{len(refused)} trainable tensors have no per-example gradient here, and leaving them out would make the "
             f"influence wrong:\n{shown}{more}\nUse LoRA, rsLoRA or DoRA {advice}: no LoRA on "
-            "embeddings, `lm_head` or `target_parameters`, no `trainable_token_indices`, `modules_to_save` only for "
-            f"linear layers, the input embedding and `lm_head`, and no full fine-tuning.{untie}"
+            "`lm_head` or `target_parameters`, `modules_to_save` only for linear layers, the input embedding and "
+            f"`lm_head`, and no full fine-tuning.{untie}"
         )
     if not blocks:
         raise ValueError(
@@ -155,8 +162,15 @@ def _find_vocabulary_modules(model: nn.Module) -> tuple[nn.Module | None, nn.Mod
 
 def _classify(module: nn.Module, head: nn.Module | None, embedding: nn.Module | None) -> tuple[str, str | None]:
     """Kind of the blocks of a module, and why it has none."""
+    base = module.get_base_layer() if isinstance(module, (LoraEmbedding, TrainableTokensLayer)) else module
     # Not an embedding that scales what it finds, or changes weights or gradients by what it has seen.
-    if type(module) is nn.Embedding and module.max_norm is None and not module.scale_grad_by_freq:
+    if type(base) is nn.Embedding and base.max_norm is None and not base.scale_grad_by_freq:
+        if type(module) is TrainableTokensLayer and isinstance(head, TrainableTokensWrapper):
+            return "", "tied to the output head; load the model with `tie_word_embeddings=False`"
+        if type(module) is TrainableTokensLayer:
+            return "tokens", None
+        if type(module) is LoraEmbedding:
+            return "lora_embedding", None
         if _is_saved(embedding, module):
             return "embedding", None
     elif type(module) is nn.Linear:
@@ -169,7 +183,7 @@ def _classify(module: nn.Module, head: nn.Module | None, embedding: nn.Module | 
         )
     elif type(module) is DoraLinearLayer:
         return "magnitude", None
-    return "", f"a tensor of {type(module).__name__}, not the weight or bias of an nn.Linear"
+    return "", f"a tensor of {type(base).__name__}, not the weight or bias of an nn.Linear"
 
 
 def _is_saved(wrapper: nn.Module | None, module: nn.Module) -> bool:
@@ -178,7 +192,7 @@ def _is_saved(wrapper: nn.Module | None, module: nn.Module) -> bool:
 
 
 def _strip_adapter(name: str, adapter_name: str | None) -> str:
-    return name if adapter_name is None else name.replace(f".{adapter_name}.", ".")
+    return name if adapter_name is None else re.sub(rf"\.{re.escape(adapter_name)}(?=\.|$)", "", name)
 
 
 def _layer_index(name: str) -> int | None:
@@ -227,8 +241,7 @@ def trainable_adapter(model: nn.Module, names: set[str]) -> Iterator[None]:
     adapter = getattr(model, "active_adapter", None)
     changed = []
     for name, parameter in model.named_parameters():
-        stripped = name if adapter is None else name.replace(f".{adapter}.", ".")
-        wanted = stripped in names
+        wanted = _strip_adapter(name, adapter) in names
         if parameter.requires_grad != wanted:
             parameter.requires_grad_(wanted)
             changed.append(parameter)
@@ -243,9 +256,9 @@ def adapter_tensors(model: PeftModel, name: str | None = None) -> dict[str, Tens
     """Tensors of an adapter, by default of the active one, by name (without the adapter's own name)."""
     adapter = model.active_adapter if name is None else name
     return {
-        name.replace(f".{adapter}.", "."): tensor
+        _strip_adapter(name, adapter): tensor
         for name, tensor in model.named_parameters()
-        if f".{adapter}." in name
+        if f".{adapter}." in f"{name}."
     }
 
 

@@ -13,19 +13,22 @@ head's summed over the chunks of its logits, the embedding's at the tokens of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import Embedding as LoraEmbedding
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .batches import TokenBatch
-from .blocks import Blocks, explain_idle_blocks
+from .blocks import Block, Blocks, explain_idle_blocks
 from .forwards import Forward, replaced_forwards
 from .losses import (
     compute_token_nll,
@@ -37,7 +40,7 @@ from .losses import (
 )
 from .recorded import make_dora_forward, make_embedding_forward, make_linear_forward
 from .sharding import is_sharded
-from .vocabulary import HeadRows, iterate_embedding_rows
+from .vocabulary import HeadRows, iterate_embedding_rows, mark_tokens
 
 
 class Gradients(NamedTuple):
@@ -131,11 +134,10 @@ class GradientRecorder:
             for name in names:
                 self._record(name, seen, grad_output)
 
-        if isinstance(module, nn.Embedding):
-            return make_embedding_forward(module, partial(self._record_embedding, names[0], module.padding_idx))
         if isinstance(module, DoraLinearLayer):
             return make_dora_forward(module, self.accumulation_dtype, record)
-        assert isinstance(module, nn.Linear)
+        if not isinstance(module, nn.Linear):
+            return make_embedding_forward(module, partial(self._record_embedding, names))
         # The weights stand still while gradients are recorded: autocast need not cast them in every forward. Where
         # they are sharded, the module has a whole one within the forward of its layer only.
         kept = None if self.sharded else module.weight
@@ -169,17 +171,39 @@ class GradientRecorder:
         else:
             self._hand_over(name, [Gradients(x, grad_output)])
 
-    def _record_embedding(self, name: str, padding_idx: int | None, ids: Tensor, grad_output: Tensor) -> None:
+    def _record_embedding(self, names: list[str], ids: Tensor, grad_output: Tensor) -> None:
         if tuple(ids.shape) != self._batch_shape:
             raise ValueError(
-                f"`{name}` received ids of shape {tuple(ids.shape)} where [batch, tokens] = {list(self._batch_shape)} "
-                "was expected: its rows cannot be told apart, so it has no per-example gradient. Leave this module "
-                "out of `modules_to_save`."
+                f"`{names[0]}` received ids of shape {tuple(ids.shape)} where [batch, tokens] = "
+                f"{list(self._batch_shape)} was expected: its rows cannot be told apart, so it has no per-example "
+                "gradient. Leave this module out of `modules_to_save` and `target_modules`."
             )
-        found = iterate_embedding_rows(ids, self._unscale(grad_output), padding_idx, self.accumulation_dtype)
-        self._hand_over(
-            name, (Gradients(values[None], None, row, tokens) for row, (tokens, values) in enumerate(found))
-        )
+        grad_output = self._unscale(grad_output)
+        for name in names:
+            self._hand_over(name, self._find_embedding_gradients(self.blocks[name], ids, grad_output))
+
+    def _find_embedding_gradients(self, block: Block, ids: Tensor, grad_output: Tensor) -> Iterator[Gradients]:
+        module, dtype = block.module, self.accumulation_dtype
+        base: Any = module if isinstance(module, nn.Embedding) else module.get_base_layer()  # type: ignore[operator]
+        if isinstance(module, TrainableTokensLayer):
+            chosen = module.token_indices[block.parameter.rpartition(".")[2]]
+            yield Gradients(grad_output, mark_tokens(ids, chosen, base.padding_idx, dtype))
+        elif isinstance(module, nn.Embedding):
+            found = iterate_embedding_rows(ids, grad_output, base.padding_idx, dtype)
+            for row, (tokens, values) in enumerate(found):
+                yield Gradients(values[None], None, row, tokens)
+        else:
+            assert isinstance(module, LoraEmbedding)
+            field, _, adapter = block.parameter.rpartition(".")
+            a, b = (weights[adapter].detach() for weights in (module.lora_embedding_A, module.lora_embedding_B))
+            if field == "lora_embedding_B":
+                yield Gradients(F.embedding(ids, a.T) * module.scaling[adapter], grad_output)
+                return
+            inner = (grad_output.to(dtype) @ b.to(dtype)) * module.scaling[adapter]
+            found = iterate_embedding_rows(ids, inner, base.padding_idx, dtype)
+            for row, (tokens, values) in enumerate(found):
+                # A column for every token; as thin as A is, a row of the batch has it whole.
+                yield Gradients(values.new_zeros(a.shape).index_add_(1, tokens, values.T)[None], None, row)
 
     def _unscale(self, grad_output: Tensor) -> Tensor:
         if self.loss_scale == 1.0:

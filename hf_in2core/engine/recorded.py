@@ -72,12 +72,13 @@ def make_linear_forward(module: nn.Linear, kept: Tensor | None, record: Record) 
     return forward
 
 
-def make_embedding_forward(module: nn.Embedding, record: Record) -> Forward:
-    """Of an embedding, with its ids and output gradient recorded."""
+def make_embedding_forward(module: nn.Module, record: Record) -> Forward:
+    """Of an embedding or what PEFT has made of it, with its ids and output gradient recorded."""
     embed = module.forward
 
     def forward(ids: Tensor) -> Tensor:
-        return _RecordedOutput.apply(embed(ids), ids, _find_anchor(module.weight.device), record)
+        output = embed(ids)
+        return _RecordedOutput.apply(output, ids, _find_anchor(output.device), record)
 
     return forward
 

@@ -81,3 +81,9 @@ def iterate_embedding_rows(
         tokens, position = tokens.to(gradient.device), position.to(gradient.device)
         values = gradient.new_zeros(len(tokens), gradient.shape[1]).index_add_(0, position, gradient)
         yield tokens, values if padding_idx is None else values * (tokens != padding_idx)[:, None]
+
+
+def mark_tokens(ids: Tensor, chosen: list[int], padding_idx: int | None, dtype: torch.dtype) -> Tensor:
+    """Which of a few tokens stands where, `[B, T, tokens]` of ones and zeros; a padding token nowhere."""
+    wanted = torch.tensor([-1 if token == padding_idx else token for token in chosen], device=ids.device)
+    return (ids[..., None] == wanted).to(dtype)

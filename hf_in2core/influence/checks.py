@@ -248,15 +248,15 @@ def _check_special_blocks(blocks: Blocks, model: PeftModel, args: InfluenceConfi
     if unshardable is not None and (is_sharding_launch() or is_sharded(model)):
         raise ValueError(
             f"`{unshardable}` is trained and the model is sharded (FSDP): the gradients of a head, an embedding or "
-            "DoRA's magnitudes need weights that are whole. Launch with --accelerate_config multi_gpu, or leave out "
-            "`use_dora` and the `modules_to_save`."
+            "DoRA's magnitudes need weights that are whole. Launch with --accelerate_config multi_gpu, or train "
+            "linear layers alone, without `use_dora`."
         )
     name = next((name for name, block in blocks.items() if block.kind in VOCABULARY_KINDS), None)
     if name is not None and args.gradient_store_gb > 0 and args.influence_layers is None:
         raise ValueError(
             f"`gradient_store_gb={args.gradient_store_gb}` would keep a copy of `{name}` "
-            f"({blocks[name].tensor.numel():,} elements) for every row. Set `gradient_store_gb=0`, or leave it out of "
-            "`modules_to_save`."
+            f"({blocks[name].tensor.numel():,} elements) for every row. Set `gradient_store_gb=0`, or leave it "
+            "frozen."
         )
 
 

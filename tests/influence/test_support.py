@@ -83,7 +83,6 @@ def make_moe() -> MixtralForCausalLM:
 
 REFUSED_ADAPTERS = {
     "dora_embedding": (lambda: LoraConfig(target_modules=["embed_tokens"], use_dora=True), "DoraEmbeddingLayer"),
-    "embedding": (lambda: LoraConfig(target_modules=["embed_tokens"]), "lora_embedding_A"),
     "trainable_tokens": (
         lambda: LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3]),
         "trainable_tokens",

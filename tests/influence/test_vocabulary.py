@@ -1,4 +1,4 @@
-"""A trained output head or input embedding (`modules_to_save`) against the naive oracle, and what is refused."""
+"""A trained output head or input embedding, whole or in part, against the naive oracle, and what is refused."""
 
 import re
 from typing import Any
@@ -26,18 +26,28 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "granite": {},
     "phi": {},
 }
+# Of the input embedding alone: by LoRA, and the tokens that are named, one of which pads.
+PARTS: dict[str, dict[str, Any]] = {
+    "lora": {"target_modules": ["q_proj", "embed_tokens"]},
+    "tokens": {"trainable_token_indices": {"embed_tokens": [0, 3, 42, 270, 272, 280]}},
+    "tokens_and_head": {
+        "trainable_token_indices": {"embed_tokens": [272, 280, 3]},
+        "modules_to_save": ["lm_head"],
+    },
+}
 SAVED = {"head": ["lm_head"], "embedding": ["embed_tokens"], "both": ["lm_head", "embed_tokens"]}
 
 
-def make_adapted(family: str, saved: list[str], **settings: Any) -> PeftModel:
+def make_adapted(family: str, saved: list[str] | dict[str, Any], **settings: Any) -> PeftModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         make_family(family, **{**FAMILIES[family], **SETTINGS[family], **settings})
     )
-    adapted = add_trained_adapter(model, target_modules=["q_proj", "v_proj"], modules_to_save=saved)
+    options = saved if isinstance(saved, dict) else {"modules_to_save": saved}
+    adapted = add_trained_adapter(model, **{"target_modules": ["q_proj", "v_proj"], **options})
     with torch.no_grad():  # as after training: the copies are not the tied matrices any more
         for name, parameter in adapted.named_parameters():
-            if parameter.requires_grad and "modules_to_save" in name:
+            if parameter.requires_grad and "lora_A" not in name:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     return adapted
 
@@ -45,7 +55,7 @@ def make_adapted(family: str, saved: list[str], **settings: Any) -> PeftModel:
 def compute_all(trainer: Any, rows: Dataset, validation: Dataset, **options: Any) -> tuple[list[Any], list[Any]]:
     found = [compute_gradients(trainer.model, prepare(part), **options) for part in (rows, validation)]
     counted = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-    assert counted == set(found[0][0]) and any("modules_to_save" in name for name in counted)
+    assert counted == set(found[0][0]) and any(".layers." not in name for name in counted)
     return found[0], found[1]
 
 
@@ -56,6 +66,29 @@ def test_families_equal_the_loop(tmp_path, validation, family, saved) -> None:
     rows = make_prompt_completion(9, seed=2)
     trainer = make_trainer(tmp_path, rows, validation, model=make_adapted(family, SAVED[saved]), tokens_per_batch=100)
     assert_same(trainer.score_influence()["influence"], compute_datainf(*compute_all(trainer, rows, validation)), 1e-9)
+
+
+@pytest.mark.usefixtures("exact_damping")
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("loss_reduction", ["mean", "max"])
+def test_parts_of_the_embedding_and_their_saved_scorer_equal_the_loop(tmp_path, loss_reduction, part) -> None:
+    ids = torch.randint(0, 300, (9, 30), generator=torch.Generator().manual_seed(0))
+    named = torch.tensor([0, 3, 42, 270, 272, 280])
+    tokens = torch.where(ids % 3 == 0, named[ids % 18 // 3], ids).tolist()
+    rows = Dataset.from_list([{"input_ids": row[: 30 - k], "labels": row[: 30 - k]} for k, row in enumerate(tokens)])
+    model = make_adapted("llama", PARTS[part])
+    trainer = make_trainer(tmp_path / "run", rows, rows, model=model, loss_reduction=loss_reduction)
+    scorer = trainer.fit_influence(per_example=True)
+    scored = trainer.score_influence()
+    gradients = compute_gradients(trainer.model, rows, loss_reduction)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == set(gradients[0])
+    expected = np.stack([compute_datainf(gradients, [query]).numpy() for query in gradients], axis=1)
+    assert_same(scored["influence_per_query"], expected, 1e-9)
+    scorer.save_pretrained(tmp_path / "scorer")
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(make_family("llama")).double()
+    loaded = InfluenceScorer.from_pretrained(tmp_path / "scorer", model=base)
+    assert_same(rows.map(loaded, batched=True, batch_size=4)["influence"], expected.mean(1), 1e-9)
 
 
 @pytest.mark.usefixtures("exact_damping")
@@ -75,14 +108,17 @@ def test_reductions_equal_the_loop_wherever_chunks_of_logits_end(
 
 
 @pytest.mark.parametrize("estimator", ["gradient_dot", "gradient_cosine"])
-@pytest.mark.parametrize("family", ["llama", "cohere"])
-def test_dot_and_cosine_equal_the_loop(tmp_path, validation, family, estimator) -> None:
+@pytest.mark.parametrize(
+    ("family", "trained"),
+    [("llama", SAVED["both"]), ("cohere", SAVED["both"]), ("llama", PARTS["lora"]), ("llama", PARTS["tokens"])],
+)
+def test_dot_and_cosine_equal_the_loop(tmp_path, validation, family, trained, estimator) -> None:
     rows = make_prompt_completion(9, seed=2)
     trainer = make_trainer(
         tmp_path,
         rows,
         validation,
-        model=make_adapted(family, SAVED["both"]),
+        model=make_adapted(family, trained),
         estimator=estimator,
         tokens_per_batch=100,
     )
@@ -182,6 +218,12 @@ def test_what_a_trained_head_cannot_go_with_is_refused(
     model = add_trained_adapter(make_model(), target_modules=["q_proj"], modules_to_save=SAVED[saved], **adapter)
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, pool, validation, model=model, **options)
+
+
+def test_tokens_of_a_tied_embedding_are_refused(tmp_path, pool, validation) -> None:
+    model = add_trained_adapter(make_model(), target_modules=["q_proj"], trainable_token_indices=[3])
+    with pytest.raises(ValueError, match=r"token_adapter.*tied to the output head.*tie_word_embeddings=False"):
+        make_trainer(tmp_path, pool, validation, model=model)
 
 
 def test_embeddings_that_scale_themselves_are_refused(tmp_path, pool, validation) -> None:
