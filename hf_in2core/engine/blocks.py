@@ -166,7 +166,7 @@ def _classify(module: nn.Module, head: nn.Module | None, embedding: nn.Module | 
     # Not an embedding that scales what it finds, or changes weights or gradients by what it has seen.
     if type(base) is nn.Embedding and base.max_norm is None and not base.scale_grad_by_freq:
         if type(module) is TrainableTokensLayer and isinstance(head, TrainableTokensWrapper):
-            return "", "tied to the output head; load the model with `tie_word_embeddings=False`"
+            return "", "tied to the output head; a chat template from a `.jinja` file adds no tokens to be trained"
         if type(module) is TrainableTokensLayer:
             return "tokens", None
         if type(module) is LoraEmbedding:

@@ -1,5 +1,6 @@
 """A trained output head or input embedding, whole or in part, against the naive oracle, and what is refused."""
 
+import random
 import re
 from typing import Any
 
@@ -9,13 +10,24 @@ import torch
 from datasets import Dataset
 from families import FAMILIES
 from families import make_config as make_family
-from helpers import add_trained_adapter, assert_same, make_model, make_prompt_completion, make_trainer, prepare
+from helpers import (
+    CHAT_TEMPLATE,
+    add_trained_adapter,
+    assert_same,
+    make_config,
+    make_model,
+    make_prompt_completion,
+    make_sentence,
+    make_tokenizer,
+    make_trainer,
+    prepare,
+)
 from naive import compute_datainf, compute_gradients
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from hf_in2core import InfluenceScorer
+from hf_in2core import InfluenceScorer, InfluenceTrainer
 
 
 # Untied, tied, logits that are scaled after the head, embeddings that are scaled after the module, a head with a bias.
@@ -220,9 +232,38 @@ def test_what_a_trained_head_cannot_go_with_is_refused(
         make_trainer(tmp_path, pool, validation, model=model, **options)
 
 
+def test_a_cloned_chat_template_whose_tokens_are_trained_equals_the_loop(tmp_path) -> None:
+    """TRL adds its tokens to the vocabulary, and `lm_head` and the new tokens to what is trained."""
+    tokenizer, base = make_tokenizer(), str(tmp_path / "base")
+    make_adapted("llama", []).unload().save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("</s>", "<|end|>")
+    tokenizer.save_pretrained(tmp_path / "template")
+    generator = random.Random(0)
+    turns = [[make_sentence(generator, 2, 6) for _ in "qa"] for _ in range(12)]
+    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in turns]
+    rows = Dataset.from_list([{"messages": chat} for chat in chats])
+    settings: dict[str, Any] = {"chat_template_path": str(tmp_path / "template"), "max_steps": 2}
+    trainer = InfluenceTrainer(
+        model=base,
+        args=make_config(tmp_path / "run", model_init_kwargs={"dtype": "float32"}, **settings),
+        train_dataset=rows.select(range(8)),
+        eval_dataset=rows.select(range(8, 12)),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj"]),
+    )
+    assert {name.split(".")[-2] for name in trainer.blocks} >= {"modules_to_save", "token_adapter"}
+    trainer.train()
+    found = [
+        compute_gradients(trainer.model, part)
+        for part in (trainer.prepared_pool, trainer.prepared_validation["validation"])
+    ]
+    assert_same(trainer.score_influence()["influence"], compute_datainf(*found), 1e-4)
+
+
 def test_tokens_of_a_tied_embedding_are_refused(tmp_path, pool, validation) -> None:
     model = add_trained_adapter(make_model(), target_modules=["q_proj"], trainable_token_indices=[3])
-    with pytest.raises(ValueError, match=r"token_adapter.*tied to the output head.*tie_word_embeddings=False"):
+    with pytest.raises(ValueError, match=r"token_adapter.*tied to the output head.*jinja"):
         make_trainer(tmp_path, pool, validation, model=model)
 
 
