@@ -28,7 +28,7 @@ from workload import make_config, make_model, make_passes, make_rows, make_token
 from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.engine.blocks import find_blocks
 from hf_in2core.engine.fit import run_fit_pass
-from hf_in2core.engine.gradients import GradientRecorder, compute_per_example_gradients
+from hf_in2core.engine.gradients import GradientRecorder, Gradients, form_gradients
 from hf_in2core.influence.plan import plan_influence
 
 
@@ -56,8 +56,8 @@ def count_on_paper(
             kept[storage._cdata] = storage
         return tensor
 
-    def reduce(name: str, x: torch.Tensor, grad_output: torch.Tensor) -> None:
-        compute_per_example_gradients(x, grad_output, torch.float32)
+    def reduce(name: str, found: Gradients) -> None:
+        form_gradients(found, torch.float32)
 
     tokens = batch_size * length
     positions = torch.zeros(int(tokens * labelled), dtype=torch.long, device="meta")

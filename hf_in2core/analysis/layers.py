@@ -18,7 +18,7 @@ from hf_in2core.engine.batches import TokenBatch, read_token_rows
 from hf_in2core.engine.fit import fit_directions
 from hf_in2core.engine.gradients import GradientRecorder, check_finite
 from hf_in2core.engine.passes import Passes, run_batches
-from hf_in2core.engine.reductions import compute_block_dots, stack_on
+from hf_in2core.engine.reductions import compute_dots_by_block, stack_on
 from hf_in2core.evaluation.intervals import compute_rank_correlation
 from hf_in2core.rows.hashes import find_shared_tokens
 
@@ -238,12 +238,7 @@ def _score_by_layer(
 
     def make_step(recorder: GradientRecorder, bar: tqdm) -> Callable[[TokenBatch], None]:
         def step(batch: TokenBatch) -> None:
-            found: dict[str, Tensor] = {}
-
-            def reduce(name: str, x: Tensor, grad_output: Tensor) -> None:
-                found[name] = compute_block_dots(x, grad_output, directions[name], cosine)
-
-            losses = recorder.run(batch, passes.loss_reduction, reduce)
+            losses, found = compute_dots_by_block(recorder, batch, passes.loss_reduction, directions, cosine)
             # [B, blocks, sets], and the squared norms after the sets
             dots = check_finite(losses, stack_on(list(found.values()), losses.device).movedim(0, 1), batch)
             by_layer = np.zeros((len(batch.rows), len(layers), dots.shape[2]))

@@ -9,25 +9,39 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from peft import PeftModel
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import Embedding as LoraEmbedding
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
 class Block(NamedTuple):
-    """A trainable tensor: the `parameter` (`"weight"` or `"bias"`) of `module`, in decoder layer `layer`."""
+    """
+    A trainable tensor: the `parameter` (`"weight"`, `"bias"`) of `module`, in decoder layer `layer`.
 
-    module: nn.Linear
+    Its `kind` says how its gradients are recorded: as those of a `"linear"`, of DoRA's `"magnitude"`, of the few
+    `"tokens"` of `trainable_token_indices`, or of one of [`VOCABULARY_KINDS`].
+    """
+
+    module: nn.Module
     parameter: str
     layer: int | None
+    kind: str = "linear"
 
     @property
     def tensor(self) -> nn.Parameter:
         """The trainable tensor."""
-        return getattr(self.module, self.parameter)
+        return self.module.get_parameter(self.parameter)
 
 
 Blocks = dict[str, Block]
 
+# Those with a row for every token of the vocabulary.
+VOCABULARY_KINDS = ("head", "embedding", "lora_embedding")
 # The linears of the attention as most families call them.
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -60,13 +74,12 @@ def find_blocks(model: nn.Module, adapter_name: str | None = None) -> Blocks:
 
     Raises:
         ValueError: if nothing is trainable, or if a trainable tensor is not the weight or bias of an `nn.Linear` that
-            sees each row on its own (the tensors are listed by name).
+            sees each row on its own, its magnitude in DoRA or of the input embedding (the tensors are listed by name).
     """
     owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
     refused: dict[str, str] = {}
     blocks: Blocks = {}
-    head = model.get_output_embeddings() if isinstance(model, (PreTrainedModel, PeftModel)) else None
-    head_modules = set(head.modules()) if head is not None else set()
+    head, embedding = _find_vocabulary_modules(model)
     unsupported_parents = _find_unsupported_parents(model)
     for module_name, module in model.named_modules():
         for parameter, tensor in module.named_parameters(recurse=False):
@@ -75,12 +88,15 @@ def find_blocks(model: nn.Module, adapter_name: str | None = None) -> Blocks:
             name = f"{module_name}.{parameter}"
             owners.setdefault(id(tensor), []).append((name, module, parameter))
             reason = next((why for parent, why in unsupported_parents.items() if name.startswith(f"{parent}.")), None)
-            if reason is None and module in head_modules:
-                reason = "part of the output head"
-            if reason is None and type(module) is not nn.Linear:
-                reason = f"a tensor of {type(module).__name__}, not the weight or bias of an nn.Linear"
+            if isinstance(module, nn.ParameterDict):  # by the names of adapters, in the module that uses them
+                parent, _, field = module_name.rpartition(".")
+                user, path = model.get_submodule(parent), f"{field}.{parameter}"
+            else:
+                user, path = module, parameter
+            kind, why = _classify(user, head, embedding)
+            reason = reason or why
             if reason is None:
-                blocks[_strip_adapter(name, adapter_name)] = Block(module, parameter, _layer_index(name))
+                blocks[_strip_adapter(name, adapter_name)] = Block(user, path, _layer_index(name), kind)
             else:
                 refused[name] = reason
     for names in owners.values():
@@ -91,11 +107,13 @@ def find_blocks(model: nn.Module, adapter_name: str | None = None) -> Blocks:
         more = f"\n  … and {len(refused) - 10} more" if len(refused) > 10 else ""
         experts = any(".experts." in name for name in refused)
         advice = "of the attention alone, `target_modules=" + f"{ATTENTION!r}`" if experts else "on linear layers"
+        tied = any(reason.startswith("shared") for reason in refused.values())
+        untie = " Without `ensure_weight_tying` PEFT trains a copy of each tied matrix." if tied else ""
         raise ValueError(
             f"{len(refused)} trainable tensors have no per-example gradient here, and leaving them out would make the "
-            f"influence wrong:\n{shown}{more}\nUse plain LoRA (or rsLoRA) {advice}: no DoRA, no LoRA on "
-            "embeddings, `lm_head` or `target_parameters`, no `trainable_token_indices`, `modules_to_save` only for "
-            "linear layers, and no full fine-tuning."
+            f"influence wrong:\n{shown}{more}\nUse LoRA, rsLoRA or DoRA {advice}: no LoRA on "
+            "`lm_head` or `target_parameters`, `modules_to_save` only for linear layers, the input embedding and "
+            f"`lm_head`, and no full fine-tuning.{untie}"
         )
     if not blocks:
         raise ValueError(
@@ -129,16 +147,52 @@ def _find_unsupported_parents(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         if type(module).__name__ == "ParamWrapper":
             parents[name] = "LoRA on `target_parameters` (MoE experts), which never calls its matrices as modules"
-        for adapter, variant in (getattr(module, "lora_variant", None) or {}).items():
-            if getattr(module, "use_dora", {}).get(adapter):
-                parents[name] = "DoRA, whose magnitude has no per-example gradient here"
-            else:
+        for variant in (getattr(module, "lora_variant", None) or {}).values():
+            if not isinstance(variant, DoraLinearVariant):
                 parents[name] = f"the LoRA variant {type(variant).__name__}"
     return parents
 
 
+def _find_vocabulary_modules(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The output head and the input embedding, as PEFT has wrapped them."""
+    if not isinstance(model, (PreTrainedModel, PeftModel)):
+        return None, None
+    return model.get_output_embeddings(), model.get_input_embeddings()
+
+
+def _classify(module: nn.Module, head: nn.Module | None, embedding: nn.Module | None) -> tuple[str, str | None]:
+    """Kind of the blocks of a module, and why it has none."""
+    base = module.get_base_layer() if isinstance(module, (LoraEmbedding, TrainableTokensLayer)) else module
+    # Not an embedding that scales what it finds, or changes weights or gradients by what it has seen.
+    if type(base) is nn.Embedding and base.max_norm is None and not base.scale_grad_by_freq:
+        if type(module) is TrainableTokensLayer and isinstance(head, TrainableTokensWrapper):
+            return "", "tied to the output head; a chat template from a `.jinja` file adds no tokens to be trained"
+        if type(module) is TrainableTokensLayer:
+            return "tokens", None
+        if type(module) is LoraEmbedding:
+            return "lora_embedding", None
+        if _is_saved(embedding, module):
+            return "embedding", None
+    elif type(module) is nn.Linear:
+        if _is_saved(head, module):
+            return "head", None
+        inside_head = head is not None and module in set(head.modules())
+        return (
+            "linear",
+            "part of the output head, which counts as a whole (`modules_to_save`) only" if inside_head else None,
+        )
+    elif type(module) is DoraLinearLayer:
+        return "magnitude", None
+    return "", f"a tensor of {type(base).__name__}, not the weight or bias of an nn.Linear"
+
+
+def _is_saved(wrapper: nn.Module | None, module: nn.Module) -> bool:
+    """Whether a module is the trained copy that `modules_to_save` has made."""
+    return isinstance(wrapper, ModulesToSaveWrapper) and module in wrapper.modules_to_save.children()
+
+
 def _strip_adapter(name: str, adapter_name: str | None) -> str:
-    return name if adapter_name is None else name.replace(f".{adapter_name}.", ".")
+    return name if adapter_name is None else re.sub(rf"\.{re.escape(adapter_name)}(?=\.|$)", "", name)
 
 
 def _layer_index(name: str) -> int | None:
@@ -187,8 +241,7 @@ def trainable_adapter(model: nn.Module, names: set[str]) -> Iterator[None]:
     adapter = getattr(model, "active_adapter", None)
     changed = []
     for name, parameter in model.named_parameters():
-        stripped = name if adapter is None else name.replace(f".{adapter}.", ".")
-        wanted = stripped in names
+        wanted = _strip_adapter(name, adapter) in names
         if parameter.requires_grad != wanted:
             parameter.requires_grad_(wanted)
             changed.append(parameter)
@@ -203,9 +256,9 @@ def adapter_tensors(model: PeftModel, name: str | None = None) -> dict[str, Tens
     """Tensors of an adapter, by default of the active one, by name (without the adapter's own name)."""
     adapter = model.active_adapter if name is None else name
     return {
-        name.replace(f".{adapter}.", "."): tensor
+        _strip_adapter(name, adapter): tensor
         for name, tensor in model.named_parameters()
-        if f".{adapter}." in name
+        if f".{adapter}." in f"{name}."
     }
 
 

@@ -5,12 +5,11 @@ from contextlib import suppress
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .batches import TokenRows, choose_forward_tokens, collate
 from .blocks import count_elements
 from .fit_sums import SAMPLED_FIT_BYTES
-from .gradients import GradientRecorder, ScaleTooLargeError
+from .gradients import GradientRecorder, Gradients, ScaleTooLargeError
 from .losses import MAX_LOGITS_PER_CHUNK
 from .passes import Passes
 
@@ -67,7 +66,7 @@ def _measure_activations(passes: Passes, length: int) -> int:
     ids = np.zeros(length, dtype=np.int64)
     batch = collate(TokenRows(np.zeros(1, dtype=np.int64), np.array([0, length]), ids, labels), np.array([0]))
 
-    def ignore(name: str, x: Tensor, grad_output: Tensor) -> None:
+    def ignore(name: str, found: Gradients) -> None:
         pass
 
     with GradientRecorder(passes.model, passes.blocks, passes.autocast) as recorder:

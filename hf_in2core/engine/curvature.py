@@ -18,7 +18,7 @@ from datasets import Dataset
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from .blocks import Blocks, count_elements
+from .blocks import VOCABULARY_KINDS, Blocks, count_elements
 from .datainf import compute_damping
 from .fit_sums import FitResult, GradientSample
 from .passes import Passes
@@ -104,10 +104,14 @@ def draw_curvature_sample(passes: Passes, num_rows: int, seed: int) -> GradientS
     """What the fit has to keep for [`check_curvature`]; `None` for a pool in which nothing can be concluded."""
     if num_rows < MIN_CURVATURE_ROWS:
         return None
+    # The fit never holds the gradients of a vocabulary's matrix together.
+    blocks = {name: block for name, block in passes.blocks.items() if block.kind not in VOCABULARY_KINDS}
+    if not blocks:
+        return None
     count = min(CURVATURE_ROWS, num_rows)
     generator = np.random.default_rng(seed)
-    most = max(MAX_CURVATURE_ELEMENTS, 4 * count_elements(passes.blocks))
-    return GradientSample(draw_blocks(passes.blocks, most // count, generator), count, generator)
+    most = max(MAX_CURVATURE_ELEMENTS, 4 * count_elements(blocks))
+    return GradientSample(draw_blocks(blocks, most // count, generator), count, generator)
 
 
 def check_curvature(

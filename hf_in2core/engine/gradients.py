@@ -1,27 +1,35 @@
 """Per-example gradients of an adapter out of one batched backward.
 
-Every trainable tensor is a block. A block is the weight or bias of an `nn.Linear` (a LoRA `A` or `B`): with input `x`
+Every trainable tensor is a block. Most are the weight or bias of an `nn.Linear` (a LoRA `A` or `B`): with input `x`
 of shape `[B, T, in]` and output gradient `g` of shape `[B, T, out]`, the per-example gradient of its weight is
 `G_k = sum_t g_kt x_kt^T`, shape `[out, in]`. The linear is replaced, for the length of a pass, by a function whose
 backward hands `(x, g)` to a reducer, so that no `[n, d]` matrix is ever built and no weight gradient is computed
 twice. The backward stops below the lowest block, and layers below it run without a graph.
+
+The output head and the input embedding have a row for every token of the vocabulary, so that the gradients of a batch
+would be as many copies of the largest matrix of the model: they are handed over one example after the other, the
+head's summed over the chunks of its logits, the embedding's at the tokens of the example alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import Embedding as LoraEmbedding
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .batches import TokenBatch
-from .blocks import Blocks, explain_idle_blocks
-from .forwards import replaced_forwards
+from .blocks import Block, Blocks, explain_idle_blocks
+from .forwards import Forward, replaced_forwards
 from .losses import (
     compute_token_nll,
     compute_token_weights,
@@ -30,10 +38,35 @@ from .losses import (
     has_plain_head,
     run_to_head,
 )
+from .recorded import make_dora_forward, make_embedding_forward, make_linear_forward
 from .sharding import is_sharded
+from .vocabulary import HeadRows, iterate_embedding_rows, mark_tokens
 
 
-Reducer = Callable[[str, Tensor, Tensor], None]
+class Gradients(NamedTuple):
+    """
+    What the backward hands over of the per-example gradients of a block; [`form_gradients`] makes them of it.
+
+    Attributes:
+        x (`torch.Tensor`):
+            Input of the linear, `[B, T, in]`. Of a vocabulary's matrix, the gradient itself at some of its tokens,
+            `[1, m, in]`.
+        grad_output (`torch.Tensor`, *optional*):
+            Gradient of the summed loss with respect to the output of the linear, `[B, T, out]`; `None` of a
+            vocabulary's matrix.
+        row (`int`, *optional*):
+            Which row of the batch it is, where there is a call for each of them, in their order; `None` for all.
+        tokens (`torch.Tensor`, *optional*):
+            Rows of the matrix that `x` has, `[m]`; the gradient is zero in all others. `None` for all.
+    """
+
+    x: Tensor
+    grad_output: Tensor | None
+    row: int | None = None
+    tokens: Tensor | None = None
+
+
+Reducer = Callable[[str, Gradients], None]
 
 # float16 holds nothing below 6e-8: of long rows most gradients would vanish, so the loss is scaled while they pass.
 LOSS_SCALE = 2.0**14
@@ -43,35 +76,9 @@ class ScaleTooLargeError(Exception):
     """A scaled gradient has left float16; the recorder's scale is smaller now, and the batch has to run again."""
 
 
-class _RecordedLinear(torch.autograd.Function):
-    """A linear whose backward hands its input and output gradient to `record` in place of a weight gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        anchor: Tensor,
-        record: Callable[[Tensor, Tensor], None],
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.record = record
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        x, weight = ctx.saved_tensors
-        ctx.record(x, grad_output)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_output.matmul(weight.to(grad_output.dtype)).to(x.dtype)
-        return grad_x, None, None, None, None
-
-
 class GradientRecorder:
     """
-    Runs batches forward and backward with the blocks' linears replaced, feeding a reducer.
+    Runs batches forward and backward with the blocks' modules replaced, feeding a reducer.
 
     Example:
 
@@ -97,9 +104,9 @@ class GradientRecorder:
         self.device = first.device
         self.accumulation_dtype = accumulation_dtype(first)
         self.sharded = is_sharded(model)
-        self._anchors: dict[torch.device, Tensor] = {}
         self._plain_head: bool | None = None
         self._batch_shape: tuple[int, int] = (0, 0)
+        self._head_rows: dict[str, HeadRows] = {}
         self._reducer: Reducer | None = None
         self._recorded: dict[str, int] = {}
         half = torch.float16 in (autocast, getattr(model, "dtype", None))
@@ -107,7 +114,7 @@ class GradientRecorder:
         self._fits: Tensor | None = None
 
     def __enter__(self) -> GradientRecorder:
-        by_module: dict[nn.Linear, list[str]] = {}
+        by_module: dict[nn.Module, list[str]] = {}
         for name, block in self.blocks.items():
             by_module.setdefault(block.module, []).append(name)
         self._entered = ExitStack()
@@ -116,35 +123,34 @@ class GradientRecorder:
             # The adapter's input is cast by autocast; PEFT would keep a float32 copy of it for the backward.
             self._entered.enter_context(disable_input_dtype_casting(self.model))
         forwards = {module: self._make_forward(module, names) for module, names in by_module.items()}
-        self._entered.enter_context(replaced_forwards(forwards))  # type: ignore[arg-type]
+        self._entered.enter_context(replaced_forwards(forwards))
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._entered.close()
 
-    def _make_forward(self, module: nn.Linear, names: list[str]) -> Callable[[Tensor], Tensor]:
-        def record(x: Tensor, grad_output: Tensor) -> None:
+    def _make_forward(self, module: nn.Module, names: list[str]) -> Forward:
+        def record(seen: Tensor, grad_output: Tensor) -> None:
             for name in names:
-                self._record(name, x, grad_output)
+                self._record(name, seen, grad_output)
 
+        if isinstance(module, DoraLinearLayer):
+            return make_dora_forward(module, self.accumulation_dtype, record)
+        if not isinstance(module, nn.Linear):
+            return make_embedding_forward(module, partial(self._record_embedding, names))
         # The weights stand still while gradients are recorded: autocast need not cast them in every forward. Where
         # they are sharded, the module has a whole one within the forward of its layer only.
         kept = None if self.sharded else module.weight
         if kept is not None and self.autocast is not None:
             kept = kept.detach().to(self.autocast)
-
-        def forward(x: Tensor) -> Tensor:
-            weight = module.weight.detach() if kept is None else kept
-            anchor = self._anchors.get(x.device)
-            if anchor is None:
-                anchor = self._anchors[x.device] = torch.ones((), requires_grad=True, device=x.device)
-            return _RecordedLinear.apply(x, weight, module.bias, anchor, record)
-
-        return forward
+        return make_linear_forward(module, kept, record)
 
     def _record(self, name: str, x: Tensor, grad_output: Tensor) -> None:
         rows, tokens = self._batch_shape
-        if x.dim() == 2 and len(x) == rows * tokens:
+        block = self.blocks[name]
+        if block.kind == "head":  # of the labelled tokens alone
+            pass
+        elif x.dim() == 2 and len(x) == rows * tokens:
             # Flattened before the linear (OPT, shared experts): the order of the tokens is the batch's.
             x, grad_output = x.reshape(rows, tokens, -1), grad_output.reshape(rows, tokens, -1)
         elif x.dim() > 3 and len(x) == rows:
@@ -156,15 +162,62 @@ class GradientRecorder:
                 f"[{rows}, {tokens}, {x.shape[-1]}] was expected: its rows cannot be told apart, so it has no "
                 "per-example gradient. Leave this module out of `target_modules`."
             )
-        self._recorded[name] = self._recorded.get(name, 0) + 1
-        if self.loss_scale != 1.0:
-            fits = torch.isfinite(grad_output).all()
-            self._fits = fits if self._fits is None else self._fits & fits.to(self._fits.device)
-            grad_output = grad_output.to(self.accumulation_dtype) / self.loss_scale
-        if self.blocks[name].parameter == "bias":
+        grad_output = self._unscale(grad_output)
+        if block.tensor.dim() == 1:  # a bias, or what is multiplied into its gradient already
             x = x.new_ones(1).expand(*x.shape[:-1], 1)
-        if self._reducer is not None:
-            self._reducer(name, x, grad_output)
+        if block.kind == "head":
+            found = self._head_rows[name].add(x, grad_output, self.accumulation_dtype)
+            self._hand_over(name, (Gradients(values[None], None, row) for row, values in found))
+        else:
+            self._hand_over(name, [Gradients(x, grad_output)])
+
+    def _record_embedding(self, names: list[str], ids: Tensor, grad_output: Tensor) -> None:
+        if tuple(ids.shape) != self._batch_shape:
+            raise ValueError(
+                f"`{names[0]}` received ids of shape {tuple(ids.shape)} where [batch, tokens] = "
+                f"{list(self._batch_shape)} was expected: its rows cannot be told apart, so it has no per-example "
+                "gradient. Leave this module out of `modules_to_save` and `target_modules`."
+            )
+        grad_output = self._unscale(grad_output)
+        for name in names:
+            self._hand_over(name, self._find_embedding_gradients(self.blocks[name], ids, grad_output))
+
+    def _find_embedding_gradients(self, block: Block, ids: Tensor, grad_output: Tensor) -> Iterator[Gradients]:
+        module, dtype = block.module, self.accumulation_dtype
+        base: Any = module if isinstance(module, nn.Embedding) else module.get_base_layer()  # type: ignore[operator]
+        if isinstance(module, TrainableTokensLayer):
+            chosen = module.token_indices[block.parameter.rpartition(".")[2]]
+            yield Gradients(grad_output, mark_tokens(ids, chosen, base.padding_idx, dtype))
+        elif isinstance(module, nn.Embedding):
+            found = iterate_embedding_rows(ids, grad_output, base.padding_idx, dtype)
+            for row, (tokens, values) in enumerate(found):
+                yield Gradients(values[None], None, row, tokens)
+        else:
+            assert isinstance(module, LoraEmbedding)
+            field, _, adapter = block.parameter.rpartition(".")
+            a, b = (weights[adapter].detach() for weights in (module.lora_embedding_A, module.lora_embedding_B))
+            if field == "lora_embedding_B":
+                yield Gradients(F.embedding(ids, a.T) * module.scaling[adapter], grad_output)
+                return
+            inner = (grad_output.to(dtype) @ b.to(dtype)) * module.scaling[adapter]
+            found = iterate_embedding_rows(ids, inner, base.padding_idx, dtype)
+            for row, (tokens, values) in enumerate(found):
+                # A column for every token; as thin as A is, a row of the batch has it whole.
+                yield Gradients(values.new_zeros(a.shape).index_add_(1, tokens, values.T)[None], None, row)
+
+    def _unscale(self, grad_output: Tensor) -> Tensor:
+        if self.loss_scale == 1.0:
+            return grad_output
+        fits = torch.isfinite(grad_output).all()
+        self._fits = fits if self._fits is None else self._fits & fits.to(self._fits.device)
+        return grad_output.to(self.accumulation_dtype) / self.loss_scale
+
+    def _hand_over(self, name: str, found: Iterable[Gradients]) -> None:
+        for gradients in found:
+            if not gradients.row:  # all rows, or the first of them
+                self._recorded[name] = self._recorded.get(name, 0) + 1
+            if self._reducer is not None:
+                self._reducer(name, gradients)
 
     def _check_scale(self) -> None:
         if self._fits is not None and self.loss_scale > 1.0 and not bool(self._fits):
@@ -182,8 +235,8 @@ class GradientRecorder:
                 `"mean"`, `"sum"`, `"sqrt"` or `"max"`: the per-example loss from the losses of its labelled
                 tokens, see [`losses.compute_token_weights`].
             reducer (`Callable`):
-                Called once per block with the block's name, its input `[B, T, in]` and its output gradient
-                `[B, T, out]`; it must not keep them.
+                Called with a block's name and its [`Gradients`], which it must not keep: once per block, or once per
+                block and row for the matrices of a vocabulary.
 
         Returns:
             `torch.Tensor` of shape `[B]`: per-example losses, detached; look at them with [`check_finite`].
@@ -192,6 +245,11 @@ class GradientRecorder:
             ScaleTooLargeError: if a gradient has left float16; the same call again has a smaller scale.
             ValueError: if a block took no part in the backward or took part more than once.
         """
+        self._head_rows = {
+            name: HeadRows(np.cumsum(batch.num_loss_tokens.cpu().numpy()).tolist())
+            for name, block in self.blocks.items()
+            if block.kind == "head"
+        }
         batch = batch.to(self.device)
         self._batch_shape = (batch.input_ids.shape[0], batch.input_ids.shape[1])
         self._reducer = reducer
@@ -253,6 +311,13 @@ def compute_per_example_gradients(x: Tensor, grad_output: Tensor, dtype: torch.d
     if x.is_cuda and x.dtype == grad_output.dtype and x.dtype in (torch.bfloat16, torch.float16):
         return torch.bmm(grad_output.transpose(1, 2), x, out_dtype=dtype)  # summed in float32, without copies in it
     return torch.bmm(grad_output.to(dtype).transpose(1, 2), x.to(dtype))
+
+
+def form_gradients(gradients: Gradients, dtype: torch.dtype) -> Tensor:
+    """Per-example gradients, `[B, out, in]`, or those of one row at some tokens of a vocabulary, `[1, m, in]`."""
+    if gradients.grad_output is None:
+        return gradients.x.to(dtype)
+    return compute_per_example_gradients(gradients.x, gradients.grad_output, dtype)
 
 
 def check_finite(losses: Tensor, values: Tensor, batch: TokenBatch) -> np.ndarray:

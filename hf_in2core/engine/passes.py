@@ -32,7 +32,7 @@ from .batches import (
 )
 from .blocks import Blocks
 from .forwards import checkpointed_layers, find_checkpointable_layers
-from .gradients import GradientRecorder, ScaleTooLargeError
+from .gradients import GradientRecorder, Gradients, ScaleTooLargeError
 from .losses import find_max_loss_tokens
 from .sharding import is_sharded
 from .state import read_tensors, write_tensors
@@ -243,7 +243,7 @@ def run_batches(passes: Passes, token_rows: TokenRows, step: Callable[[TokenBatc
 def finish_together(passes: Passes, recorder: GradientRecorder) -> None:
     """Where base weights are sharded: take part in the batches that other processes still have, adding nothing."""
 
-    def ignore(name: str, x: Tensor, grad_output: Tensor) -> None:
+    def ignore(name: str, found: Gradients) -> None:
         pass
 
     while passes.start_round(False):

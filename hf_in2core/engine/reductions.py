@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .batches import TokenBatch
+from .blocks import Block
 from .datainf import compute_coefficients
-from .gradients import GradientRecorder, check_finite, compute_per_example_gradients
+from .gradients import GradientRecorder, Gradients, check_finite, compute_per_example_gradients, form_gradients
 
 
 def compute_gradient_sum(recorder: GradientRecorder, batch: TokenBatch, loss_reduction: str) -> dict[str, Tensor]:
@@ -26,15 +27,33 @@ def compute_gradient_sum(recorder: GradientRecorder, batch: TokenBatch, loss_red
     """
     sums: dict[str, Tensor] = {}
 
-    def reduce(name: str, x: Tensor, grad_output: Tensor) -> None:
+    def reduce(name: str, found: Gradients) -> None:
+        dtype = recorder.accumulation_dtype
+        if found.grad_output is None:
+            sums[name] = _add_part(sums.get(name), found.x.to(dtype), found, recorder.blocks[name])
+            return
         # The whole batch as one example.
-        x, grad_output = x.flatten(0, 1)[None], grad_output.flatten(0, 1)[None]
-        sums[name] = compute_per_example_gradients(x, grad_output, recorder.accumulation_dtype)[0]
+        x, grad_output = found.x.flatten(0, 1)[None], found.grad_output.flatten(0, 1)[None]
+        sums[name] = compute_per_example_gradients(x, grad_output, dtype)
 
     losses = recorder.run(batch, loss_reduction, reduce)
     norms = stack_on([value.norm() for value in sums.values()], losses.device)
     check_finite(losses, norms.sum().expand(len(losses), 1), batch)
-    return sums
+    return {name: value[0] for name, value in sums.items()}
+
+
+def _add_part(total: Tensor | None, values: Tensor, found: Gradients, block: Block) -> Tensor:
+    """Add what came of a part of a block's gradients, `[S, m, in]`, to the sum of the parts before, `[S, out, in]`."""
+    if found.tokens is None:
+        return values if total is None else total.add_(values)
+    if total is None:
+        total = values.new_zeros(len(values), len(block.tensor), values.shape[2])
+    return total.index_add_(1, found.tokens, values)
+
+
+def join_parts(parts: list[Tensor]) -> Tensor:
+    """What the rows of a batch gave, of a block that was handed over at once or row after row."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def stack_on(tensors: list[Tensor], device: torch.device) -> Tensor:
@@ -66,7 +85,9 @@ class FitDirections:
         first = next(iter(validation_gradients.values()))
         self._all_damping = torch.tensor([damping[name] for name in self.columns], device=first.device).double()
 
-    def compute_block_sums(self, name: str, gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def compute_block_sums(
+        self, name: str, gradients: Tensor, tokens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """
         Sums over some examples of one block.
 
@@ -75,13 +96,19 @@ class FitDirections:
                 The block.
             gradients (`torch.Tensor` of shape `[B, out * in]`):
                 Their per-example gradients.
+            tokens (`torch.Tensor`, *optional*):
+                Rows of a vocabulary's matrix that the gradients have, `[m]`; then they are `[B, m * in]`, and so are
+                the sums. All by default.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: `sum_i (v_q . g_i) / (damping + ||g_i||^2) * g_i` and
             the same with the denominator squared, `[2 * Q, out * in]`; the norms `[B]`; the dots `[B, Q]`.
         """
         norms = torch.linalg.vector_norm(gradients, dim=1)
-        dots = gradients @ self.columns[name]
+        columns = self.columns[name]
+        if tokens is not None:
+            columns = columns.unflatten(0, (-1, gradients.shape[1] // len(tokens)))[tokens].flatten(0, 1)
+        dots = gradients @ columns
         weights = torch.cat(compute_coefficients(dots, norms.square(), self.damping[name]), dim=1)
         return weights.T @ gradients, norms, dots
 
@@ -115,7 +142,8 @@ def compute_fit_terms(
         directions ([`FitDirections`]):
             Validation gradients and dampings.
         keep (`Callable`, *optional*):
-            Called with each block's name and its per-example gradients, `[B, out * in]`.
+            Called with each block's name and its per-example gradients, `[B, out * in]`; not for the matrices of a
+            vocabulary, whose gradients are never held together.
 
     Returns:
         `tuple[dict[str, torch.Tensor], FitTerms]`: the sums of [`FitDirections.compute_block_sums`] by block, and
@@ -124,31 +152,36 @@ def compute_fit_terms(
     Raises:
         ValueError: if a loss or gradient is not finite, naming the rows.
     """
-    found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    sums: dict[str, Tensor] = {}
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in directions.columns}
 
-    def reduce(name: str, x: Tensor, grad_output: Tensor) -> None:
-        dtype = directions.columns[name].dtype
-        gradients = compute_per_example_gradients(x, grad_output, dtype).flatten(1)
-        if keep is not None:
+    def reduce(name: str, found: Gradients) -> None:
+        gradients = form_gradients(found, directions.columns[name].dtype)
+        width = gradients.shape[2]
+        gradients = gradients.flatten(1)
+        if keep is not None and found.row is None:
             keep(name, gradients)
-        found[name] = directions.compute_block_sums(name, gradients)
+        values, *norms_and_dots = directions.compute_block_sums(name, gradients, found.tokens)
+        sums[name] = _add_part(sums.get(name), values.unflatten(1, (-1, width)), found, recorder.blocks[name])
+        parts[name].append((norms_and_dots[0], norms_and_dots[1]))
 
     losses = recorder.run(batch, loss_reduction, reduce)
-    _, norms, dots = (list(parts) for parts in zip(*(found[name] for name in directions.columns), strict=True))
+    norms, dots = ([join_parts([part[index] for part in found]) for found in parts.values()] for index in (0, 1))
     check_finite(losses, stack_on(norms, losses.device).T, batch)
-    return {name: sums for name, (sums, _, _) in found.items()}, directions.summarize(norms, dots, losses.device)
+    return {name: value.flatten(1) for name, value in sums.items()}, directions.summarize(norms, dots, losses.device)
 
 
 def compute_square_norms(recorder: GradientRecorder, batch: TokenBatch, loss_reduction: str) -> np.ndarray:
     """Squared norms of the per-example gradients of a batch, float64 `[B, blocks]`."""
-    norms: dict[str, Tensor] = {}
+    parts: dict[str, list[Tensor]] = {name: [] for name in recorder.blocks}
 
-    def reduce(name: str, x: Tensor, grad_output: Tensor) -> None:
-        gradients = compute_per_example_gradients(x, grad_output, recorder.accumulation_dtype)
-        norms[name] = torch.linalg.vector_norm(gradients, dim=(1, 2))
+    def reduce(name: str, found: Gradients) -> None:
+        gradients = form_gradients(found, recorder.accumulation_dtype)
+        parts[name].append(torch.linalg.vector_norm(gradients, dim=(1, 2)))
 
     losses = recorder.run(batch, loss_reduction, reduce)
-    return np.square(check_finite(losses, stack_on([norms[n] for n in recorder.blocks], losses.device).T, batch))
+    norms = stack_on([join_parts(found) for found in parts.values()], losses.device)
+    return np.square(check_finite(losses, norms.T, batch))
 
 
 def compute_dots(
@@ -179,17 +212,34 @@ def compute_dots(
     Raises:
         ValueError: if a loss or gradient is not finite, naming the rows.
     """
-    found: list[Tensor] = []
-
-    def reduce(name: str, x: Tensor, grad_output: Tensor) -> None:
-        found.append(compute_block_dots(x, grad_output, directions[name], with_norms))
-
-    losses = recorder.run(batch, loss_reduction, reduce)
-    dots = check_finite(losses, stack_on(found, losses.device).sum(0, dtype=torch.float64), batch)
+    losses, found = compute_dots_by_block(recorder, batch, loss_reduction, directions, with_norms)
+    dots = check_finite(losses, stack_on(list(found.values()), losses.device).sum(0, dtype=torch.float64), batch)
     return (dots[:, :-1], dots[:, -1]) if with_norms else (dots, None)
 
 
-def compute_block_dots(x: Tensor, grad_output: Tensor, u: Tensor, with_norms: bool = False) -> Tensor:
+def compute_dots_by_block(
+    recorder: GradientRecorder,
+    batch: TokenBatch,
+    loss_reduction: str,
+    directions: dict[str, Tensor],
+    with_norms: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """
+    [`compute_dots`] before the sum over blocks.
+
+    Returns:
+        `tuple[torch.Tensor, dict[str, torch.Tensor]]`: losses `[B]`, and by block what [`compute_block_dots`] gives.
+    """
+    parts: dict[str, list[Tensor]] = {}
+
+    def reduce(name: str, found: Gradients) -> None:
+        parts.setdefault(name, []).append(compute_block_dots(found, directions[name], with_norms))
+
+    losses = recorder.run(batch, loss_reduction, reduce)
+    return losses, {name: join_parts(found) for name, found in parts.items()}
+
+
+def compute_block_dots(found: Gradients, u: Tensor, with_norms: bool = False) -> Tensor:
     """
     Dot products of the per-example gradients of one block with `Q` directions.
 
@@ -197,10 +247,8 @@ def compute_block_dots(x: Tensor, grad_output: Tensor, u: Tensor, with_norms: bo
     product on the smaller side.
 
     Args:
-        x (`torch.Tensor` of shape `[B, T, in]`):
-            Input of the linear.
-        grad_output (`torch.Tensor` of shape `[B, T, out]`):
-            Gradient of the summed loss with respect to its output.
+        found ([`Gradients`]):
+            The per-example gradients.
         u (`torch.Tensor` of shape `[Q, out, in]`):
             Directions.
         with_norms (`bool`, *optional*, defaults to `False`):
@@ -209,13 +257,16 @@ def compute_block_dots(x: Tensor, grad_output: Tensor, u: Tensor, with_norms: bo
     Returns:
         `torch.Tensor` of shape `[B, Q]`, or `[B, Q + 1]` with the squared norms last, in the dtype of the directions.
     """
+    if found.tokens is not None:
+        u = u[:, found.tokens]
+    x, grad_output = found.x, found.grad_output
     # In half precision on a GPU the gradients come out of one product in float32; else two inputs would be copied.
-    if u.shape[0] == 1 and not with_norms and not (x.is_cuda and x.dtype != u.dtype):
+    if grad_output is not None and u.shape[0] == 1 and not with_norms and not (x.is_cuda and x.dtype != u.dtype):
         x, grad_output = x.to(u.dtype), grad_output.to(u.dtype)
         if u.shape[1] <= u.shape[2]:  # the product that ends on the smaller side
             return torch.linalg.vecdot((x @ u[0].T).flatten(1), grad_output.flatten(1))[:, None]
         return torch.linalg.vecdot((grad_output @ u[0]).flatten(1), x.flatten(1))[:, None]
-    gradients = compute_per_example_gradients(x, grad_output, u.dtype).flatten(1)
+    gradients = form_gradients(found, u.dtype).flatten(1)
     dots = gradients @ u.flatten(1).T
     if not with_norms:
         return dots

@@ -7,9 +7,9 @@ from datasets import Dataset
 from torch import Tensor
 
 from .batches import TokenBatch, read_token_rows
-from .gradients import GradientRecorder, check_finite, compute_per_example_gradients
+from .gradients import GradientRecorder, Gradients, check_finite, form_gradients
 from .passes import Passes, accumulate, make_zeros, run_batches
-from .reductions import compute_gradient_sum, stack_on
+from .reductions import compute_gradient_sum, join_parts, stack_on
 
 
 def run_validation_pass(passes: Passes, prepared: Dataset, name: str, description: str) -> dict[str, Tensor]:
@@ -53,14 +53,19 @@ def run_per_example_validation_pass(passes: Passes, prepared: Dataset, descripti
             queries[key] = make_zeros(block.tensor, (len(token_rows),), recorder.accumulation_dtype)
 
         def step(batch: TokenBatch) -> None:
-            norms: list[Tensor] = []
+            parts: dict[str, list[Tensor]] = {key: [] for key in queries}
 
-            def reduce(key: str, x: Tensor, grad_output: Tensor) -> None:
-                gradients = compute_per_example_gradients(x, grad_output, recorder.accumulation_dtype)
-                queries[key][torch.from_numpy(batch.indices)] = gradients
-                norms.append(torch.linalg.vector_norm(gradients, dim=(1, 2)))
+            def reduce(key: str, found: Gradients) -> None:
+                gradients = form_gradients(found, recorder.accumulation_dtype)
+                if found.row is None:
+                    queries[key][torch.from_numpy(batch.indices)] = gradients
+                else:
+                    own = queries[key][int(batch.indices[found.row])]
+                    own[slice(None) if found.tokens is None else found.tokens] = gradients[0]
+                parts[key].append(torch.linalg.vector_norm(gradients, dim=(1, 2)))
 
             losses = recorder.run(batch, passes.loss_reduction, reduce)
+            norms = [join_parts(found) for found in parts.values()]
             check_finite(losses, stack_on(norms, losses.device).T, batch)
             bar.update(len(batch.rows))
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .batches import collate, read_token_rows
 from .forwards import checkpointed_layers, unwrapped_forward
-from .gradients import GradientRecorder, ScaleTooLargeError, compute_per_example_gradients, frozen_eval_mode
+from .gradients import GradientRecorder, Gradients, ScaleTooLargeError, form_gradients, frozen_eval_mode
 from .passes import Passes
 from .sharding import gather, is_sharded, reshard
 
@@ -44,15 +44,17 @@ def verify_gradients(passes: Passes, prepared: Dataset) -> None:
     # Which token is the hardest may hang on rounding, which differs between a batch and a row alone; recording does
     # not depend on it.
     loss_reduction = "sum" if passes.loss_reduction == "max" else passes.loss_reduction
-    recorded: dict[str, Tensor] = {}
+    recorded: dict[str, list[Gradients]] = {}
     with GradientRecorder(passes.model, passes.blocks, passes.autocast) as recorder:
         dtype = recorder.accumulation_dtype
 
-        def reduce(name: str, x: Tensor, grad_output: Tensor) -> None:
-            recorded[name] = compute_per_example_gradients(x, grad_output, dtype)
+        def reduce(name: str, found: Gradients) -> None:
+            gradients = form_gradients(found, dtype)
+            recorded.setdefault(name, []).extend(found._replace(x=row, grad_output=None) for row in gradients)
 
         with checkpointed_layers(passes.model) if passes.is_checkpointed(batch) else nullcontext():
             for _ in range(10):  # a smaller scale each time, which ends at 1
+                recorded.clear()
                 with suppress(ScaleTooLargeError):
                     recorder.run(batch, loss_reduction, reduce)
                     break
@@ -66,13 +68,19 @@ def verify_gradients(passes: Passes, prepared: Dataset) -> None:
         expected = _differentiate(passes, alone.input_ids, alone.targets, alone.positions, loss_reduction)
         total_norm = torch.stack([gradient.norm().double().cpu() for gradient in expected.values()]).norm()
         for name, gradient in expected.items():
-            difference = (recorded[name][index] - gradient.view_as(recorded[name][index])).norm()
+            found = recorded[name][index]
+            difference = gradient.view(-1, found.x.shape[1]).to(found.x.dtype, copy=True)
+            if found.tokens is None:
+                difference -= found.x
+            else:
+                difference.index_add_(0, found.tokens, found.x, alpha=-1)
             tolerance = max(TOLERANCES[dtype] for dtype in (*dtypes, passes.blocks[name].tensor.dtype))
             # A block with hardly any gradient is all rounding, and adds as little to the influence.
-            if not float(difference) <= tolerance * max(float(gradient.norm()), 0.01 * float(total_norm)):
+            error = difference.norm()
+            if not float(error) <= tolerance * max(float(gradient.norm()), 0.01 * float(total_norm)):
                 raise ValueError(
                     f"The per-example gradient recorded for `{name}` differs from automatic differentiation by "
-                    f"{float(difference / gradient.norm()):.1e} of its norm (row {rows.row[row]}; at most {tolerance} "
+                    f"{float(error / gradient.norm()):.1e} of its norm (row {rows.row[row]}; at most {tolerance} "
                     "is accepted): this model or adapter uses the module in a way that cannot be recorded. Leave it "
                     "out of `target_modules`."
                 )

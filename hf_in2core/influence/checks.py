@@ -13,10 +13,10 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
-from hf_in2core.engine.blocks import Blocks, check_not_offloaded, count_elements, find_blocks
+from hf_in2core.engine.blocks import VOCABULARY_KINDS, Blocks, check_not_offloaded, count_elements, find_blocks
 from hf_in2core.engine.forwards import find_checkpointable_layers
 from hf_in2core.engine.passes import Passes
-from hf_in2core.engine.sharding import is_sharding_launch
+from hf_in2core.engine.sharding import is_sharded, is_sharding_launch
 from hf_in2core.names import POOL, RESERVED_SET_NAMES, VALIDATION, describe_set
 from hf_in2core.rows.checks import CheckedRows, check_rows, refuse_bad_rows
 from hf_in2core.rows.masks import compare_masks, say_silent_turns
@@ -240,7 +240,7 @@ def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool)
             f"The adapters {', '.join(model.active_adapters)} are active together, but influence is taken through "
             "one. Choose it with `model.set_adapter(name)`, or merge them into one with `model.add_weighted_adapter`."
         )
-    find_blocks(model, model.active_adapter)
+    _check_special_blocks(find_blocks(model, model.active_adapter), model, args)
     check_not_offloaded(model)
     if aux_loss_enabled:
         raise ValueError(
@@ -251,6 +251,24 @@ def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool)
         raise ValueError(
             f"`influence_activation_checkpointing=True`, but {type(model.get_base_model()).__name__} has no layer "
             "that Transformers can checkpoint. Leave it out, and lower `tokens_per_batch` instead."
+        )
+
+
+def _check_special_blocks(blocks: Blocks, model: PeftModel, args: InfluenceConfig) -> None:
+    """Refuse sharded weights and a gradient store for the blocks that do not go with them."""
+    unshardable = next((name for name, block in blocks.items() if block.kind != "linear"), None)
+    if unshardable is not None and (is_sharding_launch() or is_sharded(model)):
+        raise ValueError(
+            f"`{unshardable}` is trained and the model is sharded (FSDP): the gradients of a head, an embedding or "
+            "DoRA's magnitudes need weights that are whole. Launch with --accelerate_config multi_gpu, or train "
+            "linear layers alone, without `use_dora`."
+        )
+    name = next((name for name, block in blocks.items() if block.kind in VOCABULARY_KINDS), None)
+    if name is not None and args.gradient_store_gb > 0 and args.influence_layers is None:
+        raise ValueError(
+            f"`gradient_store_gb={args.gradient_store_gb}` would keep a copy of `{name}` "
+            f"({blocks[name].tensor.numel():,} elements) for every row. Set `gradient_store_gb=0`, or leave it "
+            "frozen."
         )
 
 

@@ -19,11 +19,13 @@ from hf_in2core.engine import (
     gradients,
     losses,
     passes,
+    recorded,
     reductions,
     sample,
     scoring,
     store,
     validation,
+    vocabulary,
 )
 from hf_in2core.engine.blocks import Blocks, count_elements, read_adapter_settings
 from hf_in2core.engine.gradients import accumulation_dtype
@@ -36,8 +38,8 @@ from .config import InfluenceConfig
 
 # A change in any of these may change a score, so their source is part of a run's fingerprint.
 ENGINE = (
-    *(batches, blocks, datainf, fit, fit_sums, forwards, gradients, losses, passes, reductions, sample, scoring),
-    *(store, validation),
+    *(batches, blocks, datainf, fit, fit_sums, forwards, gradients, losses, passes, recorded, reductions, sample),
+    *(scoring, store, validation, vocabulary),
 )
 LIBRARIES = ["torch", "transformers", "trl", "peft", "datasets", "accelerate"]
 

@@ -11,7 +11,7 @@ from helpers import add_trained_adapter, make_model, make_prompt_completion, mak
 from hf_in2core.engine import gradients
 from hf_in2core.engine.batches import collate, read_token_rows
 from hf_in2core.engine.blocks import find_blocks
-from hf_in2core.engine.gradients import GradientRecorder, compute_per_example_gradients
+from hf_in2core.engine.gradients import GradientRecorder, Gradients, form_gradients
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -52,8 +52,8 @@ def compute_all(
         if scale is not None:
             recorder.loss_scale = scale
 
-        def keep(name: str, x: torch.Tensor, grad_output: torch.Tensor) -> None:
-            found[name] = compute_per_example_gradients(x, grad_output, torch.float32)
+        def keep(name: str, gradients: Gradients) -> None:
+            found[name] = form_gradients(gradients, torch.float32)
 
         recorder.run(collate(token_rows, np.arange(len(token_rows))), "mean", keep)
     return found

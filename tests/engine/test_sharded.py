@@ -38,5 +38,6 @@ def test_sharded_base_weights_change_no_score(tmp_path) -> None:
             assert found["base_hash"] == expected["base_hash"]
     for process in two:
         assert process["local_elements"] < 0.6 * process["elements"]  # the adapter is whole
+        assert "Launch with --accelerate_config multi_gpu" in process["trained_head"]
         assert "trainer.score_influence()" in process["map"]
         assert "Lower `tokens_per_batch`" in process["out_of_memory"]

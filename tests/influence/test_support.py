@@ -82,14 +82,13 @@ def make_moe() -> MixtralForCausalLM:
 
 
 REFUSED_ADAPTERS = {
-    "dora": (lambda: LoraConfig(target_modules=["q_proj"], use_dora=True), "DoRA"),
-    "embedding": (lambda: LoraConfig(target_modules=["embed_tokens"]), "lora_embedding_A"),
+    "dora_embedding": (lambda: LoraConfig(target_modules=["embed_tokens"], use_dora=True), "DoraEmbeddingLayer"),
     "trainable_tokens": (
         lambda: LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3]),
         "trainable_tokens",
     ),
     "modules_to_save_norm": (lambda: LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]), "norm"),
-    "modules_to_save_head": (lambda: LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "lm_head"),
+    "lora_head": (lambda: LoraConfig(target_modules=["lm_head"]), "lm_head"),
     "target_parameters": (
         lambda: LoraConfig(target_modules=[], target_parameters=["mlp.experts.down_proj"]),
         "target_parameters",

@@ -36,7 +36,7 @@ def run(folder: str, options: dict[str, Any], world_size: int = 1) -> tuple[Infl
     options = dict(options)
     num_rows, per_example = options.pop("num_rows"), options.pop("per_example", False)
     pool, validation = make_prompt_completion(num_rows, seed=0), make_prompt_completion(5, seed=1)
-    model = add_trained_adapter(make_model()).double()
+    model = add_trained_adapter(make_model(), modules_to_save=options.pop("modules_to_save", None)).double()
     if world_size > 1:
         model = shard(model, world_size)
     trainer = make_trainer(folder, pool, validation, model=model, **options)
@@ -73,6 +73,13 @@ def main() -> None:
         "results": results,
         "elements": sum(p.numel() for p in parameters),
         "local_elements": sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in parameters),
+        "trained_head": catch(
+            ValueError,
+            run,
+            f"{options['output_dir']}-head",
+            {"num_rows": 4, "modules_to_save": ["lm_head"]},
+            state.num_processes,
+        ),
         "map": catch(ValueError, pool.map, trainer.fit_influence(), batched=True),
         "out_of_memory": catch(RuntimeError, run_batches, passes, rows, run_out_of_memory),
     }

@@ -1,0 +1,105 @@
+"""Forwards of modules whose backward hands over what the gradients of their parameters are made of."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from peft.tuners.lora.dora import DoraLinearLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .forwards import Forward
+
+
+Record = Callable[[Tensor, Tensor], None]
+
+
+@cache
+def _find_anchor(device: torch.device) -> Tensor:
+    """What makes outputs require a gradient though no parameter does; it never gets one itself."""
+    return torch.ones((), requires_grad=True, device=device)
+
+
+class _RecordedLinear(torch.autograd.Function):
+    """A linear whose backward hands its input and output gradient to `record` in place of a weight gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        anchor: Tensor,
+        record: Record,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.record = record
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        x, weight = ctx.saved_tensors
+        ctx.record(x, grad_output)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_output.matmul(weight.to(grad_output.dtype)).to(x.dtype)
+        return grad_x, None, None, None, None
+
+
+class _RecordedOutput(torch.autograd.Function):
+    """The output of a module as it is, whose gradient is handed to `record` on its way, after what was `seen`."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, seen: Tensor, anchor: Tensor, record: Record) -> Tensor:
+        ctx.save_for_backward(seen)
+        ctx.record = record
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.record(*ctx.saved_tensors, grad_output)
+        return grad_output, None, None, None
+
+
+def make_linear_forward(module: nn.Linear, kept: Tensor | None, record: Record) -> Forward:
+    """Of a linear, with its input and output gradient recorded; by the `kept` weight, where it is not its own."""
+
+    def forward(x: Tensor) -> Tensor:
+        weight = module.weight.detach() if kept is None else kept
+        return _RecordedLinear.apply(x, weight, module.bias, _find_anchor(x.device), record)
+
+    return forward
+
+
+def make_embedding_forward(module: nn.Module, record: Record) -> Forward:
+    """Of an embedding or what PEFT has made of it, with its ids and output gradient recorded."""
+    embed = module.forward
+
+    def forward(ids: Tensor) -> Tensor:
+        output = embed(ids)
+        return _RecordedOutput.apply(output, ids, _find_anchor(output.device), record)
+
+    return forward
+
+
+def make_dora_forward(module: DoraLinearLayer, dtype: torch.dtype, record: Record) -> Forward:
+    """
+    Of DoRA's part of a linear, `m * y - base` where the base gives `base`: the magnitudes `m` scale what has norm one.
+
+    Recorded are `y` and its product with the output gradient, which sums to the gradient of `m`.
+    """
+    add = module.forward
+    magnitude: Tensor = module.weight  # type: ignore[assignment]
+
+    def multiply(y: Tensor, grad_output: Tensor) -> None:
+        record(y, grad_output.to(dtype) * y.to(dtype))
+
+    def forward(x: Tensor, *, base_layer: nn.Linear, base_result: Tensor, **kwargs: Any) -> Tensor:
+        result = add(x, base_layer=base_layer, base_result=base_result, **kwargs)
+        output = base_result.detach() + result.detach()
+        if base_layer.bias is not None:  # which DoRA does not scale
+            output = output - base_layer.bias.detach()
+        return _RecordedOutput.apply(result, output / magnitude.detach(), _find_anchor(x.device), multiply)
+
+    return forward

@@ -1,0 +1,96 @@
+"""DoRA against the naive oracle: its magnitudes count beside A and B."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES
+from families import make_config as make_family
+from helpers import add_trained_adapter, assert_same, make_prompt_completion, make_trainer, prepare
+from naive import compute_datainf, compute_gradients
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from hf_in2core import InfluenceScorer
+
+
+def make_base(family: str) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(make_family(family, **FAMILIES[family]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # PEFT takes it out of what the magnitude scales
+                parameter.normal_()
+    return model
+
+
+def make_dora(family: str, **kwargs: Any) -> PeftModel:
+    model = add_trained_adapter(make_base(family), use_dora=True, **kwargs)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
+    return model
+
+
+def compute_all(trainer: Any, rows: Any, validation: Any, loss_reduction: str = "mean") -> list[Any]:
+    found = [compute_gradients(trainer.model, prepare(part), loss_reduction) for part in (rows, validation)]
+    counted = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert counted == set(found[0][0]) and sum("magnitude" in name for name in counted) == len(counted) // 3
+    return found
+
+
+@pytest.mark.usefixtures("exact_damping")
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("qwen2", {"loss_reduction": "sqrt"}),  # biases on a few linears
+        ("opt", {"loss_reduction": "max"}),  # on all of them, whose inputs are flattened
+        ("gpt2", {"loss_reduction": "sum"}),  # transposed weights
+        ("cohere", {"influence_activation_checkpointing": True}),
+        ("llama", {"gradient_store_gb": 1.0}),
+    ],
+)
+def test_dora_equals_the_loop(tmp_path, validation, family, options) -> None:
+    rows = make_prompt_completion(9, seed=2)
+    trainer = make_trainer(tmp_path, rows, validation, model=make_dora(family), tokens_per_batch=100, **options)
+    expected = compute_datainf(*compute_all(trainer, rows, validation, options.get("loss_reduction", "mean")))
+    assert_same(trainer.score_influence()["influence"], expected, 1e-9)
+
+
+@pytest.mark.parametrize("estimator", ["gradient_dot", "gradient_cosine"])
+def test_dot_and_cosine_equal_the_loop(tmp_path, validation, estimator) -> None:
+    rows = make_prompt_completion(9, seed=2)
+    trainer = make_trainer(tmp_path, rows, validation, model=make_dora("qwen2"), estimator=estimator)
+    train, held_out = (
+        torch.stack([torch.cat(list(row.values())) for row in part]) for part in compute_all(trainer, rows, validation)
+    )
+    v = held_out.mean(0)
+    expected = -train @ v if estimator == "gradient_dot" else -torch.cosine_similarity(train, v[None])
+    assert_same(trainer.score_influence()["influence"], expected, 1e-9)
+
+
+@pytest.mark.usefixtures("exact_damping")
+def test_rows_as_queries_and_a_saved_scorer_equal_the_loop(tmp_path, validation) -> None:
+    rows = make_prompt_completion(9, seed=2)
+    trainer = make_trainer(tmp_path / "run", rows, validation, model=make_dora("qwen2"), tokens_per_batch=100)
+    scorer = trainer.fit_influence(per_example=True)
+    scored = trainer.score_influence()
+    train, held_out = compute_all(trainer, rows, validation)
+    expected = np.stack([compute_datainf(train, [query]).numpy() for query in held_out], axis=1)
+    assert_same(scored["influence_per_query"], expected, 1e-9)
+    scorer.save_pretrained(tmp_path / "scorer")
+    loaded = InfluenceScorer.from_pretrained(tmp_path / "scorer", model=make_base("qwen2").double())
+    assert_same(rows.map(loaded, batched=True, batch_size=4)["influence"], expected.mean(1), 1e-9)
+
+
+def test_layers_and_bfloat16(tmp_path, pool, validation) -> None:
+    scores = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_dora("llama", lora_dropout=0.0)
+        trainer = make_trainer(tmp_path / str(dtype), pool, validation, dtype, model=model, influence_layers="last:1")
+        assert sum("magnitude" in name for name in trainer.blocks) == 7
+        scores.append(np.array(trainer.score_influence()["influence"]))
+    assert 0 < np.linalg.norm(scores[0] - scores[1]) < 0.1 * np.linalg.norm(scores[0])
