@@ -246,7 +246,8 @@ def _draw_pool(pool: Pool, summaries: Sequence[Mapping[str, Any]], plots: dict[s
     if find_spec("matplotlib") is None:
         return captions
     is_kept = pool.is_kept if kept.any() else None
-    figure, captions["influence_note"] = draw_influence(pool.deciding.values, is_kept, PAGE_WIDTH, name)
+    figure, note = draw_influence(pool.deciding.values, is_kept, PAGE_WIDTH, name)
+    captions["influence_note"] = note[:1].upper() + note[1:]
     _add_plot(plots, "influence", lambda: figure, f"How many rows have which {name}")
     if known:
         label = f"{name.capitalize()} of rows against loss tokens"

@@ -109,7 +109,8 @@ def plot_influence(
         `ValueError`: no row carries loss.
     """
     figure, note = draw_influence(influence, kept, name=name)
-    figure.suptitle("\n".join(textwrap.wrap(note, 76)), fontsize=11)
+    title = note if name == INFLUENCE else f"{name.capitalize()}; {note}"
+    figure.suptitle("\n".join(textwrap.wrap(title, 76)), fontsize=11)
     figure.savefig(path, dpi=150)
 
 
@@ -157,7 +158,7 @@ def draw_influence(
     panel.axvline(0, color="#444444", linewidth=1, linestyle=":")
     panel.set_xlabel(_label(name))
     panel.set_ylabel("rows")
-    notes = [f"{int((values < 0).sum()):,} of {len(values):,} rows are proponents"] if name == INFLUENCE else [name]
+    notes = [f"{int((values < 0).sum()):,} of {len(values):,} rows are proponents"] if name == INFLUENCE else []
     notes += [f"the {'cut' if cut is not None else 'coreset'} keeps {int(kept.sum()):,}"] if kept is not None else []
     notes += [f"{num_rows - len(values):,} rows carry no loss"] if num_rows > len(values) else []
     notes += [f"{outside:,} rows lie beyond the axis"] if outside else []

@@ -147,8 +147,8 @@ def read_deciding_score(scored: Dataset, strategy: str) -> DecidingScore:
         takers=takers[winners],
         name=f"{BEST_RANK} over {over}",
         how=f"in turn by {over}" + (", each given the rows taken before" if strategy == "greedy" else ""),
-        meaning=f"Best rank: the row's rank by its influence on one of {over}, the smallest of them (0 = strongest "
-        "proponent of one).",
+        meaning=f"Best rank: a row is ranked by its influence on each of {over}, and the smallest of its ranks counts "
+        "(0 = the strongest proponent of one of them).",
     )
 
 
