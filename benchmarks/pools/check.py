@@ -30,7 +30,7 @@ from benchmarks.pools.make import POOLS, make_pool
 from benchmarks.pools.pool import HARMFUL, ROOT, USEFUL, write_pool
 
 
-# The recipes measure the demo and the mixture, and where all rows are useful but unequal there is nothing to tell them by.
+# The recipes measure the demo and the mixture; where all rows are useful but unequal there is nothing to tell them by.
 CHECKED = [name for name in POOLS if name not in ("demo", "mixture", "mixture_two_sets", "multiple_choice")]
 ARMS = ("before", "useful", "random", "harmful", "longest", "shortest")
 

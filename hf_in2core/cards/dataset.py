@@ -33,6 +33,8 @@ from hf_in2core.names import (
 from hf_in2core.rows.scored import find_scored_columns, list_own_columns, read_scores
 from hf_in2core.rows.text import render_row
 from hf_in2core.selection.lengths import correlate_with_length
+from hf_in2core.selection.record import Coreset
+from hf_in2core.selection.turns import find_ends, read_deciding_score
 
 from .splits import Record, list_commands, say_choice
 from .text import Markdown, escape_markdown, format_block, format_code, render_template
@@ -43,8 +45,8 @@ _NO_TEMPLATE = hashlib.sha256(b"").hexdigest()
 _LONGEST_ROW = 2000
 _CAPTIONS = {
     "arms": "Test loss of the arms, with intervals",
-    "influence": "Histogram of influence",
-    "influence_by_length": "Influence against the number of labelled tokens",
+    "influence": "Histogram of the score that chose the coreset",
+    "influence_by_length": "The score that chose the coreset against the number of labelled tokens",
 }
 _MEANINGS = {
     INFLUENCE: "estimated influence on the validation loss; **negative = proponent**, positive = opponent; null "
@@ -63,6 +65,7 @@ class InfluenceSummary:
 
     Attributes:
         rows, without_loss, proponents (`str`): Numbers of rows.
+        choice (`str`): How the coreset was chosen, where influence on the mean validation loss did not; else empty.
         quantiles (`list[str]`): 0, 5, 25, 50, 75, 95 and 100 % of influence; empty where no row carries loss.
         length_correlation (`str`): Rank correlation of influence with the number of loss tokens.
         extremes (`list[tuple[str, str]]`): The strongest proponents and opponents: what each is, and its text.
@@ -71,18 +74,22 @@ class InfluenceSummary:
     rows: str
     without_loss: str
     proponents: str
+    choice: str
     quantiles: list[str]
     length_correlation: str
     extremes: list[tuple[str, str]]
 
 
-def summarise_influence(scored: Dataset, show: int = 3) -> InfluenceSummary:
+def summarise_influence(scored: Dataset, coresets: Sequence[Coreset] = (), show: int = 3) -> InfluenceSummary:
     """
     Sum up a scored pool for its card.
 
     Args:
         scored (`datasets.Dataset`):
             Pool with `influence`; rows whose influence is null or NaN carry no loss.
+        coresets (`Sequence[Coreset]`, *optional*):
+            Those that are published with it, without controls. The first says by what score rows are first and last,
+            and what one of them keeps is shown as no opponent.
         show (`int`, *optional*, defaults to `3`):
             Strongest proponents and opponents to show, each.
 
@@ -91,27 +98,43 @@ def summarise_influence(scored: Dataset, show: int = 3) -> InfluenceSummary:
     """
     influence = read_scores(scored, INFLUENCE)
     rows = np.flatnonzero(~np.isnan(influence))
-    order = rows[np.argsort(influence[rows], kind="stable")]
     correlation = None
     if NUM_LOSS_TOKENS in scored.column_names:
         correlation = correlate_with_length(influence[rows], read_scores(scored, NUM_LOSS_TOKENS)[rows])
-    proponents, opponents = order[influence[order] < 0][:show], order[influence[order] > 0][::-1][:show]
-    extremes = [("Proponent", rank, int(row)) for rank, row in enumerate(proponents)]
-    extremes += [("Opponent", len(rows) - 1 - place, int(row)) for place, row in enumerate(opponents)]
+    try:
+        deciding = read_deciding_score(scored, coresets[0].arguments if coresets else {"strategy": "top"})
+    except ValueError:  # the columns of single validation rows are large, and may be left out of what is published
+        deciding = read_deciding_score(scored, {"strategy": "top"})
+    in_turn = deciding.takers is not None
+    kept = {row for coreset in coresets for row in coreset.positions}
+    proponents, opponents = find_ends(deciding, influence, kept, show)
+    extremes = [("Proponent", int(row)) for row in proponents] + [("Opponent", int(row)) for row in opponents]
+    taken = {row: words for coreset in coresets for row, words in coreset.describe_rows({}).items()}
     texts = scored.select_columns(list_own_columns(scored))
     quantiles = np.quantile(influence[rows], [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]) if len(rows) else []
     return InfluenceSummary(
         rows=f"{len(influence):,}",
         without_loss=f"{len(influence) - len(rows):,}",
         proponents=f"{int((influence[rows] < 0).sum()):,}",
+        choice=f"The coreset was chosen {deciding.how}; influence on the mean validation loss chose nothing. "
+        f"{deciding.meaning}"
+        if in_turn or deciding.how != "by influence"
+        else "",
         quantiles=[f"{value:.3g}" for value in quantiles],
         length_correlation="not known" if correlation is None else f"{correlation:.2f}",
         extremes=[
             (
-                Markdown(f"{kind}, rank {rank:,}: row {row:,}, influence {influence[row]:.4g}"),
+                Markdown(f"{kind}: row {row:,}, {escape_markdown('; '.join(filter(None, said)))}"),
                 format_block(render_row(texts[row] if texts.column_names else {}, _LONGEST_ROW)),
             )
-            for kind, rank, row in extremes
+            for kind, row in extremes
+            for said in [
+                (
+                    deciding.describe(row, {}),
+                    taken.get(row),
+                    f"mean influence {influence[row]:+.3g}" if in_turn else None,
+                )
+            ]
         ],
     )
 

@@ -33,7 +33,7 @@ from .composer import (
 )
 from .dataset import summarise_influence
 from .metadata import SplitFacts, merge_splits, parse_card
-from .splits import Record, recognise_choice, record_choice
+from .splits import Record, find_coreset, recognise_choice, record_choice
 
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,9 @@ def push_influence_dataset(
         files |= _list_scorer(scorer, Path(folder), f"{prefix}{SCORER}")
         files |= _list_report(report, prefix, Path(folder))
         sources = _read_sources(source_datasets, token)
-        composer = Composer(configs, files, prefix, summarise_influence(scored), sources, records)
+        found = (find_coreset(name, given, scored) for name, given in (coresets or {}).items())
+        summary = summarise_influence(scored, [coreset for coreset in found if coreset is not None])
+        composer = Composer(configs, files, prefix, summary, sources, records)
         return publish_files(
             repo_id,
             files,

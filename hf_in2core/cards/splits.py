@@ -15,6 +15,7 @@ from datasets import Dataset
 
 from hf_in2core.names import INFLUENCE, parse_coreset
 from hf_in2core.rows.scored import read_scores
+from hf_in2core.selection.record import ARM_STRATEGIES, Coreset, choose_coreset
 
 from .text import Markdown, format_block, format_code
 
@@ -27,12 +28,16 @@ _CHOICES = {
     "random": "rows drawn at random",
     "round_robin": "each validation set in turn takes its strongest proponent",
     "round_robin_rows": "each validation row in turn takes its strongest proponent",
+    "greedy": "each validation row in turn takes the row that helps it most, given those taken before",
 }
 
 
 def record_choice(arguments: Mapping[str, Any]) -> Record:
     """What is kept of a split that [`select_coreset`] chose: its arguments, the ones that decide always among them."""
-    return {"strategy": "top", "column": INFLUENCE, **arguments}
+    kept = {
+        key: value if isinstance(value, str | int | float) else json.dumps(value) for key, value in arguments.items()
+    }
+    return {"strategy": "top", "column": INFLUENCE, **kept}
 
 
 def recognise_choice(name: str, rows: Dataset, pool: Dataset) -> Record:
@@ -62,6 +67,23 @@ def recognise_choice(name: str, rows: Dataset, pool: Dataset) -> Record:
     _, share = parse_coreset(name)
     is_right = share is not None and round(share * len(scores)) == len(own)
     return record_choice({"strategy": strategy, **({"fraction": share} if is_right else {"size": len(own)})})
+
+
+def find_coreset(name: str, given: Dataset | Coreset | Mapping[str, Any], pool: Dataset) -> Coreset | None:
+    """
+    The rows of a split, and what chose them as far as it is known; `None` for a control, whose rows nothing favours.
+
+    Rows that are given as they are stand in the pool where their influence does.
+    """
+    if isinstance(given, Mapping):
+        given = choose_coreset(pool, {key: value for key, value in record_choice(given).items() if key != "order"})
+    elif isinstance(given, Dataset):
+        scores = read_scores(pool, INFLUENCE)
+        positions = np.flatnonzero(np.isin(scores, read_scores(given, INFLUENCE))).tolist()
+        known = recognise_choice(name, given, pool) or {"strategy": "top"}
+        given = Coreset(known, int((~np.isnan(scores)).sum()), positions)
+    is_control = given.arguments.get("strategy") in ("random", "bottom") or parse_coreset(name)[0] in ARM_STRATEGIES
+    return None if is_control else given
 
 
 def read_records(content: bytes | None) -> dict[str, Record]:
@@ -94,6 +116,8 @@ def say_choice(record: Mapping[str, Any]) -> Markdown:
     if column == INFLUENCE:
         words = {"top": "the strongest proponents", "bottom": "the strongest opponents"}.get(strategy, words)
     words = words.format(format_code(str(column)))
+    if (spared := record.get("spared")) is not None:
+        return Markdown(f"{words}, but for those of a coreset: {format_code(str(spared))}")
     arguments = [f"{key}={value!r}" for key, value in record.items() if key != "command"]
     call = format_code(f"select_coreset(pool, {', '.join(arguments)})")
     return Markdown(f"{words}: {call}" if words else call)

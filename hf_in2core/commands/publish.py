@@ -57,7 +57,8 @@ def main(settings: Settings) -> None:
         print(f"replaces (where it differs): {path}")
 
     scored = load_from_disk(str(run / "scored"))
-    strategy = read_config(run).get("strategy", "top")
+    tournament = read_results(run).get("tournament") or {}
+    strategy = tournament.get("winner") or read_config(run).get("strategy", "top")
     wanted = {name: describe_choice(arm, share, args.seed, strategy) for name, (arm, share) in splits.items()}
     try:
         coresets = take_coresets(run, scored, dict(wanted.values()))

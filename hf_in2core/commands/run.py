@@ -29,6 +29,7 @@ def main(settings: Settings) -> None:
         compute_aucs,
         find_examples,
         find_headline,
+        find_kept,
         find_lengths,
         plan_arms,
         write_results,
@@ -49,6 +50,7 @@ def main(settings: Settings) -> None:
         train_reference,
     )
     from hf_in2core.rows.scored import read_scores
+    from hf_in2core.selection.turns import read_deciding_score
 
     # What is imported stays; to look through it anew takes half a second for every arm.
     gc.freeze()
@@ -70,9 +72,14 @@ def main(settings: Settings) -> None:
     headline = find_headline(args.fractions, coresets)
     named = [name for name in scored.column_names if name in ("id", args.task_column, args.wrong_column)]
     job.inputs.facts[POOL]["loss_tokens"] = int(read_scores(scored, NUM_LOSS_TOKENS).sum())
+    deciding = read_deciding_score(scored, {"strategy": "top"} if headline is None else headline.arguments)
+    sets, kept = {name: len(rows) for name, rows in job.inputs.validation.items()}, find_kept(args, coresets)
     findings: dict[str, Any] = {
         "data": job.inputs.facts,
-        "examples": find_examples(scored, job.inputs.pool, args.columns, job.reference_tokenizer, named),
+        "choice": {"how": deciding.how, "score": deciding.name, "meaning": deciding.meaning},
+        "examples": find_examples(
+            scored, job.inputs.pool, args.columns, job.reference_tokenizer, named, deciding, kept, sets
+        ),
     }
     if tournament is not None:
         findings["tournament"] = tournament
@@ -86,7 +93,7 @@ def main(settings: Settings) -> None:
             warn(findings["answers"]["warning"])
     if args.task_column is not None or args.wrong_column is not None:
         losses = compute_reference_losses(job, adapter)
-        findings |= compute_aucs(scored, losses, job.inputs.validation, args.task_column, args.wrong_column)
+        findings |= compute_aucs(scored, deciding, losses, job.inputs.validation, args.task_column, args.wrong_column)
     findings |= analyse_run(job, adapter, reference)
 
     # The targets: the same training on the rows of each arm, judged on the test set.
@@ -103,6 +110,6 @@ def main(settings: Settings) -> None:
             f"test loss {show(result['test_loss'])}"
         )
         results = build_results(settings.values, arms, len(plan), base, selection, findings, args.fractions)
-        write_results(job.folder, results, scored, headline)
+        write_results(job.folder, results, scored, deciding, headline)
     if args.hub_id is not None:
         publish(job, scored, coresets)

@@ -86,8 +86,9 @@ def judge(
     r"""
     Judge a run: did the coreset beat random rows beyond noise, did it match the full pool, and did selecting it pay?
 
-    The headline is the first fraction of the run, at equal steps where the run has them, so that no outcome decides
-    which comparison is reported. An outcome is claimed only if the whole confidence interval over seeds supports it.
+    The headline is the first fraction of the run at every budget, so that no outcome decides which comparison is
+    reported; `budget` and what goes with it is at equal steps, where the run has them. An outcome is claimed only if
+    the whole confidence interval over seeds supports it.
 
     Args:
         arms (`Iterable[Mapping[str, Any]]`):
@@ -131,7 +132,7 @@ def judge(
     cost = _compute_cost(runs, selection, head.fraction, by_fraction)
     return Verdict(
         text=say_verdict(by_fraction, cost, margin),
-        headline=say_headline(head),
+        headline=say_headline(by_fraction, cost),
         beats_random=head.beats_random,
         matches_full=head.matches_full,
         beats_full=head.beats_full,

@@ -106,9 +106,9 @@ class Verdict:
 
     Attributes:
         text (`str`): The verdict in a few sentences.
-        headline (`str`): In a few words.
+        headline (`str`): In a few words: the first fraction at every budget, and whether selecting pays.
         beats_random, matches_full, beats_full, intervals: Those of the first of `by_fraction`.
-        fraction (`float`, *optional*), budget (`str`, *optional*): What the headline stands on.
+        fraction (`float`, *optional*), budget (`str`, *optional*): Of the first of `by_fraction`.
         margin (`float`): How much worse than the full pool still counts as no worse, relative to its loss.
         level (`float`): Confidence level of every interval.
         by_fraction (`list[FractionVerdict]`): For every fraction and budget, the headline first.
@@ -177,11 +177,39 @@ def say_verdict(by_fraction: list[FractionVerdict], cost: SelectionCost, margin:
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def say_headline(head: FractionVerdict) -> str:
-    """Say in one line what one entry of `by_fraction` shows; the title of a plot."""
-    where = f" ({head.where})" if head.losses else ""
-    opponents = ", and had a higher loss than the opponents" if _opponents_won(head) else ""
-    return f"Coreset{where}: {_say_outcomes(head)}{opponents}"
+def say_headline(by_fraction: list[FractionVerdict], cost: SelectionCost) -> str:
+    r"""
+    Say in one line what the first fraction shows at every budget, and whether selecting pays; the title of a plot.
+
+    Args:
+        by_fraction (`list[FractionVerdict]`):
+            Every fraction and budget, the headline first.
+        cost (`SelectionCost`):
+            Whether selecting pays.
+
+    Returns:
+        `str`: a win at one budget never stands there without what the other shows.
+    """
+    if not by_fraction:
+        return "Coreset: no conclusion"
+    budgets: dict[str, list[str]] = {}
+    for entry in by_fraction:
+        if entry.fraction == by_fraction[0].fraction:
+            opponents = ", and had a higher loss than the opponents" if _opponents_won(entry) else ""
+            budgets.setdefault(f"{_say_outcomes(entry)}{opponents}", []).append(BUDGETS[entry.budget])
+    said = [f"at {' and '.join(where)} {outcome}" for outcome, where in budgets.items()]
+    return f"Coreset (fraction {by_fraction[0].fraction:g}): {'; '.join([*said, *_say_payment(cost)])}"
+
+
+def _say_payment(cost: SelectionCost) -> list[str]:
+    """Whether selecting pays, in a few words; nothing where it was not measured."""
+    if cost.break_even_runs is None:
+        return []
+    if isinstance(cost.break_even_runs, str):
+        return ["does not pay"]
+    runs = "the first run" if cost.break_even_runs == 1 else f"{cost.break_even_runs:,} runs"
+    shown = cost.against_random == "better" and cost.against_full in ("better", "no worse")
+    return [f"pays {'with' if cost.break_even_runs == 1 else 'after'} {runs}{'' if shown else ', in time alone'}"]
 
 
 def _say_outcomes(entry: FractionVerdict) -> str:

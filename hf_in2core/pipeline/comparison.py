@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ from hf_in2core.rows.scored import read_scores
 from hf_in2core.rows.text import render_row
 from hf_in2core.selection.lengths import MIN_ROWS, compare_lengths
 from hf_in2core.selection.record import Coreset, describe_choice, take_coresets
+from hf_in2core.selection.turns import DecidingScore, find_ends
 
 from .arguments import In2CoreArguments, describe_command
 from .run_folder import write_json
@@ -120,7 +122,9 @@ def build_results(
     }
 
 
-def write_results(run: Path, results: dict[str, Any], scored: Dataset, coreset: Coreset | None) -> None:
+def write_results(
+    run: Path, results: dict[str, Any], scored: Dataset, deciding: DecidingScore, coreset: Coreset | None
+) -> None:
     """Write `results.json`, and when the comparison is complete print it, draw it and write the page of it."""
     if not PartialState().is_main_process:
         return
@@ -131,28 +135,27 @@ def write_results(run: Path, results: dict[str, Any], scored: Dataset, coreset: 
     if find_spec("matplotlib") is None:
         print("No pictures: matplotlib is not installed (`pip install hf-in2core[report]`).")
     else:
-        draw_results(run, results, scored, coreset)
+        draw_results(run, results, scored, deciding, coreset)
     print(f"Report: {write_report(run)}")
 
 
-def draw_results(run: Path, results: dict[str, Any], scored: Dataset, coreset: Coreset | None) -> None:
+def draw_results(
+    run: Path, results: dict[str, Any], scored: Dataset, deciding: DecidingScore, coreset: Coreset | None
+) -> None:
     """
-    Draw the arms of a complete comparison, and the influence of the pool, also against the length of its rows.
+    Draw the arms of a complete comparison, and the score of the pool that chose, also against the length of its rows.
 
     `coreset` is that of the headline; `None` where all rows are kept.
     """
     plot_arms(results, run / "arms.png")
-    influence = read_scores(scored, INFLUENCE)
     kept = np.zeros(len(scored), dtype=bool)
-    cut = None
     if coreset is not None:
         kept[coreset.positions] = True
-        # Only the coreset of the smallest influence ends at a cut.
-        cut = float(influence[kept].max()) if coreset.arguments["strategy"] == "top" else None
-    plot_influence(influence, run / "influence.png", cut=cut)
-    carries_loss = np.isfinite(influence)
+    plot_influence(deciding.values, run / "influence.png", kept=kept if kept.any() else None, name=deciding.name)
+    carries_loss = np.isfinite(deciding.values)
     lengths = read_scores(scored, NUM_LOSS_TOKENS)
-    plot_length(influence[carries_loss], lengths[carries_loss], kept[carries_loss], run / "influence_by_length.png")
+    values, lengths, kept = (found[carries_loss] for found in (deciding.values, lengths, kept))
+    plot_length(values, lengths, kept, run / "influence_by_length.png", deciding.name)
 
 
 def describe_machine() -> dict[str, Any]:
@@ -176,11 +179,23 @@ def read_cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def find_kept(args: In2CoreArguments, coresets: dict[str, Coreset]) -> list[Coreset]:
+    """The coresets of the run that leave rows out, the smallest first."""
+    return [coresets[name_coreset(fraction)] for fraction in sorted(args.fractions) if fraction < 1]
+
+
 def find_examples(
-    scored: Dataset, pool: Dataset, columns: list[str] | None, tokenizer: PreTrainedTokenizerBase, extra: list[str]
+    scored: Dataset,
+    pool: Dataset,
+    columns: list[str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    extra: list[str],
+    deciding: DecidingScore,
+    kept: list[Coreset],
+    validation_sets: Mapping[str, int],
 ) -> dict[str, list[dict[str, Any]]]:
     """
-    The strongest proponents and opponents with their text.
+    The first and last rows by the score that chose, with their text.
 
     Args:
         scored ([`~datasets.Dataset`]): The scored pool.
@@ -188,17 +203,19 @@ def find_examples(
         columns (`list[str]`, *optional*): Column mapping.
         tokenizer (`transformers.PreTrainedTokenizerBase`): For mapping and for rows that are tokens.
         extra (`list[str]`): Columns to show beside the text.
+        deciding ([`~hf_in2core.selection.turns.DecidingScore`]): By what the coresets were chosen.
+        kept (`list[Coreset]`): The coresets, the smallest first.
+        validation_sets (`Mapping[str, int]`): Rows of each validation set, by its name.
 
     Returns:
-        `dict`: `proponents` (influence below 0), the strongest first, and `opponents` (above 0), the strongest first.
+        `dict`: `proponents` and `opponents`, as of [`~hf_in2core.selection.turns.find_ends`]; no coreset keeps an
+        opponent. Each row tells where it stands (`standing`) and what chose it (`taken`, where something did).
     """
     influence = read_scores(scored, INFLUENCE)
-    order = np.argsort(influence, kind="stable")[: int((~np.isnan(influence)).sum())]
-    # Among the last of a pool that helps throughout there are proponents too.
-    found = {
-        "proponents": order[influence[order] < 0][:NUM_EXAMPLES],
-        "opponents": order[influence[order] > 0][::-1][:NUM_EXAMPLES],
-    }
+    positions_kept = {row for coreset in kept for row in coreset.positions}
+    taken = {row: words for coreset in kept[::-1] for row, words in coreset.describe_rows(validation_sets).items()}
+    ends = find_ends(deciding, influence, positions_kept, NUM_EXAMPLES)
+    found = dict(zip(("proponents", "opponents"), ends, strict=True))
     shown = [INFLUENCE, RANK, NUM_LOSS_TOKENS, *extra]
     examples: dict[str, list[dict[str, Any]]] = {}
     for name, positions in found.items():
@@ -211,6 +228,8 @@ def find_examples(
             {
                 "row": int(position),
                 **{key: row[key] for key in shown},
+                "standing": deciding.describe(int(position), validation_sets),
+                **({"taken": taken[int(position)]} if int(position) in taken else {}),
                 "text": render_row(text, LONGEST_TEXT, tokenizer),
             }
             for position, row, text in zip(positions, rows, texts, strict=True)
@@ -220,16 +239,18 @@ def find_examples(
 
 def compute_aucs(
     scored: Dataset,
+    deciding: DecidingScore,
     row_losses: np.ndarray,
     validation: dict[str, Dataset],
     task_column: str | None,
     wrong_column: str | None,
 ) -> dict[str, Any]:
     """
-    How influence ranks the tasks of interest and the wrong answers, beside the row's own loss and the methods.
+    How the score that chose ranks the tasks of interest and the wrong answers, beside influence, loss and methods.
 
     Args:
         scored ([`~datasets.Dataset`]): The scored pool.
+        deciding ([`~hf_in2core.selection.turns.DecidingScore`]): By what the coresets were chosen.
         row_losses (`np.ndarray` of shape `[rows]`):
             Mean loss of each pool row under the reference model; NaN where it carries none.
         validation (`dict[str, Dataset]`): Validation sets; the tasks in them are those of interest.
@@ -237,13 +258,13 @@ def compute_aucs(
         wrong_column (`str`, *optional*): Column that is true for wrong answers.
 
     Returns:
-        `dict`: `auc`, by kind of row and score (0.5 = chance; influence as a sign of tasks of interest is taken
-        negative, and of wrong answers positive; the loss likewise low and high), and `auc_rows`, how many there are.
+        `dict`: `auc`, by kind of row and score (0.5 = chance; small scores are taken for a sign of tasks of
+        interest, and large ones of wrong answers), and `auc_rows`, how many there are.
     """
     # A method's best rows are at its smallest values, as those of influence; the loss stands for itself.
     columns = {name: method.column for name, method in METHODS.items() if method.column not in (INFLUENCE, "loss")}
-    scores = {INFLUENCE: read_scores(scored, INFLUENCE), "loss": row_losses}
-    scores |= {name: read_scores(scored, column) for name, column in columns.items() if column in scored.column_names}
+    by_name = {deciding.name: deciding.values, INFLUENCE: read_scores(scored, INFLUENCE), "loss": row_losses}
+    by_name |= {name: read_scores(scored, column) for name, column in columns.items() if column in scored.column_names}
     everything = np.ones(len(scored), dtype=bool)
     interest = everything
     if task_column is not None:
@@ -254,7 +275,7 @@ def compute_aucs(
 
     def add(kind: str, labels: np.ndarray, sign: int, among: np.ndarray) -> None:
         counts[kind] = int(labels[among].sum())
-        auc[kind] = {name: compute_auc(sign * values[among], labels[among]) for name, values in scores.items()}
+        auc[kind] = {name: compute_auc(sign * scores[among], labels[among]) for name, scores in by_name.items()}
 
     if task_column is not None:
         add("tasks of interest", interest, -1, everything)

@@ -105,6 +105,8 @@ class Job:
     def identify(self, reference: bool, config_type: type, *extra: Any, **instead: Any) -> str:
         """Hash of the settings (or of others `instead`) that shape a result, and of what else does."""
         shaping = self.settings.select(ModelConfig, reference) | self.settings.select(config_type, reference) | instead
+        if shaping.get("query_memory_gb", 4.0) is None:
+            shaping["query_memory_gb"] = 4.0  # the default of the runs whose hashes have it; it changes no result
         return hash_value([{name: value for name, value in shaping.items() if name not in HARMLESS}, *extra])
 
     def identify_target(self, *extra: Any) -> str:
@@ -252,7 +254,7 @@ def find_differences(job: Job) -> list[str]:
     different = [
         f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
-        if name.removeprefix("reference_") not in HARMLESS and before.get(name) != now.get(name)
+        if name.removeprefix("reference_") not in HARMLESS | {"query_memory_gb"} and before.get(name) != now.get(name)
     ]
     identities = read_json(job.folder / "inputs.json") or {}
     return different + [

@@ -34,6 +34,7 @@ from hf_in2core.evaluation.leakage import list_near_copies, say_judge
 from hf_in2core.names import list_added_columns
 from hf_in2core.rows.scored import find_set_columns, read_numbers
 from hf_in2core.selection.lengths import correlate_with_length
+from hf_in2core.selection.turns import name_taker
 
 from .analyses import show_coverage, show_layers
 from .results import show_provenance, show_verdict
@@ -49,7 +50,7 @@ from .rows import (
     summarize_groups,
 )
 from .run import Run, read_run
-from .tokens import choose_mask_rows, compute_masks, find_query_rows
+from .tokens import choose_mask_rows, compute_masks, find_query_rows, read_validation_sets
 
 
 PAGE = "report.html"
@@ -195,15 +196,20 @@ def _show_pool(run: Run, plots: dict[str, Markup], coverage: dict[str, Any] | No
     data["queries"] = queries
     if len(rows) < len(pool.influence):
         run.notes.append(
-            f"The table holds {len(rows):,} of {len(pool.influence):,} rows: the strongest proponents and opponents "
-            "and a random sample of the rest. Plots and counts are of all rows."
+            f"The table holds {len(rows):,} of {len(pool.influence):,} rows: the first and the last by "
+            f"{pool.deciding.name}, and a random sample of the rest. Plots and counts are of all rows."
         )
-    summaries = [
+    summaries: list[dict[str, Any]] = [
         {"column": found.column, "groups": lines, "note": note}
         for found in groups
         for lines, note in [summarize_groups(found, pool)]
         if lines
     ]
+    in_turn = pool.deciding.takers is not None
+    for summary in summaries:
+        for group in summary["groups"]:
+            median = group["quantiles"][2]
+            group["median"] = f"{median:,.0f}" if in_turn else format_influence(median)
     captions = _draw_pool(pool, summaries, plots)
     return {
         "pool": {
@@ -211,7 +217,12 @@ def _show_pool(run: Run, plots: dict[str, Markup], coverage: dict[str, Any] | No
             "shown": len(rows),
             "without_loss": len(pool.influence) - with_loss,
             "proponents": int((pool.influence < 0).sum()),
-            "opponents": int((pool.influence > 0).sum()),
+            "opponents": int(pool.is_opponent.sum()),
+            "kept_positive": int(((pool.influence > 0) & ~pool.is_opponent).sum()),
+            "in_turn": in_turn,
+            "score": pool.deciding.name,
+            "how": pool.deciding.how,
+            "meaning": pool.deciding.meaning,
             "headline": pool.headline,
             "kept": int(pool.is_kept.sum()),
             **captions,
@@ -225,27 +236,27 @@ def _show_pool(run: Run, plots: dict[str, Markup], coverage: dict[str, Any] | No
 
 def _draw_pool(pool: Pool, summaries: Sequence[Mapping[str, Any]], plots: dict[str, Markup]) -> dict[str, str]:
     """Draw what there is to draw of the pool, and say in words what the pictures show."""
-    influence, tokens = pool.influence[pool.has_loss], pool.num_loss_tokens[pool.has_loss]
-    # Only a coreset of the smallest influence ends at a cut.
-    cut = float(pool.influence[pool.is_kept].max()) if pool.is_kept.any() else None
-    if cut is not None and (pool.influence[pool.has_loss & ~pool.is_kept] < cut).any():
-        cut = None
+    from .plots import PAGE_WIDTH, draw_groups, draw_influence, draw_length, find_cut
+
+    name, values, tokens = pool.deciding.name, pool.deciding.values[pool.has_loss], pool.num_loss_tokens[pool.has_loss]
+    kept = pool.is_kept[pool.has_loss]
+    cut = find_cut(values, kept)
     known = bool((tokens >= 1).all())
-    captions = {"cut": "" if cut is None else format_influence(cut), "correlation": "", "influence_note": ""}
-    if known and (correlation := correlate_with_length(influence, tokens)) is not None:
+    captions = {"cut": "" if cut is None else f"{cut:,.4g}", "correlation": "", "influence_note": ""}
+    if known and (correlation := correlate_with_length(values, tokens)) is not None:
         captions["correlation"] = f"{correlation:+.2f}"
     if find_spec("matplotlib") is None:
         return captions
-    from .plots import PAGE_WIDTH, draw_groups, draw_influence, draw_length
-
-    figure, captions["influence_note"] = draw_influence(pool.influence, cut, PAGE_WIDTH)
-    _add_plot(plots, "influence", lambda: figure, "How many rows have which influence")
+    is_kept = pool.is_kept if kept.any() else None
+    figure, note = draw_influence(pool.deciding.values, is_kept, PAGE_WIDTH, name)
+    captions["influence_note"] = note[:1].upper() + note[1:]
+    _add_plot(plots, "influence", lambda: figure, f"How many rows have which {name}")
     if known:
-        kept = pool.is_kept[pool.has_loss]
-        _add_plot(plots, "length", draw_length, "Influence of rows against loss tokens", influence, tokens, kept)
+        label = f"{name.capitalize()} of rows against loss tokens"
+        _add_plot(plots, "length", draw_length, label, values, tokens, kept, name)
     for index, summary in enumerate(summaries):
-        label = f"Spread of influence by {summary['column']}"
-        _add_plot(plots, f"groups{index}", draw_groups, label, summary["groups"])
+        label = f"Spread of {name} by {summary['column']}"
+        _add_plot(plots, f"groups{index}", draw_groups, label, summary["groups"], name)
     return captions
 
 
@@ -266,10 +277,22 @@ def _collect_rows(
     others = [name for name in scored.column_names if name not in added and name not in text_columns]
     cells, cut, limit = read_cells(scored, rows, [*text_columns, *others])
     masks, note = compute_masks(run, scored, pool, choose_mask_rows(pool, rows))
+    sets_of_rows = read_validation_sets(run)
+    # Of several coresets the smallest that has a row tells what chose it.
+    taken: dict[int, dict[str, Any]] = {}
+    for _, coreset in sorted(pool.chosen.items(), reverse=True):
+        words = coreset.describe_rows(sets_of_rows)
+        for place, row in enumerate(coreset.positions if words else ()):
+            assert coreset.turns is not None and coreset.scores is not None
+            by = None if coreset.takers is None else name_taker(coreset.takers[place], sets_of_rows)
+            taken[row] = {"words": words[row], "turn": coreset.turns[place], "by": by, "for": coreset.scores[place]}
     return {
         "rows": rows.tolist(),
         "influence": _to_list(pool.influence[rows]),
-        "rank": _to_list(pool.rank[rows], whole=True),
+        "rank": _to_list(pool.deciding.ranks[rows], whole=True),
+        "standing": [pool.deciding.describe(row, sets_of_rows) for row in rows.tolist()],
+        "taken": [taken.get(row) for row in rows.tolist()],
+        "choice": {"inTurn": pool.deciding.takers is not None, "meaning": pool.deciding.meaning},
         "tokens": _to_list(pool.num_loss_tokens[rows], whole=True),
         "coreset": _to_list(pool.coreset[rows]),
         "fractions": pool.fractions,

@@ -13,6 +13,7 @@ import numpy as np
 from hf_in2core.evaluation.arms import ArmSummary, count_seeds, require_arms, split_by_budget
 from hf_in2core.evaluation.formats import LEVEL
 from hf_in2core.evaluation.intervals import compute_confidence_interval
+from hf_in2core.names import INFLUENCE
 
 
 if TYPE_CHECKING:
@@ -84,102 +85,117 @@ def draw_arms(results: Mapping[str, Any], title: str = "", width: float = 7.0) -
 
 
 def plot_influence(
-    influence: Sequence[float | None] | np.ndarray, path: str | PathLike[str], *, cut: float | None = None
+    influence: Sequence[float | None] | np.ndarray,
+    path: str | PathLike[str],
+    *,
+    kept: np.ndarray | None = None,
+    name: str = INFLUENCE,
 ) -> None:
     r"""
-    Draw the distribution of influence over a pool, with the cut of the coreset.
-
-    Negative = proponent (training on the row lowers the validation loss), positive = opponent.
+    Draw the distribution of influence (negative = proponent) over a pool, and which rows the coreset keeps.
 
     Args:
         influence (`Sequence[float | None]` or `np.ndarray` of shape `[n]`):
             Influence of every row; null and NaN (no loss) are left out and counted in the title.
         path (`str` or `PathLike`):
             File to write; its ending chooses the format (`.png`, `.svg`, `.pdf`).
-        cut (`float`, *optional*):
-            Largest influence that the coreset keeps; rows up to it are drawn as coreset.
+        kept (`np.ndarray` of shape `[n]`, bool, *optional*):
+            Whether the coreset has the row. Where it ends at a cut, that is drawn too.
+        name (`str`, *optional*, defaults to `"influence"`):
+            Name of the score, if it is another.
 
     Raises:
         `ImportError`: matplotlib is not installed.
         `ValueError`: no row carries loss.
     """
-    figure, note = draw_influence(influence, cut)
-    figure.suptitle("\n".join(textwrap.wrap(note, 76)), fontsize=11)
+    figure, note = draw_influence(influence, kept, name=name)
+    title = note if name == INFLUENCE else f"{name.capitalize()}; {note}"
+    figure.suptitle("\n".join(textwrap.wrap(title, 76)), fontsize=11)
     figure.savefig(path, dpi=150)
 
 
+def find_cut(values: np.ndarray, kept: np.ndarray | None) -> float | None:
+    """The largest value that is kept, where no smaller one is left out."""
+    if kept is None or not kept.any() or kept.all():
+        return None
+    cut = float(values[kept].max())
+    return None if (values[~kept] < cut).any() else cut
+
+
 def draw_influence(
-    influence: Sequence[float | None] | np.ndarray, cut: float | None = None, width: float = 7.0
+    influence: Sequence[float | None] | np.ndarray,
+    kept: np.ndarray | None = None,
+    width: float = 7.0,
+    name: str = INFLUENCE,
 ) -> tuple["Figure", str]:
     """The figure of [`plot_influence`] without a title, so many inches wide, and what to say of it."""
     values = np.asarray(influence, dtype=np.float64)
-    num_rows, values = len(values), values[np.isfinite(values)]
+    carries_loss = np.isfinite(values)
+    num_rows, values = len(values), values[carries_loss]
+    kept = None if kept is None else kept[carries_loss]
     if len(values) == 0:
         raise ValueError(f"None of the {num_rows} rows carries loss (influence is null or NaN): nothing can be drawn.")
+    cut = find_cut(values, kept)
     low, high = np.quantile(values, [0.005, 0.995])
     # A few extreme rows would squeeze all the others into one bar; 0 and the cut are what the picture is about.
-    low, high = min(low, 0.0, *_maybe(cut)), max(high, 0.0, *_maybe(cut))
+    marks = [0.0] if cut is None else [0.0, cut]
+    low, high = min(low, *marks), max(high, *marks)
     outside = int(((values < low) | (values > high)).sum())
-    num_proponents, num_kept = int((values < 0).sum()), None if cut is None else int((values <= cut).sum())
 
     figure = _make_figure(width=width, height=4.2)
     panel = figure.subplots()
     edges = np.histogram_bin_edges(values, bins=60, range=(low, high)).tolist()
-    if cut is None:
+    if kept is None:
         panel.hist(values, bins=edges, color=REST_COLOUR)
     else:
-        # Stacked, so that the bar through which the cut goes shows both parts.
-        parts = [values[values <= cut], values[values > cut]]
-        panel.hist(
-            parts,
-            bins=edges,
-            stacked=True,
-            color=[COLOURS["coreset"], REST_COLOUR],
-            label=[f"coreset ({num_kept:,} rows)", f"not kept ({len(values) - len(parts[0]):,} rows)"],
-        )
-        panel.axvline(cut, color="#000000", linewidth=1.2, label=f"cut at {cut:.3g}")
+        # Stacked, so that a bar that is kept in part shows both.
+        parts = [values[kept], values[~kept]]
+        labels = [f"coreset ({len(parts[0]):,} rows)", f"not kept ({len(parts[1]):,} rows)"]
+        panel.hist(parts, bins=edges, stacked=True, color=[COLOURS["coreset"], REST_COLOUR], label=labels)
+        if cut is not None:
+            panel.axvline(cut, color="#000000", linewidth=1.2, label=f"cut at {cut:.3g}")
         panel.legend(frameon=False)
     panel.axvline(0, color="#444444", linewidth=1, linestyle=":")
-    panel.set_xlabel(INFLUENCE_LABEL)
+    panel.set_xlabel(_label(name))
     panel.set_ylabel("rows")
-    notes = [f"{num_proponents:,} of {len(values):,} rows are proponents"]
-    notes += [f"the cut keeps {num_kept:,}"] if cut is not None else []
+    notes = [f"{int((values < 0).sum()):,} of {len(values):,} rows are proponents"] if name == INFLUENCE else []
+    notes += [f"the {'cut' if cut is not None else 'coreset'} keeps {int(kept.sum()):,}"] if kept is not None else []
     notes += [f"{num_rows - len(values):,} rows carry no loss"] if num_rows > len(values) else []
     notes += [f"{outside:,} rows lie beyond the axis"] if outside else []
     return figure, "; ".join(notes)
 
 
+def _label(name: str) -> str:
+    """The label of an axis from left to right."""
+    if name == INFLUENCE:
+        return INFLUENCE_LABEL
+    return f"{name}\n\N{LEFTWARDS ARROW} 0 = strongest proponent of one"
+
+
 def plot_length(
-    influence: np.ndarray, num_loss_tokens: np.ndarray, in_coreset: np.ndarray, path: str | PathLike[str]
+    influence: np.ndarray,
+    num_loss_tokens: np.ndarray,
+    in_coreset: np.ndarray,
+    path: str | PathLike[str],
+    name: str = INFLUENCE,
 ) -> None:
-    """
-    Draw influence against length and write the picture; arguments as of [`draw_length`].
-
-    Args:
-        influence, num_loss_tokens, in_coreset (`np.ndarray` of shape `[n]`):
-            Of the rows that carry loss.
-        path (`str` or `PathLike`):
-            File to write; its ending chooses the format (`.png`, `.svg`, `.pdf`).
-
-    Raises:
-        `ImportError`: matplotlib is not installed.
-    """
-    figure = draw_length(influence, num_loss_tokens, in_coreset)
-    figure.suptitle("Influence against the length of the row", fontsize=11)
+    """Write the picture of [`draw_length`]; the file's ending chooses the format."""
+    figure = draw_length(influence, num_loss_tokens, in_coreset, name)
+    figure.suptitle(f"{name.capitalize()} against the length of the row", fontsize=11)
     figure.savefig(path, dpi=150)
 
 
-def draw_length(influence: np.ndarray, num_loss_tokens: np.ndarray, in_coreset: np.ndarray) -> "Figure":
+def draw_length(
+    influence: np.ndarray, num_loss_tokens: np.ndarray, in_coreset: np.ndarray, name: str = INFLUENCE
+) -> "Figure":
     """
     Draw influence against the number of loss tokens: a sample of the rows, and the median of all by tenth of length.
 
     Args:
-        influence (`np.ndarray` of shape `[n]`): Finite influence; negative = proponent.
+        influence (`np.ndarray` of shape `[n]`): Finite influence (negative = proponent), or the score of that `name`.
         num_loss_tokens (`np.ndarray` of shape `[n]`): Tokens that carry loss, at least 1.
         in_coreset (`np.ndarray` of shape `[n]`, bool): Whether the coreset has the row.
-
-    Returns:
-        `matplotlib.figure.Figure`
+        name (`str`): Name of the score.
     """
     figure = _make_figure(width=PAGE_WIDTH, height=4.0)
     from matplotlib.ticker import LogLocator
@@ -187,11 +203,11 @@ def draw_length(influence: np.ndarray, num_loss_tokens: np.ndarray, in_coreset: 
     panel = figure.subplots()
     shown = np.sort(np.random.default_rng(0).permutation(len(influence))[:MAX_POINTS])
     parts = ((False, "not kept", REST_COLOUR, "x"), (True, "coreset", COLOURS["coreset"], "o"))
-    for kept, name, colour, marker in parts:
+    for kept, label, colour, marker in parts:
         part = shown[in_coreset[shown] == kept]
         if len(part):
             panel.plot(
-                num_loss_tokens[part], influence[part], marker, color=colour, markersize=3.5, alpha=0.6, label=name
+                num_loss_tokens[part], influence[part], marker, color=colour, markersize=3.5, alpha=0.6, label=label
             )
     middles, medians = _compute_medians(num_loss_tokens, influence)
     panel.plot(middles, medians, color=COLOURS["full"], marker="s", markersize=4, label="median by tenth of length")
@@ -205,7 +221,7 @@ def draw_length(influence: np.ndarray, num_loss_tokens: np.ndarray, in_coreset: 
     margin = 0.08 * max(high - min(low, 0.0), 1e-300)
     panel.set_ylim(min(low, 0.0) - margin, max(high, 0.0) + margin)
     panel.set_xlabel("loss tokens of the row")
-    panel.set_ylabel("influence\n(negative = proponent)")
+    panel.set_ylabel(f"{name}\n({'negative = proponent' if name == INFLUENCE else '0 = strongest proponent of one'})")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     panel.spines[["top", "right"]].set_visible(False)
     return figure
@@ -219,16 +235,13 @@ def _compute_medians(lengths: np.ndarray, influence: np.ndarray) -> tuple[list[f
     return [float(np.median(lengths[f])) for f in found], [float(np.median(influence[f])) for f in found]
 
 
-def draw_groups(groups: Sequence[Mapping[str, Any]]) -> "Figure":
+def draw_groups(groups: Sequence[Mapping[str, Any]], name: str = INFLUENCE) -> "Figure":
     """
-    Draw the spread of influence in groups of rows: 5 to 95 %, 25 to 75 % and the median.
+    Draw the spread of influence, or of the score of that `name`, in groups: 5 to 95 %, 25 to 75 % and the median.
 
     Args:
         groups (`Sequence[Mapping[str, Any]]`):
             From top to bottom: `name` (`str`), `rows` (`int`) and `quantiles` (5, 25, 50, 75 and 95 %).
-
-    Returns:
-        `matplotlib.figure.Figure`
     """
     figure = _make_figure(width=PAGE_WIDTH, height=1.5 + 0.34 * len(groups))
     panel = figure.subplots()
@@ -244,7 +257,7 @@ def draw_groups(groups: Sequence[Mapping[str, Any]]) -> "Figure":
     )
     panel.set_ylim(len(groups) - 0.5, -0.5)
     panel.axvline(0, color="#444444", linewidth=1, linestyle=":")
-    panel.set_xlabel(INFLUENCE_LABEL)
+    panel.set_xlabel(_label(name))
     panel.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -384,7 +397,3 @@ def _draw_panel(panel: "Axes", arms: list[ArmSummary]) -> None:
     panel.grid(axis="y", color="#dddddd", linewidth=0.6)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
-
-
-def _maybe(value: float | None) -> list[float]:
-    return [] if value is None else [value]

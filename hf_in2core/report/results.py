@@ -3,8 +3,8 @@
 from typing import Any
 
 from hf_in2core.evaluation.arms import describe_data
-from hf_in2core.evaluation.formats import get_value
-from hf_in2core.names import LOSS_REDUCTIONS
+from hf_in2core.evaluation.formats import get_value, list_objects
+from hf_in2core.names import BUDGETS, LOSS_REDUCTIONS
 
 from .run import Run
 
@@ -19,20 +19,33 @@ def show_verdict(run: Run) -> dict[str, Any]:
     finished = run.get("complete") is not False
     if not isinstance(headline, str):
         headline = "No verdict" if finished else "The comparison is not finished"
-    beats, matches = run.get("verdict", "beats_random"), run.get("verdict", "matches_full")
+    checks = _list_checks(run)
     is_warning = "WARNING" in text
-    good = beats is True and matches is True and not is_warning
+    good = bool(checks) and all(check["value"] for check in checks) and not is_warning
     return {
         "headline": headline,
         "text": text,
         "kind": "warning" if is_warning else "good" if good else "open",
-        "checks": [
-            {"label": "beats random rows beyond noise", "value": beats},
-            {"label": "matches the full pool", "value": matches},
-        ]
-        if isinstance(beats, bool) and isinstance(matches, bool)
-        else [],
+        "checks": checks,
     }
+
+
+def _list_checks(run: Run) -> list[dict[str, Any]]:
+    """What the headline's fraction does at each budget, and whether selecting pays."""
+    questions = {"beats_random": "beats random rows beyond noise", "matches_full": "matches the full pool"}
+    fraction = run.get("verdict", "fraction")
+    entries = list_objects(run.get("verdict", "by_fraction"))
+    checks = [
+        {"label": f"{label} at {BUDGETS[entry['budget']]}", "value": entry[name]}
+        for entry in entries
+        if entry.get("fraction") == fraction and entry.get("budget") in list(BUDGETS)
+        for name, label in questions.items()
+        if isinstance(entry.get(name), bool)
+    ]
+    runs = run.get("verdict", "cost", "break_even_runs")
+    if checks and runs is not None:
+        checks.append({"label": "selecting pays", "value": runs != "never"})
+    return checks
 
 
 def show_provenance(run: Run) -> list[tuple[str, str]]:

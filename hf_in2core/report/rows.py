@@ -13,7 +13,8 @@ from hf_in2core.evaluation.formats import is_number
 from hf_in2core.names import INFLUENCE, NUM_LOSS_TOKENS
 from hf_in2core.rows.scored import read_numbers
 from hf_in2core.rows.text import render_value
-from hf_in2core.selection.record import describe_choice, take_coresets
+from hf_in2core.selection.record import Coreset, describe_choice, take_coresets
+from hf_in2core.selection.turns import DecidingScore, rank_rows, read_deciding_score
 
 from .run import Run
 
@@ -46,16 +47,18 @@ class Pool:
     Attributes:
         influence (`np.ndarray` of shape `[n]`): Negative = proponent; NaN where a row carries no loss.
         num_loss_tokens (`np.ndarray` of shape `[n]`): NaN where it is not known.
-        rank (`np.ndarray` of shape `[n]`): 0 = strongest proponent; NaN where a row carries no loss.
+        deciding ([`~hf_in2core.selection.turns.DecidingScore`]): By what the coresets were chosen.
         coreset (`np.ndarray` of shape `[n]`): Smallest fraction whose coreset has the row; NaN where none has.
+        chosen (`dict[float, Coreset]`): The coresets by their fraction.
         fractions (`list[float]`): Fractions of the coreset arms, smallest first.
         headline (`float`, *optional*): The fraction that the verdict speaks of.
     """
 
     influence: np.ndarray
     num_loss_tokens: np.ndarray
-    rank: np.ndarray
+    deciding: DecidingScore
     coreset: np.ndarray
+    chosen: dict[float, Coreset]
     fractions: list[float]
     headline: float | None
 
@@ -63,6 +66,11 @@ class Pool:
     def has_loss(self) -> np.ndarray:
         """Whether a row carries loss, bool of shape `[n]`."""
         return np.isfinite(self.influence)
+
+    @property
+    def is_opponent(self) -> np.ndarray:
+        """Whether a row has positive influence and no coreset that leaves rows out keeps it, bool of shape `[n]`."""
+        return (self.influence > 0) & ~(self.coreset < 1)
 
     @property
     def is_kept(self) -> np.ndarray:
@@ -80,34 +88,41 @@ class Groups:
 
 
 def read_pool(run: Run, scored: Dataset) -> Pool:
-    """Read influence, ranks and lengths of the whole pool, and which coresets have a row."""
+    """Read influence, the score that chose and lengths of the whole pool, and which coresets have a row."""
     influence = read_numbers(scored, INFLUENCE)
-    order = np.argsort(influence, kind="stable")[: int(np.isfinite(influence).sum())]
-    rank = np.full(len(influence), np.nan)
-    rank[order] = np.arange(len(order))
+    strategy = str(run.get("tournament", "winner") or run.get("config", "strategy") or "top")
+    try:
+        deciding = read_deciding_score(scored, describe_choice("coreset", 1.0, strategy=strategy)[1])
+    except (ValueError, TypeError) as error:
+        run.notes.append(f"What chose the rows is not shown: {error}")
+        ranks = rank_rows(influence, np.flatnonzero(np.isfinite(influence)))
+        deciding = DecidingScore(influence, ranks, influence)
     found = {float(arm["fraction"]) for arm in run.results["arms"] if arm["arm"] == "coreset"}
     fractions = sorted(fraction for fraction in found if 0 < fraction <= 1)
     coreset = np.full(len(influence), np.nan)
     wanted = {
-        fraction: describe_choice("coreset", fraction, strategy=str(run.get("config", "strategy") or "top"))
+        fraction: describe_choice("coreset", fraction, strategy=strategy)
         for fraction in reversed(fractions)
-        if round(fraction * len(order)) > 0
+        if round(fraction * np.isfinite(influence).sum()) > 0
     }
+    chosen = {}
     try:
         coresets = take_coresets(run.folder, scored, dict(wanted.values()))
         for fraction, (name, _) in wanted.items():
+            chosen[fraction] = coresets[name]
             coreset[coresets[name].positions] = fraction
     except (ValueError, TypeError) as error:
         run.notes.append(f"Which rows the coresets have is not shown: {error}")
     headline = run.get("verdict", "fraction")
     if not is_number(headline) or headline not in fractions:
         headline = fractions[0] if fractions else None
-    return Pool(influence, read_numbers(scored, NUM_LOSS_TOKENS), rank, coreset, fractions, headline)
+    lengths = read_numbers(scored, NUM_LOSS_TOKENS)
+    return Pool(influence, lengths, deciding, coreset, chosen, fractions, headline)
 
 
 def choose_rows(pool: Pool, also: Iterable[int], max_rows: int = MAX_ROWS) -> np.ndarray:
     """
-    Choose the rows of the table: all, or of a large pool the strongest of either sign and a sample of the rest.
+    Choose the rows of the table: all, or of a large pool the first and last in line and a sample of the rest.
 
     Args:
         pool ([`Pool`]): The whole pool.
@@ -120,7 +135,7 @@ def choose_rows(pool: Pool, also: Iterable[int], max_rows: int = MAX_ROWS) -> np
     num_rows = len(pool.influence)
     if num_rows <= max_rows:
         return np.arange(num_rows)
-    order = np.argsort(pool.rank, kind="stable")[: int(pool.has_loss.sum())]
+    order = np.argsort(pool.deciding.ranks, kind="stable")[: int(pool.has_loss.sum())]
     quarter = max_rows // 4
     strongest = np.union1d(order[:quarter], order[len(order) - min(quarter, len(order)) :])
     rest = np.setdiff1d(np.arange(num_rows), strongest)
@@ -193,17 +208,17 @@ def read_groups(scored: Dataset, column: str) -> Groups | None:
 
 def summarize_groups(groups: Groups, pool: Pool) -> tuple[list[dict[str, Any]], str]:
     """
-    Sum up influence in each group.
+    Sum up the score that chose in each group.
 
     Returns:
         `tuple`: for each group `name`, `rows`, `without_loss`, `kept` (share that the coreset has), `proponents`
-        (share), `tokens` (median of loss tokens) and `quantiles` (5, 25, 50, 75, 95 %), lowest median first; and what
-        is left out.
+        (share of negative influence), `tokens` (median of loss tokens) and `quantiles` (5, 25, 50, 75, 95 %), lowest
+        median first; and what is left out.
     """
     found = []
     for code, name in enumerate(groups.names[:MAX_GROUPS]):
         members = groups.codes == code
-        values = pool.influence[members & pool.has_loss]
+        values = pool.deciding.values[members & pool.has_loss]
         if len(values) == 0:
             continue
         lengths = pool.num_loss_tokens[members & pool.has_loss]
@@ -213,7 +228,7 @@ def summarize_groups(groups: Groups, pool: Pool) -> tuple[list[dict[str, Any]], 
                 "rows": int(members.sum()),
                 "without_loss": int(members.sum()) - len(values),
                 "kept": float(pool.is_kept[members & pool.has_loss].mean()),
-                "proponents": float((values < 0).mean()),
+                "proponents": float((pool.influence[members & pool.has_loss] < 0).mean()),
                 "tokens": float(np.median(lengths)),
                 "quantiles": [float(value) for value in np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95])],
             }

@@ -24,6 +24,7 @@ from hf_in2core.evaluation.arms import (
     tabulate_tournament,
 )
 from hf_in2core.evaluation.formats import DASH
+from hf_in2core.names import INFLUENCE
 from hf_in2core.rows.text import CUT, render_line
 
 from .page import write_report
@@ -59,8 +60,9 @@ def print_results(results: Mapping[str, Any]) -> None:
             - `verdict` (`dict`): with `text`.
             - `auc` (`dict[str, dict[str, float | None]]`): for each kind of row looked for, the AUC by score, such as
               `{"tasks of interest": {"influence": 0.97, "loss": 0.61}}`.
+            - `choice` (`dict`): what chose the coreset: `how`, `score` and its `meaning`.
             - `examples` (`dict[str, list[dict]]`): `proponents` and `opponents`, strongest first, each row with
-              `influence`, `text` and optionally `influence_rank`.
+              `influence`, `text` and optionally `influence_rank`; or `standing` and `taken`, which say it in words.
 
     Raises:
         `ValueError`: `results` has no arms.
@@ -84,11 +86,19 @@ def print_results(results: Mapping[str, Any]) -> None:
         _write(console, "Finding rows by a score", style="bold")
         _print_table(console, auc.columns, auc.lines)
 
-    examples = results.get("examples", {})
-    for kind, sign in (("proponents", "negative influence: lowers"), ("opponents", "positive influence: raises")):
+    examples, choice = results.get("examples", {}), results.get("choice", {"score": INFLUENCE})
+    in_turn = choice["score"] != INFLUENCE
+    if in_turn:
+        _write(console, f"The coreset was chosen {choice['how']}. {choice['meaning']}\n")
+    helps = (
+        "negative influence: lowers the loss of one" if in_turn else "negative influence: lowers the validation loss"
+    )
+    hurts = f"positive {'mean ' if in_turn else ''}influence: raises the validation loss; no coreset keeps them"
+    for kind, sign in (("proponents", helps), ("opponents", hurts)):
         if examples.get(kind):
-            _write(console, f"Strongest {kind} ({sign} the validation loss)", style="bold")
-            _print_examples(console, examples[kind])
+            by = f" by {choice['score']}" if in_turn else ""
+            _write(console, f"Strongest {kind}{by} ({sign})", style="bold")
+            _print_examples(console, examples[kind], in_turn)
 
 
 def print_tasks(results: Mapping[str, Any], console: Console | None = None) -> None:
@@ -134,10 +144,13 @@ def _print_table(console: Console, names: Sequence[str], lines: Sequence[Sequenc
     console.print()
 
 
-def _print_examples(console: Console, examples: Sequence[Mapping[str, Any]]) -> None:
+def _print_examples(console: Console, examples: Sequence[Mapping[str, Any]], in_turn: bool) -> None:
     for number, example in enumerate(examples, 1):
         rank = "" if example.get("influence_rank") is None else f"rank {example['influence_rank']:,}, "
-        _write(console, f"{number:>2}. {rank}influence {example['influence']:+.3g}", style="cyan")
+        standing = example.get("standing", f"{rank}influence {example['influence']:+.3g}")
+        said = [standing, *([example["taken"]] if "taken" in example else [])]
+        said += [f"mean influence {example['influence']:+.3g}"] if in_turn else []
+        _write(console, f"{number:>2}. {'; '.join(said)}", style="cyan")
         _write(console, render_line(str(example.get("text", "")), MAX_TEXT_CHARACTERS), indent=4)
     console.print()
 

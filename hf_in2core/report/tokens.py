@@ -25,9 +25,9 @@ QUERY_CHUNK = 10_000
 
 
 def choose_mask_rows(pool: Pool, rows: np.ndarray) -> np.ndarray:
-    """Choose the rows whose mask is shown: a third each of proponents, of opponents and of a sample; `[<= 300]`."""
+    """Choose the rows whose mask is shown, a third each: first in line, last in line, a sample; `[<= 300]`."""
     with_loss = rows[pool.has_loss[rows]]
-    order = with_loss[np.argsort(pool.rank[with_loss], kind="stable")]
+    order = with_loss[np.argsort(pool.deciding.ranks[with_loss], kind="stable")]
     third = MAX_MASKS // 3
     strongest = np.union1d(order[:third], order[-third:])
     rest = np.setdiff1d(order, strongest)
@@ -86,7 +86,7 @@ def compute_masks(run: Run, scored: Dataset, pool: Pool, rows: np.ndarray) -> tu
     missing = len(rows) - len(masks)
     why = f" ({reason})" if reason else ", as their tokens are not those that were scored"
     note = f" Of {missing:,} more rows it could not be made{why}." if missing else ""
-    return masks, f"The mask is shown for {len(masks):,} rows: the strongest of either sign and a sample.{note}"
+    return masks, f"The mask is shown for {len(masks):,} rows: the first and last in line and a sample.{note}"
 
 
 def split_by_loss(input_ids: Sequence[int], carries_loss: np.ndarray, tokenizer: Any) -> list[list[Any]]:
@@ -137,7 +137,7 @@ def find_query_rows(run: Run, scored: Dataset, notes: list[str]) -> list[dict[st
     except (ValueError, pa.ArrowException) as error:
         notes.append(f"Validation rows are not shown: {PER_QUERY} cannot be read ({_say(error)}).")
         return []
-    names = _name_queries(run)
+    names = [(name, row) for name, rows in read_validation_sets(run).items() for row in range(rows)]
     texts = _read_validation(run, notes)
     found = []
     for index, query in enumerate(queries):
@@ -183,12 +183,11 @@ def _find_strongest(scored: Dataset) -> tuple[np.ndarray, list, list]:
     return queries, proponents, opponents
 
 
-def _name_queries(run: Run) -> list[tuple[str, int]]:
-    """Set and position of every query, in the order of the column."""
+def read_validation_sets(run: Run) -> dict[str, int]:
+    """How many rows each validation set has, by its name, in the order of the queries; empty where it is not known."""
     sets = get_value(run.scorer, "validation_sets")
-    if not isinstance(sets, dict) or not all(isinstance(rows, int) for rows in sets.values()):
-        return []
-    return [(str(name), row) for name, rows in sets.items() for row in range(rows)]
+    known = isinstance(sets, dict) and all(isinstance(rows, int) for rows in sets.values())
+    return {str(name): rows for name, rows in sets.items()} if known else {}
 
 
 def _read_validation(run: Run, notes: list[str]) -> dict[str, list[str]]:

@@ -19,6 +19,7 @@ from hf_in2core.rows.scored import hash_scores, read_scores
 
 from .coreset import choose_positions
 from .lengths import match_lengths
+from .turns import name_taker
 
 
 RECORD = "coresets.json"
@@ -63,6 +64,25 @@ class Coreset:
         scores = read_scores(scored, self.arguments.get("column", INFLUENCE))
         positions = np.array(self.positions)
         return scored.select(positions[np.argsort(scores[positions], kind="stable")])
+
+    def describe_rows(self, validation_sets: Mapping[str, int]) -> dict[int, str]:
+        """What chose each row, in words, by its position; empty where that is not recorded."""
+        if self.turns is None or self.scores is None:
+            return {}
+        given = " given the rows before" if self.arguments["strategy"] == "greedy" else ""
+        takers = [None] * len(self.turns) if self.takers is None else self.takers
+        column = self.arguments.get("column", INFLUENCE)
+        if column != INFLUENCE:
+            return {
+                row: f"taken in turn {turn:,} for its `{column}`, {score:g}"
+                for row, turn, score in zip(self.positions, self.turns, self.scores, strict=True)
+            }
+        return {
+            row: f"taken in turn {turn:,} for its influence, {score:+.3g}"
+            if taker is None
+            else f"taken in turn {turn:,} by {name_taker(taker, validation_sets)}, influence on it{given} {score:+.3g}"
+            for row, turn, score, taker in zip(self.positions, self.turns, self.scores, takers, strict=True)
+        }
 
 
 def describe_choice(arm: str, fraction: float, seed: int = 0, strategy: str = "top") -> tuple[str, dict[str, Any]]:
@@ -134,7 +154,7 @@ def take_coresets(
         is_same = before is not None and before.arguments == arguments
         if before is not None and (before.turns is not None if is_same else not renew):
             continue
-        chosen = _choose(scored, arguments, coresets.values())
+        chosen = choose_coreset(scored, arguments, coresets.values())
         # What was trained on stays; where it would be chosen again, it is known now what chose each row.
         if before is None or not is_same or before.positions == chosen.positions:
             coresets[name] = chosen
@@ -143,7 +163,8 @@ def take_coresets(
     return coresets
 
 
-def _choose(scored: Dataset, arguments: Mapping[str, Any], coresets: Iterable[Coreset]) -> Coreset:
+def choose_coreset(scored: Dataset, arguments: Mapping[str, Any], coresets: Iterable[Coreset] = ()) -> Coreset:
+    """Choose rows by the arguments of a [`Coreset`]; those of others that they name may be among `coresets`."""
     options, column = dict(arguments), arguments.get("column", INFLUENCE)
     with_loss = int(np.isfinite(read_scores(scored, column)).sum())
     for key in ("spared", "as_long_as"):

@@ -2,21 +2,17 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
 
-from hf_in2core.names import INFLUENCE, STRATEGIES_BY_ROW, VALIDATION, describe_set, name_set_column
+from hf_in2core.names import INFLUENCE, METHODS, STRATEGIES_BY_ROW, VALIDATION, describe_set, name_set_column
 from hf_in2core.rows.scored import find_set_columns, read_query_scores, read_scores
 
 
 BEST_RANK = "best rank"
-_IN_TURN = {
-    "round_robin": "in turn by {} validation sets",
-    "round_robin_rows": "in turn by {} validation rows",
-    "greedy": "in turn by {} validation rows, each given the rows taken before",
-}
+_TAKERS = {"round_robin": "validation sets", "round_robin_rows": "validation rows", "greedy": "validation rows"}
 
 
 class TakenRows(NamedTuple):
@@ -93,56 +89,87 @@ class DecidingScore:
     """
     By what the rows of a pool stand in line for a coreset, known of every row, taken or not.
 
-    A column that decides is that score itself. Where rows are taken in turn, only those that were taken have a turn;
-    a row's best rank is the smallest, over those who take, of the number of rows that lower the loss of one more.
+    A column that decides is that score itself. Where rows are taken in turn, only those that were taken have a turn:
+    the score is the best rank, the smallest of the row's ranks by its influence on each of those who take.
 
     Attributes:
-        name (`str`): `"influence"` or `"best rank"`.
-        how (`str`): How the coreset was chosen, in words that follow "chosen".
         values (`np.ndarray` of shape `[n]`): The score, the smallest first in line; NaN where a row carries no loss.
         ranks (`np.ndarray` of shape `[n]`): 0 = first in line; of best ranks, several rows have the same.
         influence (`np.ndarray` of shape `[n]`): On who ranks the row best; on the mean validation loss otherwise.
         takers (`np.ndarray` of shape `[n]`, *optional*): Who ranks the row best: a validation row (int64) or a named
             set (str). `None` where a column decides.
+        name (`str`): `"influence"` or `"best rank"`, and over whom.
+        how (`str`): How the coreset was chosen, in words that follow "chosen".
+        meaning (`str`): What the score is, in a sentence.
     """
 
-    name: str
-    how: str
     values: np.ndarray
     ranks: np.ndarray
     influence: np.ndarray
-    takers: np.ndarray | None
+    takers: np.ndarray | None = None
+    name: str = INFLUENCE
+    how: str = "by influence"
+    meaning: str = "Influence on the validation loss: negative = proponent."
 
-    @property
-    def label(self) -> str:
-        """The score in words."""
-        return self.name if self.takers is None else f"{self.name} over those who chose {self.how.partition(',')[0]}"
+    def describe(self, row: int, validation_sets: Mapping[str, int]) -> str:
+        """Where a row stands in line, in words."""
+        if np.isnan(self.values[row]):
+            return "no influence: it carries no loss"
+        if self.takers is None:
+            shown = "" if self.name == INFLUENCE else f"{self.name} {self.values[row]:g}, "
+            return f"rank {int(self.ranks[row]):,}, {shown}influence {self.influence[row]:+.3g}"
+        taker = name_taker(self.takers[row].item(), validation_sets)
+        return f"{BEST_RANK} {int(self.ranks[row]):,} (for {taker}, influence on it {self.influence[row]:+.3g})"
 
 
-def read_deciding_score(scored: Dataset, strategy: str) -> DecidingScore:
+def read_deciding_score(scored: Dataset, arguments: Mapping[str, Any]) -> DecidingScore:
     """
-    Read by what rows were chosen with a strategy; as of [`read_taking_scores`].
+    By what the rows of a pool stand in line for a coreset of some arguments of [`~hf_in2core.select_coreset`].
 
-    `"greedy"` takes rows by their influence given those before, which only the taken ones have: it has best ranks too.
+    Raises:
+        ValueError: if a column that is needed is missing.
     """
+    strategy, column = arguments["strategy"], arguments.get("column", INFLUENCE)
     influence = read_scores(scored, INFLUENCE)
     takers, set_scores = read_taking_scores(scored, strategy)
     rows = np.flatnonzero(~np.isnan(influence))
     if takers is None:
-        ranks = _rank(influence, rows)
-        return DecidingScore(INFLUENCE, "by influence", influence, ranks, influence, None)
+        if column == INFLUENCE:
+            ranks = rank_rows(influence, rows)
+            return DecidingScore(
+                influence, ranks, influence, how="at random" if strategy == "random" else "by influence"
+            )
+        values = read_scores(scored, column) * (-1 if strategy == "bottom" else 1)
+        words = next((method.words for method in METHODS.values() if method[:2] == (column, strategy)), "")
+        return DecidingScore(
+            values=values,
+            ranks=rank_rows(values, np.flatnonzero(~np.isnan(values))),
+            influence=influence,
+            name=column if strategy != "bottom" else f"\N{MINUS SIGN}{column}",
+            how=f"by `{column}`" + (f" ({words})" if words else ""),
+            meaning=f"`{column}`{f': {words}' if words else ''}; the rows of the "
+            f"{'largest' if strategy == 'bottom' else 'smallest'} are taken first.",
+        )
     best, winners = np.full(len(influence), np.nan), np.zeros(len(influence), dtype=np.int64)
     for number, scores in enumerate(set_scores):
-        ranks = _rank(scores, rows)
+        ranks = rank_rows(scores, rows)
         is_better = ~(best <= ranks)
         best[is_better], winners[is_better] = ranks[is_better], number
     on_winner = set_scores[winners, np.arange(len(influence))]
+    over = f"{len(takers):,} {_TAKERS[strategy]}"
     return DecidingScore(
-        BEST_RANK, _IN_TURN[strategy].format(f"{len(takers):,}"), best, best, on_winner, takers[winners]
+        values=best,
+        ranks=best,
+        influence=on_winner,
+        takers=takers[winners],
+        name=f"{BEST_RANK} over {over}",
+        how=f"in turn by {over}" + (", each given the rows taken before" if strategy == "greedy" else ""),
+        meaning=f"Best rank: a row is ranked by its influence on each of {over}, and the smallest of its ranks counts "
+        "(0 = the strongest proponent of one of them).",
     )
 
 
-def _rank(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def rank_rows(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Ranks of `rows` by their scores, 0 = smallest; NaN elsewhere."""
     ranks = np.full(len(scores), np.nan)
     ranks[rows[np.argsort(scores[rows], kind="stable")]] = np.arange(len(rows))

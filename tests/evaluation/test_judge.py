@@ -304,7 +304,7 @@ def test_a_coreset_that_wins() -> None:
     assert "the coreset beat random rows" in verdict.text and "It beat the full pool" in verdict.text
     assert "opponents were worse than random rows beyond noise" in verdict.text
     assert "what it saves was not measured" in verdict.text
-    assert verdict.headline.startswith("Coreset (fraction 0.25, equal steps): beat random rows")
+    assert verdict.headline == "Coreset (fraction 0.25): at equal steps beat random rows and beat the full pool"
     interval = verdict.intervals["coreset_minus_random"]
     low, high = scipy.stats.ttest_rel(GOOD["coreset"], RANDOM).confidence_interval(0.95)
     assert (interval["low"], interval["high"]) == pytest.approx((low, high))
@@ -408,6 +408,22 @@ def test_headline_is_the_first_fraction_at_equal_steps() -> None:
     assert judge(arms, SELECTION).fraction == 0.5
     only_epochs = [entry for entry in arms if entry["budget"] == "epochs"]
     assert judge(only_epochs, SELECTION, fractions=[0.5]).budget == "epochs"
+
+
+def test_the_headline_weighs_both_budgets_and_the_cost() -> None:
+    losing = GOOD | {"coreset": [3.46, 3.44, 3.47]}
+
+    def say(at_steps: dict[str, Any], at_epochs: dict[str, Any], seconds: float = 62.0) -> str:
+        arms = make_arms(at_steps) + make_arms(at_epochs, 0.25, "epochs", SECONDS)
+        return judge(arms, SELECTION | {"seconds": seconds}).headline
+
+    mixed = say(GOOD, losing)
+    assert "at equal steps beat random rows" in mixed and "at equal epochs lost to random rows" in mixed
+    assert mixed.endswith("; does not pay")
+    assert say(GOOD, GOOD).startswith("Coreset (fraction 0.25): at equal steps and equal epochs beat random rows")
+    assert say(GOOD, GOOD).endswith("; pays after 4 runs")
+    noisy = GOOD | {"coreset": [3.36, 3.30, 3.38]}
+    assert say(GOOD, noisy).endswith("; pays after 4 runs, in time alone")
 
 
 def test_unequal_seeds_are_not_paired() -> None:

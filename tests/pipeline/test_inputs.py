@@ -250,11 +250,17 @@ def test_a_coreset_in_turn_over_validation_rows(inputs: Inputs, tmp_path: Path, 
     scored = load_from_disk(str(tmp_path / "run" / "scored"))
     assert {len(row) for row in scored["influence_per_query"]} == {NUM_VALIDATION}
     coreset = select_coreset(scored, fraction=0.25, strategy=strategy)
-    tokens = {arm["arm"]: arm["loss_tokens"] for arm in read_results(tmp_path)["arms"]}
-    assert tokens == {
+    left = scored.filter(lambda row: row["id"] not in coreset["id"][:])
+    results = read_results(tmp_path)
+    assert {arm["arm"]: arm["loss_tokens"] for arm in results["arms"]} == {
         "coreset": sum(coreset["num_loss_tokens"]),
-        "opponents": sum(select_coreset(scored, fraction=0.25, strategy="bottom")["num_loss_tokens"]),
+        "opponents": sum(select_coreset(left, size=len(coreset), strategy="bottom")["num_loss_tokens"]),
     }
+    examples = results["examples"]
+    assert not {row["id"] for row in examples["opponents"]} & set(coreset["id"])
+    assert all("best rank" in row["standing"] for kind in examples.values() for row in kind)
+    assert {"taken" in row for row in examples["proponents"] if row["id"] in coreset["id"][:]} == {True}
+    assert f"in turn by {NUM_VALIDATION} validation rows" in results["choice"]["how"]
     assert set(coreset["id"]) != set(select_coreset(scored, fraction=0.25)["id"])
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "the cut keeps" not in page

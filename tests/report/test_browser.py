@@ -1,5 +1,7 @@
 """The report page in a real browser, headless: Chromium through Playwright, both optional."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,13 @@ DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> str:
     run = get_scored_run(tmp_path_factory.getbasetemp(), model_folder)
-    return write_report(run, tmp_path_factory.mktemp("browser") / "report.html").as_uri()
+    folder = tmp_path_factory.mktemp("browser")
+    in_turn = Path(shutil.copytree(run, folder / "run"))
+    results = json.loads((in_turn / "results.json").read_text(encoding="utf-8"))
+    results["config"]["strategy"] = "round_robin_rows"
+    (in_turn / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    write_report(in_turn, folder / "in_turn.html")
+    return write_report(run, folder / "report.html").as_uri()
 
 
 @pytest.fixture
@@ -68,6 +76,40 @@ def test_loads_and_fits_the_screen(open_page: Any, address: str, viewport: Any, 
         assert box["x"] >= 0 and box["x"] + box["width"] <= viewport["width"]
     brightness = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0]")
     assert brightness > 200 if scheme == "light" else brightness < 60
+
+
+def test_losses_at_both_budgets_need_no_scrolling_sideways_on_a_telephone(open_page: Any, address: str) -> None:
+    page = open_page(address, PHONE)
+    boxes = page.locator("#arms .scroll, #arms .plot").all()
+    assert len(boxes) == 4  # the picture, a table for each budget, and the differences, which are folded
+    for box in boxes[:3]:
+        assert box.evaluate("box => box.scrollWidth <= box.clientWidth")
+    losses = page.locator("#arms td.loss").all()
+    assert len(losses) == 14 and all("±" in cell.inner_text() for cell in losses)
+    for box in (cell.bounding_box() for cell in losses):
+        assert box["x"] >= 0 and box["x"] + box["width"] <= PHONE["width"]
+
+
+def test_rows_that_were_taken_in_turn_tell_by_whom(open_page: Any, address: str) -> None:
+    page = open_page(address.replace("report.html", "in_turn.html"))
+    titles = page.locator("#rows thead th").all_inner_texts()
+    assert [title.split(" ↑")[0] for title in titles[:4]] == ["Best rank", "Turn", "Taken by", "Mean influence"]
+    page.select_option("#coreset", "0.5")
+    assert all(text.startswith("row ") for text in read_column(page, "taker"))
+    page.select_option("#sign", "kept")
+    assert all(text.startswith("+") for text in read_column(page, "influence"))
+    page.locator("#rows tbody tr").first.click()
+    facts = page.locator("dialog .row-facts").inner_text()
+    assert "in turn" in facts and "by validation row" in facts and "but a coreset keeps it" in facts
+    assert "opponent" not in facts
+    page.keyboard.press("Escape")
+    page.select_option("#sign", "+")
+    page.locator("#count", has_text="0 of").wait_for()
+    page.click("#show-all")
+    page.select_option("#coreset", "no")
+    page.select_option("#sign", "+")
+    page.locator("#rows tbody tr").first.click()
+    assert "opponent: training on it raises the mean validation loss" in page.locator("dialog .row-facts").inner_text()
 
 
 def test_the_theme_can_be_chosen_and_is_remembered(open_page: Any, address: str) -> None:

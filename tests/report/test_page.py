@@ -37,6 +37,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import hf_in2core.report.page as report_page
 from hf_in2core import select_coreset
 from hf_in2core.commands.main import main
+from hf_in2core.evaluation.judge import judge
 from hf_in2core.names import LOSS_REDUCTIONS
 from hf_in2core.report.rows import LIMITS, MAX_ROWS
 from hf_in2core.report.run import ReportError
@@ -91,6 +92,21 @@ def test_the_page_says_what_the_run_found(page: Page, run: Path) -> None:
     assert f"{np.mean(losses):.3f} ±" in page.words
     pictures = [attributes["aria-label"] for tag, attributes in page.elements if tag == "svg"]
     assert len(pictures) == 6 and all(pictures)  # arms, influence, length, tasks, layers, coverage
+
+
+def test_the_head_weighs_both_budgets(tmp_path: Path) -> None:
+    won = make_results()
+    lost = make_results(coreset=3.6)
+    arms = [arm for arm in won["arms"] if arm["budget"] == "steps"]
+    arms += [arm for arm in lost["arms"] if arm["budget"] == "epochs"]
+    mixed = won | {"arms": arms, "verdict": asdict(judge(arms, won["selection"]))}
+    for name, results, kind in (("won", won, "good"), ("mixed", mixed, "open")):
+        page = plain(tmp_path / name, make_scored(20), results)
+        assert [a["class"] for tag, a in page.elements if "verdict" in (a.get("class") or "")] == [f"verdict {kind}"]
+        answers = {line: "Yes" if kind == "good" else "No" for line in ("at equal epochs", "selecting pays")}
+        assert "Yes: beats random rows beyond noise at equal steps" in page.words
+        assert f"{answers['at equal epochs']}: beats random rows beyond noise at equal epochs" in page.words
+        assert f"{answers['selecting pays']}: selecting pays" in page.words
 
 
 def test_rows_are_those_of_the_pool(page: Page, scored: Dataset) -> None:

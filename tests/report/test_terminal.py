@@ -211,7 +211,7 @@ def test_pictures_of_incomplete_runs(tmp_path: Path) -> None:
 def test_histogram_colours_what_the_cut_keeps(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="pictures need the report extra")
     influence = np.random.default_rng(0).normal(size=2000)
-    plot_influence(influence, tmp_path / "influence.png", cut=-0.5)
+    plot_influence(influence, tmp_path / "influence.png", kept=influence <= -0.5)
     kept, rest = (find_pixels(tmp_path / "influence.png", colour) for colour in (BLUE, GREY))
     kept, rest = (pixels[pixels[:, 1] < 700] for pixels in (kept, rest))  # left of the legend
     assert len(kept) > 1000 and np.quantile(kept[:, 1], 0.99) < np.quantile(rest[:, 1], 0.05)
@@ -222,11 +222,16 @@ def test_histogram_colours_what_the_cut_keeps(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("svg_text")
 def test_histogram_says_the_sign_and_the_counts(tmp_path: Path) -> None:
     influence = [-3.0, -2.0, -1.0, 0.0, 2.0, None, math.nan]
-    plot_influence(influence, tmp_path / "influence.svg", cut=-2.0)
+    kept = np.array([True, True, *[False] * 5])
+    plot_influence(influence, tmp_path / "influence.svg", kept=kept)
     text = read_svg(tmp_path / "influence.svg")
     assert "negative = proponent (lowers the validation loss)" in text and "positive = opponent" in text
     assert "3 of 5 rows are proponents; the cut keeps 2; 2 rows carry no loss" in text
     assert "coreset (2 rows)" in text and "not kept (3 rows)" in text and "cut at -2" in text
+    # What was chosen by another score ends at no cut of influence.
+    plot_influence(influence, tmp_path / "turns.svg", kept=kept[[1, 2, 0, 3, 4, 5, 6]])
+    text = read_svg(tmp_path / "turns.svg")
+    assert "coreset (2 rows)" in text and "the coreset keeps 2" in text and "cut" not in text
     # One row a thousand times as far out as the rest does not squeeze them into one bar, and is not hidden silently.
     plot_influence([*np.linspace(-1, 1, 999), 1000.0], tmp_path / "tail.svg")
     assert "rows lie beyond the axis" in read_svg(tmp_path / "tail.svg")

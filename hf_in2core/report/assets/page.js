@@ -96,18 +96,35 @@
     return visible(text.slice(0, SUMMARY_LENGTH).replace(/\s+/g, " "));
   }
 
-  function influenceClass(value) {
+  function signClass(value) {
     return value === null ? "none" : value < 0 ? "proponent" : value > 0 ? "opponent" : "none";
+  }
+
+  // What a coreset keeps is no opponent, whatever its sign.
+  const isKept = (index) => data.coreset[index] !== null && data.coreset[index] < 1;
+
+  function kindOf(index) {
+    const sign = signClass(data.influence[index]);
+    return sign === "opponent" && isKept(index) ? "positive" : sign;
   }
 
   // --- table: columns, filter, sort, pages ---
 
+  const inTurn = data.choice.inTurn;
   const columns = [
-    { name: "rank", title: "Rank", hint: "0 = strongest proponent", key: (i) => data.rank[i], cell: (i) => showCount(data.rank[i]), number: true },
-    { name: "influence", title: "Influence", hint: "negative = proponent", key: (i) => data.influence[i], cell: (i) => showInfluence(data.influence[i]), number: true },
+    { name: "rank", title: inTurn ? "Best rank" : "Rank", hint: inTurn ? data.choice.meaning : "0 = strongest proponent", key: (i) => data.rank[i], cell: (i) => showCount(data.rank[i]), number: true },
+    { name: "influence", title: inTurn ? "Mean influence" : "Influence", hint: inTurn ? "on the mean validation loss, which chose nothing" : "negative = proponent", key: (i) => data.influence[i], cell: (i) => showInfluence(data.influence[i]), number: true },
     { name: "tokens", title: "Loss tokens", key: (i) => data.tokens[i], cell: (i) => showCount(data.tokens[i]), number: true },
   ];
-  if (data.fractions.length) {
+  if (inTurn) {
+    const turn = (i) => data.taken[i]?.turn ?? null;
+    columns.splice(1, 0,
+      { name: "turn", title: "Turn", hint: "0 = taken first; none = not in a coreset", key: turn, cell: (i) => showCount(turn(i)), number: true },
+      { name: "taker", title: "Taken by", hint: "and influence on it", data: true, key: (i) => data.taken[i]?.by ?? null, cell: (i) => (data.taken[i] ? `${visible(data.taken[i].by).replace(/^validation /, "")}: ${showInfluence(data.taken[i].for)}` : "–") },
+    );
+  }
+  // Of one coreset the turn tells which rows it has.
+  if (data.fractions.length > (inTurn && data.taken.some(Boolean) ? 1 : 0)) {
     columns.push({ name: "coreset", title: "Coreset", hint: data.fractions.length > 1 ? "smallest fraction that has the row" : `fraction ${data.fractions[0]}`, key: (i) => data.coreset[i], cell: (i) => showCoreset(data.coreset[i]) });
   }
   data.groups.forEach((group, g) => {
@@ -119,6 +136,7 @@
   columns.push({ name: "text", title: "Text", key: (i) => summarize(i).toLowerCase(), cell: summarize });
 
   const table = byId("rows");
+  table.classList.toggle("in-turn", inTurn);
   const [head, body] = [table.tHead, table.tBodies[0]];
   const state = { search: "", sign: "", coreset: "", groups: data.groups.map(() => ""), sort: "rank", ascending: true, page: 0, focus: 0 };
   let found = [];
@@ -142,7 +160,7 @@
     const words = state.search.toLowerCase().split(/\s+/).filter(Boolean);
     found = [];
     for (let i = 0; i < data.rows.length; i++) {
-      if (state.sign && { "-": "proponent", "+": "opponent", 0: "none" }[state.sign] !== influenceClass(data.influence[i])) continue;
+      if (state.sign && { "-": "proponent", "+": "opponent", 0: "none", kept: "positive" }[state.sign] !== kindOf(i)) continue;
       if (!matchesCoreset(i)) continue;
       if (data.groups.some((group, g) => state.groups[g] !== "" && group.codes[i] !== Number(state.groups[g]))) continue;
       if (words.length && !matchesSearch(i, words)) continue;
@@ -189,12 +207,12 @@
     const cells = columns.map((column) => {
       const cell = make("td", { role: "cell", class: `${column.name.replace(/\d+$/, "")}${column.number ? " number" : ""}`, text: column.cell(index) });
       cell.dataset.title = column.title;
-      if (column.name === "influence") cell.classList.add(influenceClass(data.influence[index]));
+      if (column.name === "influence") cell.classList.add(kindOf(index));
       if (column.name === "coreset" && data.coreset[index] !== null) cell.classList.add("kept");
       if (column.data || column.name === "text") cell.dir = "auto";
       return cell;
     });
-    const row = make("tr", { role: "row", tabindex: n === state.focus ? "0" : "-1", "aria-label": `Row ${data.rows[index]}, ${showInfluence(data.influence[index])}. Enter opens it.` }, ...cells);
+    const row = make("tr", { role: "row", tabindex: n === state.focus ? "0" : "-1", "aria-label": `Row ${data.rows[index]}, ${data.standing[index]}. Enter opens it.` }, ...cells);
     row.dataset.row = data.rows[index];
     return row;
   }
@@ -243,6 +261,7 @@
   function drawFilters() {
     const coreset = byId("coreset");
     coreset.append(make("option", { value: "", text: "all" }));
+    if (!data.rows.some((row, i) => kindOf(i) === "positive")) byId("sign").querySelector("[value=kept]").remove();
     for (const fraction of data.fractions) coreset.append(make("option", { value: fraction, text: `in fraction ${fraction}` }));
     coreset.append(make("option", { value: "no", text: "in none" }));
     byId("coreset-label").hidden = data.fractions.length === 0;
@@ -348,13 +367,16 @@
     opened = row;
     cameFrom = through;
     const value = data.influence[index];
-    const kind = { proponent: "proponent: training on it lowers the validation loss", opponent: "opponent: training on it raises the validation loss", none: value === null ? "none: it carries no loss" : "neither proponent nor opponent" }[influenceClass(value)];
+    const loss = inTurn ? "the mean validation loss" : "the validation loss";
+    const kind = { proponent: `proponent: training on it lowers ${loss}`, opponent: `opponent: training on it raises ${loss}`, positive: `raises ${loss}, but a coreset keeps it`, none: value === null ? "none: it carries no loss" : "neither proponent nor opponent" }[kindOf(index)];
     const list = make("dl", { class: "row-facts" });
     const add = (label, text) => list.append(make("div", {}, make("dt", { text: label, dir: "auto" }), make("dd", { text, dir: "auto" })));
-    add("influence", value === null ? kind : `${showInfluence(value)} (${kind})`);
-    add("rank", data.rank[index] === null ? "none" : `${showCount(data.rank[index])} (0 = strongest proponent)`);
+    const taken = data.taken[index];
+    if (data.fractions.length) add("in coreset", data.coreset[index] === null ? "no" : `yes, from fraction ${data.coreset[index]}${taken ? `: ${visible(taken.words)}` : ""}`);
+    if (inTurn) add("decided by", visible(data.standing[index]));
+    else add("rank", data.rank[index] === null ? "none" : `${showCount(data.rank[index])} (0 = strongest proponent)`);
+    add(inTurn ? "mean influence" : "influence", value === null ? kind : `${showInfluence(value)} (${kind})`);
     add("loss tokens", showCount(data.tokens[index]));
-    if (data.fractions.length) add("in coreset", data.coreset[index] === null ? "no" : `yes, from fraction ${data.coreset[index]}`);
     for (const [name, values] of Object.entries(data.sets)) add(name, showInfluence(values[index]));
     const long = [];
     for (const [name, column] of Object.entries(data.columns)) {
@@ -430,7 +452,7 @@
       const list = make("ol", { class: "helpers" });
       for (const [row, value] of pairs) {
         const index = indexOf.get(row);
-        const button = make("button", { type: "button", onclick: () => openRow(row, q) }, make("b", { class: influenceClass(value), text: showInfluence(value) }), make("span", { dir: "auto", text: `row ${counts.format(row)}: ${summarize(index)}` }));
+        const button = make("button", { type: "button", onclick: () => openRow(row, q) }, make("b", { class: signClass(value), text: showInfluence(value) }), make("span", { dir: "auto", text: `row ${counts.format(row)}: ${summarize(index)}` }));
         list.append(make("li", {}, button));
       }
       parts.push(make("h3", { text: title }), pairs.length ? list : make("p", { text: none }));
