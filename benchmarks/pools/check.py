@@ -30,7 +30,7 @@ from benchmarks.pools.make import POOLS, make_pool
 from benchmarks.pools.pool import HARMFUL, ROOT, USEFUL, write_pool
 
 
-# The recipes measure the demo and the mixture; where all rows are useful but unequal there is nothing to tell them by.
+# The recipes measure the demo and the mixture; in `multiple_choice` all rows are useful and nothing tells them apart.
 CHECKED = [name for name in POOLS if name not in ("demo", "mixture", "mixture_two_sets", "multiple_choice")]
 ARMS = ("before", "useful", "random", "harmful", "longest", "shortest")
 
@@ -52,8 +52,8 @@ def draw_arms(kinds: np.ndarray, lengths: np.ndarray, fraction: float) -> dict[s
     return drawn
 
 
-def check_pool(name: str, folder: Path) -> list[dict[str, Any]]:
-    """Test losses of the arms of a pool, a row for each test set."""
+def check_pool(name: str, folder: Path) -> dict[str, Any]:
+    """Losses of the arms of a pool on its test set, or on that of what harms it where it has one."""
     settings = yaml.safe_load((folder / "in2core.yaml").read_text(encoding="utf-8"))
     kinds = np.array([json.loads(line)["kind"] for line in (folder / "pool.jsonl").read_text().splitlines()])
     model = settings["model_name_or_path"]
@@ -65,22 +65,15 @@ def check_pool(name: str, folder: Path) -> list[dict[str, Any]]:
         settings["lora_r"],
     )
     pool = prepare_source(settings["pool"], "pool", model)
-    tests = {path.stem: prepare_source(str(path), path.stem, model) for path in sorted(folder.glob("test*.jsonl"))}
+    judge = next((path for path in folder.glob("test_*.jsonl")), folder / "test.jsonl")
+    test = prepare_source(str(judge), judge.stem, model)
     lengths = np.array([sum(label != -100 for label in labels) for labels in pool["labels"]])
     arms = draw_arms(kinds, lengths, settings["fractions"][0])
     models = {arm: train_on(model, pool, rows, schedule, 0) for arm, rows in arms.items()}
     models["before"] = load_adapter(model, schedule.rank, 0)
     counts = {"rows": len(kinds), **{kind: int((kinds == kind).sum()) for kind in (USEFUL, HARMFUL)}}
-    return [
-        {
-            "pool": name,
-            "judged on": test,
-            **counts,
-            "kept": len(arms["random"]),
-            **{f"loss, {arm}": compute_test_loss(models[arm], rows) if arm in models else "" for arm in ARMS},
-        }
-        for test, rows in tests.items()
-    ]
+    losses = {f"loss, {arm}": compute_test_loss(models[arm], test) if arm in models else "" for arm in ARMS}
+    return {"pool": name, "judged on": judge.stem, **counts, "kept": len(arms["random"]), **losses}
 
 
 def main() -> None:
@@ -92,14 +85,14 @@ def main() -> None:
     torch.set_num_threads(1)
     record = args.output / "pools.json"
     known = json.loads(record.read_text(encoding="utf-8"))["rows"] if record.is_file() else []
-    found = {name: [row for row in known if row["pool"] == name] for name in POOLS}
+    found = {row["pool"]: row for row in known}
     for name in args.pools:
         folder = Path("runs/pools") / name
         if not folder.is_dir():
             write_pool(make_pool(name, 0, args.shared), folder, 0)
         found[name] = check_pool(name, folder)
         # After each pool, so that an interruption loses one.
-        report("pools", [row for rows in found.values() for row in rows], args.output)
+        report("pools", [found[name] for name in POOLS if name in found], args.output)
 
 
 if __name__ == "__main__":

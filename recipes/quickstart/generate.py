@@ -158,8 +158,7 @@ def make_rows(
         wrong_fraction (`float`, *optional*, defaults to `0.0`):
             Share of each task's rows, rounded, whose answer belongs to another content of the same task.
         phrase (`Callable`, *optional*, defaults to `phrase_instruction`): Makes the prompt.
-        distinct (`bool`, *optional*, defaults to `True`):
-            Add each drawn content to `taken`, so that none occurs twice.
+        distinct (`bool`, *optional*, defaults to `True`): Add drawn contents to `taken`, so that none occurs twice.
 
     Returns:
         `list[dict]`: rows with `prompt`, `completion`, `task`, `is_wrong`, `id`.
@@ -204,8 +203,7 @@ def make_splits(settings: Settings) -> tuple[dict[str, list[dict[str, Any]]], li
     Make the rows of every split and the texts for pretraining.
 
     The splits `held_out` and `held_out_exercises` (clean rows of every task) are for the manifest's losses and are not
-    written. No content (the numbers, letters, words or dates that a row is about) occurs twice, within a split or
-    across splits, and the texts contain none of them.
+    written. No content (numbers, letters, words or dates) occurs twice in the splits, nor at all in the texts.
     """
     taken: set[tuple[str, str]] = set()
     every, interest, seed, wrong_fraction = [*TASKS], TASKS_OF_INTEREST, settings.seed, settings.wrong_fraction
@@ -221,12 +219,7 @@ def make_splits(settings: Settings) -> tuple[dict[str, list[dict[str, Any]]], li
 
 
 def make_texts(settings: Settings, taken: set[tuple[str, str]]) -> list[str]:
-    """
-    Make the texts for pretraining, about no content in `taken`.
-
-    They are general ones: solved exercises of every task, as often wrong as the pool, instructions that nobody
-    answers, and noise. How an instruction is answered is left for fine-tuning to teach.
-    """
+    """Solved exercises, as often wrong as the pool, unanswered instructions and noise; about nothing in `taken`."""
     every, seed, wrong_fraction = [*TASKS], settings.seed, settings.wrong_fraction
     num_texts = settings.pretrain_steps * PRETRAIN_BATCH_SIZE
     num_solved, num_unanswered = round(SOLVED_FRACTION * num_texts), round(UNANSWERED_FRACTION * num_texts)
@@ -362,8 +355,7 @@ def generate(folder: Path, settings: Settings) -> None:
     model = pretrain_model(texts, tokenizer, settings)
     held_out, exercises = splits.pop("held_out"), splits.pop("held_out_exercises")
     for name, rows in splits.items():
-        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
