@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 
 # --- columns that scoring adds ---
@@ -22,6 +23,36 @@ VALIDATION = "validation"
 ARMS = ("full", "coreset", "random", "opponents")
 # In the order in which a headline prefers them.
 BUDGETS = {"steps": "equal steps", "epochs": "equal epochs"}
+
+
+class Method(NamedTuple):
+    """A way to choose rows: the column that ranks them, the strategy of `select_coreset`, and what that is."""
+
+    column: str
+    strategy: str
+    words: str
+
+
+# Each is an arm, and a strategy of the coreset. Influence in words is that on the validation loss.
+METHODS = {
+    "mean": Method(INFLUENCE, "top", "influence on the mean"),
+    "turns": Method(INFLUENCE, "round_robin_rows", "influence on single validation rows, in turn"),
+    "cosine": Method("cosine_rank", "top", "influence over the norm of the row's gradient, validation rows in turn"),
+    "rds": Method("rds_rank", "top", "RDS+: hidden states of the untrained reference, validation rows in turn"),
+    "bm25": Method("bm25_rank", "top", "BM25: shared words, validation rows in turn"),
+    "loss": Method("loss", "top", "lowest loss under the reference"),
+    "high_loss": Method("loss", "bottom", "highest loss under the reference"),
+    "ifd": Method("ifd", "top", "lowest IFD: the prompt helps most"),
+    "cosine_clean": Method("cosine_clean_rank", "top", "as cosine, the quarter of highest loss last"),
+    "rds_clean": Method("rds_clean_rank", "top", "as rds, the quarter of highest loss last"),
+    "fused": Method("fused_rank", "top", "the ranks of cosine and rds fused"),
+}
+# Those of `--strategy auto`, the cheapest and most different first: what the budget has no runs for is left out.
+CANDIDATES = ("cosine", "bm25", "rds_clean", "cosine_clean", "rds", "turns", "fused", "loss", "mean")
+AUTO = "auto"
+# Random rows that are as long as those of the coreset.
+LENGTH_MATCHED = "length_matched"
+ALL_ARMS = (*ARMS, LENGTH_MATCHED, *METHODS)
 
 # --- how rows are chosen ---
 

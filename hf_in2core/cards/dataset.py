@@ -20,6 +20,7 @@ from hf_in2core.evaluation.arms import (
     summarize_arms,
 )
 from hf_in2core.evaluation.formats import get_object
+from hf_in2core.evaluation.leakage import say_judge
 from hf_in2core.names import (
     INFLUENCE,
     NUM_LOSS_TOKENS,
@@ -101,9 +102,9 @@ def summarise_influence(scored: Dataset, coresets: Sequence[Coreset] = (), show:
     if NUM_LOSS_TOKENS in scored.column_names:
         correlation = correlate_with_length(influence[rows], read_scores(scored, NUM_LOSS_TOKENS)[rows])
     try:
-        deciding = read_deciding_score(scored, coresets[0].arguments["strategy"] if coresets else "top")
+        deciding = read_deciding_score(scored, **(coresets[0].arguments if coresets else {}))
     except ValueError:  # the columns of single validation rows are large, and may be left out of what is published
-        deciding = read_deciding_score(scored, "top")
+        deciding = read_deciding_score(scored)
     in_turn = deciding.takers is not None
     kept = {row for coreset in coresets for row in coreset.positions}
     proponents, opponents = find_ends(deciding, influence, kept, show)
@@ -223,6 +224,7 @@ def render_influence_section(
         differences=list_differences([verdict]),
         figures=FIGURES,
         arms=(arms := summarize_arms(results.get("arms"))),
+        judge=say_judge(results.get("data")),
         means=explain_means(arms),
         stale_results=stale_results,
         plots=[{"path": Markdown(path), "caption": _caption(Path(path).stem)} for path in plots],

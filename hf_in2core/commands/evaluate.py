@@ -14,8 +14,8 @@ without the Hub.
 from pathlib import Path
 from typing import Any
 
-from hf_in2core.pipeline.arguments import EvaluateArguments
 from hf_in2core.pipeline.parser import RecipeParser, Settings
+from hf_in2core.pipeline.stage_arguments import EvaluateArguments
 
 
 def make_parser() -> RecipeParser:

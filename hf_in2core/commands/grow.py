@@ -11,8 +11,9 @@ Coresets and random controls are selected anew as they were (`splits.json`; else
 from typing import Any
 
 from hf_in2core.names import VALIDATION, name_coreset, parse_coreset
-from hf_in2core.pipeline.arguments import GrowArguments, describe_command
+from hf_in2core.pipeline.arguments import describe_command
 from hf_in2core.pipeline.parser import RecipeParser, Settings
+from hf_in2core.pipeline.stage_arguments import GrowArguments
 
 
 def make_parser() -> RecipeParser:

@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 
 from hf_in2core.names import name_coreset
-from hf_in2core.pipeline.arguments import PublishArguments, describe_command
+from hf_in2core.pipeline.arguments import describe_command
 from hf_in2core.pipeline.parser import RecipeParser, Settings
+from hf_in2core.pipeline.stage_arguments import PublishArguments
 
 
 def make_parser() -> RecipeParser:

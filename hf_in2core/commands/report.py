@@ -5,8 +5,8 @@ in2core report runs/mine
 
 import sys
 
-from hf_in2core.pipeline.arguments import ReportArguments
 from hf_in2core.pipeline.parser import RecipeParser, Settings
+from hf_in2core.pipeline.stage_arguments import ReportArguments
 
 
 def make_parser() -> RecipeParser:

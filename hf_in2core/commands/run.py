@@ -9,7 +9,7 @@ three pictures and report.html. The same command into the same folder resumes. N
 import gc
 from typing import Any
 
-from hf_in2core.names import NUM_LOSS_TOKENS, POOL
+from hf_in2core.names import AUTO, NUM_LOSS_TOKENS, POOL
 from hf_in2core.pipeline.arguments import In2CoreArguments
 from hf_in2core.pipeline.parser import RecipeParser, Settings, make_run_parser
 
@@ -22,8 +22,6 @@ def make_parser() -> RecipeParser:
 def main(settings: Settings) -> None:
     """Run the pipeline; everything that is finished already is taken as it is."""
     # Imported here, so that `--help` and a wrong flag are answered without them.
-    from datasets import load_from_disk
-
     from hf_in2core.pipeline.analyses import analyse_run
     from hf_in2core.pipeline.comparison import (
         build_results,
@@ -39,8 +37,11 @@ def main(settings: Settings) -> None:
     from hf_in2core.pipeline.job import check
     from hf_in2core.pipeline.run_folder import join_processes, run_setup_script, say, warn
     from hf_in2core.pipeline.steps import (
+        add_method_columns,
         compute_reference_losses,
         evaluate_base,
+        find_answers,
+        hold_tournament,
         plan_run,
         publish,
         score_pool,
@@ -65,12 +66,13 @@ def main(settings: Settings) -> None:
     # The reference model tells which rows of the pool lower the validation loss.
     adapter, reference = train_reference(job)
     selection = score_pool(job, adapter, reference)
-    scored = load_from_disk(str(job.folder / "scored"))
-    coresets = choose_coresets(args, job.folder, scored)
+    scored, selection["columns"] = add_method_columns(job, adapter)
+    tournament = hold_tournament(job, scored, selection) if args.strategy == AUTO else None
+    coresets = choose_coresets(args, job.folder, scored, tournament["winner"] if tournament else args.strategy)
     headline = find_headline(args.fractions, coresets)
     named = [name for name in scored.column_names if name in ("id", args.task_column, args.wrong_column)]
     job.inputs.facts[POOL]["loss_tokens"] = int(read_scores(scored, NUM_LOSS_TOKENS).sum())
-    deciding = read_deciding_score(scored, args.strategy)
+    deciding = read_deciding_score(scored, **(headline.arguments if headline else {}))
     sets, kept = {name: len(rows) for name, rows in job.inputs.validation.items()}, find_kept(args, coresets)
     findings: dict[str, Any] = {
         "data": job.inputs.facts,
@@ -79,10 +81,16 @@ def main(settings: Settings) -> None:
             scored, job.inputs.pool, args.columns, job.reference_tokenizer, named, deciding, kept, sets
         ),
     }
+    if tournament is not None:
+        findings["tournament"] = tournament
     if (lengths := find_lengths(scored, headline)) is not None:
         findings["lengths"] = lengths
         if lengths["warning"] is not None:
             warn(lengths["warning"])
+    if headline is not None:
+        findings["answers"] = find_answers(job, headline)
+        if findings["answers"]["warning"] is not None:
+            warn(findings["answers"]["warning"])
     if args.task_column is not None or args.wrong_column is not None:
         losses = compute_reference_losses(job, adapter)
         findings |= compute_aucs(scored, deciding, losses, job.inputs.validation, args.task_column, args.wrong_column)

@@ -11,8 +11,8 @@
 from pathlib import Path
 
 from hf_in2core.names import describe_set
-from hf_in2core.pipeline.arguments import ScoreInfluenceArguments
 from hf_in2core.pipeline.parser import RecipeParser, Settings
+from hf_in2core.pipeline.stage_arguments import ScoreInfluenceArguments
 
 
 def make_parser() -> RecipeParser:
@@ -41,6 +41,7 @@ def main(settings: Settings) -> None:
         load_tokenizer,
         load_validation,
     )
+    from hf_in2core.pipeline.methods import Reference, add_columns, check_methods, list_columns, needs_queries
     from hf_in2core.pipeline.run_folder import join_processes, say, written_folder
     from hf_in2core.pipeline.training import compute_influence, make_influence_trainer, score_with
     from hf_in2core.rows.preparation import Preparation
@@ -60,7 +61,9 @@ def main(settings: Settings) -> None:
         check_fitted_pool(scorer, pool, validation)
         scored = score_with(scorer, pool)
     else:
-        check_pool_columns(pool, validation)
+        columns, per_query = list_columns(args.methods), needs_queries(args.methods)
+        check_methods(args.methods)
+        check_pool_columns(pool, validation, per_query=per_query, also=columns)
         model_args, influence_args = settings.make(ModelConfig, use_peft=True), settings.make(InfluenceConfig)
         assert args.reference_adapter is not None
         check_adapter(args.reference_adapter, model_args.model_name_or_path or "")
@@ -73,9 +76,10 @@ def main(settings: Settings) -> None:
         }
         inputs = (model_args, influence_args, args.reference_adapter, pool, validation, tokenizer)
         if args.dry_run:
-            say(str(plan_influence(make_influence_trainer(*inputs))))
+            say(str(plan_influence(make_influence_trainer(*inputs), per_query)))
             return
-        scorer, scored, seconds = compute_influence(*inputs)
+        scorer, scored, seconds = compute_influence(*inputs, per_query)
+        scored, _ = add_columns(scored, columns, Reference(*inputs))
         say(f"Influence: {len(scored):,} rows, {seconds:.0f} s.")
     with written_folder(folder / "scored") as temporary:
         if PartialState().is_main_process:

@@ -7,8 +7,8 @@
 
 from pathlib import Path
 
-from hf_in2core.pipeline.arguments import SelectCoresetArguments
 from hf_in2core.pipeline.parser import RecipeParser, Settings
+from hf_in2core.pipeline.stage_arguments import SelectCoresetArguments
 
 
 def make_parser() -> RecipeParser:
@@ -28,6 +28,7 @@ def main(settings: Settings) -> None:
         fraction=args.fraction,
         size=args.size,
         strategy=args.strategy,
+        column=args.column,
         proponents_only=args.proponents_only,
         group_column=args.group_column,
         group_quota=args.group_quota,

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_in2core.names import ARMS, parse_coreset
-from hf_in2core.pipeline.arguments import SftCoresetArguments
+from hf_in2core.names import ALL_ARMS, parse_coreset
 from hf_in2core.pipeline.parser import TRAINING, RecipeParser, Settings
+from hf_in2core.pipeline.stage_arguments import SftCoresetArguments
 
 
 def make_parser() -> RecipeParser:
@@ -124,7 +124,7 @@ def prepare_card(
         model_name,
         base_model=args.model_name_or_path or "",
         dataset_id=hub_id or source,
-        run=run | {"arm": arm if arm in ARMS else "–", "fraction": share or "–"},
+        run=run | {"arm": arm if arm in ALL_ARMS else "–", "fraction": share or "–"},
         results=results,
         split=split,
         dataset_revision=revision if hub_id else None,

@@ -6,8 +6,8 @@
 An ordinary TRL SFT with LoRA; `output_dir` then holds the adapter, config.yaml and training.json.
 """
 
-from hf_in2core.pipeline.arguments import TrainReferenceArguments
 from hf_in2core.pipeline.parser import TRAINING, RecipeParser, Settings
+from hf_in2core.pipeline.stage_arguments import TrainReferenceArguments
 
 
 def make_parser() -> RecipeParser:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_in2core.names import ARMS, BUDGETS
+from hf_in2core.names import ALL_ARMS, BUDGETS, METHODS
 
 from .formats import (
     DASH,
@@ -23,9 +23,11 @@ from .formats import (
     is_number,
     list_objects,
 )
+from .leakage import describe_shared
 
 
 FIGURES = ("rows", "loss tokens", "steps", "seconds", "test loss", "perplexity")
+ARM_WORDS = {"random": "random rows", "full": "the whole pool"}
 OUTCOMES = {"better": "lower loss", "worse": "higher loss", "no worse": "no worse", "inconclusive": "inconclusive"}
 
 
@@ -122,7 +124,7 @@ def summarize_arms(entries: Any) -> list[ArmSummary]:
         return (
             list(BUDGETS).index(budget) if budget in BUDGETS else len(BUDGETS),
             -1 if arm == "full" else fractions.index(fraction),
-            ARMS.index(arm) if arm in ARMS else len(ARMS),
+            ALL_ARMS.index(arm) if arm in ALL_ARMS else len(ALL_ARMS),
         )
 
     columns = ("rows", "loss_tokens", "steps", "seconds", "test_loss", "test_perplexity")
@@ -217,6 +219,7 @@ def list_costs(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         "Training and testing the arms": (sum(run[-1] for run in runs) or None, f" for {len(runs)} runs"),
         "Saved by each target run at equal epochs": (cost.get("saving_per_run"), f" ({took} on the coreset)"),
     }
+    known |= {f"Ranking by {column}": (value, "") for column, value in get_object(selection, "columns").items()}
     lines = [(label, format_seconds(value) + note) for label, (value, note) in known.items() if is_number(value)]
     pays_after = cost.get("break_even_runs")
     if is_number(pays_after) or isinstance(pays_after, str):
@@ -226,18 +229,20 @@ def list_costs(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def describe_data(data: Any) -> list[tuple[str, str]]:
-    """Each set in words, from `data` of `results.json`: rows and loss tokens, what was dropped, what has no label."""
+    """Each set in words, from `data` of `results.json`: rows, loss tokens, what was dropped, what it shares."""
     lines = []
     for name, facts in data.items() if isinstance(data, Mapping) else ():
         parts = [f"{format_number(get_value(facts, 'rows'), ',.0f')} rows"]
         if is_number(tokens := get_value(facts, "loss_tokens")):
             parts.append(f"{tokens:,.0f} loss tokens")
+        if is_number(held_back := get_value(facts, "held_back")):
+            parts.append(f"{held_back:,.0f} more held back to judge the methods")
         if is_number(missing := get_value(facts, "without_label")):
             parts.append(f"{missing:,.0f} without a label")
         if is_number(dropped := get_value(facts, "dropped")):
             first = get_value(facts, "first_dropped")
             parts.append(f"{dropped:,.0f} malformed ones dropped{f', the first {first}' if first else ''}")
-        lines.append((str(name), ", ".join(parts)))
+        lines.append((str(name), ", ".join(parts + describe_shared(facts))))
     return lines
 
 
@@ -254,6 +259,22 @@ def tabulate_auc(results: Mapping[str, Any]) -> Table:
         for kind, scores in by_kind.items()
     ]
     return Table(["AUC (0.5 = chance)", "rows", *names], lines)
+
+
+def tabulate_tournament(results: Mapping[str, Any]) -> Table | None:
+    """How the methods did in the tournament, the lowest loss first; `None` where there was none."""
+    found = get_object(results, "tournament")
+    by_name = {str(name): get_object(losses) for name, losses in get_object(found, "losses").items()}
+    known = {name: [loss for loss in losses.values() if is_number(loss)] for name, losses in by_name.items()}
+    if not known:
+        return None
+    order = sorted(known, key=lambda name: sum(known[name]) / len(known[name]) if known[name] else float("inf"))
+    words = ARM_WORDS | {name: method.words for name, method in METHODS.items()}
+    lines = [
+        [name, format_number(len(known[name]), ".0f"), format_interval(known[name], 3), words.get(name, DASH)]
+        for name in order
+    ]
+    return Table(["method", "seeds", "held-back loss", "which is"], lines, [str(found.get("text", ""))])
 
 
 def tabulate_tasks(results: Mapping[str, Any]) -> Table | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import mannwhitneyu
 
-from hf_in2core.names import ARMS, BUDGETS
+from hf_in2core.names import ALL_ARMS, ARMS, BUDGETS
 
 from .intervals import compare_arms, compute_confidence_interval
 from .verdict import FractionVerdict, SelectionCost, Verdict, say_headline, say_verdict
@@ -92,12 +92,12 @@ def judge(
 
     Args:
         arms (`Iterable[Mapping[str, Any]]`):
-            The `arms` of `results.json`: `arm` (`"full"`, `"coreset"`, `"random"` or `"opponents"`; others are left
-            out), `fraction`, `seed`, `budget` (`"steps"` or `"epochs"`), `test_loss` and `seconds`. The fraction of
-            the full arm is not looked at.
+            The `arms` of `results.json`: `arm` (one of `ALL_ARMS`; others are left out), `fraction`, `seed`, `budget`
+            (`"steps"` or `"epochs"`), `test_loss` and `seconds`. The fraction of the full arm is not looked at.
         selection (`Mapping[str, Any]`):
             The `selection` of `results.json`: `seconds`, what computing influence took, and `reference_seconds`, what
-            training the reference model took, not contained in `seconds` (0 or `None` for a given adapter).
+            training the reference model took, not contained in `seconds` (0 or `None` for a given adapter); and
+            `tournament_seconds`, of the runs and columns of a tournament, where there was one.
         fractions (`Sequence[float]`, *optional*):
             Fractions of the run, the headline first. Defaults to those in `arms`, in their order.
         margin (`float`, *optional*, defaults to `0.01`):
@@ -125,7 +125,7 @@ def judge(
         _judge_fraction(runs, fraction, budget, margin, level)
         for fraction in chosen
         for budget in BUDGETS
-        if any((arm, fraction, budget) in runs for arm in ARMS)
+        if any((arm, fraction, budget) in runs for arm in ALL_ARMS)
     ]
     # A run of the full arm alone has nothing to compare; its results must not be lost over that.
     head = by_fraction[0] if by_fraction else _judge_fraction({}, math.nan, "steps", margin, level)
@@ -154,7 +154,7 @@ def _group_runs(arms: Iterable[Mapping[str, Any]]) -> _Runs:
     runs: _Runs = {}
     for entry in arms:
         arm, budget, seed = entry["arm"], entry["budget"], entry["seed"]
-        if arm not in ARMS:
+        if arm not in ALL_ARMS:
             continue
         if budget not in BUDGETS:
             raise ValueError(f"budget={budget!r} of the arm {arm!r} does not exist. Use one of {tuple(BUDGETS)}.")
@@ -178,13 +178,14 @@ def _key(arm: str, fraction: float, budget: str) -> tuple[str, float | None, str
 def _judge_fraction(runs: _Runs, fraction: float, budget: str, margin: float, level: float) -> FractionVerdict:
     losses = {
         arm: {seed: loss for seed, (loss, _) in runs[_key(arm, fraction, budget)].items()}
-        for arm in ARMS
+        for arm in ALL_ARMS
         if _key(arm, fraction, budget) in runs
     }
     diverged = [arm for arm, by_seed in losses.items() if not all(map(math.isfinite, by_seed.values()))]
     unknown = {"mean": None, "half_width": None, "low": None, "high": None}
     intervals: dict[str, Any] = {}
-    for first, second in COMPARISONS:
+    others = [arm for arm in losses if arm not in ARMS]
+    for first, second in [*COMPARISONS, *((arm, "random") for arm in others), *(("coreset", arm) for arm in others)]:
         name = f"{first}_minus_{second}"
         if first not in losses or second not in losses:
             intervals[name] = None
@@ -228,7 +229,8 @@ def _compute_cost(
     runs: _Runs, selection: Mapping[str, Any], fraction: float, by_fraction: list[FractionVerdict]
 ) -> SelectionCost:
     influence, reference = selection.get("seconds"), selection.get("reference_seconds") or 0.0
-    cost = None if influence is None else influence + reference
+    tournament = selection.get("tournament_seconds") or 0.0
+    cost = None if influence is None else influence + reference + tournament
     full = _mean_seconds(runs.get(("full", None, "epochs"), {}))
     coreset = _mean_seconds(runs.get(("coreset", fraction, "epochs"), {}))
     saving = None if full is None or coreset is None else full - coreset
@@ -249,6 +251,7 @@ def _compute_cost(
         selection_seconds=cost,
         reference_seconds=reference,
         influence_seconds=influence,
+        tournament_seconds=tournament,
         full_seconds=full,
         coreset_seconds=coreset,
         saving_per_run=saving,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from hf_in2core.names import BUDGETS
+from hf_in2core.names import ARMS, BUDGETS
 from hf_in2core.notebook import render_html, show_figure
 
 from .arms import name_arm
@@ -23,6 +23,13 @@ AGAINST_FULL = {
 }
 
 
+AGAINST_METHOD = {
+    "better": "worse than the coreset beyond noise",
+    "worse": "better than the coreset beyond noise",
+    "inconclusive": "not told apart from the coreset",
+}
+
+
 @dataclass(frozen=True)
 class FractionVerdict:
     """
@@ -34,7 +41,8 @@ class FractionVerdict:
         losses (`dict[str, dict]`): Interval of each arm's own loss.
         diverged (`list[str]`): Arms with a loss that is not finite.
         intervals (`dict[str, dict | None]`): `coreset_minus_random`, `coreset_minus_full`, `opponents_minus_random`
-            and `coreset_minus_opponents`, as from [`~hf_in2core.evaluation.intervals.compare_arms`] plus `outcome`:
+            and `coreset_minus_opponents`, and of each other method `<method>_minus_random` and
+            `coreset_minus_<method>`, as from [`~hf_in2core.evaluation.intervals.compare_arms`] plus `outcome`:
             `"better"`, `"worse"`, `"inconclusive"` or `"no interval"`, against the full pool also `"no worse"`. `None`
             where an arm is missing.
         beats_random (`bool`): The whole interval of coreset - random is below 0.
@@ -68,7 +76,7 @@ class SelectionCost:
     What selecting cost and saves, in seconds; `None` where it was not measured.
 
     Attributes:
-        selection_seconds (`float`): Reference and influence together; then each of them.
+        selection_seconds (`float`): Reference, influence and tournament together; then each of them.
         full_seconds, coreset_seconds, saving_per_run (`float`): A target run at equal epochs and the headline's
             fraction, and the difference.
         against_random, against_full (`str`): Outcomes at equal epochs.
@@ -81,6 +89,7 @@ class SelectionCost:
     selection_seconds: float | None
     reference_seconds: float
     influence_seconds: float | None
+    tournament_seconds: float
     full_seconds: float | None
     coreset_seconds: float | None
     saving_per_run: float | None
@@ -140,7 +149,7 @@ class Verdict:
 
 def say_verdict(by_fraction: list[FractionVerdict], cost: SelectionCost, margin: float) -> str:
     r"""
-    Put the verdict into two to five sentences.
+    Put the verdict into a few sentences.
 
     Args:
         by_fraction (`list[FractionVerdict]`):
@@ -156,7 +165,13 @@ def say_verdict(by_fraction: list[FractionVerdict], cost: SelectionCost, margin:
     if not by_fraction:
         return f"Nothing was compared: there is no coreset, random or opponents arm. {_say_cost(cost)}"
     head = by_fraction[0]
-    sentences = [_say_random(head), _say_full(head, margin), _say_others(by_fraction[1:]), _say_cost(cost)]
+    sentences = [
+        _say_random(head),
+        _say_full(head, margin),
+        _say_methods(head),
+        _say_others(by_fraction[1:]),
+        _say_cost(cost),
+    ]
     # A ranking that points the wrong way is read first.
     sentences.insert(0 if _opponents_won(head) else 2, _say_opponents(head))
     return " ".join(sentence for sentence in sentences if sentence)
@@ -282,6 +297,21 @@ def _say_opponents(head: FractionVerdict) -> str:
     return ""
 
 
+def _say_methods(head: FractionVerdict) -> str:
+    """What the other ways to choose did: against random rows, and the coreset against each."""
+    methods = [arm for arm in head.losses if arm not in ARMS]
+    said = []
+    for method in methods:
+        outcomes = [
+            AGAINST_RANDOM.get(head.get_outcome(method, "random")) if "random" in head.losses else None,
+            AGAINST_METHOD.get(head.get_outcome("coreset", method)) if "coreset" in head.losses else None,
+        ]
+        mean = head.losses[method]["mean"]
+        shown = "a loss that is not finite" if mean is None else f"{mean:.3f}"
+        said.append(", ".join([f"{method} {shown}", *filter(None, outcomes)]))
+    return f"Other ways to choose as many rows: {'; '.join(said)}." if said else ""
+
+
 def _say_others(others: list[FractionVerdict]) -> str:
     if not others:
         return ""
@@ -301,6 +331,8 @@ def _say_cost(cost: SelectionCost) -> str:
     if total is None:
         return "What selecting cost was not recorded."
     parts = f"influence {format_seconds(cost.influence_seconds)}"
+    if cost.tournament_seconds:
+        parts = f"{parts}, tournament {format_seconds(cost.tournament_seconds)}"
     if cost.reference_seconds:
         parts = f"reference {format_seconds(cost.reference_seconds)}, {parts}"
     else:

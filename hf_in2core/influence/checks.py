@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from hf_in2core.engine.forwards import find_checkpointable_layers
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.sharding import is_sharding_launch
 from hf_in2core.names import POOL, RESERVED_SET_NAMES, VALIDATION, describe_set
-from hf_in2core.rows.checks import check_rows, refuse_bad_rows
+from hf_in2core.rows.checks import CheckedRows, check_rows, refuse_bad_rows
 from hf_in2core.rows.masks import compare_masks, say_silent_turns
+from hf_in2core.rows.overlap import find_overlap
 from hf_in2core.rows.preparation import Preparation, map_trainable
 from hf_in2core.rows.scored import find_mean_columns, read_record
 
@@ -206,10 +207,21 @@ def map_sets(
         warn(message)
     for message in filter(None, map(say_silent_turns, checked)):
         warn(message)
+    warn_of_overlap(checked[0], checked[1:])
     mapped, *rest = (
         map_trainable(rows, preparation, found) for rows, found in zip(sets.values(), checked, strict=True)
     )
     return mapped, dict(zip(validation, rest, strict=True))
+
+
+def warn_of_overlap(pool: CheckedRows, validation: Iterable[CheckedRows]) -> None:
+    """Tell on the main process how many rows of the pool are in a validation set."""
+    warn = logger.warning if PartialState().is_main_process else logger.debug
+    for overlap in (find_overlap(pool, found) for found in validation):
+        if overlap is not None:
+            warn(
+                "%s: influence on itself makes a row look better than it is. Take such rows out of the pool.", overlap
+            )
 
 
 def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool) -> None:

@@ -23,9 +23,12 @@ from hf_in2core.names import (
     NUM_LOSS_TOKENS,
     PER_CHECKPOINT,
     PER_QUERY,
+    POOL,
     RANK,
     VALIDATION,
+    describe_set,
 )
+from hf_in2core.rows.checks import check_rows
 from hf_in2core.rows.hashes import find_shared_rows, hash_rows
 from hf_in2core.rows.preparation import prepare_rows
 from hf_in2core.rows.scored import (
@@ -36,6 +39,7 @@ from hf_in2core.rows.scored import (
     read_scores,
 )
 
+from .checks import warn_of_overlap
 from .scorer import InfluenceScorer
 
 
@@ -194,11 +198,11 @@ def check_fitted_pool(
     seed: int = 0,
 ) -> float | None:
     """
-    Warn when a scorer was fitted on another pool than the one it scores, and measure what that changes.
+    Warn when a scorer was fitted on another pool than the one it scores, or when validation rows are in this one.
 
     Influence through `u` fitted on the pool A ranks rows of a pool B almost as `u` fitted on B would as long as their
-    gradients are of a kind. How nearly is measured on a sample of B: a second `u` is fitted on the sample, both score
-    it, and their scores are compared by Spearman's rank correlation.
+    gradients are of a kind. How nearly that is so is measured on a sample of B: a second `u` is fitted on the sample,
+    both score it, and their scores are compared by Spearman's rank correlation.
 
     Args:
         scorer ([`InfluenceScorer`]):
@@ -227,6 +231,10 @@ def check_fitted_pool(
             "Pass the same ones, or none."
         )
     pool = pool.select_columns(list_own_columns(pool))
+    if sets:
+        every = {POOL: pool} | {f"{describe_set(name)} set": rows for name, rows in sets.items()}
+        checked = [check_rows(rows, scorer.preparation, what) for what, rows in every.items()]
+        warn_of_overlap(checked[0], checked[1:])
     prepared = prepare_rows(pool, scorer.preparation)
     if scorer.config.estimator != "datainf" or hash_prepared(prepared) == scorer.config.pool_hash:
         return None

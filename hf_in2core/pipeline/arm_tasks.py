@@ -16,11 +16,12 @@ from hf_in2core.report.run import read_results
 from hf_in2core.report.terminal import print_tasks, write_report
 from hf_in2core.rows.hashes import hash_value
 
-from .arguments import EvaluateArguments, In2CoreArguments, TaskArguments
+from .arguments import In2CoreArguments
 from .comparison import Arm, find_equal_run
 from .inputs import hash_folder, load_tokenizer
 from .parser import make_run_parser
 from .run_folder import agree, quiet_loading, read_json, read_tasks, say, warn, write_json
+from .stage_arguments import EvaluateArguments, TaskArguments
 from .training import load_model
 
 

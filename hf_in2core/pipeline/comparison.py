@@ -16,6 +16,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_in2core.evaluation.judge import compute_auc, judge
+from hf_in2core.evaluation.leakage import say_shared
 from hf_in2core.names import INFLUENCE, NUM_LOSS_TOKENS, RANK, name_coreset
 from hf_in2core.report.run import RESULTS_VERSION
 from hf_in2core.report.terminal import plot_arms, plot_influence, plot_length, print_results, write_report
@@ -72,10 +73,14 @@ def plan_arms(args: In2CoreArguments) -> list[Arm]:
     ]
 
 
-def choose_coresets(args: In2CoreArguments, run: Path, scored: Dataset) -> dict[str, Coreset]:
-    """The rows of every arm, and the coreset of every fraction: as they are recorded, or chosen now and recorded."""
+def choose_coresets(args: In2CoreArguments, run: Path, scored: Dataset, strategy: str) -> dict[str, Coreset]:
+    """
+    The rows of every arm, and the coreset of every fraction: as they are recorded, or chosen now and recorded.
+
+    `strategy` is that of the coreset: the run's own, or the one that won.
+    """
     arms = [Arm("coreset", fraction, 0, "") for fraction in args.fractions] + plan_arms(args)
-    wanted = dict(describe_choice(arm.arm, arm.fraction, arm.seed, args.strategy) for arm in arms)
+    wanted = dict(describe_choice(arm.arm, arm.fraction, arm.seed, strategy) for arm in arms)
     # Every process chooses alike, so none waits for another.
     return take_coresets(run, scored, wanted, renew=True, write=PartialState().is_main_process)
 
@@ -99,11 +104,15 @@ def build_results(
     """The content of `results.json`."""
     complete = len(arms) == num_planned
     verdict = {"text": f"The comparison is not finished: {len(arms)} of {num_planned} arms are trained."}
+    if complete:
+        verdict = asdict(judge(arms, selection, fractions=fractions))
+    # Whoever quotes the verdict quotes it with what it is worth.
+    verdict["text"] = f"{say_shared(findings.get('data'))} {verdict['text']}".lstrip()
     return {
         "format_version": RESULTS_VERSION,
         "arms": arms,
         "selection": selection,
-        "verdict": asdict(judge(arms, selection, fractions=fractions)) if complete else verdict,
+        "verdict": verdict,
         "complete": complete,
         "base": base,
         **findings,

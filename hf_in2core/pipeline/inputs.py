@@ -1,7 +1,7 @@
 """What a command is given: rows, tokenizers, models, adapters; and everything that can be checked before long work."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from hf_in2core.engine.blocks import find_blocks
 from hf_in2core.names import POOL, describe_set, list_added_columns
 from hf_in2core.rows.checks import CheckedRows, check_rows, refuse_bad_rows
 from hf_in2core.rows.columns import get_column_names
-from hf_in2core.rows.hashes import find_shared_rows, hash_rows, hash_tokenization, hash_value
+from hf_in2core.rows.hashes import hash_rows, hash_tokenization, hash_value
 from hf_in2core.rows.masks import compare_masks, say_silent_turns
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.rows.sources import load_rows
 from hf_in2core.rows.template_date import pin_template, pin_tokenizer, prints_date
 
 from .arguments import In2CoreArguments
+from .leakage import count_near_copies, refuse_same_source, separate_sets
 from .run_folder import warn
 
 
@@ -73,8 +74,9 @@ class Inputs:
     """
     Pool, validation sets by name and test set; raw rows, the hash of each set, and what to tell of each.
 
-    `hashes` and `facts` (`rows`, and where there are any `dropped`, `first_dropped` and `without_label`) are by the
-    names of the sets in words.
+    `hashes` and `facts` are by the names of the sets in words. Facts are `rows`, where there are any `dropped`,
+    `first_dropped` and `without_label`, `shared` (rows that are in another set, by its name) and `near_copies`.
+    `held_back` is the half of each validation set that judges the tournament.
     """
 
     pool: Dataset
@@ -82,6 +84,7 @@ class Inputs:
     test: Dataset
     hashes: dict[str, str]
     facts: dict[str, dict[str, Any]]
+    held_back: dict[str, Dataset] = field(default_factory=dict)
 
 
 def load_inputs(
@@ -93,8 +96,9 @@ def load_inputs(
     """
     Load all sets and look at every row of them, once: rows that cannot be trained on, and rows in several sets.
 
-    Rows of the pool that are in the validation or test set, and validation rows that are in the test set, are counted
-    in a warning, and dropped with `--drop_overlap`; malformed rows are refused, or dropped with `--bad_rows drop`.
+    Malformed rows are refused, or dropped with `--bad_rows drop`. Rows of the pool that are in the validation or test
+    set, and validation rows that are in the test set, are refused too, dropped with `--drop_overlap`, or counted with
+    `--allow_overlap`.
 
     Args:
         args ([`In2CoreArguments`]): Sources and settings.
@@ -102,9 +106,11 @@ def load_inputs(
         reference, target (`tuple`): Training arguments and tokenizer of either model.
 
     Raises:
-        ValueError: if a set is empty or malformed, cannot be masked as the pool is, or nothing is left of it.
+        ValueError: if a set is empty or malformed, cannot be masked as the pool is, shares rows with another, or
+            nothing is left of it.
     """
     assert args.pool is not None and args.test is not None
+    refuse_same_source(args, validation_sources)
     with PartialState().main_process_first():
         raw = {POOL: load_rows(args.pool, POOL, columns=args.columns)}
         raw["test"] = load_rows(args.test, "test set", columns=args.columns)
@@ -117,30 +123,20 @@ def load_inputs(
         checked[POOL], list(checked.values())[1:], reference[0].completion_only_loss is not None
     ):
         warn(message)
+    kept, shared = separate_sets(checked, args)
     facts: dict[str, dict[str, Any]] = {}
-    hashes: dict[str, list[str]] = {}
     for name, rows in raw.items():
-        raw[name] = drop_bad_rows(rows, checked[name])
-        hashes[name] = [checked[name].hashes[row] for row in checked[name].list_good()]
+        warn_of_bad_rows(checked[name])
         facts[name] = describe_checked(checked[name])
         if message := say_silent_turns(checked[name]):
             warn(message)
-    for name in [*map(describe_set, validation), POOL]:
-        judges = ["test"] if name != POOL else [other for other in raw if other != POOL]
-        for other in judges:
-            shared = find_shared_rows(hashes[name], hashes[other])
-            if not shared.any():
-                continue
-            found = f"{shared.sum()} of {len(shared)} rows of the {name} set are in the {other} set too"
-            if not args.drop_overlap:
-                warn(f"{found}: what it measures is too good. Drop them with --drop_overlap.")
-                continue
-            if shared.all():
-                raise ValueError(f"{found}: nothing is left when they are dropped. Give another set.")
-            warn(f"{found}; they are dropped from the {name} set.")
-            keep = np.flatnonzero(~shared)
-            raw[name] = raw[name].select(keep)
-            hashes[name] = [hashes[name][row] for row in keep]
+        if len(kept[name]) < len(rows):
+            raw[name] = rows.select(kept[name])
+    in_pool = {checked[POOL].hashes[row] for row in kept[POOL]}
+    for name, found in count_near_copies(raw, in_pool, args.columns, reference[1]).items():
+        facts[name]["near_copies"] = found
+    for name, counts in shared.items():
+        facts[name]["shared"] = counts
     for name, rows in raw.items():
         facts[name]["rows"] = len(rows)
     return Inputs(
@@ -152,6 +148,27 @@ def load_inputs(
     )
 
 
+def hold_back(inputs: Inputs, seed: int) -> None:
+    """
+    Keep a seeded half of each validation set out of what selects, to judge the methods of a tournament.
+
+    Raises:
+        ValueError: if a set has fewer than two rows.
+    """
+    for name, rows in inputs.validation.items():
+        what = describe_set(name)
+        if len(rows) < 2:
+            raise ValueError(
+                f"The {what} set has {len(rows)} row, and --strategy auto judges by a half of it that selects "
+                "nothing. Give more rows, or name a strategy."
+            )
+        order = np.random.default_rng(seed).permutation(len(rows))
+        selects, judges = np.sort(order[: -(-len(rows) // 2)]), np.sort(order[-(-len(rows) // 2) :])
+        inputs.validation[name], inputs.held_back[name] = rows.select(selects), rows.select(judges)
+        inputs.hashes[what] = hash_value(hash_rows(inputs.validation[name]))
+        inputs.facts[what] |= {"rows": len(selects), "held_back": len(judges)}
+
+
 def check_inputs(
     sets: dict[str, Dataset],
     reference: tuple[SFTConfig, PreTrainedTokenizerBase],
@@ -160,7 +177,7 @@ def check_inputs(
     """Check every row of all sets as the reference sees it, and of pool and test set as the target does."""
     first, second = (Preparation.from_args(*model, sets[POOL]) for model in (reference, target))
     what = {name: name if name == POOL else f"{name} set" for name in sets}
-    checked = {name: check_rows(rows, first, what[name], hashes=True) for name, rows in sets.items()}
+    checked = {name: check_rows(rows, first, what[name]) for name, rows in sets.items()}
     if hash_tokenization(first) != hash_tokenization(second):
         for name in (POOL, "test"):
             known = {row.position for row in checked[name].bad}
@@ -173,20 +190,19 @@ def check_inputs(
     return checked
 
 
-def drop_bad_rows(rows: Dataset, checked: CheckedRows) -> Dataset:
+def warn_of_bad_rows(checked: CheckedRows) -> None:
     """
-    The rows without the malformed ones, of which a warning tells.
+    Tell of malformed rows that are dropped.
 
     Raises:
         ValueError: if none is left.
     """
     if not checked.bad:
-        return rows
+        return
     found = f"{len(checked.bad)} of {checked.num_rows} rows of the {checked.what} cannot be trained on"
     if len(checked.bad) == checked.num_rows:
         raise ValueError(f"{found}, the first: {checked.bad[0]}. Nothing is left when they are dropped.")
     warn(f"{found} and are dropped, the first: {checked.bad[0]}.")
-    return rows.select(checked.list_good())
 
 
 def keep_good_rows(rows: Dataset, what: str, preparation: Preparation, bad_rows: str) -> Dataset:
@@ -201,7 +217,8 @@ def keep_good_rows(rows: Dataset, what: str, preparation: Preparation, bad_rows:
         refuse_bad_rows([checked])
     if message := say_silent_turns(checked):
         warn(message)
-    return drop_bad_rows(rows, checked)
+    warn_of_bad_rows(checked)
+    return rows.select(checked.list_good()) if checked.bad else rows
 
 
 def describe_checked(checked: CheckedRows) -> dict[str, Any]:
@@ -220,7 +237,11 @@ def load_validation(sources: dict[str, str], columns: list[str] | None = None) -
 
 
 def check_pool_columns(
-    pool: Dataset, validation_sets: Iterable[str], needed: Sequence[str | None] = (), per_query: bool = False
+    pool: Dataset,
+    validation_sets: Iterable[str],
+    needed: Sequence[str | None] = (),
+    per_query: bool = False,
+    also: Sequence[str] = (),
 ) -> None:
     """
     Check the pool's column names.
@@ -229,7 +250,7 @@ def check_pool_columns(
         ValueError: if the pool already has a column that scoring adds, or lacks one that a flag names.
     """
     names = get_column_names(pool)
-    clashes = [name for name in list_added_columns(validation_sets, per_query) if name in names]
+    clashes = [name for name in [*list_added_columns(validation_sets, per_query), *also] if name in names]
     if clashes:
         raise ValueError(
             f"The pool already has the column(s) {', '.join(clashes)}. Remove or rename them before scoring."

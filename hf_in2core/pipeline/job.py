@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
-from datasets import Dataset, Features
+from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig
 
@@ -16,7 +16,7 @@ from hf_in2core import InfluenceConfig
 from hf_in2core.cards.publish import check_published_columns
 from hf_in2core.hub.commits import PushCheck, check_can_push
 from hf_in2core.influence.checks import check_launcher
-from hf_in2core.names import POOL, STRATEGIES_BY_ROW, describe_set, name_coreset
+from hf_in2core.names import AUTO, POOL, describe_set, name_coreset
 from hf_in2core.rows.hashes import hash_tokenization, hash_value
 from hf_in2core.rows.preparation import Preparation, tokenize_rows
 from hf_in2core.rows.scored import describe_columns
@@ -32,10 +32,12 @@ from .inputs import (
     check_pool_columns,
     check_trainable,
     hash_folder,
+    hold_back,
     load_inputs,
     load_tokenizer,
     pin_day,
 )
+from .methods import check_methods, list_columns, needs_queries
 from .parser import Settings
 from .run_folder import agree, quiet_loading, read_json, warn, write_json
 from .training import count_loss_tokens
@@ -53,6 +55,7 @@ HARMLESS = {
         "task_column",
         "wrong_column",
         "bad_rows",
+        "allow_overlap",
     ),
     # Results are kept by arm, so that arms can be added.
     *("fractions", "seeds", "arms", "budgets", "analyses"),
@@ -119,6 +122,7 @@ def check(settings: Settings) -> Job:
     """
     args: In2CoreArguments = settings.arguments
     check_launcher()
+    check_methods(args.methods)
     folder = Path(args.output_dir or "")
     reference_args = settings.make(InfluenceConfig, reference=True)
     target_args = settings.make(InfluenceConfig)
@@ -139,10 +143,13 @@ def check(settings: Settings) -> Job:
     with quiet_loading():
         models = (reference_args, reference_tokenizer), (target_args, target_tokenizer)
         inputs = load_inputs(args, validation_sources, *models)
-    needed, per_query = [args.task_column, args.wrong_column], args.strategy in STRATEGIES_BY_ROW
-    check_pool_columns(inputs.pool, inputs.validation, needed, per_query)
+        if args.strategy == AUTO:
+            hold_back(inputs, reference_args.seed)
+    needed, columns = [args.task_column, args.wrong_column], list_columns(args.methods)
+    check_pool_columns(inputs.pool, inputs.validation, needed, needs_queries(args.methods), columns)
     if found is not None:
         features = Features(dict(inputs.pool.features) | describe_columns(list(inputs.validation)))
+        features |= {column: Value("float64" if column in ("loss", "ifd") else "int64") for column in columns}
         check_published_columns(found.head, features, ["train", *map(name_coreset, args.fractions)], "default")
     smallest = min(args.fractions)
     if round(smallest * len(inputs.pool)) == 0:

@@ -1,28 +1,33 @@
 """The steps of `in2core run`: each returns at once what an earlier run of the same settings has finished."""
 
+import math
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets, load_from_disk
 from trl import SFTConfig
 
 from hf_in2core import InfluenceConfig, push_influence_dataset
 from hf_in2core.engine.sharding import save_adapter
 from hf_in2core.evaluation.arms import describe_data
+from hf_in2core.evaluation.tournament import run_tournament
 from hf_in2core.influence.plan import plan_influence
-from hf_in2core.names import POOL, STRATEGIES_BY_ROW, describe_set, has_named_sets, name_coreset
-from hf_in2core.rows.hashes import hash_value
+from hf_in2core.names import POOL, describe_set, has_named_sets, name_coreset
+from hf_in2core.rows.hashes import hash_rows, hash_value
 from hf_in2core.rows.preparation import Preparation, prepare_rows
-from hf_in2core.selection.record import Coreset
+from hf_in2core.selection.answers import compare_answers
+from hf_in2core.selection.coreset import select_positions
+from hf_in2core.selection.record import Coreset, describe_choice
 
 from .arguments import describe_command
 from .comparison import Arm, find_equal_run, plan_arms
 from .inputs import take_fraction
 from .job import Job, find_sources
+from .methods import Reference, add_columns, list_columns, needs_queries
 from .run_folder import agree, quiet_loading, read_json, read_tasks, say, warn, write_json, written_folder
 from .training import (
     compute_influence,
@@ -49,7 +54,7 @@ def plan_run(job: Job) -> None:
             trainer = make_reference_trainer(job.reference_model, influence_args, *inputs)
         rows = round(job.args.reference_fraction * len(job.inputs.pool))
         say(f"Reference: to be trained on {rows:,} rows. A rerun with --reference_adapter takes a trained one.")
-    say(str(plan_influence(trainer, job.args.strategy in STRATEGIES_BY_ROW)))
+    say(str(plan_influence(trainer, needs_queries(job.args.methods))))
     if job.args.analyses:
         say(f"Analyses ({', '.join(job.args.analyses)}): passes of their own after it, which are not in this plan.")
     say("".join(f"Test set: {text}." for name, text in describe_data(job.inputs.facts) if name == "test"))
@@ -101,7 +106,7 @@ def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, A
     validation = job.inputs.validation
     # Scores in run folders are marked so: a set without a name is "" in their hash.
     sets = {name if has_named_sets(validation) else "": job.identities[describe_set(name)] for name in validation}
-    per_example = job.args.strategy in STRATEGIES_BY_ROW
+    per_example = needs_queries(job.args.methods)
     shaping = (reference["identity"], sets, job.identities[POOL], *(["per example"] * per_example))
     identity = job.identify(True, InfluenceConfig, *shaping)
     # What was fitted on all rows is what a sample of them stands for.
@@ -146,6 +151,44 @@ def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, A
         f"{result['seconds']:.0f} s."
     )
     return result
+
+
+def add_method_columns(job: Job, adapter: str) -> tuple[Dataset, dict[str, float]]:
+    """
+    Add what the methods among the arms rank by to `scored/`, each column kept as soon as it is there.
+
+    Returns:
+        `tuple`: the scored pool, and the seconds that each column took, of earlier runs too.
+    """
+    args = job.args
+    reference_args = job.settings.make(InfluenceConfig, reference=True)
+    rows = (job.inputs.pool, job.inputs.validation, job.reference_tokenizer)
+    reference = Reference(job.reference_model, reference_args, adapter, *rows)
+    folder, path = job.folder / "scored", job.folder / "columns.json"
+    scored = load_from_disk(str(folder))
+    for column in list_columns(args.methods):
+        scored, seconds = add_columns(scored, [column], reference)
+        if seconds:
+            say(f"Column {column}: {seconds[column]:.0f} s.")
+            with written_folder(folder) as temporary:
+                if PartialState().is_main_process:
+                    scored.save_to_disk(str(temporary))
+                    write_json(path, (read_json(path) or {}) | seconds)
+            scored = load_from_disk(str(folder))
+    known = agree(lambda: read_json(path)) or {}
+    return scored, {column: known[column] for column in known if column in scored.column_names}
+
+
+def find_answers(job: Job, coreset: Coreset) -> dict[str, Any]:
+    """How mixed the answers of a coreset are, by the tokens that carry loss."""
+    training_args = job.settings.make(InfluenceConfig, reference=True)
+    with quiet_loading(repeated=True):
+        tokens = job.tokenize_pool(training_args, job.reference_tokenizer)
+    answers = [
+        str(job.reference_tokenizer.decode([token for token in labels if token != -100], skip_special_tokens=True))
+        for labels in tokens["labels"]
+    ]
+    return asdict(compare_answers(answers, coreset.positions))
 
 
 def compute_reference_losses(job: Job, adapter: str) -> np.ndarray:
@@ -232,6 +275,62 @@ def train_arm(job: Job, arm: Arm, positions: list[int], steps: int) -> dict[str,
         remove_checkpoints(checkpoints)
     del result["identity"]
     return result | {"budget": arm.budget} | tasks_of(folder)
+
+
+def hold_tournament(job: Job, scored: Dataset, selection: dict[str, Any]) -> dict[str, Any]:
+    """
+    Let the methods compete on the reference model, judged on the held-back validation rows; finished runs are kept.
+
+    Args:
+        job ([`Job`]): The run.
+        scored ([`~datasets.Dataset`]): The pool with the columns of the methods.
+        selection (`dict[str, Any]`): The `selection` of `results.json`, which gets `tournament_seconds`.
+
+    Returns:
+        `dict`: [`~hf_in2core.evaluation.tournament.Tournament`], and the `seconds` and `fraction` of it.
+    """
+    args = job.args
+    fraction = next((fraction for fraction in args.fractions if fraction < 1), 1.0)
+    largest = 1.0 if "full" in args.arms else max(args.fractions)
+    draw = select_positions(scored, fraction=largest, strategy="random", order="original").tolist()
+    target_steps = evaluate_base(job, draw)["steps"]
+    reference_args = job.settings.make(InfluenceConfig, reference=True)
+    preparation = Preparation.from_args(reference_args, job.reference_tokenizer, job.inputs.pool)
+    held_back = concatenate_datasets([prepare_rows(rows, preparation) for rows in job.inputs.held_back.values()])
+    seconds: list[float] = []
+
+    def run(name: str, seed: int, steps: int) -> float:
+        _, arguments = describe_choice(name, 1.0 if name == "full" else fraction, seed)
+        positions = select_positions(scored, **arguments, order="original").tolist()
+        folder = job.folder / "tournament" / f"{name}-seed{seed}"
+        budget: dict[str, Any] = {"max_steps": steps, "seed": seed}
+        inputs = [job.identities[set_name] for set_name in ("reference model", POOL)]
+        identity = job.identify(
+            True, SFTConfig, inputs, hash_rows(held_back), PartialState().num_processes, positions, budget
+        )
+        result = agree(lambda: read_result(folder / "result.json", identity))
+        if result is None:
+            checkpoints = job.folder / "checkpoints" / folder.name
+            training_args = job.settings.make(InfluenceConfig, reference=True, output_dir=str(checkpoints), **budget)
+            with quiet_loading(repeated=True):
+                tokens = job.tokenize_pool(training_args, job.reference_tokenizer).select(positions)
+                trainer = make_trainer(job.reference_model, training_args, tokens, job.reference_tokenizer)
+            trained = train(trainer, f"Tournament: {name}, seed {seed}")
+            result = trained | evaluate_model(trainer.model, held_back, training_args) | {"identity": identity}
+            with written_folder(folder) as temporary:
+                if PartialState().is_main_process:
+                    write_json(temporary / "result.json", result)
+            release(trainer)
+            remove_checkpoints(checkpoints)
+        seconds.append(result["seconds"])
+        say(f"Tournament: {name}, seed {seed}, {steps} steps: held-back loss {show(result['test_loss'])}.")
+        return math.nan if result["test_loss"] is None else result["test_loss"]
+
+    candidates = list(dict.fromkeys(args.methods[: -len(args.arms)]))
+    found = run_tournament(run, candidates, int(args.auto_budget * target_steps), target_steps)
+    say(found.text)
+    selection["tournament_seconds"] = sum(seconds) + sum(selection["columns"].values())
+    return asdict(found) | {"seconds": sum(seconds), "fraction": fraction}
 
 
 def tasks_of(folder: Path) -> dict[str, Any]:

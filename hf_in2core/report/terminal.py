@@ -21,6 +21,7 @@ from hf_in2core.evaluation.arms import (
     split_by_budget,
     tabulate_auc,
     tabulate_tasks,
+    tabulate_tournament,
 )
 from hf_in2core.evaluation.formats import DASH
 from hf_in2core.names import INFLUENCE
@@ -76,6 +77,10 @@ def print_results(results: Mapping[str, Any]) -> None:
     if text := results.get("verdict", {}).get("text"):
         _write(console, f"Verdict: {text}\n", style="bold red" if "WARNING" in text else "bold")
 
+    if (tournament := tabulate_tournament(results)) is not None:
+        _write(console, "Tournament of the methods", style="bold")
+        _print_table(console, tournament.columns, tournament.lines)
+        _write(console, f"{tournament.notes[0]}\n")
     print_tasks(results, console)
     if (auc := tabulate_auc(results)).lines:
         _write(console, "Finding rows by a score", style="bold")
@@ -85,9 +90,7 @@ def print_results(results: Mapping[str, Any]) -> None:
     in_turn = choice["score"] != INFLUENCE
     if in_turn:
         _write(console, f"The coreset was chosen {choice['how']}. {choice['meaning']}\n")
-    helps = (
-        "negative influence: lowers the loss of one" if in_turn else "negative influence: lowers the validation loss"
-    )
+    helps = "negative influence" if in_turn else "negative influence: lowers the validation loss"
     hurts = f"positive {'mean ' if in_turn else ''}influence: raises the validation loss; no coreset keeps them"
     for kind, sign in (("proponents", helps), ("opponents", hurts)):
         if examples.get(kind):

@@ -11,9 +11,9 @@ from datasets import Dataset
 from hf_in2core.progress import make_bar
 
 from .columns import FORMAT_COLUMNS, check_sources, get_preset, list_read_columns, map_row, read_sources
-from .hashes import hash_value
 from .masks import describe_kind, describe_mask
-from .presets import RowError, count_silent_turns, describe_value, read_tools, read_turns
+from .overlap import hash_content
+from .presets import OTHER_CONTENTS, RowError, count_silent_turns, describe_value, read_tools, read_turns
 
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 
 # A role that a template spells out is known too.
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
-# A turn may say what it has to say in these instead of `content`.
-OTHER_CONTENTS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal")
 ID_COLUMNS = ("id", "_id", "row_id", "uid", "uuid", "example_id", "prompt_id", "conversation_id")
 SHOWN_ROWS = 5
 
@@ -57,7 +55,7 @@ class CheckedRows:
         silent_turns (`int`): Turns with `weight` 0 that carry loss, because SFT has no mask for them.
         format (`str`): The columns of TRL's format that its rows are in.
         mask (`str`): Which tokens carry loss, in words.
-        hashes (`list[str]`): Hash of what is trained on of each row; empty unless they were asked for.
+        hashes (`list[str]`): [`~hf_in2core.rows.overlap.hash_content`] of each row; empty where it is malformed.
     """
 
     what: str
@@ -78,7 +76,7 @@ class CheckedRows:
         return np.setdiff1d(self.list_good(), self.without_label)
 
 
-def check_rows(dataset: Dataset, preparation: "Preparation", what: str, hashes: bool = False) -> CheckedRows:
+def check_rows(dataset: Dataset, preparation: "Preparation", what: str) -> CheckedRows:
     """
     Look at every row of a set as preparation will see it, without tokenising.
 
@@ -89,8 +87,6 @@ def check_rows(dataset: Dataset, preparation: "Preparation", what: str, hashes: 
             How they will be prepared.
         what (`str`):
             What messages call the set.
-        hashes (`bool`, *optional*, defaults to `False`):
-            Whether to hash what is trained on of each row, in the same pass.
 
     Returns:
         [`CheckedRows`]
@@ -117,13 +113,12 @@ def check_rows(dataset: Dataset, preparation: "Preparation", what: str, hashes: 
                 found.silent_turns += count_silent_turns(row, preparation.columns)
                 found.mask = found.mask or describe_mask(mapped, preparation)
                 found.format = found.format or "/".join(name for name in mapped if name in FORMAT_COLUMNS)
+                found.hashes.append(hash_content(mapped))
             except RowError as error:
                 bad_id = ids[position][id_column] if ids is not None else None
                 column = read_sources(preparation.columns).get(error.column, error.column)
                 found.bad.append(BadRow(position, bad_id, column, error.reason))
-                mapped = dict(row)
-            if hashes:
-                found.hashes.append(hash_value(mapped))
+                found.hashes.append("")
             bar.update()
     return found
 

@@ -24,6 +24,8 @@ SPEAKERS = {
     # What the assistant says is the call, as text.
     "function_call": "assistant",
 }
+# A turn may say what it has to say in these instead of `content`.
+OTHER_CONTENTS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal")
 TURNS = List({"role": Value("string"), "content": Value("string")})
 
 

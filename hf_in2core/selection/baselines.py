@@ -22,16 +22,12 @@ from datasets import Dataset, Value
 from torch import nn
 
 from hf_in2core.engine.losses import compute_row_losses
-from hf_in2core.names import NUM_LOSS_TOKENS
 from hf_in2core.rows.preparation import Preparation, prepare_rows
-from hf_in2core.rows.scored import read_scores
 
 from .coreset import select_positions
+from .lengths import match_lengths
 from .similarities import compute_bm25_similarities, compute_rds_similarities, import_bm25s
 from .turns import take_round_robin
-
-
-LENGTH_BINS = 20
 
 
 def add_loss(
@@ -259,24 +255,8 @@ def select_length_matched(
     Raises:
         ValueError: as [`select_coreset`], or if there is no `num_loss_tokens`.
     """
-    if NUM_LOSS_TOKENS not in scored.column_names:
-        raise ValueError(
-            f"The dataset has no column {NUM_LOSS_TOKENS!r} to match lengths by (its columns: {scored.column_names}). "
-            "Score it first: `trainer.score_influence()`."
-        )
-    rows = select_positions(scored, fraction=1.0, column=column, order="original")
-    lengths = read_scores(scored, NUM_LOSS_TOKENS)[rows]
     coreset = select_positions(scored, fraction=fraction, size=size, column=column, strategy=strategy)
-    in_coreset = np.isin(rows, coreset)
-    generator = np.random.default_rng(seed)
-    # Equal lengths fall on either side of a border in a random order, not in that of the pool.
-    shuffled = generator.permutation(len(rows))
-    by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
-    drawn = [
-        generator.choice(members, int(in_coreset[members].sum()), replace=False)
-        for members in np.array_split(by_length, min(LENGTH_BINS, len(rows)))
-    ]
-    return scored.select(np.sort(rows[np.concatenate(drawn)]))
+    return scored.select(match_lengths(scored, coreset, seed))
 
 
 def _prepare(dataset: Any, preparation: Preparation, name: str, least: int) -> Dataset:

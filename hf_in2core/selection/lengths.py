@@ -15,6 +15,7 @@ from hf_in2core.rows.scored import read_scores
 # have to be swapped for others to give it the lengths of the pool.
 MAX_LENGTH_GAP = 0.25
 MIN_ROWS = 10
+LENGTH_BINS = 20
 
 
 @dataclass(frozen=True, repr=False)
@@ -124,3 +125,40 @@ def compare_lengths(scored: Dataset, coreset: Dataset, column: str = INFLUENCE) 
         gap=gap,
         warning=warning if gap > MAX_LENGTH_GAP else None,
     )
+
+
+def match_lengths(scored: Dataset, coreset: np.ndarray, seed: int = 0) -> np.ndarray:
+    """
+    Draw rows that are as long as those of a coreset: what of its gain is due to length alone.
+
+    The rows that carry loss are cut into 20 bins of equal size by `num_loss_tokens`; from each as many are drawn as
+    the coreset has there.
+
+    Args:
+        scored ([`~datasets.Dataset`]): Scored pool, with `num_loss_tokens`.
+        coreset (`numpy.ndarray` of int64): Positions of the coreset's rows.
+        seed (`int`, *optional*, defaults to `0`): Seed of the draw.
+
+    Returns:
+        `numpy.ndarray` of int64: positions, ascending, as many as the coreset has.
+
+    Raises:
+        ValueError: if there is no `num_loss_tokens`.
+    """
+    if NUM_LOSS_TOKENS not in scored.column_names:
+        raise ValueError(
+            f"The dataset has no column {NUM_LOSS_TOKENS!r} to match lengths by (its columns: {scored.column_names}). "
+            "Score it first: `trainer.score_influence()`."
+        )
+    rows = np.flatnonzero(np.isfinite(read_scores(scored, INFLUENCE)))
+    lengths = read_scores(scored, NUM_LOSS_TOKENS)[rows]
+    in_coreset = np.isin(rows, coreset)
+    generator = np.random.default_rng(seed)
+    # Equal lengths fall on either side of a border in a random order, not in that of the pool.
+    shuffled = generator.permutation(len(rows))
+    by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
+    drawn = [
+        generator.choice(members, int(in_coreset[members].sum()), replace=False)
+        for members in np.array_split(by_length, min(LENGTH_BINS, len(rows)))
+    ]
+    return np.sort(rows[np.concatenate(drawn)])

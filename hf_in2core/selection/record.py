@@ -14,16 +14,19 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from hf_in2core.names import INFLUENCE, name_coreset
+from hf_in2core.names import INFLUENCE, LENGTH_MATCHED, METHODS, name_coreset
 from hf_in2core.rows.scored import hash_scores, read_scores
 
 from .coreset import choose_positions
+from .lengths import match_lengths
 from .turns import name_taker
 
 
 RECORD = "coresets.json"
 # Version 1 knows the rows, but not what chose each.
 RECORD_VERSION = 2
+# A coreset of random rows, where no method was better, is another draw than those of the random arm.
+OWN_SEED = 10_000
 # The strategy of a coreset is the run's own.
 ARM_STRATEGIES = {"full": "top", "random": "random", "opponents": "bottom"}
 
@@ -36,7 +39,7 @@ class Coreset:
     Attributes:
         arguments (`dict`):
             Those of [`select_coreset`] that chose them; `spared` holds those of the coreset whose rows were taken only
-            once no others were left.
+            once no others were left, `as_long_as` those of the coreset whose lengths random rows have.
         rows_with_loss (`int`):
             Rows of the pool that they were chosen from.
         positions (`list[int]`):
@@ -66,10 +69,11 @@ class Coreset:
         """What chose each row, in words, by its position; empty where that is not recorded."""
         if self.turns is None or self.scores is None:
             return {}
+        what = self.arguments.get("column", INFLUENCE)
         given = " given the rows before" if self.arguments["strategy"] == "greedy" else ""
         takers = [None] * len(self.turns) if self.takers is None else self.takers
         return {
-            row: f"taken in turn {turn:,} for its influence, {score:+.3g}"
+            row: f"taken in turn {turn:,} for its {what}, {score:+.3g}"
             if taker is None
             else f"taken in turn {turn:,} by {name_taker(taker, validation_sets)}, influence on it{given} {score:+.3g}"
             for row, turn, score, taker in zip(self.positions, self.turns, self.scores, takers, strict=True)
@@ -80,14 +84,25 @@ def describe_choice(arm: str, fraction: float, seed: int = 0, strategy: str = "t
     """
     What an arm's rows are called in the record, and the arguments of [`select_coreset`] that choose them.
 
-    Rows that are drawn have their seed in the name: `random_25-seed0`. `strategy` is that of the arm `coreset`, whose
-    rows are no opponents.
+    Rows that are drawn have their seed in the name: `random_25-seed0`. `strategy` is that of the arm `coreset`, or one
+    of `METHODS`, which are arms too. The coreset's rows are no opponents, and as long as those of `length_matched`.
     """
-    name = name_coreset(fraction, arm)
-    arguments = {"strategy": ARM_STRATEGIES.get(arm, strategy), "column": INFLUENCE, "fraction": fraction}
+    name, coreset = name_coreset(fraction, arm), _describe_strategy(strategy, fraction)
+    if arm == "coreset":
+        return name, coreset
+    if arm == LENGTH_MATCHED:
+        return f"{name}-seed{seed}", {"as_long_as": coreset, "seed": seed}
+    arguments = _describe_strategy(ARM_STRATEGIES.get(arm, arm), fraction)
     if arm == "random":
         return f"{name}-seed{seed}", arguments | {"seed": seed}
-    return name, arguments | ({"spared": arguments | {"strategy": strategy}} if arm == "opponents" else {})
+    return name, arguments | ({"spared": coreset} if arm == "opponents" else {})
+
+
+def _describe_strategy(strategy: str, fraction: float) -> dict[str, Any]:
+    method = METHODS.get(strategy)
+    strategy, column = (strategy, INFLUENCE) if method is None else (method.strategy, method.column)
+    seed = {"seed": OWN_SEED} if strategy == "random" else {}
+    return {"strategy": strategy, "column": column, "fraction": fraction, **seed}
 
 
 def take_coresets(
@@ -144,13 +159,17 @@ def take_coresets(
 
 
 def choose_coreset(scored: Dataset, arguments: Mapping[str, Any], coresets: Iterable[Coreset] = ()) -> Coreset:
-    """Choose rows by the arguments of a [`Coreset`], of which those that are spared may be among `coresets`."""
-    options = dict(arguments)
-    if other := options.pop("spared", None):
-        recorded = (coreset.positions for coreset in coresets if coreset.arguments == other)
-        options["spared"] = next(recorded, None) or choose_positions(scored, **other).positions
+    """Choose rows by the arguments of a [`Coreset`]; others that they name may be among `coresets`."""
+    options, column = dict(arguments), arguments.get("column", INFLUENCE)
+    with_loss = int(np.isfinite(read_scores(scored, column)).sum())
+    for key in ("spared", "as_long_as"):
+        if other := options.pop(key, None):
+            recorded = (coreset.positions for coreset in coresets if coreset.arguments == other)
+            options[key] = next(recorded, None) or choose_positions(scored, **other).positions.tolist()
+    if "as_long_as" in options:
+        positions = match_lengths(scored, np.array(options["as_long_as"]), options["seed"])
+        return Coreset(dict(arguments), with_loss, positions.tolist())
     choice = choose_positions(scored, **options)
-    with_loss = int(np.isfinite(read_scores(scored, arguments.get("column", INFLUENCE))).sum())
     lists = (None if values is None else values.tolist() for values in (choice.turns, choice.scores, choice.takers))
     return Coreset(dict(arguments), with_loss, choice.positions.tolist(), *lists)
 

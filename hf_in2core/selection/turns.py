@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -116,14 +116,14 @@ class DecidingScore:
         if np.isnan(self.values[row]):
             return "no influence: it carries no loss"
         if self.takers is None:
-            return f"rank {int(self.ranks[row]):,}, influence {self.influence[row]:+.3g}"
+            return f"rank {int(self.ranks[row]):,}, {self.name} {self.values[row]:+.3g}"
         taker = name_taker(self.takers[row].item(), validation_sets)
         return f"{BEST_RANK} {int(self.ranks[row]):,} (for {taker}, influence on it {self.influence[row]:+.3g})"
 
 
-def read_deciding_score(scored: Dataset, strategy: str) -> DecidingScore:
+def read_deciding_score(scored: Dataset, strategy: str = "top", column: str = INFLUENCE, **_: Any) -> DecidingScore:
     """
-    Read by what rows were chosen with a strategy; as of [`read_taking_scores`].
+    Read by what rows were chosen, of the arguments that chose them; others than strategy and column are nothing to it.
 
     `"greedy"` takes rows by their influence given those before, which only the taken ones have: it has best ranks too.
     """
@@ -131,8 +131,13 @@ def read_deciding_score(scored: Dataset, strategy: str) -> DecidingScore:
     takers, set_scores = read_taking_scores(scored, strategy)
     rows = np.flatnonzero(~np.isnan(influence))
     if takers is None:
-        ranks = rank_rows(influence, rows)
-        return DecidingScore(influence, ranks, influence)
+        if column == INFLUENCE or strategy == "random":
+            how = "at random" if strategy == "random" else "by influence"
+            return DecidingScore(influence, rank_rows(influence, rows), influence, how=how)
+        values = read_scores(scored, column)
+        ranks = rank_rows(values, np.flatnonzero(~np.isnan(values)))
+        meaning = f"The smallest {column} is first in line, and influence chose nothing."
+        return DecidingScore(values, ranks, influence, name=column, how=f"by {column}", meaning=meaning)
     best, winners = np.full(len(influence), np.nan), np.zeros(len(influence), dtype=np.int64)
     for number, scores in enumerate(set_scores):
         ranks = rank_rows(scores, rows)

@@ -1,5 +1,6 @@
 """The pipeline: what it refuses before any work, and the shapes of input it takes."""
 
+import html
 import json
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, Features, load_from_disk
 from helpers import CHAT_TEMPLATE, WORDS, make_model, make_tokenizer
 from recipe_runs import (
     NUM_POOL,
@@ -25,6 +26,7 @@ from recipe_runs import (
 from transformers import AutoModelForCausalLM
 
 from hf_in2core import select_coreset
+from hf_in2core.cards.dataset import render_influence_section
 
 
 # --- what is refused before any work ---
@@ -39,35 +41,116 @@ def refuse(inputs: Inputs, folder: Path, *flags: str, **changes: Any) -> str:
     return str(raised.value)
 
 
-def test_overlap_is_counted_and_can_be_dropped(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    folder, config = inputs
-    pool = [json.loads(line) for line in Path(config["pool"]).read_text(encoding="utf-8").splitlines()]
-    # Rows that agree in what is trained on, whatever else they carry; one more validation row is in the test set.
-    leaked = [row | {"id": "other"} for row in pool[:3]]
-    validation = make_rows("reverse", NUM_VALIDATION, seed=3)
+def leak(inputs: Inputs, folder: Path) -> dict[str, Any]:
+    """Settings with three rows of the pool in the validation set, and one row of that in the test set."""
+    pool = [json.loads(line) for line in Path(inputs[1]["pool"]).read_text(encoding="utf-8").splitlines()]
+    # Rows that say the same, whatever else they carry and however they are written.
+    leaked = [row | {"id": "other", "prompt": row["prompt"].upper().replace(" ", "  ")} for row in pool[:3]]
     test = make_rows("reverse", NUM_TEST, seed=4)
-    sources = {
-        "validation": [write_rows(tmp_path / "validation.jsonl", [*validation, *leaked, test[0]])],
-        "test": write_rows(tmp_path / "test.jsonl", test),
+    validation = [*make_rows("reverse", NUM_VALIDATION, seed=3), *leaked, test[5]]
+    return inputs[1] | {
+        "validation": [write_rows(folder / "validation.jsonl", validation)],
+        "output_dir": str(folder / "run"),
+        "arms": ["coreset"],
+        "budgets": ["epochs"],
+    }
+
+
+LEAKED = [
+    f"3 of {NUM_POOL} rows of the pool are in the validation set too (row 0 of the pool is row {NUM_VALIDATION} of "
+    "the validation set)",
+    f"1 of {NUM_VALIDATION + 4} rows of the validation set are in the test set too (row {NUM_VALIDATION + 3} of the "
+    "validation set is row 5 of the test set)",
+]
+
+
+def test_shared_rows_are_refused(inputs: Inputs, tmp_path: Path) -> None:
+    message = refuse(inputs, tmp_path, **leak(inputs, tmp_path))
+    assert all(found in message for found in [*LEAKED, "--drop_overlap", "--allow_overlap"])
+
+
+def test_shared_rows_are_dropped(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run_command("run", "--config", write_config(tmp_path, leak(inputs, tmp_path)), "--drop_overlap")
+    warned = capsys.readouterr().err
+    assert all(f"{found}; they are dropped" in warned for found in LEAKED)
+    scored = load_from_disk(str(tmp_path / "run" / "scored"))
+    pool = [json.loads(line) for line in Path(inputs[1]["pool"]).read_text(encoding="utf-8").splitlines()]
+    assert scored["id"][:] == [row["id"] for row in pool[3:]]
+    results = read_results(tmp_path)
+    assert results["selection"]["validation_rows"] == {"validation": NUM_VALIDATION + 3}
+    assert results["data"]["pool"]["shared"] == {"validation": 0, "test": 0}
+    assert "WARNING" not in results["verdict"]["text"]
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "judged on the test set, which neither trained nor selected anything." in page
+
+
+def test_shared_rows_are_told_of_wherever_the_run_is(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run_command("run", "--config", write_config(tmp_path, leak(inputs, tmp_path)), "--allow_overlap")
+    out, err = capsys.readouterr()
+    assert all(f"warning: {found}" in err for found in LEAKED)
+    results = read_results(tmp_path)
+    assert results["selection"]["rows"] == NUM_POOL
+    assert results["data"]["pool"]["shared"] == {"validation": 3, "test": 0}
+    assert results["data"]["validation"]["shared"] == {"test": 1}
+    in_pool, in_test = (found.partition(" (row")[0] for found in LEAKED)
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    card = render_influence_section("ada/rows", features=Features(), splits={"train": NUM_POOL}, results=results)
+    section = html.unescape(card)
+    for text in (results["verdict"]["text"], " ".join(out.split()), page, section):
+        assert "WARNING" in text and in_pool in text and in_test in text
+    for text in (page, section):
+        assert f"on the test set, which is not apart from what trained and selected: {in_test}." in text
+        assert "neither trained" not in text
+
+
+@pytest.mark.parametrize("name", ["test", "pool"])
+def test_two_sets_of_one_source(inputs: Inputs, tmp_path: Path, name: str) -> None:
+    # The same file by another path.
+    source = str(Path(inputs[1][name]).parent / "." / ".." / inputs[0].name / Path(inputs[1][name]).name)
+    for flag in ("--drop_overlap", "--dry_run"):
+        message = refuse(inputs, tmp_path, flag, validation=["one=" + inputs[1]["validation"][0], f"two={source}"])
+        assert message.startswith(f"--validation and --{name} name the same source ({source})")
+
+
+def test_a_set_of_which_nothing_is_left(inputs: Inputs, tmp_path: Path) -> None:
+    copied = shutil.copy(inputs[1]["test"], tmp_path / "copy.jsonl")
+    message = refuse(inputs, tmp_path, "--drop_overlap", validation=[str(copied)])
+    assert f"{NUM_TEST} of {NUM_TEST} rows of the validation set are in the test set too" in message
+    assert "nothing is left of the validation set" in message
+
+
+def test_dropping_and_allowing_at_once(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        run_command("run", "--config", write_config(tmp_path, inputs[1]), "--drop_overlap", "--allow_overlap")
+    assert "Give one" in capsys.readouterr().err
+
+
+def test_near_copies_are_counted_and_shown(inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pool = [json.loads(line) for line in Path(inputs[1]["pool"]).read_text(encoding="utf-8").splitlines()]
+    words = [f"word{number}" for number in range(12)]
+    known = {"prompt": " ".join(words), "completion": " <b>cat</b>"}
+    changed = known | {"prompt": " ".join([*words[:11], "Another!"])}
+    test = make_rows("reverse", NUM_TEST, seed=4)
+    changes = {
+        "pool": write_rows(tmp_path / "pool.jsonl", [*pool, pool[0] | known]),
+        "test": write_rows(tmp_path / "test.jsonl", [*test, test[0] | changed]),
+        "arms": ["coreset"],
+        "budgets": ["epochs"],
         "output_dir": str(tmp_path / "run"),
     }
-    flags = ["--arms", "coreset", "--budgets", "epochs"]
-    run_command("run", "--config", write_config(tmp_path, config | sources), *flags)
-    warned = capsys.readouterr().err
-    assert f"3 of {NUM_POOL} rows of the pool set are in the validation set too" in warned
-    assert f"1 of {NUM_VALIDATION + 4} rows of the validation set are in the test set too" in warned
-    assert len(load_from_disk(str(tmp_path / "run" / "scored"))) == NUM_POOL
-    dropped = config | sources | {"output_dir": str(tmp_path / "dropped")}
-    run_command("run", "--config", write_config(tmp_path, dropped), "--drop_overlap", *flags)
-    scored = load_from_disk(str(tmp_path / "dropped" / "scored"))
-    assert scored["id"][:] == [row["id"] for row in pool[3:]]
-    results = json.loads((tmp_path / "dropped" / "results.json").read_text(encoding="utf-8"))
-    assert results["selection"]["validation_rows"] == {"validation": NUM_VALIDATION + 3}
-
-
-def test_a_validation_set_that_is_the_test_set(inputs: Inputs, tmp_path: Path) -> None:
-    message = refuse(inputs, tmp_path, "--drop_overlap", validation=[inputs[1]["test"]])
-    assert f"{NUM_TEST} of {NUM_TEST} rows of the validation set are in the test set too" in message
+    run_command("run", "--config", write_config(tmp_path, inputs[1] | changes))
+    rows = NUM_TEST + 1
+    said = f"1 of {rows} rows of the test set have a near-copy in the pool"
+    assert said in capsys.readouterr().err
+    found = read_results(tmp_path)["data"]
+    assert found["validation"]["near_copies"] == {"rows": 0, "pairs": []}
+    assert found["test"]["near_copies"]["rows"] == 1
+    (pair,) = found["test"]["near_copies"]["pairs"]
+    assert (pair["row"], pair["pool_row"]) == (NUM_TEST, NUM_POOL)
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert said in page and "word10 Another! &lt;b&gt;cat&lt;/b&gt;" in page
 
 
 def test_missing_and_clashing_columns(inputs: Inputs, tmp_path: Path) -> None:

@@ -1,0 +1,190 @@
+"""A tournament between ways to choose rows: short runs on the reference model, judged on held-back validation rows."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_in2core.names import METHODS
+
+from .formats import format_difference
+from .intervals import compare_arms
+
+
+# Fewer steps than this say more of the warm-up than of the rows.
+MIN_STEPS = 20
+NUM_SEEDS = 3
+NUM_FINALISTS = 2
+CONTROLS = ("random", "full")
+
+
+@dataclass(frozen=True)
+class Tournament:
+    """
+    What [`run_tournament`] found.
+
+    Attributes:
+        outcome (`str`): `"won"`; `"undecided"`, where the best candidate did not beat random rows beyond noise;
+            `"random"`, where no candidate's mean is below that of random rows.
+        winner (`str`): What to take: the winner, or `"random"`.
+        text (`str`): The same in words.
+        losses (`dict[str, dict[int, float]]`): Held-back loss by candidate and seed, nats per labelled token; `inf`
+            where a run diverged.
+        steps (`int`): Optimiser steps of each run.
+        num_runs (`int`): Runs that there were.
+        left_out (`list[str]`): Candidates for which the budget had no runs.
+        intervals (`dict[str, dict]`): `<finalist>_minus_random` and `<first>_minus_<second>`, as from
+            [`~hf_in2core.evaluation.intervals.compare_arms`].
+    """
+
+    outcome: str
+    winner: str
+    text: str
+    losses: dict[str, dict[int, float]]
+    steps: int
+    num_runs: int
+    left_out: list[str]
+    intervals: dict[str, dict[str, Any]]
+
+
+def run_tournament(
+    run: Callable[[str, int, int], float],
+    candidates: Sequence[str],
+    budget_steps: int,
+    max_steps: int,
+    costs: Mapping[str, float] | None = None,
+) -> Tournament:
+    r"""
+    Let candidates compete by successive halving: one seed for all, two more for the best two and for random rows.
+
+    All runs are equally long, and the same seed gives the same adapter and order to each, so that differences are
+    paired. Random rows and the whole pool are always among them. The best mean over the seeds wins if its whole 95 %
+    interval against random rows is below 0; of two finalists that are not told apart the cheaper one does. The seed
+    that chose the finalists counts among theirs, so an interval that only just excludes 0 is a little too narrow.
+
+    ```python
+    >>> tournament = run_tournament(train_and_judge, ["bm25", "cosine", "rds"], budget_steps=300, max_steps=150)
+    >>> tournament.winner
+    ```
+
+    Args:
+        run (`Callable[[str, int, int], float]`):
+            Trains on the rows of a candidate (or `"random"`, `"full"`) with a seed for some steps, and returns the
+            loss on rows that neither chose nor trained, lower is better. Random rows are drawn anew for each seed.
+        candidates (`Sequence[str]`):
+            Names, those that the budget is spent on first at the front: the cheapest and most different ones.
+        budget_steps (`int`):
+            Optimiser steps of all runs together, at most.
+        max_steps (`int`):
+            Of a single run, at most: those of a target run.
+        costs (`Mapping[str, float]`, *optional*):
+            What choosing by a candidate costs. By default a later candidate costs more.
+
+    Returns:
+        [`Tournament`]
+
+    Raises:
+        ValueError: if the budget has not 20 steps for each run of one candidate and the controls, or a run may not
+            have 20 steps.
+    """
+    costs = {name: position for position, name in enumerate(candidates)} if costs is None else costs
+    shortest = min(MIN_STEPS, max_steps)
+    extra = (NUM_SEEDS - 1) * (NUM_FINALISTS + 1)
+    room = budget_steps // shortest - extra - len(CONTROLS)
+    finalists_at_most = NUM_FINALISTS
+    if room < NUM_FINALISTS:
+        finalists_at_most, room = 1, budget_steps // shortest - 2 * (NUM_SEEDS - 1) - len(CONTROLS)
+    if room < 1 or not candidates:
+        raise ValueError(
+            f"A tournament of {len(candidates)} candidates with {budget_steps} steps in all is too little: one "
+            f"candidate beside the controls takes {(2 * NUM_SEEDS + 1) * shortest} (7 runs of {shortest} steps). Give "
+            "a larger budget (--auto_budget), or name a --strategy."
+        )
+    chosen, left_out = list(candidates[:room]), list(candidates[room:])
+    names = [*CONTROLS, *chosen]
+    finalists_at_most = min(finalists_at_most, len(chosen))
+    num_runs = len(names) + (NUM_SEEDS - 1) * (finalists_at_most + 1)
+    steps = min(max(budget_steps // num_runs, shortest), max_steps)
+
+    losses: dict[str, dict[int, float]] = {name: {} for name in names}
+
+    def compete(name: str, seed: int) -> None:
+        loss = run(name, seed, steps)
+        losses[name][seed] = loss if math.isfinite(loss) else math.inf
+
+    for name in names:
+        compete(name, 0)
+    finalists = sorted(chosen, key=lambda name: losses[name][0])[:finalists_at_most]
+    for seed in range(1, NUM_SEEDS):
+        for name in ("random", *finalists):
+            compete(name, seed)
+
+    def mean(name: str) -> float:
+        return sum(losses[name].values()) / len(losses[name])
+
+    finalists = sorted((name for name in finalists if math.isfinite(mean(name))), key=mean)
+    intervals = {f"{name}_minus_random": _compare(losses, name, "random") for name in finalists}
+    beating = [name for name in finalists if _is_below(intervals[f"{name}_minus_random"])]
+    if len(finalists) == NUM_FINALISTS:
+        first, second = finalists
+        intervals[f"{first}_minus_{second}"] = between = _compare(losses, first, second)
+        if second in beating and not _is_below(between) and costs[second] < costs[first]:
+            beating = [second]
+    if beating:
+        outcome, winner = "won", beating[0]
+    else:
+        below = [name for name in finalists if mean(name) < mean("random")]
+        outcome, winner = ("undecided" if below else "random"), "random"
+    text = _say(outcome, winner, finalists, intervals, losses, steps, num_runs, left_out)
+    return Tournament(outcome, winner, text, losses, steps, num_runs, left_out, intervals)
+
+
+def _compare(losses: Mapping[str, Mapping[int, float]], first: str, second: str) -> dict[str, Any]:
+    if not all(map(math.isfinite, [*losses[first].values(), *losses[second].values()])):
+        return {"mean": None, "low": None, "high": None, "half_width": None, "n": len(losses[first]), "level": 0.95}
+    return compare_arms(losses[first], losses[second])
+
+
+def _is_below(interval: Mapping[str, Any]) -> bool:
+    """Whether a whole interval is below 0; random rows that diverged are beaten by rows that did not."""
+    return interval["mean"] is None or (interval["high"] is not None and interval["high"] < 0)
+
+
+def _say(
+    outcome: str,
+    winner: str,
+    finalists: Sequence[str],
+    intervals: Mapping[str, Mapping[str, Any]],
+    losses: Mapping[str, Mapping[int, float]],
+    steps: int,
+    num_runs: int,
+    left_out: Sequence[str],
+) -> str:
+    """The tournament in a few sentences."""
+    head = f"Tournament on held-back validation rows, {num_runs} runs of {steps} steps"
+    shown = []
+    for name in finalists:
+        interval = intervals[f"{name}_minus_random"]
+        if interval["low"] is not None:
+            difference, ends = format_difference(interval)
+            shown.append(f"{name} \N{MINUS SIGN} random {difference}, {interval['level'] * 100:g} % interval {ends}")
+    numbers = f" ({'; '.join(shown)})" if shown else ""
+    if outcome == "won":
+        words = f" ({METHODS[winner].words})" if winner in METHODS else ""
+        others = [name for name in finalists if name != winner]
+        closest = f"; {others[0]} was the other finalist" if others else ""
+        said = f"{head}: {winner}{words} won{closest}{numbers}."
+    elif outcome == "undecided":
+        said = (
+            f"{head}: undecided. {finalists[0]} was below random rows by the mean, but not beyond noise{numbers}; the "
+            "coreset is random rows. Take random rows, or the whole pool; a larger --auto_budget may tell more."
+        )
+    else:
+        said = (
+            f"{head}: nothing beat random rows{numbers}, so selecting is not worth it here; the coreset is random "
+            "rows. Take random rows, or the whole pool."
+        )
+    best = min((name for name in losses), key=lambda name: losses[name][0])
+    if best == "full":
+        said += " With its first seed the whole pool was better than every candidate."
+    return said + (f" No runs were left for {', '.join(left_out)}." if left_out else "")

@@ -1,0 +1,187 @@
+"""The columns that the methods rank by, added to a scored pool: by the reference, its untrained base, or words."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset, Value, concatenate_datasets
+from transformers import PreTrainedTokenizerBase
+from trl import ModelConfig
+
+from hf_in2core import InfluenceConfig
+from hf_in2core.engine.scoring import run_score_pass
+from hf_in2core.engine.state import hash_json, open_state
+from hf_in2core.influence.checks import check_launcher
+from hf_in2core.names import METHODS, STRATEGIES_BY_ROW
+from hf_in2core.rows.preparation import Preparation
+from hf_in2core.selection.baselines import add_bm25, add_ifd, add_loss, add_rds
+from hf_in2core.selection.combined import add_clean_rank, add_fused_rank
+from hf_in2core.selection.similarities import import_bm25s
+from hf_in2core.selection.turns import take_round_robin
+
+from .run_folder import quiet_loading
+from .training import load_model, make_influence_trainer
+
+
+# What a column is made of, where it is made of others.
+INGREDIENTS = {
+    "cosine_clean_rank": ("cosine_rank", "loss"),
+    "rds_clean_rank": ("rds_rank", "loss"),
+    "fused_rank": ("cosine_rank", "rds_rank"),
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A trained reference model, and the rows that it scores by the rows that select."""
+
+    model: ModelConfig
+    args: InfluenceConfig
+    adapter: str
+    pool: Dataset
+    validation: dict[str, Dataset]
+    tokenizer: PreTrainedTokenizerBase
+
+
+def needs_queries(methods: Iterable[str]) -> bool:
+    """Whether a method or strategy reads the influence on single validation rows, so that each is a query."""
+    methods = list(methods)
+    strategies = [METHODS[method].strategy if method in METHODS else method for method in methods]
+    return "cosine_rank" in list_columns(methods) or any(strategy in STRATEGIES_BY_ROW for strategy in strategies)
+
+
+def list_columns(methods: Iterable[str]) -> list[str]:
+    """The columns that methods need beside those of influence, each after what it is made of."""
+    found: dict[str, None] = {}
+    for method in methods:
+        if method in METHODS and (column := METHODS[method].column) in MAKERS:
+            found |= dict.fromkeys([*INGREDIENTS.get(column, ()), column])
+    return list(found)
+
+
+def check_methods(methods: Iterable[str]) -> None:
+    """
+    Check before long work that the columns of some methods can be made.
+
+    Raises:
+        ImportError: if BM25 is asked for and `bm25s` is not installed.
+        ValueError: if the launcher shards the model and a column needs it whole.
+    """
+    columns = list_columns(methods)
+    if "bm25_rank" in columns:
+        import_bm25s()
+    if whole := [column for column in columns if column in ("loss", "ifd", "rds_rank")]:
+        check_launcher(f"methods that rank by {', '.join(whole)}")
+
+
+def add_columns(scored: Dataset, columns: Iterable[str], reference: Reference) -> tuple[Dataset, dict[str, float]]:
+    """
+    Add the columns that are not there yet.
+
+    Args:
+        scored ([`~datasets.Dataset`]): The scored pool.
+        columns (`Iterable[str]`): As of [`list_columns`].
+        reference ([`Reference`]): What made the scores.
+
+    Returns:
+        `tuple`: the pool with the columns, and the seconds that each one added took.
+
+    Raises:
+        ValueError: as the functions of [`hf_in2core.selection.baselines`].
+    """
+    seconds: dict[str, float] = {}
+    for column in columns:
+        if column not in scored.column_names:
+            start = time.perf_counter()
+            with quiet_loading(repeated=True):
+                scored = MAKERS[column](scored, reference)
+            seconds[column] = time.perf_counter() - start
+            # Each process has made it: they wait for the slowest, not for the next collective call's time limit.
+            PartialState().wait_for_everyone()
+    return scored, seconds
+
+
+def _prepare(reference: Reference) -> Preparation:
+    return Preparation.from_args(reference.args, reference.tokenizer, reference.pool)
+
+
+def _join_validation(reference: Reference) -> Dataset:
+    """The rows of all validation sets, with the columns that all of them have."""
+    sets = list(reference.validation.values())
+    shared = [name for name in sets[0].column_names if all(name in rows.column_names for rows in sets)]
+    return concatenate_datasets([rows.select_columns(shared) for rows in sets]) if len(sets) > 1 else sets[0]
+
+
+def _add_loss(scored: Dataset, reference: Reference) -> Dataset:
+    model = load_model(reference.model, reference.args, reference.adapter)
+    return add_loss(scored, model, _prepare(reference), reference.args.tokens_per_batch)
+
+
+def _add_ifd(scored: Dataset, reference: Reference) -> Dataset:
+    model = load_model(reference.model, reference.args, reference.adapter)
+    return add_ifd(scored, model, _prepare(reference), reference.args.tokens_per_batch)
+
+
+def _add_rds(scored: Dataset, reference: Reference) -> Dataset:
+    model = load_model(reference.model, reference.args)
+    options = (_prepare(reference), reference.args.tokens_per_batch)
+    return add_rds(scored, _join_validation(reference), model, *options).remove_columns("rds_similarity")
+
+
+def _add_bm25(scored: Dataset, reference: Reference) -> Dataset:
+    return add_bm25(scored, _join_validation(reference), _prepare(reference)).remove_columns("bm25_similarity")
+
+
+def _add_cosine(scored: Dataset, reference: Reference) -> Dataset:
+    """
+    Add `cosine_rank`: the turn at which a row is taken when each validation row takes the row of the largest cosine.
+
+    The cosine is between the row's gradient and `u`, the validation row's gradient preconditioned by DataInf: a row
+    with a large gradient does not come first for its size alone.
+    """
+    trainer = make_influence_trainer(
+        reference.model,
+        reference.args,
+        reference.adapter,
+        reference.pool,
+        reference.validation,
+        reference.tokenizer,
+    )
+    scorer = trainer.fit_influence(per_example=True)
+    identity = {"cosines of": trainer._fingerprint}
+    passes = trainer.make_passes(trainer.blocks, hash_json(identity))
+    passes.store = None
+    if trainer.is_world_process_zero():
+        open_state(passes.folder, identity)  # type: ignore[arg-type]
+    trainer.accelerator.wait_for_everyone()
+    found = run_score_pass(
+        passes,
+        trainer.prepared_pool,
+        scorer.directions,
+        cosine=True,
+        set_sizes=list(scorer.config.validation_sets.values()),
+        queries_per_block=trainer.count_queries_per_block(trainer.blocks),
+        description="Influence: cosines",
+    )
+    assert found.per_query is not None
+    num_rows = len(found.per_query)
+    turns = np.empty(num_rows, dtype=np.int64)
+    turns[take_round_robin(np.arange(num_rows), num_rows, found.per_query.T)] = np.arange(num_rows)
+    values: list[int | None] = [None] * len(scored)
+    for row, turn in zip(trainer.prepared_pool.with_format("numpy")["row"][:], turns, strict=True):
+        values[row] = int(turn)
+    return scored.add_column("cosine_rank", values, feature=Value("int64"))
+
+
+MAKERS: dict[str, Callable[[Dataset, Reference], Dataset]] = {
+    "loss": _add_loss,
+    "ifd": _add_ifd,
+    "rds_rank": _add_rds,
+    "bm25_rank": _add_bm25,
+    "cosine_rank": _add_cosine,
+    "cosine_clean_rank": lambda scored, _: add_clean_rank(scored, "cosine_rank", "loss", "cosine_clean_rank"),
+    "rds_clean_rank": lambda scored, _: add_clean_rank(scored, "rds_rank", "loss", "rds_clean_rank"),
+    "fused_rank": lambda scored, _: add_fused_rank(scored, ["cosine_rank", "rds_rank"]),
+}

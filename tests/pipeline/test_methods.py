@@ -1,0 +1,183 @@
+"""Other ways to choose as arms of a run, as columns of `score`, and as what `select` chooses by; the tournament."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from datasets import load_from_disk
+from naive import compute_datainf, compute_gradients
+from peft import PeftModel
+from recipe_runs import read_results, run_command, stamp, write_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_in2core import select_coreset
+from hf_in2core.names import METHODS
+from hf_in2core.rows.preparation import Preparation, prepare_rows
+from hf_in2core.rows.sources import load_rows
+from hf_in2core.selection.lengths import compare_lengths
+from hf_in2core.selection.record import read_record
+from hf_in2core.selection.turns import take_round_robin
+
+
+@pytest.fixture(scope="module")
+def compared(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with every method as an arm; its folder."""
+    folder = tmp_path_factory.mktemp("methods")
+    config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
+    config |= {"output_dir": str(folder / "run"), "budgets": ["steps"], "seeds": [0, 1], "max_steps": 2}
+    config["arms"] = ["full", "coreset", "random", "length_matched", *METHODS]
+    run_command("run", "--config", write_config(folder, config))
+    return folder
+
+
+def test_every_method_is_an_arm_with_the_rows_of_its_column(compared: Path) -> None:
+    scored = load_from_disk(str(compared / "run" / "scored"))
+    _, coresets = read_record(compared / "run" / "coresets.json", len(scored))
+    numbered = scored.add_column("row", np.arange(len(scored)))
+    for name, method in METHODS.items():
+        chosen = select_coreset(numbered, fraction=0.25, column=method.column, strategy=method.strategy)
+        assert coresets[f"{name}_25"].positions == sorted(chosen["row"]), name
+    arms = {(arm["arm"], arm["seed"]): arm for arm in read_results(compared)["arms"]}
+    assert arms.keys() == {
+        (arm, s) for arm in ("full", "coreset", "random", "length_matched", *METHODS) for s in (0, 1)
+    }
+    # The run's own coreset is that of the mean, and not that of the words.
+    losses = {name: arms[name, 0]["test_loss"] for name in ("coreset", "mean", "bm25")}
+    assert losses["coreset"] == losses["mean"] != losses["bm25"]
+    taken = coresets["length_matched_25-seed0"].positions
+    assert (
+        len(taken) == len(coresets["coreset_25"].positions) and taken != coresets["length_matched_25-seed1"].positions
+    )
+    like = scored.select(coresets["coreset_25"].positions)
+    assert compare_lengths(like, scored.select(taken)).gap <= 0.25
+
+
+def test_the_verdict_tells_of_every_method_and_what_its_column_cost(compared: Path) -> None:
+    results = read_results(compared)
+    intervals = results["verdict"]["by_fraction"][0]["intervals"]
+    assert {f"{name}_minus_random" for name in METHODS} | {f"coreset_minus_{name}" for name in METHODS} <= set(
+        intervals
+    )
+    text = results["verdict"]["text"]
+    for name in METHODS:
+        mean = np.mean([arm["test_loss"] for arm in results["arms"] if arm["arm"] == name])
+        assert f"{name} {mean:.3f}, " in text
+    made = {method.column for method in METHODS.values()} - {"influence"}
+    assert results["selection"]["columns"].keys() == made
+    assert all(seconds > 0 for seconds in results["selection"]["columns"].values())
+
+
+def test_the_same_command_computes_no_column_again(compared: Path) -> None:
+    before, results = stamp(compared), read_results(compared)
+    run_command("run", "--config", str(compared / "settings.yaml"))
+    assert stamp(compared) == before
+    assert read_results(compared)["selection"] == results["selection"]
+
+
+def test_the_coreset_may_be_that_of_a_method(compared: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((compared / "settings.yaml").read_text(encoding="utf-8"))
+    config |= {"output_dir": str(tmp_path / "run"), "strategy": "rds", "arms": ["coreset", "rds"], "seeds": [0]}
+    run_command("run", "--config", write_config(tmp_path, config))
+    losses = {arm["arm"]: arm["test_loss"] for arm in read_results(tmp_path)["arms"]}
+    assert losses["coreset"] == losses["rds"]
+    _, coresets = read_record(
+        tmp_path / "run" / "coresets.json", len(load_from_disk(str(tmp_path / "run" / "scored")))
+    )
+    assert coresets["coreset_25"].arguments == {"strategy": "top", "column": "rds_rank", "fraction": 0.25}
+
+
+def test_cosines_in_turn_are_those_of_the_loop(compared: Path) -> None:
+    """The norm of `u` changes no turn, so influence over the norm of the row's gradient has the cosine's turns."""
+    config = yaml.safe_load((compared / "settings.yaml").read_text(encoding="utf-8"))
+    base = AutoModelForCausalLM.from_pretrained(config["model_name_or_path"])
+    model = PeftModel.from_pretrained(base, compared / "run" / "reference", is_trainable=True).double()
+    tokenizer = AutoTokenizer.from_pretrained(config["model_name_or_path"])
+    scored = load_from_disk(str(compared / "run" / "scored"))
+    preparation = Preparation(tokenizer, completion_only_loss=True)
+    rows, queries = (
+        compute_gradients(model, prepare_rows(load_rows(source, "rows"), preparation))
+        for source in (config["pool"], config["validation"][0])
+    )
+    norms = np.array([float(sum(g.square().sum() for g in row.values())) ** 0.5 for row in rows])
+    cosines = np.stack([compute_datainf(rows, [query]).numpy() / norms for query in queries])
+    turns = np.empty(len(rows), dtype=int)
+    turns[take_round_robin(np.arange(len(rows)), len(rows), cosines)] = np.arange(len(rows))
+    # Two rows whose cosines differ by float32's rounding may change places.
+    assert np.mean(np.abs(turns - np.array(scored["cosine_rank"])) <= 2) > 0.9
+    assert set(np.argsort(turns)[:10]) == set(np.argsort(scored["cosine_rank"])[:10])
+
+
+def test_score_adds_columns_that_select_chooses_by(finished: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
+    flags = ["--model_name_or_path", config["model_name_or_path"], "--pool", config["pool"]]
+    flags += ["--reference_adapter", str(finished / "run" / "reference"), "--validation", *config["validation"]]
+    run_command("score", *flags, "--output_dir", str(tmp_path / "out"), "--methods", "rds_clean", "turns")
+    scored = load_from_disk(str(tmp_path / "out" / "scored"))
+    assert {"rds_rank", "loss", "rds_clean_rank", "influence_per_query"} <= set(scored.column_names)
+    flags = ["--scored", str(tmp_path / "out" / "scored"), "--size", "7"]
+    run_command("select", *flags, "--column", "rds_clean_rank", "--output", str(tmp_path / "a.jsonl"))
+    assert sorted(load_rows(str(tmp_path / "a.jsonl"), "coreset")["rds_clean_rank"]) == list(range(7))
+    run_command("select", *flags, "--strategy", "round_robin_rows", "--output", str(tmp_path / "b.jsonl"))
+    assert len(load_rows(str(tmp_path / "b.jsonl"), "coreset")) == 7
+
+
+def test_a_column_that_a_method_adds_must_not_be_there(finished: Path, tmp_path: Path) -> None:
+    """Taken for the method's own it would choose the rows by something else."""
+    config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
+    pool = load_rows(config["pool"], "pool")
+    pool.add_column("loss", list(range(len(pool)))).to_json(tmp_path / "pool.jsonl")
+    config |= {"output_dir": str(tmp_path / "run"), "pool": str(tmp_path / "pool.jsonl"), "arms": ["random", "loss"]}
+    with pytest.raises(ValueError, match=r"already has the column\(s\) loss"):
+        run_command("run", "--config", write_config(tmp_path, config))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def held(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that finds its strategy by itself; its folder."""
+    folder = tmp_path_factory.mktemp("auto")
+    config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
+    config |= {"output_dir": str(folder / "run"), "strategy": "auto", "auto_budget": 4, "budgets": ["steps"]}
+    config |= {"max_steps": 40, "arms": ["full", "coreset", "random"]}
+    run_command("run", "--config", write_config(folder, config))
+    return folder
+
+
+def test_auto_takes_what_won_on_rows_that_selected_nothing(held: Path) -> None:
+    results = read_results(held)
+    tournament, selection = results["tournament"], results["selection"]
+    # 160 steps are 8 runs of 20: controls and two candidates once, random rows and one of those twice more.
+    assert tournament["num_runs"] * tournament["steps"] <= 160 and tournament["steps"] == 20
+    runs = [folder.name for folder in (held / "run" / "tournament").iterdir()]
+    assert len(runs) == tournament["num_runs"] and {"random-seed0", "random-seed2", "full-seed0"} <= set(runs)
+    validation = len(load_rows(yaml.safe_load((held / "settings.yaml").read_text())["validation"][0], "validation"))
+    facts = results["data"]["validation set"] if "validation set" in results["data"] else results["data"]["validation"]
+    assert facts["rows"] + facts["held_back"] == validation and facts["held_back"] == validation // 2
+    assert selection["validation_rows"] == {"validation": facts["rows"]}
+    _, coresets = read_record(held / "run" / "coresets.json", len(load_from_disk(str(held / "run" / "scored"))))
+    chosen = coresets["coreset_25"].arguments
+    if tournament["winner"] == "random":
+        assert chosen["strategy"] == "random"
+        assert coresets["coreset_25"].positions != coresets["random_25-seed0"].positions
+    else:
+        method = METHODS[tournament["winner"]]
+        assert (chosen["strategy"], chosen["column"]) == (method.strategy, method.column)
+    cost = results["verdict"]["cost"]
+    parts = [cost[f"{name}_seconds"] for name in ("reference", "influence", "tournament")]
+    assert cost["selection_seconds"] == pytest.approx(sum(parts)) and min(parts) > 0
+
+
+def test_a_tournament_goes_on_where_it_stopped(held: Path, tmp_path: Path) -> None:
+    shutil.copytree(held / "run", tmp_path / "run", symlinks=True)
+    config = yaml.safe_load((held / "settings.yaml").read_text(encoding="utf-8")) | {
+        "output_dir": str(tmp_path / "run")
+    }
+    shutil.rmtree(tmp_path / "run" / "tournament" / "random-seed2")
+    (tmp_path / "run" / "results.json").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "tournament").glob("*/result.json")}
+    run_command("run", "--config", write_config(tmp_path, config))
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
+    losses = [read_results(folder)["tournament"]["losses"] for folder in (held, tmp_path)]
+    assert losses[0] == losses[1]  # the same seed and rows again
