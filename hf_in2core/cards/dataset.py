@@ -102,9 +102,9 @@ def summarise_influence(scored: Dataset, coresets: Sequence[Coreset] = (), show:
     if NUM_LOSS_TOKENS in scored.column_names:
         correlation = correlate_with_length(influence[rows], read_scores(scored, NUM_LOSS_TOKENS)[rows])
     try:
-        deciding = read_deciding_score(scored, coresets[0].arguments if coresets else {"strategy": "top"})
+        deciding = read_deciding_score(scored, **(coresets[0].arguments if coresets else {}))
     except ValueError:  # the columns of single validation rows are large, and may be left out of what is published
-        deciding = read_deciding_score(scored, {"strategy": "top"})
+        deciding = read_deciding_score(scored)
     in_turn = deciding.takers is not None
     kept = {row for coreset in coresets for row in coreset.positions}
     proponents, opponents = find_ends(deciding, influence, kept, show)

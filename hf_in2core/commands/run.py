@@ -72,7 +72,7 @@ def main(settings: Settings) -> None:
     headline = find_headline(args.fractions, coresets)
     named = [name for name in scored.column_names if name in ("id", args.task_column, args.wrong_column)]
     job.inputs.facts[POOL]["loss_tokens"] = int(read_scores(scored, NUM_LOSS_TOKENS).sum())
-    deciding = read_deciding_score(scored, {"strategy": "top"} if headline is None else headline.arguments)
+    deciding = read_deciding_score(scored, **(headline.arguments if headline else {}))
     sets, kept = {name: len(rows) for name, rows in job.inputs.validation.items()}, find_kept(args, coresets)
     findings: dict[str, Any] = {
         "data": job.inputs.facts,

@@ -31,7 +31,7 @@ from hf_in2core.evaluation.arms import (
     tabulate_tasks,
 )
 from hf_in2core.evaluation.leakage import list_near_copies, say_judge
-from hf_in2core.names import list_added_columns
+from hf_in2core.names import INFLUENCE, list_added_columns
 from hf_in2core.rows.scored import find_set_columns, read_numbers
 from hf_in2core.selection.lengths import correlate_with_length
 from hf_in2core.selection.turns import name_taker
@@ -220,6 +220,7 @@ def _show_pool(run: Run, plots: dict[str, Markup], coverage: dict[str, Any] | No
             "opponents": int(pool.is_opponent.sum()),
             "kept_positive": int(((pool.influence > 0) & ~pool.is_opponent).sum()),
             "in_turn": in_turn,
+            "by_influence": pool.deciding.name == INFLUENCE,
             "score": pool.deciding.name,
             "how": pool.deciding.how,
             "meaning": pool.deciding.meaning,
@@ -292,7 +293,11 @@ def _collect_rows(
         "rank": _to_list(pool.deciding.ranks[rows], whole=True),
         "standing": [pool.deciding.describe(row, sets_of_rows) for row in rows.tolist()],
         "taken": [taken.get(row) for row in rows.tolist()],
-        "choice": {"inTurn": pool.deciding.takers is not None, "meaning": pool.deciding.meaning},
+        "choice": {
+            "inTurn": pool.deciding.takers is not None,
+            "score": pool.deciding.name,
+            "meaning": pool.deciding.meaning,
+        },
         "tokens": _to_list(pool.num_loss_tokens[rows], whole=True),
         "coreset": _to_list(pool.coreset[rows]),
         "fractions": pool.fractions,

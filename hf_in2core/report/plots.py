@@ -169,7 +169,7 @@ def _label(name: str) -> str:
     """The label of an axis from left to right."""
     if name == INFLUENCE:
         return INFLUENCE_LABEL
-    return f"{name}\n\N{LEFTWARDS ARROW} 0 = strongest proponent of one"
+    return f"{name}\n\N{LEFTWARDS ARROW} first in line"
 
 
 def plot_length(
@@ -221,7 +221,7 @@ def draw_length(
     margin = 0.08 * max(high - min(low, 0.0), 1e-300)
     panel.set_ylim(min(low, 0.0) - margin, max(high, 0.0) + margin)
     panel.set_xlabel("loss tokens of the row")
-    panel.set_ylabel(f"{name}\n({'negative = proponent' if name == INFLUENCE else '0 = strongest proponent of one'})")
+    panel.set_ylabel(f"{name}\n({'negative = proponent' if name == INFLUENCE else 'smallest = first in line'})")
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     panel.spines[["top", "right"]].set_visible(False)
     return figure

@@ -90,13 +90,7 @@ class Groups:
 def read_pool(run: Run, scored: Dataset) -> Pool:
     """Read influence, the score that chose and lengths of the whole pool, and which coresets have a row."""
     influence = read_numbers(scored, INFLUENCE)
-    strategy = str(run.get("tournament", "winner") or run.get("config", "strategy") or "top")
-    try:
-        deciding = read_deciding_score(scored, describe_choice("coreset", 1.0, strategy=strategy)[1])
-    except (ValueError, TypeError) as error:
-        run.notes.append(f"What chose the rows is not shown: {error}")
-        ranks = rank_rows(influence, np.flatnonzero(np.isfinite(influence)))
-        deciding = DecidingScore(influence, ranks, influence)
+    strategy = str(run.get("config", "strategy") or "top")
     found = {float(arm["fraction"]) for arm in run.results["arms"] if arm["arm"] == "coreset"}
     fractions = sorted(fraction for fraction in found if 0 < fraction <= 1)
     coreset = np.full(len(influence), np.nan)
@@ -113,6 +107,14 @@ def read_pool(run: Run, scored: Dataset) -> Pool:
             coreset[coresets[name].positions] = fraction
     except (ValueError, TypeError) as error:
         run.notes.append(f"Which rows the coresets have is not shown: {error}")
+    # The record knows what chose, also where the run found its strategy by itself.
+    shown = chosen.get(fractions[0]) if fractions else None
+    try:
+        deciding = read_deciding_score(scored, **(shown.arguments if shown else {"strategy": strategy}))
+    except (ValueError, TypeError) as error:
+        run.notes.append(f"What chose the rows is not shown: {error}")
+        ranks = rank_rows(influence, np.flatnonzero(np.isfinite(influence)))
+        deciding = DecidingScore(influence, ranks, influence)
     headline = run.get("verdict", "fraction")
     if not is_number(headline) or headline not in fractions:
         headline = fractions[0] if fractions else None

@@ -90,9 +90,7 @@ def print_results(results: Mapping[str, Any]) -> None:
     in_turn = choice["score"] != INFLUENCE
     if in_turn:
         _write(console, f"The coreset was chosen {choice['how']}. {choice['meaning']}\n")
-    helps = (
-        "negative influence: lowers the loss of one" if in_turn else "negative influence: lowers the validation loss"
-    )
+    helps = "negative influence" if in_turn else "negative influence: lowers the validation loss"
     hurts = f"positive {'mean ' if in_turn else ''}influence: raises the validation loss; no coreset keeps them"
     for kind, sign in (("proponents", helps), ("opponents", hurts)):
         if examples.get(kind):

@@ -69,16 +69,11 @@ class Coreset:
         """What chose each row, in words, by its position; empty where that is not recorded."""
         if self.turns is None or self.scores is None:
             return {}
+        what = self.arguments.get("column", INFLUENCE)
         given = " given the rows before" if self.arguments["strategy"] == "greedy" else ""
         takers = [None] * len(self.turns) if self.takers is None else self.takers
-        column = self.arguments.get("column", INFLUENCE)
-        if column != INFLUENCE:
-            return {
-                row: f"taken in turn {turn:,} for its `{column}`, {score:g}"
-                for row, turn, score in zip(self.positions, self.turns, self.scores, strict=True)
-            }
         return {
-            row: f"taken in turn {turn:,} for its influence, {score:+.3g}"
+            row: f"taken in turn {turn:,} for its {what}, {score:+.3g}"
             if taker is None
             else f"taken in turn {turn:,} by {name_taker(taker, validation_sets)}, influence on it{given} {score:+.3g}"
             for row, turn, score, taker in zip(self.positions, self.turns, self.scores, takers, strict=True)
@@ -164,7 +159,7 @@ def take_coresets(
 
 
 def choose_coreset(scored: Dataset, arguments: Mapping[str, Any], coresets: Iterable[Coreset] = ()) -> Coreset:
-    """Choose rows by the arguments of a [`Coreset`]; those of others that they name may be among `coresets`."""
+    """Choose rows by the arguments of a [`Coreset`]; others that they name may be among `coresets`."""
     options, column = dict(arguments), arguments.get("column", INFLUENCE)
     with_loss = int(np.isfinite(read_scores(scored, column)).sum())
     for key in ("spared", "as_long_as"):

@@ -116,40 +116,32 @@ class DecidingScore:
         if np.isnan(self.values[row]):
             return "no influence: it carries no loss"
         if self.takers is None:
-            shown = "" if self.name == INFLUENCE else f"{self.name} {self.values[row]:g}, "
-            return f"rank {int(self.ranks[row]):,}, {shown}influence {self.influence[row]:+.3g}"
+            return f"rank {int(self.ranks[row]):,}, {self.name} {self.values[row]:+.3g}"
         taker = name_taker(self.takers[row].item(), validation_sets)
         return f"{BEST_RANK} {int(self.ranks[row]):,} (for {taker}, influence on it {self.influence[row]:+.3g})"
 
 
-def read_deciding_score(scored: Dataset, arguments: Mapping[str, Any]) -> DecidingScore:
+def read_deciding_score(scored: Dataset, strategy: str = "top", column: str = INFLUENCE, **_: Any) -> DecidingScore:
     """
-    By what the rows of a pool stand in line for a coreset of some arguments of [`~hf_in2core.select_coreset`].
+    Read by what rows were chosen, of the arguments that chose them; others than strategy and column are nothing to it.
 
     Raises:
         ValueError: if a column that is needed is missing.
     """
-    strategy, column = arguments["strategy"], arguments.get("column", INFLUENCE)
     influence = read_scores(scored, INFLUENCE)
     takers, set_scores = read_taking_scores(scored, strategy)
     rows = np.flatnonzero(~np.isnan(influence))
     if takers is None:
-        if column == INFLUENCE:
-            ranks = rank_rows(influence, rows)
-            return DecidingScore(
-                influence, ranks, influence, how="at random" if strategy == "random" else "by influence"
-            )
-        values = read_scores(scored, column) * (-1 if strategy == "bottom" else 1)
-        words = next((method.words for method in METHODS.values() if method[:2] == (column, strategy)), "")
-        return DecidingScore(
-            values=values,
-            ranks=rank_rows(values, np.flatnonzero(~np.isnan(values))),
-            influence=influence,
-            name=column if strategy != "bottom" else f"\N{MINUS SIGN}{column}",
-            how=f"by `{column}`" + (f" ({words})" if words else ""),
-            meaning=f"`{column}`{f': {words}' if words else ''}; the rows of the "
-            f"{'largest' if strategy == 'bottom' else 'smallest'} are taken first.",
-        )
+        if column == INFLUENCE or strategy == "random":
+            how = "at random" if strategy == "random" else "by influence"
+            return DecidingScore(influence, rank_rows(influence, rows), influence, how=how)
+        end, sign, minus = ("largest", -1, "\N{MINUS SIGN}") if strategy == "bottom" else ("smallest", 1, "")
+        values = sign * read_scores(scored, column)
+        ranks = rank_rows(values, np.flatnonzero(~np.isnan(values)))
+        words = "".join(f" ({method.words})" for method in METHODS.values() if method[:2] == (column, strategy))
+        meaning = f"The {end} {column} is first in line, and influence chose nothing."
+        name, how = f"{minus}{column}", f"by {column}{words}"
+        return DecidingScore(values, ranks, influence, name=name, how=how, meaning=meaning)
     best, winners = np.full(len(influence), np.nan), np.zeros(len(influence), dtype=np.int64)
     for number, scores in enumerate(set_scores):
         ranks = rank_rows(scores, rows)

@@ -114,8 +114,23 @@ def test_by_the_mean_influence_the_page_is_about_influence(tmp_path: Path) -> No
     assert "20 opponents 20 of positive influence, but kept" in page.words
 
 
+def test_where_another_column_chose_the_page_is_about_that(tmp_path: Path) -> None:
+    scored = make_scored(40).add_column("bm25_rank", [(7 * row) % 40 for row in range(40)])
+    run = write_run(tmp_path / "run", scored, make_results())
+    take_coresets(run, scored, dict(describe_choice("coreset", fraction, strategy="bm25") for fraction in FRACTIONS))
+    page = Page(write_report(run))
+    assert (
+        "The coreset was chosen by bm25_rank (BM25: shared words" in page.words
+        and "How many rows have which bm25_rank" in page.words
+    )
+    assert page.data["rank"] == scored["bm25_rank"][:]
+    assert [row for row, words in enumerate(page.data["taken"]) if words] == [
+        row for row in range(40) if scored["bm25_rank"][row] < 20
+    ]
+
+
 def test_ends_are_of_the_score_that_chose_and_opponents_are_not_kept(run: Path, scored: Dataset) -> None:
-    deciding, best = read_deciding_score(scored, {"strategy": read_strategy(run)}), rank_best(scored)
+    deciding, best = read_deciding_score(scored, read_strategy(run)), rank_best(scored)
     influence, per_query = np.array(scored["influence"][:]), np.array(scored["influence_per_query"][:])
     name, arguments = describe_choice("coreset", 0.25, strategy=read_strategy(run))
     kept = take_coresets(run, scored, {name: arguments})[name].positions

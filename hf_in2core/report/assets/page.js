@@ -112,7 +112,7 @@
 
   const inTurn = data.choice.inTurn;
   const columns = [
-    { name: "rank", title: inTurn ? "Best rank" : "Rank", hint: inTurn ? data.choice.meaning : "0 = strongest proponent", key: (i) => data.rank[i], cell: (i) => showCount(data.rank[i]), number: true },
+    { name: "rank", title: inTurn ? "Best rank" : "Rank", hint: data.choice.score === "influence" ? "0 = strongest proponent" : data.choice.meaning, key: (i) => data.rank[i], cell: (i) => showCount(data.rank[i]), number: true },
     { name: "influence", title: inTurn ? "Mean influence" : "Influence", hint: inTurn ? "on the mean validation loss, which chose nothing" : "negative = proponent", key: (i) => data.influence[i], cell: (i) => showInfluence(data.influence[i]), number: true },
     { name: "tokens", title: "Loss tokens", key: (i) => data.tokens[i], cell: (i) => showCount(data.tokens[i]), number: true },
   ];
@@ -374,7 +374,7 @@
     const taken = data.taken[index];
     if (data.fractions.length) add("in coreset", data.coreset[index] === null ? "no" : `yes, from fraction ${data.coreset[index]}${taken ? `: ${visible(taken.words)}` : ""}`);
     if (inTurn) add("decided by", visible(data.standing[index]));
-    else add("rank", data.rank[index] === null ? "none" : `${showCount(data.rank[index])} (0 = strongest proponent)`);
+    else add("rank", data.rank[index] === null ? "none" : `${showCount(data.rank[index])} (${data.choice.score === "influence" ? "0 = strongest proponent" : visible(data.standing[index])})`);
     add(inTurn ? "mean influence" : "influence", value === null ? kind : `${showInfluence(value)} (${kind})`);
     add("loss tokens", showCount(data.tokens[index]));
     for (const [name, values] of Object.entries(data.sets)) add(name, showInfluence(values[index]));
