@@ -58,7 +58,7 @@ HARMLESS = {
         "allow_overlap",
     ),
     # Results are kept by arm, so that arms can be added.
-    *("fractions", "seeds", "arms", "budgets", "analyses"),
+    *("fractions", "seeds", "arms", "budgets", "analyses", "auto_budget"),
     # Compared by content.
     *("pool", "validation", "test"),
     *("report_to", "run_name", "project", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node"),
