@@ -18,6 +18,7 @@ from hf_in2core.evaluation.arms import (
     list_costs,
     list_differences,
     summarize_arms,
+    tabulate_tournament,
 )
 from hf_in2core.evaluation.formats import get_object
 from hf_in2core.evaluation.leakage import say_judge
@@ -236,6 +237,7 @@ def render_influence_section(
         scorer_folder=Markdown(scorer_folder) if scorer_folder else None,
         influence_columns=Markdown(json.dumps(added)),
         cost=list_costs(results),
+        tournament=tabulate_tournament(results),
     )
 
 

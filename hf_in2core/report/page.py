@@ -29,6 +29,7 @@ from hf_in2core.evaluation.arms import (
     split_by_budget,
     tabulate_auc,
     tabulate_tasks,
+    tabulate_tournament,
 )
 from hf_in2core.evaluation.leakage import list_near_copies, say_judge
 from hf_in2core.names import INFLUENCE, list_added_columns
@@ -116,6 +117,7 @@ def render_page(run: Run) -> str:
         means=explain_means(arms),
         differences=list_differences(run.get("verdict", "by_fraction")),
         tasks=tabulate_tasks(run.results),
+        tournament=tabulate_tournament(run.results),
         auc=tabulate_auc(run.results),
         layers=layers,
         coverage=coverage,

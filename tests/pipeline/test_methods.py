@@ -1,5 +1,6 @@
 """Other ways to choose as arms of a run, as columns of `score`, and as what `select` chooses by; the tournament."""
 
+import html
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from recipe_runs import read_results, run_command, stamp, write_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_in2core import select_coreset
+from hf_in2core.cards.dataset import render_influence_section
+from hf_in2core.evaluation.arms import tabulate_tournament
 from hf_in2core.names import METHODS
+from hf_in2core.report.terminal import print_results
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.rows.sources import load_rows
 from hf_in2core.selection.lengths import compare_lengths
@@ -181,3 +185,17 @@ def test_a_tournament_goes_on_where_it_stopped(held: Path, tmp_path: Path) -> No
     assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
     losses = [read_results(folder)["tournament"]["losses"] for folder in (held, tmp_path)]
     assert losses[0] == losses[1]  # the same seed and rows again
+
+
+def test_terminal_page_and_card_show_the_tournament(held: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = read_results(held)
+    table = tabulate_tournament(results)
+    assert table is not None and {line[0] for line in table.lines} == set(results["tournament"]["losses"])
+    print_results(results)
+    printed = " ".join(capsys.readouterr().out.split())
+    page = " ".join((held / "run" / "report.html").read_text(encoding="utf-8").split())
+    scored = load_from_disk(str(held / "run" / "scored"))
+    card = render_influence_section("ada/pool", features=scored.features, splits={"train": 60}, results=results)
+    for shown in (printed, html.unescape(page), html.unescape(card).replace("\\", "")):
+        assert results["tournament"]["text"] in shown
+        assert all(line[2] in shown for line in table.lines)
