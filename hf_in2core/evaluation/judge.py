@@ -97,7 +97,8 @@ def judge(
         selection (`Mapping[str, Any]`):
             The `selection` of `results.json`: `seconds`, what computing influence took, and `reference_seconds`, what
             training the reference model took, not contained in `seconds` (0 or `None` for a given adapter); and
-            `tournament_seconds`, of the runs and columns of a tournament, where there was one.
+            `tournament_seconds`, of the runs and columns of a tournament, where there was one, and what it found in
+            words, `tournament`.
         fractions (`Sequence[float]`, *optional*):
             Fractions of the run, the headline first. Defaults to those in `arms`, in their order.
         margin (`float`, *optional*, defaults to `0.01`):
@@ -131,7 +132,7 @@ def judge(
     head = by_fraction[0] if by_fraction else _judge_fraction({}, math.nan, "steps", margin, level)
     cost = _compute_cost(runs, selection, head.fraction, by_fraction)
     return Verdict(
-        text=say_verdict(by_fraction, cost, margin),
+        text=" ".join(filter(None, [say_verdict(by_fraction, cost, margin), selection.get("tournament")])),
         headline=say_headline(by_fraction, cost),
         beats_random=head.beats_random,
         matches_full=head.matches_full,

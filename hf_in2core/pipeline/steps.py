@@ -284,7 +284,7 @@ def hold_tournament(job: Job, scored: Dataset, selection: dict[str, Any]) -> dic
     Args:
         job ([`Job`]): The run.
         scored ([`~datasets.Dataset`]): The pool with the columns of the methods.
-        selection (`dict[str, Any]`): The `selection` of `results.json`, which gets `tournament_seconds`.
+        selection (`dict[str, Any]`): The `selection` of `results.json`, which gets `tournament` in words and its seconds.
 
     Returns:
         `dict`: [`~hf_in2core.evaluation.tournament.Tournament`], and the `seconds` and `fraction` of it.
@@ -329,6 +329,7 @@ def hold_tournament(job: Job, scored: Dataset, selection: dict[str, Any]) -> dic
     candidates = list(dict.fromkeys(args.methods[: -len(args.arms)]))
     found = run_tournament(run, candidates, int(args.auto_budget * target_steps), target_steps)
     say(found.text)
+    selection["tournament"] = found.text
     selection["tournament_seconds"] = sum(seconds) + sum(selection["columns"].values())
     return asdict(found) | {"seconds": sum(seconds), "fraction": fraction}
 

@@ -190,6 +190,7 @@ def test_a_tournament_goes_on_where_it_stopped(held: Path, tmp_path: Path) -> No
 def test_terminal_page_and_card_show_the_tournament(held: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = read_results(held)
     table = tabulate_tournament(results)
+    assert results["verdict"]["text"].endswith(results["tournament"]["text"])
     assert table is not None and {line[0] for line in table.lines} == set(results["tournament"]["losses"])
     print_results(results)
     printed = " ".join(capsys.readouterr().out.split())
