@@ -284,7 +284,7 @@ def hold_tournament(job: Job, scored: Dataset, selection: dict[str, Any]) -> dic
     Args:
         job ([`Job`]): The run.
         scored ([`~datasets.Dataset`]): The pool with the columns of the methods.
-        selection (`dict[str, Any]`): The `selection` of `results.json`, which gets `tournament` in words and its seconds.
+        selection (`dict[str, Any]`): That of `results.json`, which gets `tournament` in words and its seconds.
 
     Returns:
         `dict`: [`~hf_in2core.evaluation.tournament.Tournament`], and the `seconds` and `fraction` of it.
