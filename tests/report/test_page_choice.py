@@ -26,6 +26,8 @@ def run(request: Any, tmp_path_factory: pytest.TempPathFactory, model_folder: st
     """A run whose coresets were chosen in turn by its nine validation rows."""
     given = get_scored_run(tmp_path_factory.getbasetemp(), model_folder)
     folder = Path(shutil.copytree(given, tmp_path_factory.mktemp("choice") / "run"))
+    # Other pages of the same run may have recorded what another strategy chooses.
+    (folder / RECORD).unlink(missing_ok=True)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     results["config"]["strategy"] = request.param
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
