@@ -32,6 +32,7 @@ from hf_in2core.commands import score as score_command
 from hf_in2core.commands import train_reference
 from hf_in2core.names import METHODS
 from hf_in2core.pipeline.run_folder import write_json
+from hf_in2core.selection.answers import compare_answers
 from hf_in2core.selection.coreset import select_positions
 
 
@@ -55,7 +56,11 @@ def call(command: Any, folder: Path, name: str, settings: dict[str, Any]) -> Non
 
 
 def rank_pool(folder: Path) -> dict[str, Any]:
-    """Score a pool by every method: the share of useful and of harmful rows in what each chooses."""
+    """
+    Score a pool by every method: the share of useful and of harmful rows in what each chooses.
+
+    And how many equally frequent answers would be as mixed as theirs, and as those of as many random rows.
+    """
     settings = yaml.safe_load((folder / "in2core.yaml").read_text(encoding="utf-8"))
     kept = {name: settings[name] for name in SETTINGS if name in settings}
     reference, scores = folder / "reference", folder / "scores"
@@ -71,8 +76,11 @@ def rank_pool(folder: Path) -> dict[str, Any]:
     found["harmful"] = float(np.mean(kinds == HARMFUL))
     for name, method in METHODS.items():
         options = {"column": method.column, "strategy": method.strategy, "order": "original"}
-        chosen = kinds[select_positions(scored, fraction=settings["fractions"][0], **options)]
-        found["methods"][name] = {kind: float(np.mean(chosen == kind)) for kind in (USEFUL, HARMFUL)}
+        positions = select_positions(scored, fraction=settings["fractions"][0], **options)
+        found["methods"][name] = {kind: float(np.mean(kinds[positions] == kind)) for kind in (USEFUL, HARMFUL)}
+        answers = compare_answers(scored["completion"][:], positions)
+        found["methods"][name] |= {"answers": answers.coreset_kinds, "collapsed": answers.warning is not None}
+        found["answers"] = answers.expected_kinds
     return found
 
 
@@ -120,7 +128,7 @@ def draw_ranked(found: dict[str, Any], path: Path) -> None:
     panel.set_xticks(range(len(METHODS)), METHODS, rotation=35, ha="right")
     panel.set_yticks(range(len(found)), found)
     for (row, column), gain in np.ndenumerate(gains):
-        best = gain == gains[row].max()
+        best = gain == gains[row].max() > 0
         panel.text(column, row, f"{gain:+.2f}", ha="center", va="center", fontsize=8, weight="bold" if best else None)
     panel.set_title(
         "A quarter of each pool: useful less harmful rows, above random rows (bold: the best)", fontsize=10
