@@ -99,6 +99,7 @@ def train_pool(folder: Path, arms: list[str], seeds: list[int], budget: float) -
     seconds = [arm["seconds"] for arm in results["arms"] if arm["arm"] == "full"]
     return {
         "losses": losses,
+        "means": {arm: float(np.mean(list(by_seed.values()))) for arm, by_seed in losses.items()},
         "before": results["base"]["test_loss"],
         "tournament": tournament | {"seconds": cost["tournament_seconds"], "target_seconds": float(np.mean(seconds))},
         "intervals": results["verdict"]["by_fraction"][0]["intervals"],
@@ -138,8 +139,8 @@ def draw_ranked(found: dict[str, Any], path: Path) -> None:
 
 def show_trained(found: dict[str, Any]) -> None:
     for name, pool in found.items():
-        means = {arm: float(np.mean(list(losses.values()))) for arm, losses in pool["losses"].items()}
-        shown = ", ".join(f"{arm} {mean:.3f}" for arm, mean in sorted(means.items(), key=lambda pair: pair[1]))
+        by_loss = sorted(pool["means"].items(), key=lambda pair: pair[1])
+        shown = ", ".join(f"{arm} {mean:.3f}" for arm, mean in by_loss)
         tournament = pool["tournament"]
         print(f"{name}: auto {tournament['outcome']} ({tournament['winner']}); {shown}")
 

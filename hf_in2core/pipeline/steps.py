@@ -16,7 +16,7 @@ from hf_in2core.engine.sharding import save_adapter
 from hf_in2core.evaluation.arms import describe_data
 from hf_in2core.evaluation.tournament import run_tournament
 from hf_in2core.influence.plan import plan_influence
-from hf_in2core.names import POOL, describe_set, has_named_sets, name_coreset
+from hf_in2core.names import COSTS, POOL, describe_set, has_named_sets, name_coreset
 from hf_in2core.rows.hashes import hash_rows, hash_value
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.selection.answers import compare_answers
@@ -327,7 +327,8 @@ def hold_tournament(job: Job, scored: Dataset, selection: dict[str, Any]) -> dic
         return math.nan if result["test_loss"] is None else result["test_loss"]
 
     candidates = list(dict.fromkeys(args.methods[: -len(args.arms)]))
-    found = run_tournament(run, candidates, int(args.auto_budget * target_steps), target_steps)
+    costs = {name: COSTS.index(name) for name in candidates}
+    found = run_tournament(run, candidates, int(args.auto_budget * target_steps), target_steps, costs)
     say(found.text)
     selection["tournament"] = found.text
     selection["tournament_seconds"] = sum(seconds) + sum(selection["columns"].values())
