@@ -29,8 +29,8 @@ def main() -> None:
         options.pop("output_dir"), pool, make_prompt_completion(2, seed=1), torch.float32, model=model, **options
     )
     if free_mib:
-        # NumPy's BLAS claims its buffers at its first product, and ends the process where it cannot. On some processors a
-        # small product needs none.
+        # NumPy's BLAS claims its buffers at its first product, and ends the process where it cannot; some
+        # processors' small products need none.
         np.ones((512, 512)) @ np.ones((512, 512))
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         limit = used + (free_mib << 20)
