@@ -3,7 +3,7 @@
     python benchmarks/pools/compare.py --rank [--pools unlike …] [--seed 0]
     python benchmarks/pools/compare.py --train [--pools unlike …] [--pool_seeds 0 1] [--arms bm25 rds cosine]
 
-`--rank` scores each pool by every method and prints, of a quarter chosen by it, the share of useful and of harmful
+`--rank` scores each pool by every method and prints, of the rows chosen by it, the share of useful and harmful
 rows: `pools_ranked.json`. `--train` runs `in2core run --strategy auto` on it, with some methods as arms beside the
 choice: `pools_trained.json`. What the records say of other pools stays; the same command resumes.
 """
@@ -132,7 +132,7 @@ def draw_ranked(found: dict[str, Any], path: Path) -> None:
         best = gain == gains[row].max() > 0
         panel.text(column, row, f"{gain:+.2f}", ha="center", va="center", fontsize=8, weight="bold" if best else None)
     panel.set_title(
-        "A quarter of each pool: useful less harmful rows, above random rows (bold: the best)", fontsize=10
+        "Useful less harmful rows in what each method keeps, above random rows (bold: the best)", fontsize=10
     )
     figure.savefig(path, dpi=120)
 
