@@ -1,6 +1,6 @@
 """Every selector on every pool: how it ranks the useful and the harmful rows, and which of them a run takes by itself.
 
-    python benchmarks/pools/compare.py --rank [--pools unlike …] [--seed 0]
+    python benchmarks/pools/compare.py --rank [--pools unlike …] [--pool_seeds 0]
     python benchmarks/pools/compare.py --train [--pools unlike …] [--pool_seeds 0 1] [--arms bm25 rds cosine]
 
 `--rank` scores each pool by every method and prints, of the rows chosen by it, the share of useful and harmful
