@@ -61,6 +61,13 @@ def compute_datainf(
     return influence
 
 
+def compute_whole_dots(train: list[dict], validation: list[dict], estimator: str) -> torch.Tensor:
+    """Influence by `"gradient_dot"` or `"gradient_cosine"` of whole gradients, all tensors as one vector, `[n]`."""
+    g, v = (torch.stack([torch.cat(list(row.values())) for row in rows]) for rows in (train, validation))
+    v = v.mean(0)
+    return -g @ v if estimator == "gradient_dot" else -torch.cosine_similarity(g, v[None])
+
+
 def compute_dense_ihvp(g: torch.Tensor, v: torch.Tensor, damping: float) -> torch.Tensor:
     """`mean_i (damping I + g_i g_i^T)^-1 v` by dense linear algebra; `g` is `[n, d]`, `v` is `[d]`."""
     identity = torch.eye(g.shape[1], dtype=g.dtype)

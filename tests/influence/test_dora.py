@@ -8,7 +8,7 @@ import torch
 from families import FAMILIES
 from families import make_config as make_family
 from helpers import add_trained_adapter, assert_same, make_prompt_completion, make_trainer, prepare
-from naive import compute_datainf, compute_gradients
+from naive import compute_datainf, compute_gradients, compute_whole_dots
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -64,11 +64,7 @@ def test_dora_equals_the_loop(tmp_path, validation, family, options) -> None:
 def test_dot_and_cosine_equal_the_loop(tmp_path, validation, estimator) -> None:
     rows = make_prompt_completion(9, seed=2)
     trainer = make_trainer(tmp_path, rows, validation, model=make_dora("qwen2"), estimator=estimator)
-    train, held_out = (
-        torch.stack([torch.cat(list(row.values())) for row in part]) for part in compute_all(trainer, rows, validation)
-    )
-    v = held_out.mean(0)
-    expected = -train @ v if estimator == "gradient_dot" else -torch.cosine_similarity(train, v[None])
+    expected = compute_whole_dots(*compute_all(trainer, rows, validation), estimator)
     assert_same(trainer.score_influence()["influence"], expected, 1e-9)
 
 

@@ -22,7 +22,7 @@ from helpers import (
     make_trainer,
     prepare,
 )
-from naive import compute_datainf, compute_gradients
+from naive import compute_datainf, compute_gradients, compute_whole_dots
 from peft import LoraConfig, PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -134,11 +134,7 @@ def test_dot_and_cosine_equal_the_loop(tmp_path, validation, family, trained, es
         estimator=estimator,
         tokens_per_batch=100,
     )
-    train, held_out = (
-        torch.stack([torch.cat(list(row.values())) for row in part]) for part in compute_all(trainer, rows, validation)
-    )
-    v = held_out.mean(0)
-    expected = -train @ v if estimator == "gradient_dot" else -torch.cosine_similarity(train, v[None])
+    expected = compute_whole_dots(*compute_all(trainer, rows, validation), estimator)
     assert_same(trainer.score_influence()["influence"], expected, 1e-9)
 
 
