@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from hf_in2core.names import METHODS
 
@@ -49,6 +49,44 @@ class Tournament:
     intervals: dict[str, dict[str, Any]]
 
 
+class TournamentPlan(NamedTuple):
+    """Candidates that take part and those that do not, optimiser steps of each run, and how many runs there are."""
+
+    chosen: list[str]
+    left_out: list[str]
+    steps: int
+    num_runs: int
+
+    def count_finalists(self) -> int:
+        """How many candidates run with all seeds."""
+        return (self.num_runs - len(CONTROLS) - len(self.chosen)) // (NUM_SEEDS - 1) - 1
+
+
+def plan_tournament(candidates: Sequence[str], budget_steps: int, max_steps: int) -> TournamentPlan:
+    """
+    Divide a budget of steps between the runs of a tournament; arguments and error as of [`run_tournament`].
+
+    Returns:
+        [`TournamentPlan`]
+    """
+    shortest = min(MIN_STEPS, max_steps)
+    finalists = NUM_FINALISTS
+    room = budget_steps // max(shortest, 1) - (NUM_SEEDS - 1) * (finalists + 1) - len(CONTROLS)
+    if room < NUM_FINALISTS:
+        finalists = 1
+        room = budget_steps // max(shortest, 1) - (NUM_SEEDS - 1) * (finalists + 1) - len(CONTROLS)
+    if room < 1 or not candidates:
+        raise ValueError(
+            f"A tournament of {len(candidates)} candidates with {budget_steps} steps in all is too little: one "
+            f"candidate beside the controls takes {(2 * NUM_SEEDS + 1) * shortest} (7 runs of {shortest} steps). Give "
+            "a larger budget (--auto_budget), or name a --strategy."
+        )
+    chosen = list(candidates[:room])
+    num_runs = len(CONTROLS) + len(chosen) + (NUM_SEEDS - 1) * (min(finalists, len(chosen)) + 1)
+    steps = min(max(budget_steps // num_runs, shortest), max_steps)
+    return TournamentPlan(chosen, list(candidates[room:]), steps, num_runs)
+
+
 def run_tournament(
     run: Callable[[str, int, int], float],
     candidates: Sequence[str],
@@ -91,23 +129,9 @@ def run_tournament(
             have 20 steps.
     """
     costs = {name: position for position, name in enumerate(candidates)} if costs is None else costs
-    shortest = min(MIN_STEPS, max_steps)
-    extra = (NUM_SEEDS - 1) * (NUM_FINALISTS + 1)
-    room = budget_steps // shortest - extra - len(CONTROLS)
-    finalists_at_most = NUM_FINALISTS
-    if room < NUM_FINALISTS:
-        finalists_at_most, room = 1, budget_steps // shortest - 2 * (NUM_SEEDS - 1) - len(CONTROLS)
-    if room < 1 or not candidates:
-        raise ValueError(
-            f"A tournament of {len(candidates)} candidates with {budget_steps} steps in all is too little: one "
-            f"candidate beside the controls takes {(2 * NUM_SEEDS + 1) * shortest} (7 runs of {shortest} steps). Give "
-            "a larger budget (--auto_budget), or name a --strategy."
-        )
-    chosen, left_out = list(candidates[:room]), list(candidates[room:])
-    names = [*CONTROLS, *chosen]
-    finalists_at_most = min(finalists_at_most, len(chosen))
-    num_runs = len(names) + (NUM_SEEDS - 1) * (finalists_at_most + 1)
-    steps = min(max(budget_steps // num_runs, shortest), max_steps)
+    plan = plan_tournament(candidates, budget_steps, max_steps)
+    chosen, left_out, steps, num_runs = plan
+    names, finalists_at_most = [*CONTROLS, *chosen], plan.count_finalists()
 
     losses: dict[str, dict[int, float]] = {name: {} for name in names}
 

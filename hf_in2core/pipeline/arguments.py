@@ -166,8 +166,12 @@ class In2CoreArguments(DataArguments):
     @property
     def methods(self) -> list[str]:
         """The strategy, or the candidates of `auto`, and the arms: all ways to choose rows that the run needs."""
-        candidates = [name for name in CANDIDATES if name != "bm25" or find_spec("bm25s") is not None]
-        return [*(candidates if self.strategy == AUTO else [self.strategy]), *self.arms]
+        return [*(self.candidates if self.strategy == AUTO else [self.strategy]), *self.arms]
+
+    @property
+    def candidates(self) -> list[str]:
+        """The methods that compete under `auto`: BM25 where its library is installed."""
+        return [name for name in CANDIDATES if name != "bm25" or find_spec("bm25s") is not None]
 
 
 def require(arguments: Any, *names: str) -> None:

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import dataclass, field
 from datetime import datetime
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from trl import ModelConfig, SFTConfig
 
 from hf_in2core import InfluenceConfig
 from hf_in2core.cards.publish import check_published_columns
+from hf_in2core.evaluation.tournament import plan_tournament
 from hf_in2core.hub.commits import PushCheck, check_can_push
 from hf_in2core.influence.checks import check_launcher
 from hf_in2core.names import AUTO, POOL, describe_set, name_coreset
@@ -147,6 +149,8 @@ def check(settings: Settings) -> Job:
         inputs = load_inputs(args, validation_sources, *models)
         if args.strategy == AUTO:
             hold_back(inputs, reference_args.seed)
+    if args.strategy == AUTO:
+        check_tournament(args, target_args, len(inputs.pool))
     needed, columns = [args.task_column, args.wrong_column], list_columns(args.methods)
     check_pool_columns(inputs.pool, inputs.validation, needed, needs_queries(args.methods), columns)
     if found is not None:
@@ -189,6 +193,23 @@ def check(settings: Settings) -> Job:
     if not args.dry_run:
         claim_folder(job)
     return job
+
+
+def check_tournament(args: In2CoreArguments, target_args: InfluenceConfig, num_rows: int) -> None:
+    """
+    Check that the budget of `--strategy auto` has runs for a candidate; with packing the steps are not known yet.
+
+    Raises:
+        ValueError: if it has not.
+    """
+    if target_args.packing and target_args.max_steps <= 0:
+        return
+    batch = target_args.per_device_train_batch_size * PartialState().num_processes
+    largest = 1.0 if "full" in args.arms else max(args.fractions)
+    batches = -(-round(largest * num_rows) // batch)
+    per_epoch = -(-batches // target_args.gradient_accumulation_steps)
+    steps = target_args.max_steps if target_args.max_steps > 0 else ceil(target_args.num_train_epochs * per_epoch)
+    plan_tournament(args.candidates, int(args.auto_budget * steps), steps)
 
 
 def check_hub(args: In2CoreArguments, private: bool | None) -> PushCheck | None:

@@ -326,9 +326,8 @@ def hold_tournament(job: Job, scored: Dataset, selection: dict[str, Any]) -> dic
         say(f"Tournament: {name}, seed {seed}, {steps} steps: held-back loss {show(result['test_loss'])}.")
         return math.nan if result["test_loss"] is None else result["test_loss"]
 
-    candidates = list(dict.fromkeys(args.methods[: -len(args.arms)]))
-    costs = {name: COSTS.index(name) for name in candidates}
-    found = run_tournament(run, candidates, int(args.auto_budget * target_steps), target_steps, costs)
+    costs = {name: COSTS.index(name) for name in args.candidates}
+    found = run_tournament(run, args.candidates, int(args.auto_budget * target_steps), target_steps, costs)
     say(found.text)
     selection["tournament"] = found.text
     selection["tournament_seconds"] = sum(seconds) + sum(selection["columns"].values())

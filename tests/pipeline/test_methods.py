@@ -200,3 +200,11 @@ def test_terminal_page_and_card_show_the_tournament(held: Path, capsys: pytest.C
     for shown in (printed, html.unescape(page), html.unescape(card).replace("\\", "")):
         assert results["tournament"]["text"] in shown
         assert all(line[2] in shown for line in table.lines)
+
+
+def test_a_budget_without_runs_is_refused_before_any_work(finished: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
+    config |= {"output_dir": str(tmp_path / "run"), "strategy": "auto"}  # 60 rows in batches of 8 are 8 steps
+    with pytest.raises(ValueError, match=r"with 16 steps in all is too little.*takes 56 \(7 runs of 8 steps\)"):
+        run_command("run", "--config", write_config(tmp_path, config))
+    assert not (tmp_path / "run").exists()
