@@ -42,6 +42,7 @@ def test_a_perfect_prediction_reaches_the_ceiling_that_noise_leaves() -> None:
     assert compute_lds(-influence, members, noisy)["lds"] == pytest.approx(-result["lds"])
 
 
+@pytest.mark.slow
 def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     generator = np.random.default_rng(2)
     hits = 0

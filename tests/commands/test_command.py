@@ -115,6 +115,7 @@ def test_several_processes_on_a_cpu_join(monkeypatch: pytest.MonkeyPatch) -> Non
     assert os.environ["ACCELERATE_USE_CPU"] == "true" and os.environ["IN2CORE_PROCESSES"] == "2"
 
 
+@pytest.mark.slow
 def test_a_launch_that_would_run_one_process_is_refused(tmp_path: Path) -> None:
     flags = ["--model_name_or_path", "m", "--pool", "p.jsonl", "--output_dir", "out"]
     launching = ["--accelerate_config", "cpu", "--num_processes", "2"]

@@ -26,6 +26,7 @@ def to_floats(values: list[str]) -> list[float]:
     return [float.fromhex(value) for value in values]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path) -> None:
     # 19 rows over two processes and chunks of 4: uneven shards, uneven chunks.
     one = launch_worker(WORKER.name, tmp_path, "one", 1, num_rows=19, chunk_size=4)[0]

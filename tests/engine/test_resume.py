@@ -1,8 +1,10 @@
 """Kill -9 at any moment: the same call goes on, repeats no chunk that is on the disk, and ends with the same bits."""
 
 import random
+import shutil
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +37,18 @@ from hf_in2core.engine.validation import run_validation_pass
 
 # tqdm's own lock is shared with forked processes, and one that is killed while it holds it would stop all later ones.
 tqdm.set_lock(threading.RLock())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, list[float]]:
+    """The folder of a finished run, to be copied, and its scores."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, build(folder).score_influence()["influence"]
+
+
+@pytest.fixture
+def finished_run(finished, tmp_path) -> tuple[Path, list[float]]:
+    return Path(shutil.copytree(finished[0], tmp_path / "run")), finished[1]
 
 
 @pytest.mark.parametrize(
@@ -98,14 +112,14 @@ def test_two_killed_processes_end_with_the_same_bits(tmp_path) -> None:
             assert (killed / f"{rank}.json").read_bytes() == (whole / "0.json").read_bytes()
 
 
-def test_finished_chunks_are_not_repeated(tmp_path, monkeypatch) -> None:
-    build(tmp_path).score_influence()
+def test_finished_chunks_are_not_repeated(finished_run, monkeypatch) -> None:
+    folder, _ = finished_run
     counted = count_batches(monkeypatch)
-    build(tmp_path).score_influence()
+    build(folder).score_influence()
     assert counted == []
-    removed = sorted(tmp_path.rglob("scores-*.safetensors"))[4]
+    removed = sorted(folder.rglob("scores-*.safetensors"))[4]
     removed.unlink()
-    build(tmp_path).score_influence()
+    build(folder).score_influence()
     assert counted == [3]  # the one chunk that was missing
 
 
@@ -129,9 +143,10 @@ def test_interrupted_by_the_user_it_resumes(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "empty"])
-def test_damaged_state_is_named_and_not_used(tmp_path, caplog, damage) -> None:
-    expected = build(tmp_path).score_influence()["influence"]
-    for path in (*sorted(tmp_path.rglob("scores-*.safetensors"))[:2], next(tmp_path.rglob("fitted.safetensors"))):
+def test_damaged_state_is_named_and_not_used(finished_run, caplog, damage) -> None:
+    folder, expected = finished_run
+    paths = [*sorted(folder.rglob("scores-*.safetensors"))[:2], next(folder.rglob("fitted.safetensors"))]
+    for path in paths:
         if damage == "truncated":
             path.write_bytes(path.read_bytes()[:-7])
         elif damage == "empty":
@@ -139,19 +154,19 @@ def test_damaged_state_is_named_and_not_used(tmp_path, caplog, damage) -> None:
         else:
             tensors = {name: tensor + 1 for name, tensor in load_file(path).items()}
             save_file(tensors, path, metadata={"fingerprint": "another", "start": "0", "end": "3"})
-        caplog.clear()
-        assert build(tmp_path).score_influence()["influence"] == expected
+    assert build(folder).score_influence()["influence"] == expected
+    for path in paths:
         assert path.name in caplog.text
 
 
 @pytest.mark.parametrize("name", ["validation-*", "fit-*"])
-def test_damaged_sums_are_named_and_not_used(tmp_path, caplog, name) -> None:
-    expected = build(tmp_path).score_influence()["influence"]
-    for path in [*tmp_path.rglob("fitted.safetensors"), *tmp_path.rglob("scores-*.safetensors")]:
+def test_damaged_sums_are_named_and_not_used(finished_run, caplog, name) -> None:
+    folder, expected = finished_run
+    for path in [*folder.rglob("fitted.safetensors"), *folder.rglob("scores-*.safetensors")]:
         path.unlink()
-    (path,) = tmp_path.rglob(name)
+    (path,) = folder.rglob(name)
     path.write_bytes(path.read_bytes()[:-7])
-    assert build(tmp_path).score_influence()["influence"] == expected
+    assert build(folder).score_influence()["influence"] == expected
     assert path.name in caplog.text
 
 
@@ -187,25 +202,23 @@ def test_a_changed_template_never_reuses_scores(tmp_path) -> None:
         {"fit_examples": 20},
     ],
 )
-def test_changed_settings_never_reuse_scores(tmp_path, change) -> None:
-    build(tmp_path).score_influence()
+def test_changed_settings_never_reuse_scores(finished_run, tmp_path, change) -> None:
+    folder, _ = finished_run
     fresh = build(tmp_path / "fresh", **change).score_influence()
-    reused = build(tmp_path, **change).score_influence()
+    reused = build(folder, **change).score_influence()
     assert reused["influence"] == fresh["influence"]
 
 
-def test_changed_adapter_or_rows_never_reuse_scores(tmp_path) -> None:
-    first = build(tmp_path)
-    before = first.score_influence()
+def test_changed_adapter_or_rows_never_reuse_scores(finished_run) -> None:
+    folder, before = finished_run
+    first = build(folder)
     with torch.no_grad():
         for name, parameter in first.model.named_parameters():
             if "lora_A" in name:
                 parameter.mul_(1.3)
-    assert first.score_influence()["influence"] != before["influence"]
+    assert first.score_influence()["influence"] != before
     pool = make_prompt_completion(40, seed=0).map(
         lambda row, i: {"completion": " cat"} if i == 7 else row, with_indices=True
     )
-    changed = make_trainer(
-        tmp_path, pool, make_prompt_completion(5, seed=1), torch.float32, **OPTIONS
-    ).score_influence()
-    assert changed["influence"] != before["influence"]
+    changed = make_trainer(folder, pool, make_prompt_completion(5, seed=1), torch.float32, **OPTIONS).score_influence()
+    assert changed["influence"] != before

@@ -98,6 +98,7 @@ print(*[metric.compute()["loss"] for metric in metrics])
 """
 
 
+@pytest.mark.slow
 def test_processes_do_not_share_a_cache(tmp_path: Any) -> None:
     """Offline, with a fresh HOME, at the same time: each process sees its own rows, and no lock or file is left."""
     environment = {

@@ -291,6 +291,7 @@ def test_only_the_first_process_of_a_launch_publishes(hub, client) -> None:
 # The recipe
 
 
+@pytest.mark.slow
 def test_the_recipe_publishes_a_run_folder_once(hub, tmp_path) -> None:
     run = tmp_path / "run"
     generator = np.random.default_rng(0)

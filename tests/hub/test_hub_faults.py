@@ -140,7 +140,8 @@ def test_a_silence_at_any_request_does_not_stop_a_publication(hub, client) -> No
     assert tallies["silent"].complete >= 25 and not tallies["silent"].untouched
 
 
-@pytest.mark.parametrize("kinds", [["info", "commit"], pytest.param(["upload"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", [["info", "commit"], ["upload"]])
 def test_a_hub_that_stays_silent_ends_in_an_error_and_a_rerun_goes_on(hub, client, kinds) -> None:
     cases = Cases(hub)
     silences = {kind: Fault("silent", kind, times=1000) for kind in kinds}

@@ -132,6 +132,7 @@ def test_the_scorers_card_explains_it_and_its_snippet_runs(hub, published, elsew
     assert not [path for path in repo.files() if path.endswith("README.md") and path != "README.md"]
 
 
+@pytest.mark.slow
 def test_a_scorer_pushed_again_from_another_process_makes_no_commit(hub, published, tmp_path) -> None:
     before = len(hub.requests(kind="commit"))
     with HubClient(hub, tmp_path, TOKEN, HF_HUB_OFFLINE="0", PYTHONHASHSEED="7", **QUIET) as client:

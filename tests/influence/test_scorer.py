@@ -89,6 +89,7 @@ def test_a_rerun_of_the_same_map_comes_from_the_cache(trainer, tmp_path, pool, m
     assert rows.map(trainer.fit_influence(), batched=True)["influence"] == first["influence"]
 
 
+@pytest.mark.slow
 def test_other_processes_are_refused_with_the_remedy(trainer, pool) -> None:
     import pickle
 

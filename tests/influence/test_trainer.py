@@ -43,7 +43,7 @@ def test_influence_equals_a_batch_size_1_loop(tmp_path, pool, validation, dtype,
     assert scored["influence_rank"] == np.argsort(np.argsort(scored["influence"], kind="stable")).tolist()
 
 
-@pytest.mark.parametrize("num_rows", [33, 120])
+@pytest.mark.parametrize("num_rows", [33, pytest.param(120, marks=pytest.mark.slow)])
 def test_one_pass_is_exact_to_a_millionth(tmp_path, validation, monkeypatch, num_rows) -> None:
     """Corrected to first order, the pilot's damping leaves less than an independent loop can tell in float32."""
     monkeypatch.setattr("hf_in2core.engine.fit.MAX_INNER_DAMPING_ERROR", {torch.float64: 1.0})

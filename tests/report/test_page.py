@@ -374,7 +374,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert done.returncode == 1 and "is not a folder" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.slow), 11])
+@pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.slow), 41])
 def test_results_of_any_shape_give_a_page_or_a_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: int
 ) -> None:
