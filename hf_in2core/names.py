@@ -48,7 +48,7 @@ METHODS = {
     "fused": Method("fused_rank", "top", "the ranks of cosine and rds fused"),
 }
 # Those of `--strategy auto`, the cheapest and most different first: what the budget has no runs for is left out.
-CANDIDATES = ("cosine", "bm25", "rds_clean", "cosine_clean", "rds", "turns", "fused", "loss", "mean")
+CANDIDATES = ("cosine", "bm25", "cosine_clean", "rds", "rds_clean", "turns", "fused", "loss", "mean")
 # From what costs least to what costs most: words, hidden states, losses of a reference, its gradients.
 COSTS = ("bm25", "rds", "loss", "ifd", "rds_clean", "mean", "turns", "cosine", "cosine_clean", "fused")
 AUTO = "auto"

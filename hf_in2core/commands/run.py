@@ -41,7 +41,6 @@ def main(settings: Settings) -> None:
         compute_reference_losses,
         evaluate_base,
         find_answers,
-        hold_tournament,
         plan_run,
         publish,
         score_pool,
@@ -49,6 +48,7 @@ def main(settings: Settings) -> None:
         train_arm,
         train_reference,
     )
+    from hf_in2core.pipeline.tournament import hold_tournament
     from hf_in2core.rows.scored import read_scores
     from hf_in2core.selection.turns import read_deciding_score
 
@@ -67,7 +67,7 @@ def main(settings: Settings) -> None:
     adapter, reference = train_reference(job)
     selection = score_pool(job, adapter, reference)
     scored, selection["columns"] = add_method_columns(job, adapter)
-    tournament = hold_tournament(job, scored, selection) if args.strategy == AUTO else None
+    tournament = hold_tournament(job, adapter, reference, scored, selection) if args.strategy == AUTO else None
     coresets = choose_coresets(args, job.folder, scored, tournament["winner"] if tournament else args.strategy)
     headline = find_headline(args.fractions, coresets)
     named = [name for name in scored.column_names if name in ("id", args.task_column, args.wrong_column)]

@@ -15,6 +15,8 @@ from .intervals import compare_arms
 MIN_STEPS = 20
 NUM_SEEDS = 3
 NUM_FINALISTS = 2
+# Where the budget has fewer first runs than this beside two finalists, one finalist leaves room for more candidates.
+FEW_CANDIDATES = 4
 CONTROLS = ("random", "full")
 # Whether rows are better is a question of one side: 5 % of this interval lie above it.
 LEVEL = 0.9
@@ -72,7 +74,7 @@ def plan_tournament(candidates: Sequence[str], budget_steps: int, max_steps: int
     shortest = min(MIN_STEPS, max_steps)
     finalists = NUM_FINALISTS
     room = budget_steps // max(shortest, 1) - (NUM_SEEDS - 1) * (finalists + 1) - len(CONTROLS)
-    if room < NUM_FINALISTS:
+    if room < min(FEW_CANDIDATES, len(candidates)):
         finalists = 1
         room = budget_steps // max(shortest, 1) - (NUM_SEEDS - 1) * (finalists + 1) - len(CONTROLS)
     if room < 1 or not candidates:
@@ -95,13 +97,15 @@ def run_tournament(
     costs: Mapping[str, float] | None = None,
 ) -> Tournament:
     r"""
-    Let candidates compete by successive halving: one seed for all, two more for the best two and for random rows.
+    Let candidates compete by successive halving: one seed for all, two more for the best and for random rows.
 
-    All runs are equally long, and the same seed gives the same adapter and order to each, so that differences are
-    paired. Random rows and the whole pool are always among them. The best mean over the seeds wins if its whole 90 %
-    interval against random rows is below 0 (one-sided, 5 %); of two finalists that are not told apart the cheaper one
-    does. The seed that chose the finalists counts among theirs: where all rows are alike, about one tournament in
-    eight still has a winner, which then is as good as random rows.
+    The best two go on where the budget has first runs for four candidates beside that, and otherwise the best one.
+
+    All runs are equally long, and the same seed gives the same order to each, so that differences are paired. Random
+    rows and the whole pool are always among them. The best mean over the seeds wins if its whole 90 % interval against
+    random rows is below 0 (one-sided, 5 %); of two finalists that are not told apart the cheaper one does. The seed
+    that chose the finalists counts among theirs: where all rows are alike, about one tournament in eight still has a
+    winner, which then is as good as random rows.
 
     ```python
     >>> tournament = run_tournament(train_and_judge, ["bm25", "cosine", "rds"], budget_steps=300, max_steps=150)

@@ -1,6 +1,5 @@
 """The steps of `in2core run`: each returns at once what an earlier run of the same settings has finished."""
 
-import math
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,20 +7,18 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets, load_from_disk
+from datasets import Dataset, load_from_disk
 from trl import SFTConfig
 
 from hf_in2core import InfluenceConfig, push_influence_dataset
 from hf_in2core.engine.sharding import save_adapter
 from hf_in2core.evaluation.arms import describe_data
-from hf_in2core.evaluation.tournament import run_tournament
 from hf_in2core.influence.plan import plan_influence
-from hf_in2core.names import COSTS, POOL, describe_set, has_named_sets, name_coreset
-from hf_in2core.rows.hashes import hash_rows, hash_value
+from hf_in2core.names import POOL, describe_set, has_named_sets, name_coreset
+from hf_in2core.rows.hashes import hash_value
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.selection.answers import compare_answers
-from hf_in2core.selection.coreset import select_positions
-from hf_in2core.selection.record import Coreset, describe_choice
+from hf_in2core.selection.record import Coreset
 
 from .arguments import describe_command
 from .comparison import Arm, find_equal_run, plan_arms
@@ -275,63 +272,6 @@ def train_arm(job: Job, arm: Arm, positions: list[int], steps: int) -> dict[str,
         remove_checkpoints(checkpoints)
     del result["identity"]
     return result | {"budget": arm.budget} | tasks_of(folder)
-
-
-def hold_tournament(job: Job, scored: Dataset, selection: dict[str, Any]) -> dict[str, Any]:
-    """
-    Let the methods compete on the reference model, judged on the held-back validation rows; finished runs are kept.
-
-    Args:
-        job ([`Job`]): The run.
-        scored ([`~datasets.Dataset`]): The pool with the columns of the methods.
-        selection (`dict[str, Any]`): That of `results.json`, which gets `tournament` in words and its seconds.
-
-    Returns:
-        `dict`: [`~hf_in2core.evaluation.tournament.Tournament`], and the `seconds` and `fraction` of it.
-    """
-    args = job.args
-    fraction = next((fraction for fraction in args.fractions if fraction < 1), 1.0)
-    largest = 1.0 if "full" in args.arms else max(args.fractions)
-    draw = select_positions(scored, fraction=largest, strategy="random", order="original").tolist()
-    target_steps = evaluate_base(job, draw)["steps"]
-    reference_args = job.settings.make(InfluenceConfig, reference=True)
-    preparation = Preparation.from_args(reference_args, job.reference_tokenizer, job.inputs.pool)
-    held_back = concatenate_datasets([prepare_rows(rows, preparation) for rows in job.inputs.held_back.values()])
-    seconds: list[float] = []
-
-    def run(name: str, seed: int, steps: int) -> float:
-        _, arguments = describe_choice(name, 1.0 if name == "full" else fraction, seed)
-        positions = select_positions(scored, **arguments, order="original").tolist()
-        folder = job.folder / "tournament" / f"{name}-seed{seed}"
-        budget: dict[str, Any] = {"max_steps": steps, "seed": seed}
-        inputs = [job.identities[set_name] for set_name in ("reference model", POOL)]
-        identity = job.identify(
-            True, SFTConfig, inputs, hash_rows(held_back), PartialState().num_processes, positions, budget
-        )
-        result = agree(lambda: read_result(folder / "result.json", identity))
-        if result is None:
-            checkpoints = job.folder / "checkpoints" / folder.name
-            training_args = job.settings.make(InfluenceConfig, reference=True, output_dir=str(checkpoints), **budget)
-            with quiet_loading(repeated=True):
-                tokens = job.tokenize_pool(training_args, job.reference_tokenizer).select(positions)
-                trainer = make_trainer(job.reference_model, training_args, tokens, job.reference_tokenizer)
-            trained = train(trainer, f"Tournament: {name}, seed {seed}")
-            result = trained | evaluate_model(trainer.model, held_back, training_args) | {"identity": identity}
-            with written_folder(folder) as temporary:
-                if PartialState().is_main_process:
-                    write_json(temporary / "result.json", result)
-            release(trainer)
-            remove_checkpoints(checkpoints)
-        seconds.append(result["seconds"])
-        say(f"Tournament: {name}, seed {seed}, {steps} steps: held-back loss {show(result['test_loss'])}.")
-        return math.nan if result["test_loss"] is None else result["test_loss"]
-
-    costs = {name: COSTS.index(name) for name in args.candidates}
-    found = run_tournament(run, args.candidates, int(args.auto_budget * target_steps), target_steps, costs)
-    say(found.text)
-    selection["tournament"] = found.text
-    selection["tournament_seconds"] = sum(seconds) + sum(selection["columns"].values())
-    return asdict(found) | {"seconds": sum(seconds), "fraction": fraction}
 
 
 def tasks_of(folder: Path) -> dict[str, Any]:

@@ -107,14 +107,19 @@ def make_trainer(
     training_args: InfluenceConfig,
     tokens: Dataset,
     tokenizer: PreTrainedTokenizerBase,
+    adapter: str | None = None,
 ) -> Any:
-    """A TRL SFTTrainer for a fresh adapter, seeded by `training_args.seed`, on rows from [`tokenize`]."""
+    """A TRL SFTTrainer on rows from [`tokenize`], for a trained adapter or a fresh one, seeded by `training_args`."""
     args = copy(training_args)
-    args.model_init_kwargs = make_model_kwargs(model_args, training_args)
     # The labels say so already, and TRL would look for conversations.
     args.assistant_only_loss = False
     # TRL 1.14 draws the adapter without a seed of its own.
     set_seed(args.seed)
+    if adapter is not None:
+        args.model_init_kwargs = None
+        model = load_model(model_args, training_args, adapter)
+        return SFTTrainer(model=model, args=args, train_dataset=tokens, processing_class=tokenizer)
+    args.model_init_kwargs = make_model_kwargs(model_args, training_args)
     return SFTTrainer(
         model=model_args.model_name_or_path or "",
         args=args,

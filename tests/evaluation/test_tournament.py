@@ -84,8 +84,11 @@ def test_worse_than_random_rows_is_said() -> None:
 def test_a_small_budget_leaves_candidates_out_and_says_which() -> None:
     means = dict.fromkeys(["random", "full", *CANDIDATES], 2.0)
     found = run_tournament(make_run(means, 0.1), CANDIDATES, 200, 100)
-    assert found.left_out == CANDIDATES[2:] and "No runs were left for rds, turns, loss" in found.text
+    # One finalist leaves room for a fourth candidate, where two would leave room for two.
+    assert found.left_out == CANDIDATES[4:] and "No runs were left for loss" in found.text
     assert found.steps * found.num_runs <= 200
+    found = run_tournament(make_run(means, 0.1), CANDIDATES, 160, 100)
+    assert found.left_out == CANDIDATES[2:] and "No runs were left for rds, turns, loss" in found.text
     found = run_tournament(make_run(means, 0.1), CANDIDATES, 140, 100)
     assert found.left_out == CANDIDATES[1:] and found.num_runs == 7
     with pytest.raises(ValueError, match=r"takes 140 .*--auto_budget"):
