@@ -105,7 +105,7 @@ def build_results(
     complete = len(arms) == num_planned
     verdict = {"text": f"The comparison is not finished: {len(arms)} of {num_planned} arms are trained."}
     if complete:
-        verdict = asdict(judge(arms, selection, fractions=fractions))
+        verdict = asdict(judge(arms, selection, fractions=fractions, base_loss=base.get("test_loss")))
     # Whoever quotes the verdict quotes it with what it is worth.
     verdict["text"] = f"{say_shared(findings.get('data'))} {verdict['text']}".lstrip()
     return {

@@ -30,9 +30,9 @@ REFUSED = {
     "do_predict": "it does nothing here",
     "local_rank": "the launcher sets it",
 }
-# Where our defaults differ from TRL's; `None` is settled by the machine. TRL's learning rate is that of full fine-tuning and
-# its target matrices are PEFT's (two of a Llama), but a command always trains LoRA: for that TRL advises ten times the
-# rate and every linear layer (its guide "LoRA Without Regret", the examples of its own `sft` script).
+# Where our defaults differ from TRL's; `None` is settled by the machine. Its learning rate is that of full fine-tuning
+# and its target matrices are PEFT's, two of a Llama; but a command always trains LoRA, for which TRL advises ten times
+# the rate and every linear layer (its guide "LoRA Without Regret", the examples of its own `sft` script).
 DEFAULTS: dict[str, Any] = {
     "save_strategy": "no",
     "dataloader_pin_memory": None,

@@ -31,7 +31,9 @@ def show_verdict(run: Run) -> dict[str, Any]:
 
 
 def _list_checks(run: Run) -> list[dict[str, Any]]:
-    """What the headline's fraction does at each budget, and whether selecting pays."""
+    """What the headline's fraction does at each budget, and whether selecting pays; if training taught anything."""
+    if run.get("verdict", "gain", "clear") is False:
+        return [{"label": "training clearly improved the untrained model", "value": False}]
     questions = {"beats_random": "beats random rows beyond noise", "matches_full": "matches the full pool"}
     fraction = run.get("verdict", "fraction")
     entries = list_objects(run.get("verdict", "by_fraction"))
