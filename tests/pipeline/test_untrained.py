@@ -26,6 +26,7 @@ def test_a_learning_rate_far_too_low_is_told(
     assert gain["after"] == pytest.approx(sum(losses) / 2) and abs(gain["share"]) < 0.001
     assert "WARNING: nothing is concluded" in verdict["text"] and "no conclusion" in verdict["headline"]
     assert "nothing is concluded at fraction 0.25, equal steps" in " ".join(capsys.readouterr().out.split())
+    assert results["agreement"] == {"agreement": {}, "warning": None}  # 8 validation rows say nothing of their halves
     page = Page(tmp_path / "run" / "report.html").words
     assert verdict["headline"] in page and "No: training clearly improved the untrained model" in page
     assert "beats random rows beyond noise" not in page
