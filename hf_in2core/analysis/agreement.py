@@ -9,15 +9,12 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from scipy.stats import spearmanr
 
+from hf_in2core.engine.halves import MIN_QUERIES, correlate_halves, extrapolate, say_disagreement
 from hf_in2core.rows.scored import read_query_scores
 
 
-MIN_QUERIES, MIN_ROWS, MAX_ROWS = 10, 30, 10_000
-HALVES = 50
-# On the data of benchmarks/RESULTS.md every reading above it found the rows of the task, and few below it.
-MIN_AGREEMENT = 0.75
+MIN_ROWS, MAX_ROWS = 30, 10_000
 
 
 def measure_agreement(scored: Dataset, seed: int = 0) -> dict[str, Any]:
@@ -69,36 +66,22 @@ def measure_agreement(scored: Dataset, seed: int = 0) -> dict[str, Any]:
             f"{num_queries} validation rows and {num_rows} rows with loss say nothing about agreement: at least "
             f"{MIN_QUERIES} and {MIN_ROWS} are needed. Use a larger validation set or pool."
         )
-    generator = np.random.default_rng(seed)
     if num_rows > MAX_ROWS:
-        influence = influence[:, generator.choice(num_rows, MAX_ROWS, replace=False)]
-    found = []
-    for _ in range(HALVES):
-        half, other = np.array_split(generator.permutation(num_queries), 2)
-        means = influence[half].mean(0), influence[other].mean(0)
-        if np.ptp(means[0]) == 0 or np.ptp(means[1]) == 0:
-            raise ValueError(
-                "Every row has the same influence on half of the validation rows, so nothing is ranked. Train the "
-                "reference's adapter first, and check that the validation rows differ from one another."
-            )
-        found.append(float(spearmanr(*means).statistic))
+        influence = influence[:, np.random.default_rng(seed).choice(num_rows, MAX_ROWS, replace=False)]
+    found = correlate_halves(influence, seed)
+    if np.isnan(found).any():
+        raise ValueError(
+            "Every row has the same influence on half of the validation rows, so nothing is ranked. Train the "
+            "reference's adapter first, and check that the validation rows differ from one another."
+        )
     agreement = float(np.mean(found))
     low, high = (float(value) for value in np.quantile(found, [0.025, 0.975]))
     return {
         "agreement": agreement,
         "low": low,
         "high": high,
-        "reliability": max(2 * agreement / (1 + agreement), 0.0) if agreement > 0 else 0.0,
+        "reliability": max(extrapolate(agreement, 2), 0.0),
         "num_queries": num_queries,
         "num_rows": num_rows,
-        "warning": None if agreement >= MIN_AGREEMENT else _warn(agreement),
+        "warning": say_disagreement(agreement),
     }
-
-
-def _warn(agreement: float) -> str:
-    return (
-        f"Halves of the validation set rank the pool differently (Spearman {agreement:.2f}): the ranking by "
-        "`influence` is largely noise, which is what a reference trained past its useful point gives. Read it at "
-        "an earlier checkpoint (`score_influence(checkpoints=[...])`), let the validation rows choose in turn "
-        '(`select_coreset(strategy="round_robin_rows")`), or use more validation rows.'
-    )

@@ -280,6 +280,7 @@ def list_provenance(scorer: Mapping[str, Any]) -> list[tuple[str, Markdown]]:
         "influence_layers": "Layers",
         "num_fit_examples": "Rows in the fit pass",
         "fit_agreement": "Agreement of the two halves of the fitted sample (Spearman)",
+        "exact_agreement": "Agreement with the exact inverse, on a sample (Spearman)",
         "autocast": "Mixed precision",
         "tokens_per_batch": "Tokens per batch",
     }

@@ -27,6 +27,7 @@ def main(settings: Settings) -> None:
         build_results,
         choose_coresets,
         compute_aucs,
+        find_agreement,
         find_examples,
         find_headline,
         find_kept,
@@ -76,6 +77,7 @@ def main(settings: Settings) -> None:
     sets, kept = {name: len(rows) for name, rows in job.inputs.validation.items()}, find_kept(args, coresets)
     findings: dict[str, Any] = {
         "data": job.inputs.facts,
+        "agreement": find_agreement(scored, selection, deciding),
         "choice": {"how": deciding.how, "score": deciding.name, "meaning": deciding.meaning},
         "examples": find_examples(
             scored, job.inputs.pool, args.columns, job.reference_tokenizer, named, deciding, kept, sets

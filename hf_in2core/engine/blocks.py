@@ -106,7 +106,10 @@ def find_blocks(model: nn.Module, adapter_name: str | None = None) -> Blocks:
         shown = "\n".join(f"  - {name}: {reason}" for name, reason in list(refused.items())[:10])
         more = f"\n  … and {len(refused) - 10} more" if len(refused) > 10 else ""
         experts = any(".experts." in name for name in refused)
-        advice = "of the attention alone, `target_modules=" + f"{ATTENTION!r}`" if experts else "on linear layers"
+        advice = "on linear layers"
+        if experts:
+            flag = f"`--lora_target_modules {' '.join(ATTENTION)}`"
+            advice = f"of the attention alone, `target_modules={ATTENTION!r}` (of a command {flag})"
         tied = any(reason.startswith("shared") for reason in refused.values())
         untie = " Without `ensure_weight_tying` PEFT trains a copy of each tied matrix." if tied else ""
         raise ValueError(

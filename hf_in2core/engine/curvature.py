@@ -9,7 +9,6 @@ Both are taken block by block. For the fitted rows themselves everything follows
 gradients, whatever the size of a block.
 """
 
-import logging
 from dataclasses import replace
 
 import numpy as np
@@ -25,14 +24,10 @@ from .passes import Passes
 from .validation import run_per_example_validation_pass
 
 
-logger = logging.getLogger(__name__)
-
 # Rows on which DataInf is compared with the exact damped inverse; fewer say nothing about a rank correlation.
 CURVATURE_ROWS, MIN_CURVATURE_ROWS = 64, 32
 # Elements of their gradients in memory, or those of four adapters if more: as many blocks are looked at as fit.
 MAX_CURVATURE_ELEMENTS = 2**24
-# Below this, ranks by DataInf and by the exact damped inverse have less than half of their variance in common.
-MIN_CURVATURE_AGREEMENT = 0.7
 
 
 def compute_exact_ihvp(gradients: Tensor, v: Tensor, damping: float) -> Tensor:
@@ -114,21 +109,24 @@ def draw_curvature_sample(passes: Passes, num_rows: int, seed: int) -> GradientS
     return GradientSample(draw_blocks(blocks, most // count, generator), count, generator)
 
 
-def check_curvature(
-    passes: Passes,
-    prepared: Dataset,
-    result: FitResult,
-    damping_scale: float,
-    seed: int,
-    sample: GradientSample | None,
-) -> None:
-    """Warn where DataInf ranks rows otherwise than the exact damped inverse; as [`measure_curvature`]."""
+def take_curvature_sample(
+    passes: Passes, prepared: Dataset, seed: int, sample: GradientSample | None
+) -> dict[str, Tensor] | None:
+    """
+    Gradients of the sample's rows: as a fit has kept them, or of a pass over as many; all processes have to call.
+
+    Returns:
+        `dict[str, torch.Tensor]` or `None`: `[rows, ...]` per block; `None` where nothing can be concluded.
+    """
     kept = None if sample is None else sample.stack()
-    if not passes.everywhere(kept is not None):
-        kept = None
-    agreement = measure_curvature(passes, prepared, result, damping_scale, seed, kept)
-    if passes.rank == 0:
-        warn_of_curvature(agreement, damping_scale)
+    if passes.everywhere(kept is not None):
+        return kept
+    drawn = draw_curvature_sample(passes, len(prepared), seed)
+    if drawn is None:
+        return None
+    rows = np.sort(np.random.default_rng(seed).choice(len(prepared), drawn.num_rows, replace=False))
+    silent = replace(passes, blocks=drawn.blocks, folder=None, store=None)
+    return run_per_example_validation_pass(silent, prepared.select(rows), "Influence: sample of the pool")
 
 
 def measure_curvature(
@@ -165,14 +163,9 @@ def measure_curvature(
     if not any(value > 0 for value in result.damping.values()):
         return float("nan")
     if gradients is None:
-        sample = draw_curvature_sample(passes, len(prepared), seed)
-        if sample is None:
-            return float("nan")
-        rows = np.sort(np.random.default_rng(seed).choice(len(prepared), sample.num_rows, replace=False))
-        silent = replace(passes, blocks=sample.blocks, folder=None, store=None)
-        gradients = run_per_example_validation_pass(
-            silent, prepared.select(rows), "Influence: sample for the exact inverse"
-        )
+        gradients = take_curvature_sample(passes, prepared, seed, None)
+    if gradients is None:
+        return float("nan")
     # A block in which no row has a gradient has no inverse.
     chosen = [name for name in gradients if result.damping[name] > 0]
     count = len(next(iter(gradients.values())))
@@ -201,15 +194,3 @@ def draw_blocks(blocks: Blocks, max_elements: int, generator: np.random.Generato
     fits = np.cumsum([blocks[name].tensor.numel() for name in names]) <= max_elements
     kept = {str(name) for name in names[: max(int(fits.sum()), 1)]}
     return {name: block for name, block in blocks.items() if name in kept}
-
-
-def warn_of_curvature(agreement: float, damping_scale: float) -> None:
-    """Say so where DataInf ranks rows otherwise than the exact damped inverse; `agreement` as measured."""
-    if agreement < MIN_CURVATURE_AGREEMENT:
-        logger.warning(
-            "DataInf is far from the exact damped inverse here: on a sample of the pool their rankings agree by %.2f "
-            "(Spearman; 1 = the same). It ranks nearly as a gradient dot product weighted by block does. A larger "
-            "`damping_scale` (now %s) brings both together, a smaller LoRA rank too; see benchmarks/RESULTS.md.",
-            agreement,
-            damping_scale,
-        )

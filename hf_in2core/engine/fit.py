@@ -217,6 +217,8 @@ def write_fit(passes: Passes, result: FitResult) -> None:
         "num_examples": str(result.num_examples),
         "inner_damping_error": repr(result.inner_damping_error),
         "agreement": json.dumps(result.agreement),
+        "exact_agreement": json.dumps(result.exact_agreement),
+        "validation_agreement": json.dumps(result.validation_agreement),
     }
     write_tensors(passes.folder / FITTED_FILE, result.ihvp, metadata)  # type: ignore[operator]
 
@@ -233,4 +235,6 @@ def read_fit(passes: Passes) -> FitResult | None:
         num_examples=int(metadata["num_examples"]),
         inner_damping_error=float(metadata["inner_damping_error"]),
         agreement=json.loads(metadata["agreement"]),
+        exact_agreement=json.loads(metadata["exact_agreement"]),
+        validation_agreement=json.loads(metadata["validation_agreement"]),
     )

@@ -1,7 +1,7 @@
 """The sums over rows that DataInf's fit is made of, and the directions that they come to."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -42,6 +42,10 @@ class FitResult:
         agreement (`float`, *optional*):
             Rank correlation of the scores by the two halves of a sampled fit, the lowest of all validation sets;
             `None` where the number of rows was given or all of them were fitted.
+        exact_agreement (`float`, *optional*):
+            Rank correlation with the exact damped inverse, see [`measure_curvature`]; `None` where unknown.
+        validation_agreement (`dict[str, float]`):
+            How far halves of each validation set rank the pool alike, see [`measure_halves`], where measured.
     """
 
     ihvp: dict[str, Tensor]
@@ -49,6 +53,8 @@ class FitResult:
     num_examples: int
     inner_damping_error: float
     agreement: float | None = None
+    exact_agreement: float | None = None
+    validation_agreement: dict[str, float] = field(default_factory=dict)
 
 
 class GradientSample:

@@ -13,6 +13,7 @@ from scipy.stats import mannwhitneyu
 
 from hf_in2core.names import ALL_ARMS, ARMS, BUDGETS
 
+from .gain import measure_gain
 from .intervals import compare_arms, compute_confidence_interval
 from .verdict import FractionVerdict, SelectionCost, Verdict, say_headline, say_verdict
 
@@ -82,13 +83,14 @@ def judge(
     fractions: Sequence[float] | None = None,
     margin: float = 0.01,
     level: float = 0.95,
+    base_loss: float | None = None,
 ) -> Verdict:
     r"""
     Judge a run: did the coreset beat random rows beyond noise, did it match the full pool, and did selecting it pay?
 
     The headline is the first fraction of the run at every budget, so that no outcome decides which comparison is
     reported; `budget` and what goes with it is at equal steps, where the run has them. An outcome is claimed only if
-    the whole confidence interval over seeds supports it.
+    the whole confidence interval over seeds supports it, and if training clearly improved on the untrained model.
 
     Args:
         arms (`Iterable[Mapping[str, Any]]`):
@@ -105,6 +107,10 @@ def judge(
             How much worse than the full pool still counts as "no worse than", relative to the full pool's loss.
         level (`float`, *optional*, defaults to `0.95`):
             Confidence level of every interval.
+        base_loss (`float`, *optional*):
+            Test loss of the untrained model, `base["test_loss"]` of `results.json`. Where the full arm (else the
+            random one, else the coreset's) is not at least 3 % below it, beyond noise, nothing is concluded and the
+            verdict says what to do; without it that is not looked at.
 
     Returns:
         [`~hf_in2core.evaluation.verdict.Verdict`], which a notebook shows as a table.
@@ -123,13 +129,13 @@ def judge(
             f"There are no results at the fractions {missing}, only at {available}. Pass the fractions of this run."
         )
     by_fraction = [
-        _judge_fraction(runs, fraction, budget, margin, level)
+        _judge_fraction(runs, fraction, budget, margin, level, base_loss)
         for fraction in chosen
         for budget in BUDGETS
         if any((arm, fraction, budget) in runs for arm in ALL_ARMS)
     ]
     # A run of the full arm alone has nothing to compare; its results must not be lost over that.
-    head = by_fraction[0] if by_fraction else _judge_fraction({}, math.nan, "steps", margin, level)
+    head = by_fraction[0] if by_fraction else _judge_fraction({}, math.nan, "steps", margin, level, None)
     cost = _compute_cost(runs, selection, head.fraction, by_fraction)
     return Verdict(
         text=" ".join(filter(None, [say_verdict(by_fraction, cost, margin), selection.get("tournament")])),
@@ -144,6 +150,7 @@ def judge(
         intervals=head.intervals,
         by_fraction=by_fraction,
         cost=cost,
+        gain=head.gain,
     )
 
 
@@ -176,7 +183,9 @@ def _key(arm: str, fraction: float, budget: str) -> tuple[str, float | None, str
     return (arm, None if arm == "full" else fraction, budget)
 
 
-def _judge_fraction(runs: _Runs, fraction: float, budget: str, margin: float, level: float) -> FractionVerdict:
+def _judge_fraction(
+    runs: _Runs, fraction: float, budget: str, margin: float, level: float, base_loss: float | None
+) -> FractionVerdict:
     losses = {
         arm: {seed: loss for seed, (loss, _) in runs[_key(arm, fraction, budget)].items()}
         for arm in ALL_ARMS
@@ -197,7 +206,9 @@ def _judge_fraction(runs: _Runs, fraction: float, budget: str, margin: float, le
             interval = compare_arms(losses[first], losses[second], level)
             allowed = margin * sum(losses["full"].values()) / len(losses["full"]) if second == "full" else 0.0
             intervals[name] = interval | {"outcome": _read_outcome(interval, allowed)}
-    outcomes = {name: None if found is None else found["outcome"] for name, found in intervals.items()}
+    gain = measure_gain({arm: found for arm, found in losses.items() if arm not in diverged}, base_loss, level)
+    outcomes = {} if gain is not None and not gain.clear else intervals
+    outcomes = {name: None if found is None else found["outcome"] for name, found in outcomes.items()}
     return FractionVerdict(
         fraction=fraction,
         budget=budget,
@@ -209,9 +220,10 @@ def _judge_fraction(runs: _Runs, fraction: float, budget: str, margin: float, le
         },
         diverged=diverged,
         intervals=intervals,
-        beats_random=outcomes["coreset_minus_random"] == "better",
-        matches_full=outcomes["coreset_minus_full"] in ("better", "no worse"),
-        beats_full=outcomes["coreset_minus_full"] == "better",
+        beats_random=outcomes.get("coreset_minus_random") == "better",
+        matches_full=outcomes.get("coreset_minus_full") in ("better", "no worse"),
+        beats_full=outcomes.get("coreset_minus_full") == "better",
+        gain=gain,
     )
 
 
@@ -241,7 +253,7 @@ def _compute_cost(
     )
     runs_to_pay: int | str | None = None
     cost_fraction = None
-    if cost is not None and saving is not None:
+    if cost is not None and saving is not None and "not concluded" not in (against_random, against_full):
         # Random rows take as little time and need no selecting: a coreset that loses to them has saved nothing.
         if saving <= 0 or "worse" in (against_random, against_full):
             runs_to_pay = "never"

@@ -8,6 +8,7 @@ from hf_in2core.notebook import render_html, show_figure
 
 from .arms import name_arm
 from .formats import format_difference, format_seconds
+from .gain import TrainingGain, say_no_gain
 
 
 AGAINST_RANDOM = {
@@ -48,6 +49,8 @@ class FractionVerdict:
         beats_random (`bool`): The whole interval of coreset - random is below 0.
         matches_full (`bool`): The upper end of coreset - full is below the margin.
         beats_full (`bool`): The whole interval of coreset - full is below 0.
+        gain (`TrainingGain`, *optional*): What training did to the untrained model, where its loss is known. Where
+            that is not clear nothing is concluded: the three are `False`, whatever the intervals say.
     """
 
     fraction: float
@@ -58,16 +61,24 @@ class FractionVerdict:
     beats_random: bool
     matches_full: bool
     beats_full: bool
+    gain: TrainingGain | None = None
 
     @property
     def where(self) -> str:
         """Fraction and budget in words."""
         return f"fraction {self.fraction:g}, {BUDGETS[self.budget]}"
 
+    @property
+    def taught(self) -> bool:
+        """Whether training taught something, as far as is known."""
+        return self.gain is None or self.gain.clear
+
     def get_outcome(self, first: str, second: str) -> str:
-        """Outcome of one comparison; `"not run"` where one of its arms is missing."""
+        """Outcome of one comparison; `"not run"` without one of its arms, `"not concluded"` if nothing was taught."""
         interval = self.intervals[f"{first}_minus_{second}"]
-        return "not run" if interval is None else interval["outcome"]
+        if interval is None:
+            return "not run"
+        return interval["outcome"] if self.taught else "not concluded"
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ class SelectionCost:
             fraction, and the difference.
         against_random, against_full (`str`): Outcomes at equal epochs.
         break_even_runs (`int` or `str`): Target runs after which selecting has paid; `"never"` if nothing is saved or
-            the coreset is worse than the full pool or as many random rows.
+            the coreset is worse than the full pool or as many random rows; `None` where training taught nothing.
         break_even_cost_fraction (`float`): Fraction of `selection_seconds` that one target run saves: where it is
             below 1, reference and influence would have to cost that fraction of what they did to pay with one run.
     """
@@ -107,7 +118,7 @@ class Verdict:
     Attributes:
         text (`str`): The verdict in a few sentences.
         headline (`str`): In a few words: the first fraction at every budget, and whether selecting pays.
-        beats_random, matches_full, beats_full, intervals: Those of the first of `by_fraction`.
+        beats_random, matches_full, beats_full, intervals, gain: Those of the first of `by_fraction`.
         fraction (`float`, *optional*), budget (`str`, *optional*): Of the first of `by_fraction`.
         margin (`float`): How much worse than the full pool still counts as no worse, relative to its loss.
         level (`float`): Confidence level of every interval.
@@ -127,6 +138,7 @@ class Verdict:
     intervals: dict[str, Any]
     by_fraction: list[FractionVerdict]
     cost: SelectionCost
+    gain: TrainingGain | None = None
 
     def __repr__(self) -> str:
         return f"Verdict: {self.headline}. {self.text}"
@@ -165,6 +177,10 @@ def say_verdict(by_fraction: list[FractionVerdict], cost: SelectionCost, margin:
     if not by_fraction:
         return f"Nothing was compared: there is no coreset, random or opponents arm. {_say_cost(cost)}"
     head = by_fraction[0]
+    if head.gain is not None and not head.taught:
+        coreset_loss = head.losses["coreset"]["mean"] if "coreset" in head.losses else None
+        refusal = say_no_gain(head.gain, head.where, coreset_loss)
+        return " ".join(filter(None, [refusal, _say_others(by_fraction[1:]), _say_cost(cost)]))
     sentences = [
         _say_random(head),
         _say_full(head, margin),
@@ -198,7 +214,8 @@ def say_headline(by_fraction: list[FractionVerdict], cost: SelectionCost) -> str
             opponents = ", and had a higher loss than the opponents" if _opponents_won(entry) else ""
             budgets.setdefault(f"{_say_outcomes(entry)}{opponents}", []).append(BUDGETS[entry.budget])
     said = [f"at {' and '.join(where)} {outcome}" for outcome, where in budgets.items()]
-    return f"Coreset (fraction {by_fraction[0].fraction:g}): {'; '.join([*said, *_say_payment(cost)])}"
+    said += _say_payment(cost) if by_fraction[0].taught else []
+    return f"Coreset (fraction {by_fraction[0].fraction:g}): {'; '.join(said)}"
 
 
 def _say_payment(cost: SelectionCost) -> list[str]:
@@ -213,6 +230,8 @@ def _say_payment(cost: SelectionCost) -> list[str]:
 
 
 def _say_outcomes(entry: FractionVerdict) -> str:
+    if not entry.taught:
+        return "no conclusion, since training did not clearly improve the untrained model"
     said = [
         AGAINST_RANDOM.get(entry.get_outcome("coreset", "random")),
         AGAINST_FULL.get(entry.get_outcome("coreset", "full")),
@@ -272,7 +291,7 @@ def _say_full(head: FractionVerdict, margin: float) -> str:
 
 def _opponents_won(head: FractionVerdict) -> bool:
     interval = head.intervals["coreset_minus_opponents"]
-    return interval is not None and interval["mean"] is not None and interval["mean"] > 0
+    return head.taught and interval is not None and interval["mean"] is not None and interval["mean"] > 0
 
 
 def _say_opponents(head: FractionVerdict) -> str:
@@ -345,6 +364,10 @@ def _say_cost(cost: SelectionCost) -> str:
     )
     if saving <= 0:
         return f"{spent} and saved nothing: a target run at equal epochs took {took}, so it never pays."
+    if cost.break_even_runs is None:
+        return (
+            f"{spent}; a target run at equal epochs was {saved} shorter ({took}), but training taught nothing there."
+        )
     if cost.break_even_runs == "never":
         than = "on the full pool" if cost.against_full == "worse" else "on as many random rows"
         return (

@@ -38,6 +38,7 @@ from .scorer_files import (
     check_directions,
     check_identity,
     download_scorer,
+    identify,
     read_directions,
     read_scorer_config,
     tidy_saved_files,
@@ -88,9 +89,7 @@ class InfluenceScorer:
         self.checkpointed_tokens: int | None = None
         self._adapter = gather_adapter(model)  # where it is sharded: one process alone saves
         self._has_warned = False
-        left_out = {"tokens_per_batch"} | ({"fit_agreement"} if config.fit_agreement is None else set())
-        identity = {name: value for name, value in vars(config).items() if name not in left_out}
-        self.fingerprint = hash_json([identity, list(config.validation_sets), hash_tensors(directions)])
+        self.fingerprint = hash_json([identify(config), list(config.validation_sets), hash_tensors(directions)])
         _live_scorers.add(self)
 
     def __repr__(self) -> str:

@@ -33,6 +33,8 @@ TOKENIZER_FOLDER = "tokenizer"
 ADAPTER_FILE = f"{ADAPTER_FOLDER}/adapter_model.safetensors"
 # All that is downloaded of a repository, whatever else it holds.
 SCORER_PATTERNS = [CONFIG_FILE, DIRECTIONS_FILE, ADAPTER_FILE, f"{ADAPTER_FOLDER}/*.json", f"{TOKENIZER_FOLDER}/*"]
+# What a fit was found to be worth; version 0.1 wrote none of it.
+MEASURED = ("fit_agreement", "exact_agreement", "validation_agreement")
 _BASE_DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -50,6 +52,8 @@ class ScorerConfig:
             Whether that axis has an entry for every validation row instead of every set.
         num_fit_examples (`int`), fit_agreement (`float`, *optional*):
             Training rows that the fit pass saw (0 for estimators without one); of a sample, how its halves agree.
+        exact_agreement (`float`, *optional*), validation_agreement (`dict[str, float]`):
+            Of [`FitResult`]: rank correlations with the exact inverse, and between halves of each validation set.
         damping (`dict[str, float]`):
             Damping of each block.
         inner_damping_error (`float`):
@@ -94,7 +98,16 @@ class ScorerConfig:
     pool_hash: str
     libraries: dict[str, str] = field(default_factory=dict)
     fit_agreement: float | None = None
+    exact_agreement: float | None = None
+    validation_agreement: dict[str, float] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+
+def identify(config: ScorerConfig) -> dict[str, Any]:
+    """What of a configuration makes a scorer another one."""
+    left_out = {"tokens_per_batch", "exact_agreement", "validation_agreement"}
+    left_out |= {"fit_agreement"} if config.fit_agreement is None else set()
+    return {name: value for name, value in vars(config).items() if name not in left_out}
 
 
 def write_scorer_config(path: Path, config: ScorerConfig) -> None:
@@ -130,8 +143,7 @@ def read_scorer_config(path: Path) -> ScorerConfig:
             "`pip install -U hf-in2core`."
         )
     known = {f.name for f in fields(ScorerConfig)}
-    # Version 0.1 fitted no samples that grow.
-    unknown, missing = sorted(set(values) - known), sorted(known - {"fit_agreement"} - set(values))
+    unknown, missing = sorted(set(values) - known), sorted(known - set(MEASURED) - set(values))
     if unknown or missing:
         raise ValueError(
             f"{file} has unknown keys {unknown} and lacks {missing}, so it is not a scorer of format version "
@@ -163,7 +175,9 @@ def _check_values(config: ScorerConfig) -> dict[str, bool]:
         "base_model_dtype": config.base_model_dtype in _BASE_DTYPES,
         "base_model_revision": config.base_model_revision is None or isinstance(config.base_model_revision, str),
         "libraries": isinstance(config.libraries, dict),
-        "fit_agreement": config.fit_agreement is None or isinstance(config.fit_agreement, float),
+        **{name: isinstance(getattr(config, name), float | None) for name in ("fit_agreement", "exact_agreement")},
+        "validation_agreement": isinstance(config.validation_agreement, dict)
+        and all(isinstance(value, float) for value in config.validation_agreement.values()),
         **{name: isinstance(getattr(config, name), str) for name in names},
     }
 
@@ -337,6 +351,8 @@ def describe_fit(
         per_example=identity["per_example"],
         num_fit_examples=result.num_examples,
         fit_agreement=result.agreement,
+        exact_agreement=result.exact_agreement,
+        validation_agreement=result.validation_agreement,
         damping=result.damping,
         inner_damping_error=result.inner_damping_error,
         preparation=preparation.to_dict(),

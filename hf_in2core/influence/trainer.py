@@ -17,7 +17,7 @@ from trl.trainer.utils import get_config_model_id
 from hf_in2core.engine.batches import GPU_TOKENS
 from hf_in2core.engine.blocks import Blocks, count_elements, find_blocks, select_blocks
 from hf_in2core.engine.budget import choose_query_memory, choose_tokens_per_batch
-from hf_in2core.engine.curvature import check_curvature, draw_curvature_sample
+from hf_in2core.engine.curvature import draw_curvature_sample
 from hf_in2core.engine.fit import fit_directions, read_fit, write_fit
 from hf_in2core.engine.fit_sums import FIT_BYTES, SAMPLED_FIT_BYTES, FitResult
 from hf_in2core.engine.passes import Passes
@@ -50,6 +50,7 @@ from .checks import (
 )
 from .config import AUTOCAST_DTYPES, InfluenceConfig, choose_autocast
 from .identity import find_store_dtype, identify_run
+from .quality import measure_fit
 from .scorer import InfluenceScorer
 from .scorer_files import describe_fit
 from .tracking import report, summarize_fit, summarize_influence
@@ -282,13 +283,12 @@ class InfluenceTrainer(SFTTrainer):
                 queries_per_block=self.count_queries_per_block(blocks) if per_example else None,
                 sample=sample if self.args.estimator == "datainf" else None,
             )
+            # On every process: they would wait for the first, and sharded weights need all of them.
+            measure_fit(job, self.prepared_pool, self.prepared_validation, result, self.args, sample, per_example)
             # Every process holds the same sums; on one file system the last rename wins with the same bytes.
             if self.accelerator.is_local_main_process:
                 write_fit(job, result)
             self.accelerator.wait_for_everyone()
-            if self.args.estimator == "datainf":
-                # On every process: they would wait for the first, and sharded weights need all of them.
-                check_curvature(job, self.prepared_pool, result, self.args.damping_scale, self.args.seed, sample)
             seconds = time.perf_counter() - started
         check_zero_blocks(result.damping, blocks, warn=self.is_world_process_zero())
         self._scorer = self._make_scorer(result, job, identity)

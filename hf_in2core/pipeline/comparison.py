@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -15,9 +16,20 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from hf_in2core.analysis.agreement import measure_agreement
+from hf_in2core.engine.halves import say_disagreement
 from hf_in2core.evaluation.judge import compute_auc, judge
 from hf_in2core.evaluation.leakage import say_shared
-from hf_in2core.names import INFLUENCE, METHODS, NUM_LOSS_TOKENS, RANK, name_coreset
+from hf_in2core.names import (
+    INFLUENCE,
+    METHODS,
+    NUM_LOSS_TOKENS,
+    PER_QUERY,
+    RANK,
+    VALIDATION,
+    describe_set,
+    name_coreset,
+)
 from hf_in2core.report.run import RESULTS_VERSION
 from hf_in2core.report.terminal import plot_arms, plot_influence, plot_length, print_results, write_report
 from hf_in2core.rows.columns import apply_columns
@@ -105,7 +117,7 @@ def build_results(
     complete = len(arms) == num_planned
     verdict = {"text": f"The comparison is not finished: {len(arms)} of {num_planned} arms are trained."}
     if complete:
-        verdict = asdict(judge(arms, selection, fractions=fractions))
+        verdict = asdict(judge(arms, selection, fractions=fractions, base_loss=base.get("test_loss")))
     # Whoever quotes the verdict quotes it with what it is worth.
     verdict["text"] = f"{say_shared(findings.get('data'))} {verdict['text']}".lstrip()
     return {
@@ -285,6 +297,23 @@ def compute_aucs(
         if task_column is not None:
             add("wrong answers in tasks of interest", wrong, 1, interest)
     return {"auc": auc, "auc_rows": counts}
+
+
+def find_agreement(scored: Dataset, selection: Mapping[str, Any], deciding: DecidingScore) -> dict[str, Any]:
+    """
+    How far halves of the validation sets rank the pool alike, as the fit or the influence on single rows tells.
+
+    Returns:
+        `dict`: `agreement` by set (`validation` for all together where each row was a query), empty where nothing was
+        measured, and `warning`, what to do where the coreset was chosen by the mean over rows that do not agree.
+    """
+    found = dict(selection.get("validation_agreement") or {})
+    if PER_QUERY in scored.column_names:
+        with suppress(ValueError):  # too few rows to say anything
+            found = {VALIDATION: measure_agreement(scored)["agreement"]}
+    said = [say_disagreement(value, f"{describe_set(name)} set") for name, value in found.items()]
+    chosen = [text for text in said if text is not None and deciding.name == INFLUENCE]
+    return {"agreement": found, "warning": " ".join(chosen) or None}
 
 
 def find_headline(fractions: list[float], coresets: dict[str, Coreset]) -> Coreset | None:

@@ -253,8 +253,9 @@ def claim_folder(job: Job) -> None:
     different = agree(lambda: find_differences(job))
     if different and not job.args.overwrite_output_dir:
         raise ValueError(
-            f"{job.folder} is the run of another configuration: {'; '.join(different)}. Give another --output_dir, or "
-            "go on in it with --overwrite_output_dir, which computes again what no longer fits."
+            f"{job.folder} is the run of another configuration: {'; '.join(different)}. Give another --output_dir, go "
+            f"on with its settings by --config {job.folder / 'config.yaml'}, or with these by --overwrite_output_dir, "
+            "which computes again what no longer fits."
         )
     if PartialState().is_main_process:
         job.folder.mkdir(parents=True, exist_ok=True)

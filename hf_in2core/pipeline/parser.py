@@ -30,8 +30,15 @@ REFUSED = {
     "do_predict": "it does nothing here",
     "local_rank": "the launcher sets it",
 }
-# Where our defaults differ from SFTConfig's; `None` is settled by the machine.
-DEFAULTS = {"save_strategy": "no", "dataloader_pin_memory": None}
+# Where our defaults differ from TRL's; `None` is settled by the machine. Its learning rate is that of full fine-tuning
+# and its target matrices are PEFT's, two of a Llama; but a command always trains LoRA, for which TRL advises ten times
+# the rate and every linear layer (its guide "LoRA Without Regret", the examples of its own `sft` script).
+DEFAULTS: dict[str, Any] = {
+    "save_strategy": "no",
+    "dataloader_pin_memory": None,
+    "learning_rate": 2e-4,
+    "lora_target_modules": ["all-linear"],
+}
 
 GROUPS = ("data", "reference", "influence", "selection", "targets", "output")
 # The flags of SFTConfig, ModelConfig and InfluenceConfig that people need first, told without importing them.
@@ -39,14 +46,14 @@ LIBRARY_FLAGS = {
     "estimator": "How: `datainf`, `gradient_dot` or `gradient_cosine` (default: datainf).",
     "fit_examples": "Rows to fit on: `auto` (a sample whose halves agree), a number or `all` (default: auto).",
     "tokens_per_batch": "Tokens in a batch of the influence passes (default: what the device holds).",
-    "learning_rate": "Learning rate (default: TRL's, 2e-5; LoRA wants about ten times as much).",
+    "learning_rate": "Learning rate (default: 2e-4; what TRL advises for LoRA, ten times that of full fine-tuning).",
     "num_train_epochs": "Epochs (default: 3).",
     "max_steps": "Optimiser steps, instead of epochs.",
     "per_device_train_batch_size": "Rows in a batch of a process (default: 8).",
     "per_device_eval_batch_size": "Questions of --tasks in a batch of a process (default: 8).",
     "max_length": "Tokens that rows are cut to (default: 1024).",
     "lora_r": "Rank of the LoRA adapter (default: 16).",
-    "lora_target_modules": "Its modules (default: q_proj and v_proj of a Llama; `all-linear` for all).",
+    "lora_target_modules": "Its modules (default: all-linear; every linear layer but the output head).",
 }
 TRAINING = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "lora_r", "lora_target_modules")
 MORE_HELP = "--help-all also shows every flag of {}."
@@ -328,7 +335,9 @@ def _without(config_types: list[type], refused: Iterable[str]) -> list[Any]:
             if not item.init or item.name in seen:
                 continue
             default: Any = {"default": DEFAULTS.get(item.name, item.default)}
-            if item.default is MISSING:
+            if isinstance(default["default"], list):
+                default = {"default_factory": default["default"].copy}
+            elif item.default is MISSING:
                 default = {"default_factory": item.default_factory}
             known = {key: item.metadata[key] for key in ("help", "choices", "aliases") if key in item.metadata}
             parts.append((item.name, hints[item.name], field(**default, metadata=known)))

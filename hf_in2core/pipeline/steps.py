@@ -136,6 +136,8 @@ def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, A
             "reference_rows": reference["rows"],
             "reference_steps": reference["steps"],
             "estimator": influence_args.estimator,
+            "exact_agreement": scorer.config.exact_agreement,
+            "validation_agreement": scorer.config.validation_agreement,
             # The seconds are then those of the last part alone.
             "resumed": resumed,
             "identity": identity,

@@ -88,7 +88,9 @@ def render_page(run: Run) -> str:
     """Render the page of a run as HTML."""
     plots: dict[str, Markup] = {}
     notes = run.notes
-    notes += [text for name in ("lengths", "answers") if isinstance(text := run.get(name, "warning"), str)]
+    notes += [
+        text for name in ("agreement", "lengths", "answers") if isinstance(text := run.get(name, "warning"), str)
+    ]
     if find_spec("matplotlib") is None:
         notes.append("There are no pictures: matplotlib is not installed (`pip install hf-in2core[report]`).")
     values: dict[str, Any] = {"pool": None, "groups": [], "queries": 0, "shown": set(), "data": {}}

@@ -3,7 +3,7 @@
 from typing import Any
 
 from hf_in2core.evaluation.arms import describe_data
-from hf_in2core.evaluation.formats import get_value, list_objects
+from hf_in2core.evaluation.formats import get_value, is_number, list_objects
 from hf_in2core.names import BUDGETS, LOSS_REDUCTIONS
 
 from .run import Run
@@ -31,7 +31,9 @@ def show_verdict(run: Run) -> dict[str, Any]:
 
 
 def _list_checks(run: Run) -> list[dict[str, Any]]:
-    """What the headline's fraction does at each budget, and whether selecting pays."""
+    """What the headline's fraction does at each budget, and whether selecting pays; if training taught anything."""
+    if run.get("verdict", "gain", "clear") is False:
+        return [{"label": "training clearly improved the untrained model", "value": False}]
     questions = {"beats_random": "beats random rows beyond noise", "matches_full": "matches the full pool"}
     fraction = run.get("verdict", "fraction")
     entries = list_objects(run.get("verdict", "by_fraction"))
@@ -72,11 +74,24 @@ def show_provenance(run: Run) -> list[tuple[str, str]]:
         ("Layers", (get_value(run.scorer, "influence_layers") or "all") if run.scorer else ""),
         ("Rows the scorer was fitted on", get_value(run.scorer, "num_fit_examples")),
         ("Agreement of two halves of them", get_value(run.scorer, "fit_agreement")),
+        ("Agreement with the exact inverse", _show_agreement(get_value(run.scorer, "exact_agreement"))),
+        ("Agreement of halves of the validation", _join(_show_agreements(run.get("agreement", "agreement")))),
         ("Machine", ", ".join(str(part) for part in hardware if part) if machine else ""),
         ("Libraries", ", ".join(libraries)),
         ("Command", run.get("command")),
     ]
     return [(label, str(value)) for label, value in lines if value not in (None, "", [])]
+
+
+def _show_agreement(value: Any) -> str:
+    """How far DataInf ranks a sample of the pool as the exact damped inverse does; a low value is the rule."""
+    return f"{value:.2f} (Spearman of DataInf's ranking, on a sample of the pool)" if is_number(value) else ""
+
+
+def _show_agreements(value: Any) -> dict[str, str]:
+    """How far halves of each validation set rank the pool alike."""
+    found = value.items() if isinstance(value, dict) else ()
+    return {str(name): f"{agreement:.2f} (Spearman)" for name, agreement in found if is_number(agreement)}
 
 
 def _join(value: Any) -> str:

@@ -338,6 +338,74 @@ def test_claims_follow_from_the_intervals(
     json.dumps(asdict(verdict), allow_nan=False)
 
 
+def test_what_hardly_trained_is_not_concluded_from() -> None:
+    """The differences are as clear as can be; but the untrained model is at 3.40, and the full pool at 3.35."""
+    arms = make_arms(GOOD) + make_arms(GOOD, budget="epochs", seconds=SECONDS)
+    assert judge(arms, SELECTION).beats_random
+    verdict = judge(arms, SELECTION, base_loss=3.40)
+    assert not (verdict.beats_random or verdict.matches_full or verdict.beats_full)
+    assert not any(entry.beats_random or entry.matches_full for entry in verdict.by_fraction)
+    gain = verdict.gain
+    assert gain is not None and (gain.arm, gain.before, gain.clear) == ("full", 3.40, False)
+    assert gain.after == pytest.approx(np.mean(FULL)) and gain.share == pytest.approx(1 - np.mean(FULL) / 3.40)
+    test = scipy.stats.ttest_1samp(np.subtract(FULL, 3.40), 0).confidence_interval(0.95)
+    assert (gain.difference["low"], gain.difference["high"]) == pytest.approx((test.low, test.high))
+    assert "training on the full pool has hardly changed the untrained model: 1.5 % of its test loss" in verdict.text
+    assert "test loss 3.400 before and 3.350 after" in verdict.text
+    for flag in ("--learning_rate", "--max_steps", "--lora_target_modules all-linear"):
+        assert flag in verdict.text
+    assert "beat" not in verdict.text and "beat" not in verdict.headline and "pays" not in verdict.headline
+    assert "no conclusion" in verdict.headline and verdict.cost.break_even_runs is None
+    # What was measured stays, and what may come of it is said.
+    assert verdict.intervals["coreset_minus_random"]["outcome"] == "better"
+    assert f"The coreset's arm did lower it, to {np.mean(GOOD['coreset']):.3f}" in verdict.text
+    json.dumps(asdict(verdict), allow_nan=False)
+
+
+@pytest.mark.parametrize(("base", "clear"), [(3.455, True), (3.45, False), (8.0, True)])
+def test_three_percent_of_the_untrained_loss_is_asked_for(base: float, clear: bool) -> None:
+    verdict = judge(make_arms(GOOD), SELECTION, base_loss=base)
+    assert verdict.gain is not None and verdict.gain.clear == verdict.beats_random == clear
+    if clear:  # and the verdict is what it was
+        assert verdict.text == judge(make_arms(GOOD), SELECTION).text
+
+
+def test_a_gain_within_noise_is_none() -> None:
+    verdict = judge(make_arms(GOOD | {"full": [2.4, 3.6, 2.9]}), SELECTION, base_loss=3.4)
+    assert verdict.gain is not None and verdict.gain.share > 0.1 and not verdict.gain.clear
+    assert "beyond noise" in verdict.text and "--seeds" in verdict.text
+
+
+def test_training_that_hurts_is_told_otherwise() -> None:
+    text = judge(make_arms(GOOD), SELECTION, base_loss=2.0).text
+    assert "did not lower the test loss" in text and "lower --learning_rate" in text
+    assert "Where training teaches nothing" in text
+
+
+@pytest.mark.parametrize(("left_out", "taken"), [(["full"], "random"), (["full", "random"], "coreset")])
+def test_without_a_full_arm_another_stands_for_training(left_out: list[str], taken: str) -> None:
+    arms = {arm: losses for arm, losses in GOOD.items() if arm not in left_out}
+    verdict = judge(make_arms(arms), SELECTION, base_loss=3.2)
+    assert verdict.gain is not None and verdict.gain.arm == taken
+    assert f"the rows of the {taken} arm (there is no full one to go by)" in verdict.text
+
+
+def test_each_budget_is_refused_on_its_own() -> None:
+    """At equal epochs the random arm, for want of a full one, has hardly begun."""
+    rest = {arm: losses for arm, losses in GOOD.items() if arm != "full"}
+    late = {arm: [loss + 0.7 for loss in losses] for arm, losses in rest.items()}
+    verdict = judge(make_arms(rest) + make_arms(late, budget="epochs"), SELECTION, base_loss=4.1)
+    assert [entry.beats_random for entry in verdict.by_fraction] == [True, False]
+    assert "at equal steps beat random rows" in verdict.headline
+    assert "at equal epochs no conclusion, since training did not clearly improve" in verdict.headline
+
+
+@pytest.mark.parametrize("base", [None, math.nan, math.inf])
+def test_an_unknown_base_is_not_looked_at(base: float | None) -> None:
+    verdict = judge(make_arms(GOOD), SELECTION, base_loss=base)
+    assert verdict.gain is None and verdict.beats_random
+
+
 def test_noise_is_not_a_win() -> None:
     verdict = judge(make_arms(GOOD | {"coreset": [3.36, 3.30, 3.38]}), SELECTION)
     assert not (verdict.beats_random or verdict.matches_full or verdict.beats_full)

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from helpers import ROOT
-from trl import ModelConfig
+from recipe_runs import load_command
+from trl import ModelConfig, SFTConfig, get_peft_config
 
 from hf_in2core import InfluenceConfig
 from hf_in2core.pipeline.parser import LIBRARY_FLAGS, REFUSED, Settings, make_run_parser
@@ -97,11 +99,36 @@ def test_defaults_are_those_of_trl_but_for_the_stated_ones() -> None:
         and getattr(item.default, "value", item.default) != values[item.name]
     }
     stated = {"bf16", "save_strategy", "activation_checkpointing", "dataloader_pin_memory"}
+    stated |= {"learning_rate", "lora_target_modules"}  # for LoRA, which SFTConfig need not train
     machine = {"bf16", "dataloader_pin_memory"}
     assert different - {"output_dir", "model_name_or_path"} - machine == stated - machine
     # Every other field can be set.
     missing = {item.name for item in dataclasses.fields(InfluenceConfig) if item.init} - set(values)
     assert missing <= set(REFUSED)
+
+
+@pytest.mark.parametrize(
+    ("command", "needed"),
+    [
+        ("run", NEEDED),
+        ("train_reference", [*NEEDED[:4], *NEEDED[-2:]]),
+        ("sft", [*NEEDED[:2], *NEEDED[-2:], "--dataset_name", "d.jsonl"]),
+    ],
+)
+def test_lora_is_trained_as_trl_advises(command: str, needed: list[str]) -> None:
+    """Ten times the learning rate of full fine-tuning, which is SFTConfig's, on every linear layer."""
+    settings = load_command(command).make_parser().parse(needed)
+    assert settings.make(InfluenceConfig, bf16=False).learning_rate == pytest.approx(10 * SFTConfig.learning_rate)
+    config: Any = get_peft_config(settings.make(ModelConfig, use_peft=True))
+    assert config.target_modules == "all-linear"
+
+
+def test_settings_of_before_are_read_back(tmp_path: Path) -> None:
+    """A run of version 0.1 with TRL's defaults, as its `config.yaml` has them."""
+    config = {"learning_rate": SFTConfig.learning_rate, "lora_target_modules": None}
+    settings = parse(*NEEDED, config=config, folder=tmp_path)
+    assert settings.make(InfluenceConfig, bf16=False).learning_rate == SFTConfig.learning_rate
+    assert settings.make(ModelConfig).lora_target_modules is None
 
 
 def test_bf16_is_off_without_an_accelerator() -> None:
@@ -186,7 +213,8 @@ def test_what_help_tells_of_the_libraries_flags_is_so() -> None:
     values = parse(*NEEDED).values
     for flag, told in LIBRARY_FLAGS.items():
         default = re.search(r"\(default: (?:TRL's, )?([\w.-]+)[;)]", told)
-        assert default is None or type(values[flag])(default[1]) == values[flag], flag
+        value = values[flag]
+        assert default is None or ([default[1]] if isinstance(value, list) else type(value)(default[1])) == value, flag
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)

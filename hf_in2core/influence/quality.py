@@ -1,0 +1,48 @@
+"""What a fit is worth, measured beside it: agreement with the exact inverse, and of halves of the validation sets."""
+
+import logging
+import math
+
+from datasets import Dataset
+
+from hf_in2core.engine.curvature import measure_curvature, take_curvature_sample
+from hf_in2core.engine.fit_sums import FitResult, GradientSample
+from hf_in2core.engine.halves import measure_halves, say_disagreement
+from hf_in2core.engine.passes import Passes
+from hf_in2core.names import describe_set
+
+from .config import InfluenceConfig
+
+
+logger = logging.getLogger(__name__)
+
+
+def measure_fit(
+    passes: Passes,
+    pool: Dataset,
+    validation: dict[str, Dataset],
+    result: FitResult,
+    args: InfluenceConfig,
+    sample: GradientSample | None,
+    per_example: bool,
+) -> None:
+    """
+    Fill in `exact_agreement` and `validation_agreement` of a fit, and warn where halves of a validation set rank the
+    pool differently; all processes have to call.
+
+    Halves are not measured where every validation row is a query: `measure_agreement` reads them off the scored pool,
+    all rows of it, and such rows may choose in turn. Nor are they for cosines, which are no sums over rows.
+    """
+    datainf = args.estimator == "datainf"
+    halves = not per_example and args.estimator != "gradient_cosine"
+    if not datainf and not halves:
+        return
+    gradients = take_curvature_sample(passes, pool, args.seed, sample if datainf else None)
+    if datainf:
+        agreement = measure_curvature(passes, pool, result, args.damping_scale, args.seed, gradients)
+        result.exact_agreement = None if math.isnan(agreement) else agreement
+    if halves:
+        result.validation_agreement = measure_halves(passes, gradients, validation, result.damping, args.seed)
+    for name, agreement in result.validation_agreement.items() if passes.rank == 0 else ():
+        if (message := say_disagreement(agreement, f"{describe_set(name)} set")) is not None:
+            logger.warning(message)
