@@ -53,7 +53,8 @@ class DataArguments:
     columns: list[str] | None = flag(
         "data",
         "How raw columns become TRL's: `alpaca`, `sharegpt`, `openai`, or pairs such as `prompt=instruction "
-        "completion=output`. Not needed for `messages`, `prompt`/`completion` or `text`.",
+        "completion=output`; several with `or` between them where sets differ (`alpaca or trl`). Not needed for "
+        "`messages`, `prompt`/`completion` or `text`.",
     )
     bad_rows: str = flag(
         "data",

@@ -29,19 +29,15 @@ from .arguments import In2CoreArguments
 from .comparison import plan_arms
 from .inputs import (
     Inputs,
-    check_adapter,
-    check_model,
     check_pool_columns,
     check_trainable,
-    hash_folder,
     hold_back,
     load_inputs,
-    load_tokenizer,
-    pin_day,
 )
 from .methods import check_methods, list_columns, needs_queries
+from .models import check_adapter, check_model, hash_folder, load_tokenizer, pin_day
 from .parser import Settings
-from .run_folder import agree, quiet_loading, read_json, warn, write_json
+from .run_folder import agree, lock_folder, quiet_loading, read_json, warn, write_json
 from .training import count_loss_tokens
 
 
@@ -171,7 +167,7 @@ def check(settings: Settings) -> Job:
     check_model(reference_model, reference_args, for_influence=True)
     parameters = check_model(target_model, target_args, for_influence=False)
     if args.reference_adapter is not None:
-        check_adapter(args.reference_adapter, reference_model.model_name_or_path or "")
+        check_adapter(args.reference_adapter, reference_model, reference_args)
     check_disk(folder, inputs.pool, parameters, len(plan_arms(args)))
     identities = inputs.hashes | {
         "reference model": hash_folder(reference_model.model_name_or_path or ""),
@@ -250,6 +246,7 @@ def claim_folder(job: Job) -> None:
     Raises:
         ValueError: naming the settings and inputs that differ.
     """
+    lock_folder(job.folder)
     different = agree(lambda: find_differences(job))
     if different and not job.args.overwrite_output_dir:
         raise ValueError(

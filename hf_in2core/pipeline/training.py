@@ -37,7 +37,7 @@ from hf_in2core.rows.preparation import Preparation, tokenize_rows
 from hf_in2core.rows.scored import add_influence_columns, add_list_column
 
 from .parser import Settings
-from .run_folder import quiet_loading, write_json
+from .run_folder import lock_folder, quiet_loading, write_json
 
 
 def make_model_kwargs(model_args: ModelConfig, training_args: InfluenceConfig) -> dict[str, Any]:
@@ -191,8 +191,9 @@ def count_loss_tokens(prepared: Dataset) -> dict[str, int]:
 
 def train_and_save(trainer: SFTTrainer, settings: Settings, label: str) -> dict[str, Any]:
     """Train, write adapter, tokenizer, `config.yaml` and `training.json` into `output_dir`; returns as [`train`]."""
-    result = train(trainer, label)
     folder = Path(trainer.args.output_dir or "")
+    lock_folder(folder)
+    result = train(trainer, label)
     # All processes take part: a sharded model is gathered.
     trainer.save_model(str(folder))
     if PartialState().is_main_process:
