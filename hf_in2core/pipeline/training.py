@@ -68,7 +68,7 @@ def load_model(model_args: ModelConfig, training_args: InfluenceConfig, adapter:
 
 
 class StepProgress(TrainerCallback):
-    """One bar per training with a name, gone when it ends; silent for the first minute outside a terminal."""
+    """One bar per training with its loss, gone when it ends; outside a terminal a line a minute, after the first."""
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -87,6 +87,11 @@ class StepProgress(TrainerCallback):
         """Move the bar."""
         assert self.bar is not None
         self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Show the loss beside it."""
+        if self.bar is not None and "loss" in kwargs.get("logs", {}):
+            self.bar.set_postfix(loss=f"{float(kwargs['logs']['loss']):.4g}", refresh=False)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
