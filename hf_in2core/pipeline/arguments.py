@@ -21,7 +21,7 @@ TYPED_VARIABLE = "IN2CORE_TYPED"
 
 ROWS = "Hub id[:split], folder, .jsonl, .ndjson, .json, .csv, .tsv (also .gz) or .parquet"
 NAMED_SETS = "one source, or several with names (`math=… code=…`)"
-DRY_RUN = "Print what the influence passes will read, take and leave on disk, and stop; writes nothing."
+DRY_RUN = "Print what it will read, take and leave on disk, timed on a few batches, and stop; writes nothing."
 
 
 def flag(group: str, text: str, default: Any = None, first: bool = True, choices: Any = None) -> Any:

@@ -85,6 +85,7 @@ class Job:
     target_tokenizer: PreTrainedTokenizerBase
     prepared_test: Dataset
     identities: dict[str, str]
+    target_parameters: int
     tokens: dict[str, Dataset] = field(default_factory=dict, repr=False)
 
     @property
@@ -185,6 +186,7 @@ def check(settings: Settings) -> Job:
         target_tokenizer,
         prepared_test,
         identities,
+        parameters,
     )
     if not args.dry_run:
         claim_folder(job)
@@ -230,13 +232,18 @@ def check_disk(folder: Path, pool: Dataset, adapter_parameters: int, num_arms: i
         ValueError: if they do not.
     """
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
-    needed = 2 * pool.data.nbytes + 4 * adapter_parameters * (num_arms + 1)
+    needed = estimate_disk(pool, adapter_parameters, num_arms)
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
             f"{folder} needs about {needed / 1e9:.1f} GB ({num_arms} adapters and the annotated pool), but the disk "
             f"has {free / 1e9:.1f} GB left. Give another --output_dir, or fewer --arms, --seeds or --fractions."
         )
+
+
+def estimate_disk(pool: Dataset, adapter_parameters: int, num_arms: int) -> int:
+    """Bytes of the adapters and of the annotated pool, which is written anew beside itself."""
+    return 2 * pool.data.nbytes + 4 * adapter_parameters * (num_arms + 1)
 
 
 def claim_folder(job: Job) -> None:

@@ -158,8 +158,7 @@ def train(trainer: SFTTrainer, label: str) -> dict[str, Any]:
     Returns:
         `dict`: `rows` and `loss_tokens` trained on, `steps`, `seconds` (of this process's training, without loading).
     """
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
+    strip_callbacks(trainer)
     trainer.add_callback(StepProgress(label))
     checkpoint = None
     folder = trainer.args.output_dir or ""
@@ -172,6 +171,12 @@ def train(trainer: SFTTrainer, label: str) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "seconds": time.perf_counter() - started,
     }
+
+
+def strip_callbacks(trainer: SFTTrainer) -> None:
+    """Take out the bars and prints of Transformers."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
 
 
 def count_steps(trainer: SFTTrainer) -> int:
