@@ -186,14 +186,15 @@ class RecipeParser:
                 print("\nInterrupted. What is finished is kept: the same command goes on from there.", file=sys.stderr)
             raise SystemExit(130) from None
         except Exception as error:
+            rank = os.environ.get("RANK", "0")
+            if rank != "0":
+                # What all processes refuse the main one tells, and its end ends the others, whatever they then miss.
+                time.sleep(5)
             message = explain(error)
             if message is None:
                 raise
-            if os.environ.get("RANK", "0") != "0":
-                # What all processes refuse the main one tells, and its end ends the others. What a single one meets
-                # is told by it.
-                time.sleep(5)
-                print(f"in2core {self.name}: error in process {os.environ['RANK']}: {message}", file=sys.stderr)
+            if rank != "0":
+                print(f"in2core {self.name}: error in process {rank}: {message}", file=sys.stderr)
                 raise SystemExit(2) from None
             self.error(message)
         finally:
