@@ -9,6 +9,25 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 
+# How often a bar is drawn in a terminal and in a log, in seconds.
+OFTEN, MINUTE = 0.2, 60.0
+# A state in a log.
+LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s, {rate_fmt}, about {remaining} left{postfix}"
+
+
+class _Lines:
+    """Where a bar writes outside a terminal: each state as a line of its own, and none that only clears it."""
+
+    def write(self, text: str) -> None:
+        """Write what tqdm would draw over the last state."""
+        if text := text.strip():
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
+
+    def flush(self) -> None:
+        """Every line is out already."""
+
+
 def get_bar_settings(shown: bool = True, brief: bool = False) -> dict[str, Any]:
     """
     How a bar of `tqdm` shows, as keyword arguments.
@@ -25,11 +44,12 @@ def get_bar_settings(shown: bool = True, brief: bool = False) -> dict[str, Any]:
     """
     terminal = sys.stderr.isatty()
     wanted = datasets.is_progress_bar_enabled() and transformers_logging.is_progress_bar_enabled()
-    return {
+    lines = {"file": _Lines(), "bar_format": LINE} if not terminal else {}
+    return lines | {
         "leave": not brief,
         "disable": not (shown and wanted) or os.environ.get("RANK", "0") != "0",
-        "mininterval": 0.2 if terminal else 60.0,
-        "delay": 60.0 if brief and not terminal else 0.0,
+        "mininterval": OFTEN if terminal else MINUTE,
+        "delay": MINUTE if brief and not terminal else 0.0,
     }
 
 

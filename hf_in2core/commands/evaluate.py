@@ -39,16 +39,15 @@ def main(settings: Settings) -> None:
         update_card,
     )
     from hf_in2core.pipeline.inputs import (
-        check_adapter,
         check_trainable,
         keep_good_rows,
-        load_tokenizer,
     )
+    from hf_in2core.pipeline.models import check_adapter, load_tokenizer
     from hf_in2core.pipeline.run_folder import join_processes, write_json
     from hf_in2core.pipeline.training import evaluate_model, load_model
     from hf_in2core.report.terminal import print_table
     from hf_in2core.rows.preparation import Preparation
-    from hf_in2core.rows.sources import load_rows
+    from hf_in2core.rows.sources import load_raw_rows
 
     args: EvaluateArguments = settings.arguments
     join_processes(settings)
@@ -60,11 +59,11 @@ def main(settings: Settings) -> None:
         evaluate_run(args, training_args.per_device_eval_batch_size)
         return
     for given in args.adapters:
-        check_adapter(given, model_args.model_name_or_path or "")
+        check_adapter(given, model_args, training_args)
     tokenizer = load_tokenizer(model_args, training_args)
     prepared = None
     if args.test is not None:
-        test = load_rows(args.test, "test set", columns=args.columns)
+        test = load_raw_rows(args.test, "test set", args.columns)
         test = keep_good_rows(test, "test set", Preparation.from_args(training_args, tokenizer, test), args.bad_rows)
         prepared = check_trainable(test, "test set", training_args, tokenizer)
     tasks = load_given_tasks(args) if args.tasks else {}

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from hf_in2core.pipeline.run_folder import PROCESSES_VARIABLE
 from hf_in2core.shipped import find_shipped
@@ -45,6 +46,9 @@ def launch(name: str, argv: Sequence[str]) -> None:
         raise SystemExit(2) from error
     except subprocess.CalledProcessError as error:
         raise SystemExit(error.returncode if error.returncode > 0 else 128 - error.returncode) from None
+    except ChildFailedError as error:  # of several processes, whose own words stand above
+        code = error.get_first_failure()[1].exitcode
+        raise SystemExit(code if code > 0 else 128 - code) from None
 
 
 def resolve_config(argv: list[str]) -> list[str]:

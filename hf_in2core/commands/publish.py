@@ -28,31 +28,31 @@ def main(settings: Settings) -> None:
 
     from hf_in2core import push_influence_dataset
     from hf_in2core.hub.commits import check_can_push, is_main_process
+    from hf_in2core.rows.places import describe_missing
     from hf_in2core.selection.record import describe_choice, take_coresets
 
     args: PublishArguments = settings.arguments
     if not is_main_process():
         return
     run = Path(args.run or "")
+    if not run.exists():
+        raise FileNotFoundError(f"The run `{run}`: {describe_missing(str(run))}")
     if not (run / "scored").is_dir():
-        make_parser().error(f"{run} holds no scored/ folder. Give the output_dir of `in2core run`.")
+        raise ValueError(f"{run} holds no scored/ folder. Give the output_dir of `in2core run`.")
     fractions = args.fractions if args.fractions is not None else read_fractions(run)
     arms = ["coreset", "random"] if args.random_controls else ["coreset"]
     splits = {name_coreset(share, arm): (arm, share) for arm in arms for share in fractions}
     sources = args.source_datasets if args.source_datasets is not None else read_sources(run)
     private = True if args.private else None
-    try:
-        found = check_can_push(
-            args.hub_id or "",
-            revision=args.revision,
-            private=private,
-            create_pr=args.create_pr,
-            splits=["train", *splits],
-            config_name=args.config_name,
-            source_datasets=sources,
-        )
-    except (PermissionError, ValueError) as error:
-        make_parser().error(str(error))
+    found = check_can_push(
+        args.hub_id or "",
+        revision=args.revision,
+        private=private,
+        create_pr=args.create_pr,
+        splits=["train", *splits],
+        config_name=args.config_name,
+        source_datasets=sources,
+    )
     for path in found.overwrites:
         print(f"replaces (where it differs): {path}")
 
@@ -60,10 +60,7 @@ def main(settings: Settings) -> None:
     tournament = read_results(run).get("tournament") or {}
     strategy = tournament.get("winner") or read_config(run).get("strategy", "top")
     wanted = {name: describe_choice(arm, share, args.seed, strategy) for name, (arm, share) in splits.items()}
-    try:
-        coresets = take_coresets(run, scored, dict(wanted.values()))
-    except ValueError as error:
-        make_parser().error(str(error))
+    coresets = take_coresets(run, scored, dict(wanted.values()))
     published = push_influence_dataset(
         args.hub_id or "",
         scored,

@@ -7,6 +7,7 @@ three pictures and report.html. The same command into the same folder resumes. N
 """
 
 import gc
+import time
 from typing import Any
 
 from hf_in2core.names import AUTO, NUM_LOSS_TOKENS, POOL
@@ -21,6 +22,7 @@ def make_parser() -> RecipeParser:
 
 def main(settings: Settings) -> None:
     """Run the pipeline; everything that is finished already is taken as it is."""
+    begun = time.perf_counter()
     # Imported here, so that `--help` and a wrong flag are answered without them.
     from hf_in2core.pipeline.analyses import analyse_run
     from hf_in2core.pipeline.comparison import (
@@ -36,13 +38,13 @@ def main(settings: Settings) -> None:
         write_results,
     )
     from hf_in2core.pipeline.job import check
+    from hf_in2core.pipeline.planning import plan_run
     from hf_in2core.pipeline.run_folder import join_processes, run_setup_script, say, warn
     from hf_in2core.pipeline.steps import (
         add_method_columns,
         compute_reference_losses,
         evaluate_base,
         find_answers,
-        plan_run,
         publish,
         score_pool,
         show,
@@ -61,7 +63,7 @@ def main(settings: Settings) -> None:
         run_setup_script(args.setup_script)
     job = check(settings)
     if args.dry_run:
-        plan_run(job)
+        plan_run(job, begun)
         return
 
     # The reference model tells which rows of the pool lower the validation loss.

@@ -35,38 +35,39 @@ def main(settings: Settings) -> None:
     from hf_in2core.influence.plan import plan_influence
     from hf_in2core.influence.pools import check_fitted_pool
     from hf_in2core.pipeline.inputs import (
-        check_adapter,
         check_pool_columns,
         keep_good_rows,
-        load_tokenizer,
         load_validation,
     )
     from hf_in2core.pipeline.methods import Reference, add_columns, check_methods, list_columns, needs_queries
-    from hf_in2core.pipeline.run_folder import join_processes, say, written_folder
+    from hf_in2core.pipeline.models import check_adapter, load_tokenizer
+    from hf_in2core.pipeline.run_folder import join_processes, lock_folder, say, written_folder
     from hf_in2core.pipeline.training import compute_influence, make_influence_trainer, score_with
     from hf_in2core.rows.preparation import Preparation
-    from hf_in2core.rows.sources import load_rows, parse_named_sources
+    from hf_in2core.rows.sources import load_raw_rows, parse_named_sources
 
     args: ScoreInfluenceArguments = settings.arguments
     join_processes(settings)
     check_launcher("`--scorer`" if args.scorer is not None else None)
     assert args.pool is not None and args.output_dir is not None
     folder = Path(args.output_dir)
-    pool = load_rows(args.pool, "pool", columns=args.columns)
-    validation = load_validation(parse_named_sources(args.validation or []), args.columns)
-    if args.scorer is not None:
-        scorer = InfluenceScorer.from_pretrained(args.scorer)
+    scorer = None if args.scorer is None else InfluenceScorer.from_pretrained(args.scorer)
+    columns = args.columns if scorer is None else scorer.preparation.columns
+    pool = load_raw_rows(args.pool, "pool", columns)
+    validation = load_validation(parse_named_sources(args.validation or []), columns)
+    if scorer is not None:
         check_pool_columns(pool, scorer.config.validation_sets, per_query=scorer.config.per_example)
         pool = keep_good_rows(pool, "pool", scorer.preparation, args.bad_rows)
         check_fitted_pool(scorer, pool, validation)
+        lock_folder(folder)
         scored = score_with(scorer, pool)
     else:
-        columns, per_query = list_columns(args.methods), needs_queries(args.methods)
+        added, per_query = list_columns(args.methods), needs_queries(args.methods)
         check_methods(args.methods)
-        check_pool_columns(pool, validation, per_query=per_query, also=columns)
+        check_pool_columns(pool, validation, per_query=per_query, also=added)
         model_args, influence_args = settings.make(ModelConfig, use_peft=True), settings.make(InfluenceConfig)
         assert args.reference_adapter is not None
-        check_adapter(args.reference_adapter, model_args.model_name_or_path or "")
+        check_adapter(args.reference_adapter, model_args, influence_args)
         tokenizer = load_tokenizer(model_args, influence_args)
         preparation = Preparation.from_args(influence_args, tokenizer, pool)
         pool = keep_good_rows(pool, "pool", preparation, args.bad_rows)
@@ -78,8 +79,9 @@ def main(settings: Settings) -> None:
         if args.dry_run:
             say(str(plan_influence(make_influence_trainer(*inputs), per_query)))
             return
+        lock_folder(folder)
         scorer, scored, seconds = compute_influence(*inputs, per_query)
-        scored, _ = add_columns(scored, columns, Reference(*inputs))
+        scored, _ = add_columns(scored, added, Reference(*inputs))
         say(f"Influence: {len(scored):,} rows, {seconds:.0f} s.")
     with written_folder(folder / "scored") as temporary:
         if PartialState().is_main_process:

@@ -32,13 +32,14 @@ def main(settings: Settings) -> None:
     from hf_in2core.evaluation.tasks import check_task_settings
     from hf_in2core.hub.commits import Head, check_can_push, list_folder, publish_files, read_head
     from hf_in2core.pipeline.arm_tasks import describe_scores, evaluate_on_tasks, load_given_tasks
-    from hf_in2core.pipeline.inputs import check_model, check_trainable, keep_good_rows, load_tokenizer
+    from hf_in2core.pipeline.inputs import check_trainable, keep_good_rows
+    from hf_in2core.pipeline.models import check_model, load_tokenizer
     from hf_in2core.pipeline.run_folder import agree, join_processes, say, warn
     from hf_in2core.pipeline.training import evaluate_model, make_trainer, tokenize, train_and_save
     from hf_in2core.rows.checks import check_rows
     from hf_in2core.rows.masks import compare_masks
     from hf_in2core.rows.preparation import Preparation
-    from hf_in2core.rows.sources import find_hub_id, load_rows
+    from hf_in2core.rows.sources import find_hub_id, load_raw_rows
 
     args: SftCoresetArguments = settings.arguments
     join_processes(settings)
@@ -58,13 +59,13 @@ def main(settings: Settings) -> None:
         # Every process loads the same commit, and the card names it.
         hub_id = find_hub_id(source) or ""
         revision = agree(lambda: read_head(hub_id, repo_type="dataset", revision=args.dataset_revision).oid)
-    rows = load_rows(source, "coreset", revision, args.columns)
+    rows = load_raw_rows(source, "coreset", args.columns, revision)
     rows = keep_good_rows(rows, "coreset", Preparation.from_args(training_args, tokenizer, rows), args.bad_rows)
     if args.fraction is not None:
         rows = select_coreset(rows, fraction=args.fraction)
     prepared_test = None
     if args.test is not None:
-        test = load_rows(args.test, "test set", columns=args.columns)
+        test = load_raw_rows(args.test, "test set", args.columns)
         preparation = Preparation.from_args(training_args, tokenizer, rows)
         sets = check_rows(rows, preparation, "coreset"), check_rows(test, preparation, "test set")
         for message in compare_masks(sets[0], sets[1:], training_args.completion_only_loss is not None):

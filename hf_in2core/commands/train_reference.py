@@ -20,11 +20,12 @@ def main(settings: Settings) -> None:
     from trl import ModelConfig
 
     from hf_in2core import InfluenceConfig
-    from hf_in2core.pipeline.inputs import check_model, keep_good_rows, load_tokenizer, take_fraction
+    from hf_in2core.pipeline.inputs import keep_good_rows, take_fraction
+    from hf_in2core.pipeline.models import check_model, load_tokenizer
     from hf_in2core.pipeline.run_folder import join_processes, say
     from hf_in2core.pipeline.training import make_trainer, tokenize, train_and_save
     from hf_in2core.rows.preparation import Preparation
-    from hf_in2core.rows.sources import load_rows
+    from hf_in2core.rows.sources import load_raw_rows
 
     args: TrainReferenceArguments = settings.arguments
     join_processes(settings)
@@ -34,7 +35,7 @@ def main(settings: Settings) -> None:
     check_model(model_args, training_args, for_influence=True)
     tokenizer = load_tokenizer(model_args, training_args)
     assert args.pool is not None
-    pool = load_rows(args.pool, "pool", columns=args.columns)
+    pool = load_raw_rows(args.pool, "pool", args.columns)
     # Every row, those that the fraction leaves out among them.
     pool = keep_good_rows(pool, "pool", Preparation.from_args(training_args, tokenizer, pool), args.bad_rows)
     rows = take_fraction(pool, args.reference_fraction, training_args.seed)

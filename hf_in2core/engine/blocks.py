@@ -225,6 +225,11 @@ def select_blocks(blocks: Blocks, influence_layers: str | list[int] | None, num_
         return blocks
     if isinstance(influence_layers, str):
         end, _, count = influence_layers.partition(":")
+        if int(count) > num_layers:
+            raise ValueError(
+                f"`influence_layers={influence_layers!r}` names {count} layers, but the model has {num_layers}. Give "
+                "a smaller number, or leave it out for all layers."
+            )
         chosen = list(range(num_layers))
         chosen = chosen[-int(count) :] if end == "last" else chosen[: int(count)]
     else:

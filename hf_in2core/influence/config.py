@@ -52,9 +52,9 @@ class InfluenceConfig(SFTConfig):
             each of them.
         influence_layers (`str` or `list[int]`, *optional*):
             Decoder layers whose adapter tensors count: all by default, `"last:8"`, `"first:8"` or a list of indices.
-        columns (`list[str]`, *optional*):
+        columns (`list[str]` or `str`, *optional*):
             How raw columns become TRL's: `["alpaca"]`, `["sharegpt"]`, `["openai"]` or `["prompt=instruction",
-            "completion=output"]`. Saved with the scorer.
+            "completion=output"]`; a string is cut at its spaces. Saved with the scorer.
 
         > Parameters that control the passes
 
@@ -152,7 +152,7 @@ class InfluenceConfig(SFTConfig):
             raise ValueError(
                 f"`damping_scale={self.damping_scale}` would divide by zero. Give a positive value; DataInf uses 0.1."
             )
-        for name in ("tokens_per_batch", "chunk_size", "fit_examples"):
+        for name in ("tokens_per_batch", "chunk_size", "fit_examples", "per_device_train_batch_size", "max_length"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"`{name}={value}` leaves no row to work on. Give at least 1.")
@@ -170,6 +170,8 @@ class InfluenceConfig(SFTConfig):
                 "`hub_token` would be written in plain text into `training_args.bin`. Set the environment variable "
                 "HF_TOKEN instead."
             )
+        given: Any = self.columns
+        self.columns = given.split() if isinstance(given, str) else given
         check_columns(self.columns)
         self.influence_layers = parse_influence_layers(self.influence_layers)  # type: ignore[assignment]
 

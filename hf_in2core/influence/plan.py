@@ -96,7 +96,7 @@ class InfluencePlan:
                 f"  {item.name:<10} {item.rows:>11,} rows, {item.tokens:>13,} padded tokens, {item.seconds:,.0f} s"
                 for item in self.passes
             ),
-            f"Time: about {_show_seconds(self.seconds)} on this machine, without loading and tokenising.",
+            f"Time: about {show_seconds(self.seconds)} on this machine, without loading and tokenising.",
             f"Peak memory of a process: about {self.peak_memory / 1e9:.2f} GB.",
             f"Disk: {self.disk / 1e9:.3f} GB of state, {self.store / 1e9:.3f} GB of stored gradients until scored.",
         ]
@@ -105,7 +105,7 @@ class InfluencePlan:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        rows = [(item.name, f"{item.rows:,}", f"{item.tokens:,}", _show_seconds(item.seconds)) for item in self.passes]
+        rows = [(item.name, f"{item.rows:,}", f"{item.tokens:,}", show_seconds(item.seconds)) for item in self.passes]
         columns = ["pass of each process", "rows", "padded tokens", "about"]
         lines = str(self).splitlines()
         top = 1 + len(self.validation)
@@ -113,7 +113,8 @@ class InfluencePlan:
         return render_html(lines[0], rows, columns=columns, notes=notes)
 
 
-def _show_seconds(seconds: float) -> str:
+def show_seconds(seconds: float) -> str:
+    """A duration in words."""
     minutes, hours = seconds / 60, seconds / 3600
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
 

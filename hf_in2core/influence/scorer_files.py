@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import resolve_revision, snapshot_download
-from huggingface_hub.utils import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -19,6 +19,7 @@ from hf_in2core.engine.state import hash_adapter, hash_base
 from hf_in2core.hub.silence import limited_silence
 from hf_in2core.names import LOSS_REDUCTIONS
 from hf_in2core.rows.hashes import hash_template, hash_tokenizer
+from hf_in2core.rows.places import describe_missing
 from hf_in2core.rows.preparation import Preparation
 
 from .config import AUTOCAST_DTYPES, ESTIMATORS, InfluenceConfig
@@ -308,10 +309,11 @@ def download_scorer(repo_id: str, revision: str | None, token: str | None, repo_
                     repo_id, revision=revision, token=token, repo_type=repo_type, allow_patterns=patterns
                 )
             )
-    except (RepositoryNotFoundError, HFValidationError) as error:
+    except (RepositoryNotFoundError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
-            f"{repo_id!r} is neither a folder nor a {repo_type} repository that can be seen with this token. For the "
-            'scorer beside a published pool pass `repo_type="dataset", subfolder="scorer"`.'
+            f"The scorer `{repo_id}` cannot be loaded: {describe_missing(repo_id)} It is no {repo_type} repository "
+            "that can be seen with this token either. For the scorer beside a published pool pass "
+            '`repo_type="dataset", subfolder="scorer"`.'
         ) from error
 
 

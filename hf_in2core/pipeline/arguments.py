@@ -21,7 +21,7 @@ TYPED_VARIABLE = "IN2CORE_TYPED"
 
 ROWS = "Hub id[:split], folder, .jsonl, .ndjson, .json, .csv, .tsv (also .gz) or .parquet"
 NAMED_SETS = "one source, or several with names (`math=… code=…`)"
-DRY_RUN = "Print what the influence passes will read, take and leave on disk, and stop; writes nothing."
+DRY_RUN = "Print what it will read, take and leave on disk, timed on a few batches, and stop; writes nothing."
 
 
 def flag(group: str, text: str, default: Any = None, first: bool = True, choices: Any = None) -> Any:
@@ -53,7 +53,8 @@ class DataArguments:
     columns: list[str] | None = flag(
         "data",
         "How raw columns become TRL's: `alpaca`, `sharegpt`, `openai`, or pairs such as `prompt=instruction "
-        "completion=output`. Not needed for `messages`, `prompt`/`completion` or `text`.",
+        "completion=output`; several with `or` between them where sets differ (`alpaca or trl`). Not needed for "
+        "`messages`, `prompt`/`completion` or `text`.",
     )
     bad_rows: str = flag(
         "data",

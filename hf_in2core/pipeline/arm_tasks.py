@@ -18,9 +18,9 @@ from hf_in2core.rows.hashes import hash_value
 
 from .arguments import In2CoreArguments
 from .comparison import Arm, find_equal_run
-from .inputs import hash_folder, load_tokenizer
+from .models import hash_folder, load_tokenizer
 from .parser import make_run_parser
-from .run_folder import agree, quiet_loading, read_json, read_tasks, say, warn, write_json
+from .run_folder import agree, lock_folder, quiet_loading, read_json, read_tasks, say, warn, write_json
 from .stage_arguments import EvaluateArguments, TaskArguments
 from .training import load_model
 
@@ -89,6 +89,7 @@ def evaluate_run(args: EvaluateArguments, batch_size: int) -> None:
     folders = find_folders(run, args, run_args, settings.values["max_steps"])
     tokenizer = load_tokenizer(model_args, training_args)
     loaded = load_given_tasks(args)
+    lock_folder(run)
     files = hash_folder(args.include_path, (".yaml", ".py", ".json", ".jsonl", ".csv")) if args.include_path else ""
     for number, (name, folder) in enumerate({"base": run / "arms" / "base", **folders}.items(), 1):
         model_identity = (read_json(folder / "result.json") or {}).get("identity")

@@ -2,71 +2,25 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import xxhash
 from accelerate import PartialState
 from datasets import Dataset
-from peft import PeftConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from trl import ModelConfig, SFTConfig, get_peft_config
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig
 
-from hf_in2core.engine.blocks import find_blocks
 from hf_in2core.names import POOL, describe_set, list_added_columns
 from hf_in2core.rows.checks import CheckedRows, check_rows, refuse_bad_rows
 from hf_in2core.rows.columns import get_column_names
 from hf_in2core.rows.hashes import hash_rows, hash_tokenization, hash_value
 from hf_in2core.rows.masks import compare_masks, say_silent_turns
 from hf_in2core.rows.preparation import Preparation, prepare_rows
-from hf_in2core.rows.sources import load_rows
-from hf_in2core.rows.template_date import pin_template, pin_tokenizer, prints_date
+from hf_in2core.rows.sources import load_raw_rows
 
 from .arguments import In2CoreArguments
 from .leakage import count_near_copies, refuse_same_source, separate_sets
 from .run_folder import warn
-
-
-def load_tokenizer(model_args: ModelConfig, training_args: SFTConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer with the end-of-sequence token and the chat template that SFT will use."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-    )
-    if training_args.eos_token is not None:
-        tokenizer.eos_token = training_args.eos_token
-    template = training_args.chat_template_path
-    if template is not None and template.endswith((".jinja", ".j2")):
-        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
-    elif template is not None:
-        source = AutoTokenizer.from_pretrained(template)
-        added = [token.content for token in source.added_tokens_decoder.values()]
-        missing = [token for token in added if token not in tokenizer.get_vocab()]
-        if missing:
-            raise ValueError(
-                f"`chat_template_path={template}` would add the tokens {missing} to the model, and their embeddings "
-                "have no per-example gradient here. Give a .jinja file that uses tokens which the model has."
-            )
-        tokenizer.chat_template, tokenizer.eos_token = source.chat_template, source.eos_token
-    return tokenizer
-
-
-def pin_day(tokenizer: PreTrainedTokenizerBase, training_args: SFTConfig, day: datetime) -> PreTrainedTokenizerBase:
-    """A tokenizer whose chat template prints the date of one day, so that a run's tokens do not change at midnight."""
-    template = tokenizer.chat_template
-    if not prints_date(template):
-        return tokenizer
-    warn(f"the chat template prints the date; all of this run, resumed or not, has that of its start, {day.date()}.")
-    pinned = pin_tokenizer(tokenizer, day)
-    if training_args.assistant_only_loss and not has_generation_markers(template):
-        # TRL knows a template by its text, and that is another one now.
-        pinned.chat_template = pin_template(get_training_chat_template(tokenizer), day)
-    return pinned
 
 
 @dataclass
@@ -112,8 +66,8 @@ def load_inputs(
     assert args.pool is not None and args.test is not None
     refuse_same_source(args, validation_sources)
     with PartialState().main_process_first():
-        raw = {POOL: load_rows(args.pool, POOL, columns=args.columns)}
-        raw["test"] = load_rows(args.test, "test set", columns=args.columns)
+        raw = {POOL: load_raw_rows(args.pool, POOL, args.columns)}
+        raw["test"] = load_raw_rows(args.test, "test set", args.columns)
         validation = load_validation(validation_sources, args.columns)
         raw |= {describe_set(name): rows for name, rows in validation.items()}
         checked = check_inputs(raw, reference, target)
@@ -233,7 +187,7 @@ def describe_checked(checked: CheckedRows) -> dict[str, Any]:
 
 def load_validation(sources: dict[str, str], columns: list[str] | None = None) -> dict[str, Dataset]:
     """Load the validation sets of [`~hf_in2core.rows.sources.parse_named_sources`] by their names."""
-    return {name: load_rows(source, f"{describe_set(name)} set", columns=columns) for name, source in sources.items()}
+    return {name: load_raw_rows(source, f"{describe_set(name)} set", columns) for name, source in sources.items()}
 
 
 def check_pool_columns(
@@ -290,58 +244,3 @@ def take_fraction(rows: Dataset, fraction: float, seed: int) -> Dataset:
         return rows
     size = max(round(fraction * len(rows)), 1)
     return rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:size]))
-
-
-def check_model(model_args: ModelConfig, training_args: SFTConfig, for_influence: bool) -> int:
-    """
-    Build the model without weights and put the adapter on, so that settings that cannot work fail at once.
-
-    Args:
-        model_args ([`~trl.ModelConfig`]): Model and LoRA settings.
-        training_args ([`~trl.SFTConfig`]): For `trust_remote_code`.
-        for_influence (`bool`): Whether every trainable tensor must have per-example gradients.
-
-    Returns:
-        `int`: trainable parameters.
-    """
-    trust = training_args.trust_remote_code
-    name = model_args.model_name_or_path or ""
-    peft_config = get_peft_config(model_args)
-    assert peft_config is not None
-    config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=trust)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-        peft_model = get_peft_model(model, peft_config)
-    if for_influence:
-        find_blocks(peft_model, peft_model.active_adapter)
-    return sum(tensor.numel() for tensor in peft_model.parameters() if tensor.requires_grad)
-
-
-def check_adapter(adapter: str, model_name: str) -> None:
-    """
-    Check that an adapter can be found, and warn if it was trained on another model.
-
-    Raises:
-        ValueError: if it cannot be found.
-    """
-    try:
-        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    except ValueError as error:
-        raise ValueError(f"`{adapter}` is no adapter that PEFT can load: {error}") from error
-    if base and base != model_name:
-        warn(f"the adapter {adapter} says that it belongs to {base}, but it is put on {model_name}.")
-
-
-def hash_folder(name_or_path: str, suffixes: tuple[str, ...] = (".json", ".safetensors")) -> str:
-    """Identity of a model or adapter: the content of a local folder, the id of a Hub repository."""
-    folder = Path(name_or_path).expanduser()
-    if not folder.is_dir():
-        return name_or_path
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix in suffixes)
-    digest = xxhash.xxh3_128()
-    for path in files:
-        digest.update(str(path.relative_to(folder)).encode())
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
-    return digest.hexdigest()

@@ -29,19 +29,15 @@ from .arguments import In2CoreArguments
 from .comparison import plan_arms
 from .inputs import (
     Inputs,
-    check_adapter,
-    check_model,
     check_pool_columns,
     check_trainable,
-    hash_folder,
     hold_back,
     load_inputs,
-    load_tokenizer,
-    pin_day,
 )
 from .methods import check_methods, list_columns, needs_queries
+from .models import check_adapter, check_model, hash_folder, load_tokenizer, pin_day
 from .parser import Settings
-from .run_folder import agree, quiet_loading, read_json, warn, write_json
+from .run_folder import agree, lock_folder, quiet_loading, read_json, warn, write_json
 from .training import count_loss_tokens
 
 
@@ -89,6 +85,7 @@ class Job:
     target_tokenizer: PreTrainedTokenizerBase
     prepared_test: Dataset
     identities: dict[str, str]
+    target_parameters: int
     tokens: dict[str, Dataset] = field(default_factory=dict, repr=False)
 
     @property
@@ -171,7 +168,7 @@ def check(settings: Settings) -> Job:
     check_model(reference_model, reference_args, for_influence=True)
     parameters = check_model(target_model, target_args, for_influence=False)
     if args.reference_adapter is not None:
-        check_adapter(args.reference_adapter, reference_model.model_name_or_path or "")
+        check_adapter(args.reference_adapter, reference_model, reference_args)
     check_disk(folder, inputs.pool, parameters, len(plan_arms(args)))
     identities = inputs.hashes | {
         "reference model": hash_folder(reference_model.model_name_or_path or ""),
@@ -189,6 +186,7 @@ def check(settings: Settings) -> Job:
         target_tokenizer,
         prepared_test,
         identities,
+        parameters,
     )
     if not args.dry_run:
         claim_folder(job)
@@ -234,13 +232,18 @@ def check_disk(folder: Path, pool: Dataset, adapter_parameters: int, num_arms: i
         ValueError: if they do not.
     """
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
-    needed = 2 * pool.data.nbytes + 4 * adapter_parameters * (num_arms + 1)
+    needed = estimate_disk(pool, adapter_parameters, num_arms)
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
             f"{folder} needs about {needed / 1e9:.1f} GB ({num_arms} adapters and the annotated pool), but the disk "
             f"has {free / 1e9:.1f} GB left. Give another --output_dir, or fewer --arms, --seeds or --fractions."
         )
+
+
+def estimate_disk(pool: Dataset, adapter_parameters: int, num_arms: int) -> int:
+    """Bytes of the adapters and of the annotated pool, which is written anew beside itself."""
+    return 2 * pool.data.nbytes + 4 * adapter_parameters * (num_arms + 1)
 
 
 def claim_folder(job: Job) -> None:
@@ -250,6 +253,7 @@ def claim_folder(job: Job) -> None:
     Raises:
         ValueError: naming the settings and inputs that differ.
     """
+    lock_folder(job.folder)
     different = agree(lambda: find_differences(job))
     if different and not job.args.overwrite_output_dir:
         raise ValueError(

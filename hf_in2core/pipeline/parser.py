@@ -5,6 +5,7 @@ import difflib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, field, fields, make_dataclass
 from enum import Enum
@@ -14,6 +15,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 import yaml
 
 from .arguments import In2CoreArguments
+from .refusals import explain
 
 
 # Flags that TRL or Transformers know and that mean something else here.
@@ -81,7 +83,10 @@ class Settings:
 
     def make(self, config_type: type[ConfigType], reference: bool = False, **overrides: Any) -> ConfigType:
         """Fill a configuration class, for the targets or for the reference model."""
-        return config_type(**self.select(config_type, reference) | overrides)
+        try:
+            return config_type(**self.select(config_type, reference) | overrides)
+        except (ValueError, ImportError) as error:  # those of TRL and Transformers are about what was given, too
+            raise ValueError(f"These settings cannot work: {error}") from error
 
     def select(self, config_type: type, reference: bool = False) -> dict[str, Any]:
         """Settings of the fields of a configuration class."""
@@ -180,13 +185,25 @@ class RecipeParser:
             self.error(str(error))
 
     def run(self, main: Callable[[Settings], None], argv: Iterable[str] | None = None) -> None:
-        """Parse the command line and run a command on it; Ctrl-C leaves with 130 and says how to go on."""
+        """Parse the command line and run a command on it; what a user can mend ends without a traceback."""
         try:
             main(self.parse(argv))
         except KeyboardInterrupt:
             if os.environ.get("RANK", "0") == "0":
                 print("\nInterrupted. What is finished is kept: the same command goes on from there.", file=sys.stderr)
             raise SystemExit(130) from None
+        except Exception as error:
+            rank = os.environ.get("RANK", "0")
+            if rank != "0":
+                # What all processes refuse the main one tells, and its end ends the others, whatever they then miss.
+                time.sleep(5)
+            message = explain(error)
+            if message is None:
+                raise
+            if rank != "0":
+                print(f"in2core {self.name}: error in process {rank}: {message}", file=sys.stderr)
+                raise SystemExit(2) from None
+            self.error(message)
         finally:
             if "accelerate" in sys.modules:
                 from accelerate import PartialState
@@ -266,10 +283,17 @@ class RecipeParser:
 
     def _read_yaml(self, path: Path) -> list[str]:
         """The flags that a file's keys stand for, so that both mean the same (YAML reads 1e-4 as text, for one)."""
+        if not path.exists():
+            from hf_in2core.rows.places import describe_missing
+
+            self.error(f"--config {path} cannot be read: {describe_missing(str(path))}")
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            self.error(f"--config {path} cannot be read: {error}")
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            mark = getattr(error, "problem_mark", None)
+            where = "" if mark is None else f", line {mark.line + 1}"
+            tab = "it has a tab, and YAML is indented with spaces" if "'\\t'" in str(error) else None
+            self.error(f"--config {path}{where} cannot be read: {tab or error}")
         if not isinstance(content, dict):
             self.error(f"--config {path} holds no `key: value` lines")
         # A flag that is true by default has a second action, `--no_…`, after its own.

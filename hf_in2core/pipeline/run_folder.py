@@ -14,6 +14,8 @@ from typing import Any
 import datasets
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging as transformers_logging
 
 from hf_in2core import InfluenceConfig
@@ -24,6 +26,9 @@ from .parser import Settings
 
 # How many processes the user asked `in2core` for.
 PROCESSES_VARIABLE = "IN2CORE_PROCESSES"
+LOCK_FILE = ".in2core.lock"
+# The locks that this process holds: the operating system lets go of them when it ends.
+_LOCKS: dict[Path, FileLock] = {}
 # What a distributed launch leaves in the environment of a child process that is not part of it.
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -35,14 +40,62 @@ def join_processes(settings: Settings) -> None:
     Raises:
         ValueError: if the launcher started several, but they would each take themselves for the only one.
     """
+    if settings.values.get("output_dir") is not None:
+        check_output_dir(Path(settings.values["output_dir"]))
     # Training arguments join on the CPU too, which PartialState does only when it is told that there is nothing else.
-    settings.make(InfluenceConfig)
+    args = settings.make(InfluenceConfig)
+    try:
+        get_reporting_integration_callbacks(args.report_to)
+    except ValueError as error:
+        raise ValueError(f"--report_to {' '.join(args.report_to or [])} cannot work: {error}") from error
     joined = PartialState().num_processes
     launched = int(os.environ.get(PROCESSES_VARIABLE) or os.environ.get("WORLD_SIZE", "1"))
     if launched != joined:
         raise ValueError(
             f"{launched} processes were launched, but they do not find each other ({joined} in this group) and would "
             "write over one another. On CPUs set ACCELERATE_USE_CPU=true before `accelerate launch --multi_gpu`."
+        )
+
+
+def check_output_dir(folder: Path) -> None:
+    """
+    Check that a folder is one, or can be made, and can be written into.
+
+    Raises:
+        ValueError: if it is a file, or one of those above it is.
+        PermissionError: if it may not be written into.
+    """
+    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--output_dir {folder} cannot be a folder: {existing} is a file. Give another one.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"--output_dir {folder} cannot be written: {existing} is not yours. Give another one.")
+
+
+def lock_folder(folder: Path) -> None:
+    """
+    Keep a folder for this command until its process ends, however it ends; the main process does so for all.
+
+    Raises:
+        ValueError: if another command works in it.
+    """
+
+    def lock() -> bool:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder.resolve() / LOCK_FILE
+        if path not in _LOCKS:
+            held = FileLock(path)
+            try:
+                held.acquire(blocking=False)
+            except Timeout:
+                return False
+            _LOCKS[path] = held
+        return True
+
+    if not agree(lock):
+        raise ValueError(
+            f"{folder} is in use: another in2core command is at work in it, and two would write over each other. Wait "
+            "until it ends (one that was killed holds nothing), or give another --output_dir."
         )
 
 

@@ -12,8 +12,6 @@ from trl import SFTConfig
 
 from hf_in2core import InfluenceConfig, push_influence_dataset
 from hf_in2core.engine.sharding import save_adapter
-from hf_in2core.evaluation.arms import describe_data
-from hf_in2core.influence.plan import plan_influence
 from hf_in2core.names import POOL, describe_set, has_named_sets, name_coreset
 from hf_in2core.rows.hashes import hash_value
 from hf_in2core.rows.preparation import Preparation, prepare_rows
@@ -21,7 +19,7 @@ from hf_in2core.selection.answers import compare_answers
 from hf_in2core.selection.record import Coreset
 
 from .arguments import describe_command
-from .comparison import Arm, find_equal_run, plan_arms
+from .comparison import Arm, find_equal_run
 from .inputs import take_fraction
 from .job import Job, find_sources
 from .methods import Reference, add_columns, list_columns, needs_queries
@@ -32,31 +30,11 @@ from .training import (
     count_steps,
     evaluate_model,
     load_model,
-    make_influence_trainer,
     make_reference_trainer,
     make_trainer,
     release,
     train,
 )
-
-
-def plan_run(job: Job) -> None:
-    """Say what influence will take and which trainings surround it; writes nothing."""
-    influence_args = job.settings.make(InfluenceConfig, reference=True)
-    inputs = (job.inputs.pool, job.inputs.validation, job.reference_tokenizer)
-    if job.args.reference_adapter is not None:
-        trainer = make_influence_trainer(job.reference_model, influence_args, job.args.reference_adapter, *inputs)
-    else:
-        with quiet_loading():
-            trainer = make_reference_trainer(job.reference_model, influence_args, *inputs)
-        rows = round(job.args.reference_fraction * len(job.inputs.pool))
-        say(f"Reference: to be trained on {rows:,} rows. A rerun with --reference_adapter takes a trained one.")
-    say(str(plan_influence(trainer, needs_queries(job.args.methods))))
-    if job.args.analyses:
-        say(f"Analyses ({', '.join(job.args.analyses)}): passes of their own after it, which are not in this plan.")
-    say("".join(f"Test set: {text}." for name, text in describe_data(job.inputs.facts) if name == "test"))
-    plan = plan_arms(job.args)
-    say(f"Targets: {len(plan)} trainings and evaluations after that: {', '.join(arm.name for arm in plan)}.")
 
 
 def train_reference(job: Job) -> tuple[str, dict[str, Any]]:

@@ -37,7 +37,7 @@ from hf_in2core.rows.preparation import Preparation, tokenize_rows
 from hf_in2core.rows.scored import add_influence_columns, add_list_column
 
 from .parser import Settings
-from .run_folder import quiet_loading, write_json
+from .run_folder import lock_folder, quiet_loading, write_json
 
 
 def make_model_kwargs(model_args: ModelConfig, training_args: InfluenceConfig) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def load_model(model_args: ModelConfig, training_args: InfluenceConfig, adapter:
 
 
 class StepProgress(TrainerCallback):
-    """One bar per training with a name, gone when it ends; silent for the first minute outside a terminal."""
+    """One bar per training with its loss, gone when it ends; outside a terminal a line a minute, after the first."""
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -87,6 +87,11 @@ class StepProgress(TrainerCallback):
         """Move the bar."""
         assert self.bar is not None
         self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Show the loss beside it."""
+        if self.bar is not None and "loss" in kwargs.get("logs", {}):
+            self.bar.set_postfix(loss=f"{float(kwargs['logs']['loss']):.4g}", refresh=False)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -158,8 +163,7 @@ def train(trainer: SFTTrainer, label: str) -> dict[str, Any]:
     Returns:
         `dict`: `rows` and `loss_tokens` trained on, `steps`, `seconds` (of this process's training, without loading).
     """
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
+    strip_callbacks(trainer)
     trainer.add_callback(StepProgress(label))
     checkpoint = None
     folder = trainer.args.output_dir or ""
@@ -172,6 +176,12 @@ def train(trainer: SFTTrainer, label: str) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "seconds": time.perf_counter() - started,
     }
+
+
+def strip_callbacks(trainer: SFTTrainer) -> None:
+    """Take out the bars and prints of Transformers."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
 
 
 def count_steps(trainer: SFTTrainer) -> int:
@@ -196,8 +206,9 @@ def count_loss_tokens(prepared: Dataset) -> dict[str, int]:
 
 def train_and_save(trainer: SFTTrainer, settings: Settings, label: str) -> dict[str, Any]:
     """Train, write adapter, tokenizer, `config.yaml` and `training.json` into `output_dir`; returns as [`train`]."""
-    result = train(trainer, label)
     folder = Path(trainer.args.output_dir or "")
+    lock_folder(folder)
+    result = train(trainer, label)
     # All processes take part: a sharded model is gathered.
     trainer.save_model(str(folder))
     if PartialState().is_main_process:

@@ -9,6 +9,7 @@ from datasets import Dataset, load_from_disk
 
 from hf_in2core.evaluation.formats import get_value, is_number
 from hf_in2core.names import INFLUENCE
+from hf_in2core.rows.places import describe_missing
 
 
 # Version of the layout of results.json.
@@ -63,8 +64,6 @@ def read_run(folder: str | Path) -> Run:
             without arms.
     """
     path = Path(folder)
-    if not path.is_dir():
-        raise ReportError(f"`{folder}` is not a folder (seen from {Path.cwd()}). Give the --output_dir of a run.")
     results = read_results(path)
     notes: list[str] = []
     scored = read_scored(path, notes)
@@ -86,6 +85,10 @@ def read_results(folder: Path) -> dict[str, Any]:
         ReportError: see [`read_run`].
     """
     path = folder / "results.json"
+    if not folder.exists():
+        raise ReportError(f"The run `{folder}`: {describe_missing(str(folder))} Give the --output_dir of a run.")
+    if not folder.is_dir():
+        raise ReportError(f"The run `{folder}` is a file. Give the --output_dir of a run.")
     if not path.is_file():
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise ReportError(

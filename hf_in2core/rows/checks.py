@@ -10,7 +10,15 @@ from datasets import Dataset
 
 from hf_in2core.progress import make_bar
 
-from .columns import FORMAT_COLUMNS, check_sources, get_preset, list_read_columns, map_row, read_sources
+from .columns import (
+    FORMAT_COLUMNS,
+    check_sources,
+    get_preset,
+    list_read_columns,
+    map_row,
+    read_sources,
+    resolve_columns,
+)
 from .masks import describe_kind, describe_mask
 from .overlap import hash_content
 from .presets import OTHER_CONTENTS, RowError, count_silent_turns, describe_value, read_tools, read_turns
@@ -95,9 +103,10 @@ def check_rows(dataset: Dataset, preparation: "Preparation", what: str) -> Check
         ValueError: if the set lacks columns or fits no format.
     """
     check_sources(dataset.column_names, preparation.columns)
+    columns = resolve_columns(dataset.column_names, preparation.columns)
     found = CheckedRows(what, len(dataset))
     id_column = next((name for name in ID_COLUMNS if name in dataset.column_names), None)
-    read = dataset.with_format(None).select_columns(list_read_columns(dataset.column_names, preparation.columns))
+    read = dataset.with_format(None).select_columns(list_read_columns(dataset.column_names, columns))
     ids: Any = dataset.with_format(None).select_columns([id_column]) if id_column is not None else None
     kind: str | None = None
     with make_bar(len(dataset), f"Checking the {what}", brief=True) as bar:
@@ -110,13 +119,13 @@ def check_rows(dataset: Dataset, preparation: "Preparation", what: str) -> Check
                 kind = kind or this_kind
                 if not has_label:
                     found.without_label.append(position)
-                found.silent_turns += count_silent_turns(row, preparation.columns)
+                found.silent_turns += count_silent_turns(row, columns)
                 found.mask = found.mask or describe_mask(mapped, preparation)
                 found.format = found.format or "/".join(name for name in mapped if name in FORMAT_COLUMNS)
                 found.hashes.append(hash_content(mapped))
             except RowError as error:
                 bad_id = ids[position][id_column] if ids is not None else None
-                column = read_sources(preparation.columns).get(error.column, error.column)
+                column = read_sources(columns).get(error.column, error.column)
                 found.bad.append(BadRow(position, bad_id, column, error.reason))
                 found.hashes.append("")
             bar.update()
@@ -156,7 +165,7 @@ def check_row(row: Mapping[str, Any], preparation: "Preparation") -> tuple[dict[
         _check_text(completion, "completion")
         return mapped, True
     names = ("prompt", "completion")
-    if get_preset(preparation.columns) == "openai":
+    if get_preset(resolve_columns(row, preparation.columns)) == "openai":
         names = ("messages", "messages")
         _check_turns(prompt + completion, "messages", preparation)
         if not completion:

@@ -1,5 +1,6 @@
 """Raw columns as people have them, mapped to TRL's formats (`messages`, `prompt`/`completion`, `text`)."""
 
+import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -11,6 +12,9 @@ from .presets import PRESETS, describe_mapped, from_conversations
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
+# Between mappings of which each set takes the first that fits; and that of rows in one of TRL's formats.
+OR, AS_IS = "or", "trl"
+EXAMPLE = "`--columns prompt=instruction completion=output`"
 # Everything TRL's preparation reads; any other column is left out of it (a stray `text` beside `prompt` changes what
 # TRL does with a row).
 FORMAT_COLUMNS = ["input_ids", "labels", "messages", "conversations", "prompt", "completion", "text"]
@@ -36,29 +40,64 @@ def read_sources(columns: list[str] | None) -> dict[str, str]:
     return {target: source for target, _, source in (item.partition("=") for item in columns)}
 
 
+def resolve_columns(names: Iterable[str], columns: list[str] | None) -> list[str] | None:
+    """
+    The mapping of one set: of several, divided by `or`, the first that its columns fit; `trl` is none.
+
+    Raises:
+        ValueError: if none of several fits.
+    """
+    ways = _split_ways(columns)
+    if len(ways) == 1:
+        return ways[0]
+    names = list(names)
+    for way in ways:
+        try:
+            check_sources(names, way)
+        except ValueError:
+            continue
+        return way
+    raise ValueError(
+        f"The dataset's columns ({', '.join(names)}) fit none of `--columns {' '.join(columns or [])}`. Add what "
+        "reads them after `or`: a preset, pairs such as `prompt=question completion=answer`, or `trl` for rows in "
+        "one of TRL's formats."
+    )
+
+
+def _split_ways(columns: list[str] | None) -> list[list[str] | None]:
+    if columns is None:
+        return [None]
+    ends = [place for place, item in enumerate(columns) if item == OR]
+    ways = [columns[start:end] for start, end in zip([0, *(end + 1 for end in ends)], [*ends, None], strict=True)]
+    return [None if way == [AS_IS] else way for way in ways]
+
+
 def check_columns(columns: list[str] | None) -> None:
     """
     Check the form of a column mapping, without data.
 
     Raises:
-        ValueError: if it is neither a preset nor a list of `target=source` with targets that TRL knows.
+        ValueError: if it is neither a preset nor a list of `target=source` with targets that TRL knows, nor several of
+            these with `or` between them.
     """
-    if columns is None or get_preset(columns) is not None:
-        return
-    targets, sources = [], []
-    for item in columns:
-        target, equals, source = item.partition("=")
-        if not equals or not source or target not in FORMAT_COLUMNS + EXTRA_COLUMNS:
-            raise ValueError(
-                f"`columns` has {item!r}, which is neither a preset ({', '.join(PRESETS)}) nor `target=source` with a "
-                f"target among {', '.join(FORMAT_COLUMNS + EXTRA_COLUMNS)}. Write for example "
-                "`--columns prompt=instruction completion=output`."
-            )
-        targets.append(target)
-        sources.append(source)
-    for what, names in (("target", targets), ("source", sources)):
-        if len(set(names)) != len(names):
-            raise ValueError(f"`columns` maps a {what} twice: {columns}. Give each target one source of its own.")
+    for way in _split_ways(columns):
+        if way is None or get_preset(way) is not None:
+            continue
+        targets, sources = [], []
+        for item in way or [""]:
+            target, equals, source = item.partition("=")
+            if not equals or not source or target not in FORMAT_COLUMNS + EXTRA_COLUMNS:
+                close = difflib.get_close_matches(item, PRESETS, n=1)
+                hint = f"Did you mean `{close[0]}`?" if close else f"Write for example {EXAMPLE}."
+                raise ValueError(
+                    f"`columns` has {item!r}, which is neither a preset ({', '.join(PRESETS)}) nor `target=source` "
+                    f"with a target among {', '.join(FORMAT_COLUMNS + EXTRA_COLUMNS)}. {hint}"
+                )
+            targets.append(target)
+            sources.append(source)
+        for what, names in (("target", targets), ("source", sources)):
+            if len(set(names)) != len(names):
+                raise ValueError(f"`columns` maps a {what} twice: {way}. Give each target one source of its own.")
 
 
 def list_format_columns(names: Iterable[str]) -> list[str]:
@@ -84,10 +123,13 @@ def list_format_columns(names: Iterable[str]) -> list[str]:
     elif "text" in names:
         kept = ["text"]
     else:
+        pictures = (
+            " It has pictures, but only text can be trained on here." if {"image", "images"} & set(names) else ""
+        )
         raise ValueError(
             f"The dataset's columns ({', '.join(names)}) are in none of TRL's formats. It needs `messages`, "
             "`prompt` and `completion`, or `text`: name them with `columns`, for example "
-            f"`--columns prompt=question completion=answer`, or use a preset ({', '.join(PRESETS)})."
+            f"`--columns prompt=question completion=answer`, or use a preset ({', '.join(PRESETS)}).{pictures}"
         )
     return [name for name in kept if name in names]
 
@@ -95,6 +137,7 @@ def list_format_columns(names: Iterable[str]) -> list[str]:
 def list_read_columns(names: Iterable[str], columns: list[str] | None) -> list[str]:
     """Of a set's columns those that its mapping may read, so that no other is decoded."""
     names = list(names)
+    columns = resolve_columns(names, columns)
     if (preset := get_preset(columns)) is not None:
         read = {*PRESETS[preset].needed, *PRESETS[preset].optional}
     else:
@@ -111,13 +154,14 @@ def check_sources(names: Iterable[str], columns: list[str] | None) -> None:
     """
     check_columns(columns)
     names = list(names)
+    columns = resolve_columns(names, columns)
     preset = get_preset(columns)
     sources = read_sources(columns)
     needed = list(PRESETS[preset].needed if preset else sources.values())
     missing = [name for name in needed if name not in names]
     if missing:
         raise ValueError(
-            f"{f'the preset `{preset}`' if preset else f'`columns={columns}`'} needs the column(s) "
+            f"{f'The preset `{preset}`' if preset else f'`columns={columns}`'} needs the column(s) "
             f"{', '.join(missing)}, but the dataset has: {', '.join(names)}. Name the right columns with `columns`, "
             "for example `--columns prompt=question completion=answer`."
         )
@@ -140,6 +184,7 @@ def map_row(row: Mapping[str, Any], columns: list[str] | None, conversational: b
     Raises:
         RowError: if a cell is not what its preset needs.
     """
+    columns = resolve_columns(row, columns)
     if (preset := get_preset(columns)) is not None:
         return PRESETS[preset].read(row, conversational)
     sources = read_sources(columns)
@@ -160,7 +205,8 @@ def apply_columns(
         columns (`list[str]` or `None`):
             `None` (rows are in one of TRL's formats already), `["alpaca"]` (`instruction`, `input`, `output`),
             `["sharegpt"]` (`conversations` with `from` and `value`), `["openai"]` (`messages` with `weight`), or
-            `["prompt=instruction", "completion=output"]`.
+            `["prompt=instruction", "completion=output"]`. Several with `"or"` between them are for sets of different
+            formats, each of which is read by the first that fits; `"trl"` among them is for rows in TRL's formats.
         processing_class (`transformers.PreTrainedTokenizerBase`):
             Tokenizer: with a chat template the Alpaca preset gives conversational rows, without one Alpaca's own text.
 
@@ -173,6 +219,7 @@ def apply_columns(
     """
     names = get_column_names(dataset)
     check_sources(names, columns)
+    columns = resolve_columns(names, columns)
     conversational = bool(processing_class.chat_template)
     settings: dict[str, Any] = {"columns": columns, "conversational": conversational}
     if isinstance(dataset, IterableDataset):

@@ -21,6 +21,10 @@ from datasets import (
 
 from hf_in2core.names import VALIDATION
 
+from .columns import check_sources
+from .faults import find_fault, find_other_separator
+from .places import describe_missing, is_hub_id
+
 
 # File suffix -> builder of `datasets.load_dataset`.
 FILE_FORMATS = {
@@ -44,7 +48,6 @@ MISSING = (
     *("NULL", "NaN", "None", "n/a", "nan", "null"),
 )
 NAMED_SOURCE = re.compile(r"([A-Za-z][\w.-]*)=(.+)", re.DOTALL)
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # A colon that is not inside the brackets of a slice such as `train[:10%]`.
 COLON = re.compile(r":(?![^\[]*\])")
 
@@ -85,23 +88,46 @@ def load_rows(
             dataset = _load_local(path, split, {*TEXT_COLUMNS, *(item.partition("=")[2] for item in columns or [])})
     except FileNotFoundError as error:
         raise FileNotFoundError(f"The {what} `{source}` cannot be loaded: {error}") from error
-    except _SplitError as error:
+    except _SourceError as error:
         raise ValueError(f"The {what} `{source}` cannot be loaded: {error}") from error
     except Exception as error:  # datasets raises many types, whose own text names neither the source nor a remedy
         reason = error.__cause__ or error
         if "corresponds to no data" not in str(reason):  # a split without rows
-            raise ValueError(
-                f"The {what} `{source}` cannot be loaded ({type(reason).__name__}: {reason}). Give a Hub id with an "
-                f"optional `:split`, a folder, or a {ACCEPTED}."
-            ) from error
+            text = " ".join(str(reason).split())
+            told = _explain(source, f"{type(reason).__name__}: {text[:400]}")
+            raise ValueError(f"The {what} `{source}` cannot be loaded: {told}") from error
         dataset = Dataset.from_dict({})
     if len(dataset) == 0:
         raise ValueError(f"The {what} `{source}` has no rows. Check the file or the split's name.")
     return dataset
 
 
-class _SplitError(ValueError):
-    pass
+def load_raw_rows(source: str, what: str, columns: list[str] | None = None, revision: str | None = None) -> Dataset:
+    """
+    [`load_rows`] of a set that is to be trained on or judged by: its columns are what the mapping reads, too.
+
+    Raises:
+        FileNotFoundError, ValueError: as [`load_rows`], and if the columns are not.
+    """
+    rows = load_rows(source, what, revision, columns)
+    try:
+        check_sources(rows.column_names, columns)
+    except ValueError as error:
+        raise ValueError(f"The {what} `{source}` cannot be read: {error}") from error
+    return rows
+
+
+class _SourceError(ValueError):
+    """An error whose text is the reader's."""
+
+
+def _explain(source: str, reason: str) -> str:
+    """Why a source cannot be read: what is wrong with its files, or what is near its name; else the reader's words."""
+    path, _ = _split_local(source)
+    if path is None:
+        return f"{describe_missing(COLON.split(source)[0])} As a Hub id: {reason}"
+    fault = find_fault(_list_parts(path) if path.is_dir() else [path])
+    return fault or f"{reason} Give a Hub id with an optional `:split`, a folder, or a {ACCEPTED}."
 
 
 def _split_local(source: str) -> tuple[Path | None, str | None]:
@@ -113,8 +139,10 @@ def _split_local(source: str) -> tuple[Path | None, str | None]:
     path = Path(parts[0]).expanduser()
     if len(parts) == 2 and path.is_dir():
         return path, parts[1]
-    if _get_format(path) is not None or source[:1] in "./~" or not HUB_ID.fullmatch(parts[0]):
-        raise FileNotFoundError(f"there is no such file or folder, seen from {Path.cwd()}, and it is no Hub id.")
+    if len(parts) == 2 and path.is_file():
+        raise _SourceError(f"it is a file, which has no splits. Leave out `:{parts[1]}`.")
+    if _get_format(path) is not None or not is_hub_id(parts[0]):
+        raise FileNotFoundError(f"{describe_missing(parts[0])} It is no Hub id either.")
     return None, None
 
 
@@ -131,19 +159,25 @@ def _load_local(path: Path, split: str | None, texts: set[str]) -> Dataset:
     if path.is_file():
         builder = _get_format(path)
         if builder is None:
-            raise ValueError(f"files end in {', '.join(FILE_FORMATS)}, this one in `{path.suffix}`")
+            ending = f"this one in `{path.suffix}`" if path.suffix else "this one has no ending"
+            raise _SourceError(f"files end in {', '.join(FILE_FORMATS)}, {ending}. Save it as one of these.")
         if path.stat().st_size == 0:
             return Dataset.from_dict({})
         loaded = load_dataset(builder, data_files=str(path), split="train", **_get_options(builder, [path], texts))
-        return _keep_texts(loaded, [path], texts) if builder == "json" else loaded
+        if builder != "json":
+            return loaded
+        loaded.data.validate(full=True)  # Arrow reads bytes that are no text without a word
+        return _keep_texts(loaded, [path], texts)
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = load_from_disk(str(path))
         if isinstance(saved, DatasetDict):
             return _take_split(saved, split)
         if split is not None:
-            raise _SplitError(f"it is a single dataset without splits. Leave out `:{split}`.")
+            raise _SourceError(f"it is a single dataset without splits. Leave out `:{split}`.")
         return saved
-    parts = sorted(part for part in path.rglob("*") if part.is_file() and _get_format(part) is not None)
+    parts = _list_parts(path)
+    if not any(file.is_file() for file in path.rglob("*")):
+        raise _SourceError("the folder has no files in it. Give one with rows, or a file.")
     builders = {_get_format(part) for part in parts}
     options = _get_options("csv", parts, texts) if builders == {"csv"} else {}
     if split is not None and "[" in split:
@@ -160,12 +194,22 @@ def _load_local(path: Path, split: str | None, texts: set[str]) -> Dataset:
     return _keep_texts(ordered, parts, texts)
 
 
+def _list_parts(folder: Path) -> list[Path]:
+    """The files of rows in a folder and those below it, in our order."""
+    return sorted(part for part in folder.rglob("*") if part.is_file() and _get_format(part) is not None)
+
+
 def _get_options(builder: str, files: list[Path], texts: set[str]) -> dict[str, Any]:
     """Settings of a builder: in CSV the columns of texts are read as they stand."""
     if builder != "csv":
         return {}
     separator = "\t" if any(suffix.lower() == ".tsv" for file in files for suffix in file.suffixes) else ","
-    names = {str(name) for file in files for name in pandas.read_csv(file, sep=separator, nrows=0).columns}
+    names = set()
+    for file in files:
+        header = [str(name) for name in pandas.read_csv(file, sep=separator, nrows=0).columns]
+        if told := find_other_separator(file, header, separator):
+            raise _SourceError(told)
+        names |= set(header)
     return {
         "sep": separator,
         "converters": dict.fromkeys(sorted(names & texts), str),
@@ -212,7 +256,7 @@ def _read_json(file: Path) -> Iterator[dict[str, Any]]:
 def _take_split(splits: DatasetDict, split: str | None) -> Dataset:
     name = split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
     if name not in splits:
-        raise _SplitError(
+        raise _SourceError(
             f"it has the splits {', '.join(map(str, splits))}, not `{name}`. Add `:split` with one of them."
         )
     return splits[name]
@@ -263,6 +307,6 @@ def find_hub_id(source: str) -> str | None:
     """Hub id of a source of [`load_rows`]; `None` for anything else."""
     try:
         path, _ = _split_local(source)
-    except FileNotFoundError:
+    except (FileNotFoundError, _SourceError):
         return None
     return None if path is not None else COLON.split(source)[0]

@@ -36,7 +36,7 @@ def test_the_commands_are_listed(capsys: pytest.CaptureFixture) -> None:
         (["select", "--scord", "x"], "in2core select: error: unknown flag `--scord`. Did you mean `scored`?"),
         (
             ["publish", "--run", "missing", "--hub_id", "a/b"],
-            "in2core publish: error: missing holds no scored/",
+            "in2core publish: error: The run `missing`: there is no such file",
         ),
         (["publish"], "in2core publish: error: missing: --run, --hub_id"),
     ],

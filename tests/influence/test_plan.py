@@ -1,5 +1,7 @@
 """The plan before the work: its counts are those of the data, its disk that of the run, and it writes nothing."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -83,4 +85,9 @@ def test_dry_runs_print_the_plan_and_write_nothing(tmp_path, capsys) -> None:
         assert f"Validation set validation: {NUM_VALIDATION} rows, {tokens} tokens with loss." in printed
         assert "Peak memory" in printed and "Disk" in printed
     assert "Targets" in printed and f"Test set: {NUM_TEST} rows, " in printed
+    every = ["--arms", "full", "coreset", "rds", "cosine", "--reference_fraction", "0.5", "--strategy", "auto"]
+    run_command("run", "--config", config_path, "--dry_run", *every, "--auto_budget", "20")
+    printed = capsys.readouterr().out
+    for part in ("reference", "influence", "columns of methods", "tournament", "targets"):
+        assert re.search(rf"Altogether: .*[(, ]{part} \d+ s", printed), printed
     assert {path: path.stat().st_mtime_ns for path in list_files(tmp_path)} == before

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,8 +153,9 @@ def test_every_pass_has_a_bar_that_a_log_can_bear(tmp_path: Path, bars: None, ca
     trainer.score_influence()
     shown = capfd.readouterr().err
     for name in PASSES:
-        lines = [line for line in shown.split("\r") if line.startswith(name)]
+        lines = [line for line in shown.splitlines() if line.startswith(name)]
         assert 1 <= len(lines) <= 3 and "row/s" in lines[-1], lines  # the first and the last, and one a minute
+    assert "\r" not in shown and "█" not in shown
     trainer.fit_influence(per_example=True)
     trainer.score_influence()
     shown = capfd.readouterr().err
@@ -217,3 +219,38 @@ def test_a_recipe_in_a_log(
     header, _, line = shown.out.splitlines()[:3]
     assert header.split()[:3] == ["adapter", "rows", "test_loss"] and line.split()[:2] == ["–", "12"]
     assert "\x1b" not in shown.out
+
+
+def train_with_a_bar(folder: Path, model_folder: str) -> None:
+    """A training as the commands start one, of eight steps."""
+    folder.mkdir(exist_ok=True)
+    make_prompt_completion(16, seed=0).to_json(folder / "pool.jsonl")
+    flags = ["--model_name_or_path", model_folder, "--pool", str(folder / "pool.jsonl"), "--num_train_epochs", "1"]
+    flags += ["--per_device_train_batch_size", "2", "--logging_steps", "2", "--output_dir", str(folder / "out")]
+    run_command("train_reference", *flags)
+
+
+def test_training_shows_its_loss_in_a_terminal(
+    tmp_path: Path, model_folder: str, bars: None, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("hf_in2core.progress.OFTEN", 0.0)
+    train_with_a_bar(tmp_path, model_folder)
+    shown = [text for text in capfd.readouterr().err.split("\r") if text.startswith("Reference:")]
+    assert "0/8" in shown[0] and re.search(r"8/8 .*loss=\d+\.\d+", shown[-1]), shown
+
+
+def test_training_leaves_a_line_a_minute_in_a_log(
+    tmp_path: Path, model_folder: str, bars: None, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_with_a_bar(tmp_path / "short", model_folder)
+    assert "Reference:" not in capfd.readouterr().err
+    monkeypatch.setattr("hf_in2core.progress.MINUTE", 0.001)
+    train_with_a_bar(tmp_path / "long", model_folder)
+    shown = capfd.readouterr().err
+    lines = [line for line in shown.splitlines() if line.startswith("Reference:")]
+    assert lines and re.fullmatch(r"Reference: 8 of 8 steps, .*step/?s?, about 00:00 left, loss=\d+\.\d+", lines[-1])
+    assert "\r" not in "".join(lines)
+    monkeypatch.setenv("RANK", "1")
+    train_with_a_bar(tmp_path / "other", model_folder)
+    assert "Reference:" not in capfd.readouterr().err

@@ -359,7 +359,7 @@ def test_no_run_is_a_clear_message(tmp_path: Path, capsys: Any, content: bytes |
         (tmp_path / "results.json").write_bytes(content)
     with pytest.raises(SystemExit) as left:
         main(["report", str(tmp_path)])
-    assert left.value.code == 1
+    assert left.value.code == 2
     captured = capsys.readouterr()
     assert message in captured.err and captured.out == "" and len(captured.err) < 1000
     assert not (tmp_path / "report.html").exists()
@@ -371,7 +371,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     done = subprocess.run([*command, str(folder)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "report.html" in done.stdout and (folder / "report.html").is_file()
     done = subprocess.run([*command, str(tmp_path / "no")], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1 and "is not a folder" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "there is no such file or folder" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.slow), 41])

@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from helpers import CHAT_TEMPLATE, make_tokenizer, make_trainer
 
 from hf_in2core.rows.checks import check_rows
-from hf_in2core.rows.columns import apply_columns
+from hf_in2core.rows.columns import apply_columns, check_columns, map_row
 from hf_in2core.rows.masks import say_silent_turns
 from hf_in2core.rows.preparation import Preparation, prepare_batch
 from hf_in2core.rows.presets import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
@@ -168,3 +168,24 @@ def test_extra_keys_of_turns_stay_apart(tmp_path: Path) -> None:
     turns = [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b", "name": "x"}]
     (row,) = apply_columns(Dataset.from_list([{"conversations": turns, "x": 1}]), None, make_chat_tokenizer())
     assert row["messages"][1] == {"role": "assistant", "content": "b", "name": "x"}
+
+
+def test_sets_of_different_formats(tokenizer) -> None:
+    """Each set is read by the first of several ways that its columns fit, and as it would be by that one alone."""
+    both = ["alpaca", "or", "prompt=question", "completion=answer", "or", "trl"]
+    sets: dict[tuple[str, ...] | None, dict[str, str]] = {
+        ("alpaca",): {"instruction": "the cat", "input": "", "output": " sat"},
+        ("prompt=question", "completion=answer"): {"question": "the cat", "answer": " sat", "text": "other"},
+        None: {"prompt": "the cat", "completion": " sat", "note": "x"},
+    }
+    for alone, row in sets.items():
+        rows = Dataset.from_list([row] * 3)
+        expected = apply_columns(rows, None if alone is None else list(alone), tokenizer)
+        assert apply_columns(rows, both, tokenizer).to_list() == expected.to_list()
+        assert map_row(row, both, conversational=False) == expected[0]
+    with pytest.raises(ValueError, match=r"columns \(q, a\) fit none of `--columns alpaca or .* or trl`"):
+        apply_columns(Dataset.from_list([{"q": "a", "a": "b"}]), both, tokenizer)
+    with pytest.raises(ValueError, match="Did you mean `sharegpt`"):
+        check_columns(["alpaca", "or", "sharegtp"])
+    with pytest.raises(ValueError, match="neither a preset"):
+        check_columns(["alpaca", "or"])
