@@ -2,15 +2,16 @@
 
     in2core run --config recipes/quickstart/in2core.yaml
 
-The run folder gets config.yaml, reference/ (adapter), scorer/, scored/ (the annotated pool), arms/, results.json,
-three pictures and report.html. The same command into the same folder resumes. Negative influence = proponent.
+The run folder gets config.yaml, reference/ (adapter), scorer/, scored/ (the annotated pool), coresets/, arms/,
+results.json, three pictures and report.html. The same command into the same folder resumes. Negative influence =
+proponent.
 """
 
 import gc
 import time
 from typing import Any
 
-from hf_in2core.names import AUTO, NUM_LOSS_TOKENS, POOL
+from hf_in2core.names import AUTO, NUM_LOSS_TOKENS, POOL, name_coreset
 from hf_in2core.pipeline.arguments import In2CoreArguments
 from hf_in2core.pipeline.parser import RecipeParser, Settings, make_run_parser
 
@@ -37,6 +38,7 @@ def main(settings: Settings) -> None:
         plan_arms,
         write_results,
     )
+    from hf_in2core.pipeline.coreset_folders import write_coresets
     from hf_in2core.pipeline.job import check
     from hf_in2core.pipeline.planning import plan_run
     from hf_in2core.pipeline.run_folder import join_processes, run_setup_script, say, warn
@@ -72,6 +74,9 @@ def main(settings: Settings) -> None:
     scored, selection["columns"] = add_method_columns(job, adapter)
     tournament = hold_tournament(job, adapter, reference, scored, selection) if args.strategy == AUTO else None
     coresets = choose_coresets(args, job.folder, scored, tournament["winner"] if tournament else args.strategy)
+    # A fraction of 1 leaves nothing out: its rows are those of scored/.
+    below = [name_coreset(fraction) for fraction in args.fractions if fraction < 1]
+    write_coresets(job.folder, scored, {name: coresets[name] for name in below})
     headline = find_headline(args.fractions, coresets)
     named = [name for name in scored.column_names if name in ("id", args.task_column, args.wrong_column)]
     job.inputs.facts[POOL]["loss_tokens"] = int(read_scores(scored, NUM_LOSS_TOKENS).sum())

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM
 from hf_in2core import InfluenceScorer, select_coreset
 from hf_in2core.cards.publish import _choose_splits
 from hf_in2core.names import name_coreset
+from hf_in2core.pipeline.coreset_folders import write_coresets
 from hf_in2core.report.rows import read_pool
 from hf_in2core.report.run import read_run
 from hf_in2core.selection.record import read_record, take_coresets
@@ -129,6 +130,35 @@ def test_the_annotated_pool_is_the_pool(finished: Path) -> None:
     # Nothing but the dataset itself lies there.
     names = {path.name for path in (finished / "run" / "scored").iterdir()}
     assert names == {"data-00000-of-00001.arrow", "dataset_info.json", "state.json"}
+
+
+def test_a_coreset_is_a_dataset_of_the_rows_of_its_record(finished: Path, tmp_path: Path) -> None:
+    scored = load_from_disk(str(finished / "run" / "scored"))
+    _, recorded = read_record(finished / "run" / "coresets.json", len(scored))
+    shutil.copytree(finished / "run" / "coresets", tmp_path / "coresets")
+    assert [path.name for path in (tmp_path / "coresets").iterdir()] == ["coreset_25"]
+    coreset = load_from_disk(str(tmp_path / "coresets" / "coreset_25"))
+    assert coreset.to_list() == [scored[position] for position in recorded["coreset_25"].positions]
+    # Whole in its own folder, wherever that is moved.
+    assert all(Path(file["filename"]).is_relative_to(tmp_path) for file in coreset.cache_files)
+
+
+def test_a_coreset_folder_is_written_once_and_again_where_it_is_not_its_record(finished: Path, tmp_path: Path) -> None:
+    scored = load_from_disk(str(finished / "run" / "scored"))
+    _, recorded = read_record(finished / "run" / "coresets.json", len(scored))
+    wanted = {"coreset_25": recorded["coreset_25"]}
+    folder = write_coresets(tmp_path, scored, wanted)["coreset_25"]
+    written = (folder / "state.json").stat().st_mtime_ns
+    write_coresets(tmp_path, scored, wanted)
+    assert (folder / "state.json").stat().st_mtime_ns == written
+    other = sorted(set(range(NUM_POOL)) - set(recorded["coreset_25"].positions))[:15]
+    shutil.rmtree(folder)
+    scored.select(other).save_to_disk(str(folder))
+    write_coresets(tmp_path, scored, wanted)
+    assert load_from_disk(str(folder))["id"][:] == scored.select(recorded["coreset_25"].positions)["id"][:]
+    next(folder.glob("*.arrow")).write_bytes(b"cut")
+    write_coresets(tmp_path, scored, wanted)
+    assert len(load_from_disk(str(folder))) == 15
 
 
 def test_the_scorer_scores_like_the_run(finished: Path) -> None:
