@@ -215,6 +215,7 @@ def render_influence_section(
             }
             for name, rows in splits.items()
         ],
+        collapse=get_object(results, "answers").get("warning"),
         first_coreset=next((Markdown(name) for name in splits if name != "train"), None),
         columns=[
             {"name": format_code(name), "type": format_code(_name_type(feature)), "meaning": _explain(name, added)}
