@@ -61,6 +61,8 @@ ALL_ARMS = (*ARMS, LENGTH_MATCHED, *METHODS)
 # --- how rows are chosen ---
 
 STRATEGIES = ("top", "bottom", "random", "round_robin", "round_robin_rows", "greedy")
+# How many rows each group gets, where rows are chosen within groups.
+GROUP_QUOTAS = ("proportional", "equal")
 # These read the influence on every validation row.
 STRATEGIES_BY_ROW = ("round_robin_rows", "greedy")
 

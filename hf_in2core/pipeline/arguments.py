@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hf_in2core.names import ALL_ARMS, ARMS, AUTO, BUDGETS, CANDIDATES, METHODS, STRATEGIES
+from hf_in2core.names import ALL_ARMS, ARMS, AUTO, BUDGETS, CANDIDATES, GROUP_QUOTAS, METHODS, STRATEGIES
 
 
 ANALYSES = ("layers", "coverage")
@@ -122,6 +122,18 @@ class In2CoreArguments(DataArguments):
         choices=COMPARED_STRATEGIES,
     )
     auto_budget: float = flag("selection", "What `--strategy auto` may take, in target runs.", 2.0, first=False)
+    group_column: str | None = flag(
+        "selection",
+        "Choose within each value of this column of the pool (a task, a source, or the answer where answers are few), "
+        "so that the coreset and the other methods hold some of each.",
+        first=False,
+    )
+    group_quota: str | None = flag(
+        "selection",
+        "Rows that each group gets: `proportional` to its size (default), or `equal`.",
+        first=False,
+        choices=GROUP_QUOTAS,
+    )
     encoder: str | None = flag(
         "selection",
         "Sentence encoder of the method `encoder`: folder or Hub id (default: all-MiniLM-L6-v2, which "
@@ -179,6 +191,10 @@ class In2CoreArguments(DataArguments):
                 "`less` reads Adam's moments from checkpoints of the reference, and none are kept. Add "
                 "--reference_checkpoints 4."
             )
+        if self.group_quota is not None and self.group_column is None:
+            raise ValueError(
+                f"--group_quota {self.group_quota} shares rows between groups, but none are given. Add --group_column."
+            )
         if self.auto_budget <= 0:
             raise ValueError(f"--auto_budget {self.auto_budget} is no run. Give a positive number of target runs.")
         for name in ("fractions", "seeds", "arms", "budgets", "analyses"):
@@ -192,6 +208,12 @@ class In2CoreArguments(DataArguments):
     def methods(self) -> list[str]:
         """The strategy, or the candidates of `auto`, and the arms: all ways to choose rows that the run needs."""
         return [*(self.candidates if self.strategy == AUTO else [self.strategy]), *self.arms]
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """Within which groups the coreset and the methods choose, as arguments of `select_coreset`."""
+        given = {"group_column": self.group_column, "group_quota": self.group_quota}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def candidates(self) -> list[str]:

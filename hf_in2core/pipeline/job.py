@@ -31,6 +31,7 @@ from .comparison import plan_arms
 from .inputs import (
     Inputs,
     check_adapter,
+    check_groups,
     check_model,
     check_pool_columns,
     check_trainable,
@@ -152,7 +153,7 @@ def check(settings: Settings) -> Job:
             hold_back(inputs, reference_args.seed)
     if args.strategy == AUTO:
         check_tournament(args, target_args, len(inputs.pool))
-    needed, columns = [args.task_column, args.wrong_column], list_columns(args.methods)
+    needed, columns = [args.task_column, args.wrong_column, args.group_column], list_columns(args.methods)
     also = [*columns, *[PER_CHECKPOINT] * bool(args.reference_checkpoints)]
     check_pool_columns(inputs.pool, inputs.validation, needed, needs_queries(args.methods), also)
     if found is not None:
@@ -162,6 +163,8 @@ def check(settings: Settings) -> Job:
     smallest = min(args.fractions)
     if round(smallest * len(inputs.pool)) == 0:
         raise ValueError(f"fraction {smallest} of a pool of {len(inputs.pool)} rows is no row. Give a larger one.")
+    if args.group_column is not None:
+        check_groups(inputs.pool, args.group_column, round(smallest * len(inputs.pool)))
     with quiet_loading():
         for name, rows in inputs.validation.items():
             what = describe_set(name)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hf_in2core.names import ALL_ARMS, ARMS, INFLUENCE, METHODS, STRATEGIES
+from hf_in2core.names import ALL_ARMS, ARMS, GROUP_QUOTAS, INFLUENCE, METHODS, STRATEGIES
 
 from .arguments import BAD_ROWS, DRY_RUN, NAMED_SETS, ROWS, WAYS, DataArguments, check_fraction, flag, require
 
@@ -90,7 +90,7 @@ class SelectCoresetArguments:
     )
     proponents_only: bool = flag("selection", "Drop rows with influence >= 0 first.", False)
     group_column: str | None = flag("selection", "Select within each value of this column.")
-    group_quota: str = flag("selection", "`proportional` or `equal`.", "proportional")
+    group_quota: str = flag("selection", "Rows that each group gets.", "proportional", choices=GROUP_QUOTAS)
     seed: int = flag("selection", "Seed of `random`.", 0)
     order: str = flag("output", "Order of the rows: `influence` or `original`.", "influence")
     output: str | None = flag("output", "Where to write: a folder (of `save_to_disk`), or a .jsonl or .parquet file.")

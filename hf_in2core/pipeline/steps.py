@@ -281,7 +281,7 @@ def hold_tournament(job: Job, scored: Dataset, selection: dict[str, Any]) -> dic
     seconds: list[float] = []
 
     def run(name: str, seed: int, steps: int) -> float:
-        _, arguments = describe_choice(name, 1.0 if name == "full" else fraction, seed)
+        _, arguments = describe_choice(name, 1.0 if name == "full" else fraction, seed, groups=args.groups)
         positions = select_positions(scored, **arguments, order="original").tolist()
         folder = job.folder / "tournament" / f"{name}-seed{seed}"
         budget: dict[str, Any] = {"max_steps": steps, "seed": seed}

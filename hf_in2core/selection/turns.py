@@ -1,7 +1,7 @@
 """Taking rows in turn: who takes them, by which scores, and how near to its turn a row stands that nobody took."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,13 +121,21 @@ class DecidingScore:
         return f"{BEST_RANK} {int(self.ranks[row]):,} (for {taker}, influence on it {self.influence[row]:+.3g})"
 
 
-def read_deciding_score(scored: Dataset, strategy: str = "top", column: str = INFLUENCE, **_: Any) -> DecidingScore:
+def read_deciding_score(
+    scored: Dataset, strategy: str = "top", column: str = INFLUENCE, group_column: str | None = None, **_: Any
+) -> DecidingScore:
     """
-    Read by what rows were chosen, of the arguments that chose them; others than strategy and column are nothing to it.
+    Read by what rows were chosen, of the arguments that chose them; groups and others leave the score as it is.
 
     Raises:
         ValueError: if a column that is needed is missing.
     """
+    found = _read_score(scored, strategy, column)
+    how = found.how if group_column is None else f"{found.how}, within each `{group_column}`"
+    return replace(found, how=how)
+
+
+def _read_score(scored: Dataset, strategy: str, column: str) -> DecidingScore:
     influence = read_scores(scored, INFLUENCE)
     takers, set_scores = read_taking_scores(scored, strategy)
     rows = np.flatnonzero(~np.isnan(influence))

@@ -209,6 +209,51 @@ def test_score_adds_columns_that_select_chooses_by(finished: Path, tmp_path: Pat
     assert len(load_rows(str(tmp_path / "b.jsonl"), "coreset")) == 7
 
 
+def test_a_run_chooses_within_groups(finished: Path, tmp_path: Path) -> None:
+    """The coreset and the methods hold as many rows of each task; controls look at no group."""
+    config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
+    config |= {"output_dir": str(tmp_path / "run"), "fractions": [0.2], "seeds": [0], "max_steps": 2}
+    config |= {"arms": ["random", "coreset", "opponents", "length_matched", "loss"], "group_column": "task"}
+    run_command("run", "--config", write_config(tmp_path, config | {"group_quota": "equal"}))
+    scored = load_from_disk(str(tmp_path / "run" / "scored"))
+    _, coresets = read_record(tmp_path / "run" / "coresets.json", len(scored))
+    tasks = np.array(scored["task"][:])
+    groups = {"group_column": "task", "group_quota": "equal"}
+    for name, column in (("coreset_20", "influence"), ("loss_20", "loss")):
+        kept = coresets[name]
+        assert kept.arguments == {"strategy": "top", "column": column, "fraction": 0.2, **groups}
+        for task in ("copy", "reverse"):
+            rows = [row for row in kept.positions if tasks[row] == task]
+            # Six of each, and the smallest of its own.
+            smallest = sorted(scored[column][row] for row in np.flatnonzero(tasks == task))[:6]
+            assert sorted(scored[column][row] for row in rows) == smallest, (name, task)
+    assert sorted(coresets["coreset_20"].turns or []) == [turn for turn in range(6) for _ in "ab"]
+    assert "group_column" not in coresets["opponents_20"].arguments
+    assert coresets["length_matched_20-seed0"].arguments["as_long_as"] == coresets["coreset_20"].arguments
+    assert read_results(tmp_path)["choice"]["how"] == "by influence, within each `task`"
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {"group_column": "completion"},
+            r"completion has \d+ values in 60 rows, but the smallest coreset has 15 rows",
+        ),
+        ({"group_column": "topic"}, "The pool has no column topic"),
+    ],
+)
+def test_groups_that_cannot_share_a_coreset_are_told_before_any_work(
+    finished: Path, tmp_path: Path, settings: dict[str, str], told: str
+) -> None:
+    config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
+    with pytest.raises(ValueError, match=told):
+        run_command(
+            "run", "--config", write_config(tmp_path, config | {"output_dir": str(tmp_path / "run")} | settings)
+        )
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_column_that_a_method_adds_must_not_be_there(finished: Path, tmp_path: Path) -> None:
     """Taken for the method's own it would choose the rows by something else."""
     config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
