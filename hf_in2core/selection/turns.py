@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,14 +112,23 @@ class DecidingScore:
     how: str = "by influence"
     meaning: str = "Influence on the validation loss: negative = proponent."
 
+    @cached_property
+    def percentiles(self) -> np.ndarray:
+        """Share of the other rows that stand before each in line, in percent, `[n]`: 0 = first; NaN without loss."""
+        known = np.sort(self.values[~np.isnan(self.values)])
+        before = np.where(np.isnan(self.values), np.nan, np.searchsorted(known, self.values))
+        return 100 * before / max(len(known) - 1, 1)
+
     def describe(self, row: int, validation_sets: Mapping[str, int]) -> str:
         """Where a row stands in line, in words."""
         if np.isnan(self.values[row]):
             return "no influence: it carries no loss"
+        percentile = f"percentile {self.percentiles[row]:.1f}"
         if self.takers is None:
-            return f"rank {int(self.ranks[row]):,}, {self.name} {self.values[row]:+.3g}"
+            return f"rank {int(self.ranks[row]):,}, {percentile}, {self.name} {self.values[row]:+.3g}"
         taker = name_taker(self.takers[row].item(), validation_sets)
-        return f"{BEST_RANK} {int(self.ranks[row]):,} (for {taker}, influence on it {self.influence[row]:+.3g})"
+        influence = f"influence on it {self.influence[row]:+.3g}"
+        return f"{BEST_RANK} {int(self.ranks[row]):,} ({percentile}; for {taker}, {influence})"
 
 
 def read_deciding_score(

@@ -245,8 +245,8 @@ def test_summary_counts_rows_and_orders_extremes_by_sign() -> None:
     summary = summarise_influence(make_scored([f"row {i}" for i in range(8)]))  # influence -4 -3 null -1 0 1 2 3
     assert (summary.rows, summary.without_loss, summary.proponents) == ("8", "1", "3")
     titles = [title for title, _ in summary.extremes]
-    assert titles[0] == "Proponent: row 0, rank 0, influence -4"
-    assert titles[3] == "Opponent: row 7, rank 6, influence +3"
+    assert titles[0] == "Proponent: row 0, rank 0, percentile 0.0, influence -4"
+    assert titles[3] == "Opponent: row 7, rank 6, percentile 100.0, influence +3"
     assert summary.quantiles[0] == "-4" and summary.quantiles[-1] == "3"
     assert summary.length_correlation == "1.00"
 
