@@ -177,6 +177,11 @@ def main() -> None:
                 )
                 known["pools"][folder.name] = found
                 write_json(path, known | {"machine": describe_machine()})
+        if wanted and kind == "ranked":
+            # A record of before a method was there has no line for it.
+            known["pools"] = {
+                name: pool for name, pool in known["pools"].items() if METHODS.keys() <= pool["methods"].keys()
+            }
         if wanted:
             (show_ranked if kind == "ranked" else show_trained)(known["pools"])
         if wanted and kind == "ranked":
