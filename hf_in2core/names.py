@@ -40,12 +40,14 @@ METHODS = {
     "cosine": Method("cosine_rank", "top", "influence over the norm of the row's gradient, validation rows in turn"),
     "rds": Method("rds_rank", "top", "RDS+: hidden states of the untrained reference, validation rows in turn"),
     "bm25": Method("bm25_rank", "top", "BM25: shared words, validation rows in turn"),
+    "encoder": Method("encoder_rank", "top", "meaning by a sentence encoder, validation rows in turn"),
     "loss": Method("loss", "top", "lowest loss under the reference"),
     "high_loss": Method("loss", "bottom", "highest loss under the reference"),
     "ifd": Method("ifd", "top", "lowest IFD: the prompt helps most"),
     "cosine_clean": Method("cosine_clean_rank", "top", "as cosine, the quarter of highest loss last"),
     "rds_clean": Method("rds_clean_rank", "top", "as rds, the quarter of highest loss last"),
     "fused": Method("fused_rank", "top", "the ranks of cosine and rds fused"),
+    "less": Method("less", "top", "LESS: cosine with Adam's step on the row, over checkpoints of the reference"),
 }
 # Those of `--strategy auto`, the cheapest and most different first: what the budget has no runs for is left out.
 CANDIDATES = ("cosine", "bm25", "cosine_clean", "rds", "rds_clean", "turns", "fused", "loss", "mean")
@@ -59,6 +61,8 @@ ALL_ARMS = (*ARMS, LENGTH_MATCHED, *METHODS)
 # --- how rows are chosen ---
 
 STRATEGIES = ("top", "bottom", "random", "round_robin", "round_robin_rows", "greedy")
+# How many rows each group gets, where rows are chosen within groups.
+GROUP_QUOTAS = ("proportional", "equal")
 # These read the influence on every validation row.
 STRATEGIES_BY_ROW = ("round_robin_rows", "greedy")
 

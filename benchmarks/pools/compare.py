@@ -32,6 +32,7 @@ from hf_in2core.commands import score as score_command
 from hf_in2core.commands import train_reference
 from hf_in2core.names import METHODS
 from hf_in2core.pipeline.run_folder import write_json
+from hf_in2core.pipeline.training import make_saving
 from hf_in2core.selection.answers import compare_answers
 from hf_in2core.selection.coreset import select_positions
 
@@ -63,14 +64,20 @@ def rank_pool(folder: Path) -> dict[str, Any]:
     """
     settings = yaml.safe_load((folder / "in2core.yaml").read_text(encoding="utf-8"))
     kept = {name: settings[name] for name in SETTINGS if name in settings}
-    reference, scores = folder / "reference", folder / "scores"
+    reference, scores, averaged = folder / "reference", folder / "scores", folder / "averaged"
     if not (reference / "training.json").is_file():
         epochs = {"num_train_epochs": settings.get("reference_num_train_epochs", settings.get("num_train_epochs", 1))}
-        call(train_reference, folder, "reference", kept | epochs | {"output_dir": str(reference)})
+        call(train_reference, folder, "reference", kept | epochs | make_saving(4) | {"output_dir": str(reference)})
+    kept |= {"reference_adapter": str(reference), "validation": settings["validation"]}
     if not (scores / "scored").is_dir():
-        more = {"reference_adapter": str(reference), "validation": settings["validation"], "methods": list(METHODS)}
-        call(score_command, folder, "score", kept | more | {"output_dir": str(scores)})
+        methods = [name for name in METHODS if name != "less"]
+        call(score_command, folder, "score", kept | {"methods": methods, "output_dir": str(scores)})
+    if not (averaged / "scored").is_dir():
+        # Apart, for what is averaged over checkpoints is another influence than that of the other methods.
+        more = {"methods": ["less"], "checkpoints": sorted(map(str, reference.glob("checkpoint-*")))}
+        call(score_command, folder, "averaged", kept | more | {"output_dir": str(averaged)})
     scored = load_from_disk(str(scores / "scored"))
+    scored = scored.add_column("less", load_from_disk(str(averaged / "scored"))["less"][:])
     kinds = np.array(scored["kind"])
     found: dict[str, Any] = {"rows": len(scored), "useful": float(np.mean(kinds == USEFUL)), "methods": {}}
     found["harmful"] = float(np.mean(kinds == HARMFUL))
@@ -124,7 +131,7 @@ def draw_ranked(found: dict[str, Any], path: Path) -> None:
             for pool in found.values()
         ]
     )
-    figure, panel = plt.subplots(figsize=(9, 0.45 * len(found) + 2.2), layout="constrained")
+    figure, panel = plt.subplots(figsize=(10.5, 0.45 * len(found) + 2.2), layout="constrained")
     panel.imshow(gains, cmap="PuOr", vmin=-1, vmax=1, aspect="auto")
     panel.set_xticks(range(len(METHODS)), METHODS, rotation=35, ha="right")
     panel.set_yticks(range(len(found)), found)
@@ -170,6 +177,11 @@ def main() -> None:
                 )
                 known["pools"][folder.name] = found
                 write_json(path, known | {"machine": describe_machine()})
+        if wanted and kind == "ranked":
+            # A record of before a method was there has no line for it.
+            known["pools"] = {
+                name: pool for name, pool in known["pools"].items() if METHODS.keys() <= pool["methods"].keys()
+            }
         if wanted:
             (show_ranked if kind == "ranked" else show_trained)(known["pools"])
         if wanted and kind == "ranked":

@@ -18,7 +18,13 @@ from hf_in2core.evaluation.intervals import MIN_PAIRS, compute_rank_correlation
 from hf_in2core.influence.config import AUTOCAST_DTYPES
 from hf_in2core.rows.hashes import find_shared_tokens
 from hf_in2core.rows.scored import read_query_scores, read_scores
-from hf_in2core.selection.similarities import compute_bm25_similarities, compute_rds_similarities, decode_rows
+from hf_in2core.selection.similarities import (
+    ENCODER,
+    compute_bm25_similarities,
+    compute_encoder_similarities,
+    compute_rds_similarities,
+    load_encoder,
+)
 
 
 if TYPE_CHECKING:
@@ -77,7 +83,7 @@ def compute_coverage(trainer: "InfluenceTrainer", *, top_k: int = 10) -> Dataset
 
 
 def compute_similarity_coverage(
-    trainer: "InfluenceTrainer", by: str = "rds", *, top_k: int = 10, encoder: Any = None
+    trainer: "InfluenceTrainer", by: str = "rds", *, top_k: int = 10, encoder: Any = ENCODER
 ) -> Dataset:
     r"""
     The same from semantic similarity instead of influence, to tell what influence adds.
@@ -90,8 +96,8 @@ def compute_similarity_coverage(
             `"bm25"` (shared words) or `"embedding"` (cosine of sentence embeddings).
         top_k (`int`, *optional*, defaults to `10`):
             Nearest rows to list for each test row, and to take the mean of in `coverage_top_k`.
-        encoder (`sentence_transformers.SentenceTransformer` or `str`, *optional*):
-            Sentence-embedding model, or the name of one; needed for `by="embedding"`.
+        encoder (`sentence_transformers.SentenceTransformer` or `str`, *optional*, defaults to all-MiniLM-L6-v2):
+            Sentence encoder of `by="embedding"`, or its folder or Hub id.
 
     Returns:
         [`~datasets.Dataset`]: as [`compute_coverage`], but of the aggregations `coverage_top_k` and `coverage_mean`
@@ -99,15 +105,10 @@ def compute_similarity_coverage(
 
     Raises:
         ImportError: if the library that `by` needs is not installed.
-        ValueError: as [`compute_coverage`], or if `by` is unknown or comes without its encoder.
+        ValueError: as [`compute_coverage`], or if `by` is unknown.
     """
     if by not in SIMILARITIES:
         raise ValueError(f"by={by!r} does not exist. Use one of {', '.join(map(repr, SIMILARITIES))}.")
-    if by == "embedding" and encoder is None:
-        raise ValueError(
-            'by="embedding" needs an encoder: a `SentenceTransformer`, or the name of one such as '
-            '"sentence-transformers/all-MiniLM-L6-v2".'
-        )
     prepared = trainer.prepared_pool
     tests = trainer.prepared_validation
     _check_request(top_k, prepared, tests)
@@ -255,14 +256,5 @@ def _compute_similarities(
             return compute_rds_similarities(
                 prepared, test, model, trainer.args.tokens_per_batch, AUTOCAST_DTYPES[trainer.autocast]
             )
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as error:
-        raise ImportError(
-            "Sentence embeddings need sentence-transformers, which is not installed: "
-            "`pip install hf-in2core[baselines]`."
-        ) from error
-    encoder = SentenceTransformer(encoder) if isinstance(encoder, str) else encoder
-    options = {"normalize_embeddings": True, "show_progress_bar": False}
-    rows, targets = (encoder.encode(decode_rows(part, tokenizer), **options) for part in (prepared, test))
-    return targets.astype(np.float64) @ rows.astype(np.float64).T
+    encoder = load_encoder(encoder) if isinstance(encoder, str) else encoder
+    return compute_encoder_similarities(prepared, test, tokenizer, encoder)

@@ -119,7 +119,7 @@ def summarise_influence(scored: Dataset, coresets: Sequence[Coreset] = (), show:
         proponents=f"{int((influence[rows] < 0).sum()):,}",
         choice=f"The coreset was chosen {deciding.how}; influence on the mean validation loss chose nothing. "
         f"{deciding.meaning}"
-        if in_turn or deciding.how != "by influence"
+        if not deciding.how.startswith("by influence")
         else "",
         quantiles=[f"{value:.3g}" for value in quantiles],
         length_correlation="not known" if correlation is None else f"{correlation:.2f}",
@@ -215,6 +215,7 @@ def render_influence_section(
             }
             for name, rows in splits.items()
         ],
+        collapse=get_object(results, "answers").get("warning"),
         first_coreset=next((Markdown(name) for name in splits if name != "train"), None),
         columns=[
             {"name": format_code(name), "type": format_code(_name_type(feature)), "meaning": _explain(name, added)}

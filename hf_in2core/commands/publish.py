@@ -59,7 +59,8 @@ def main(settings: Settings) -> None:
     scored = load_from_disk(str(run / "scored"))
     tournament = read_results(run).get("tournament") or {}
     strategy = tournament.get("winner") or read_config(run).get("strategy", "top")
-    wanted = {name: describe_choice(arm, share, args.seed, strategy) for name, (arm, share) in splits.items()}
+    groups = {key: value for key in ("group_column", "group_quota") if (value := read_config(run).get(key))}
+    wanted = {name: describe_choice(arm, share, args.seed, strategy, groups) for name, (arm, share) in splits.items()}
     coresets = take_coresets(run, scored, dict(wanted.values()))
     published = push_influence_dataset(
         args.hub_id or "",

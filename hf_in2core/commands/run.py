@@ -26,6 +26,7 @@ def main(settings: Settings) -> None:
     begun = time.perf_counter()
     # Imported here, so that `--help` and a wrong flag are answered without them.
     from hf_in2core.pipeline.analyses import analyse_run
+    from hf_in2core.pipeline.columns import add_method_columns
     from hf_in2core.pipeline.comparison import (
         build_results,
         choose_coresets,
@@ -43,7 +44,6 @@ def main(settings: Settings) -> None:
     from hf_in2core.pipeline.planning import plan_run
     from hf_in2core.pipeline.run_folder import join_processes, run_setup_script, say, warn
     from hf_in2core.pipeline.steps import (
-        add_method_columns,
         compute_reference_losses,
         evaluate_base,
         find_answers,

@@ -10,7 +10,7 @@
 
 from pathlib import Path
 
-from hf_in2core.names import describe_set
+from hf_in2core.names import PER_CHECKPOINT, describe_set
 from hf_in2core.pipeline.parser import RecipeParser, Settings
 from hf_in2core.pipeline.stage_arguments import ScoreInfluenceArguments
 
@@ -62,9 +62,11 @@ def main(settings: Settings) -> None:
         lock_folder(folder)
         scored = score_with(scorer, pool)
     else:
-        added, per_query = list_columns(args.methods), needs_queries(args.methods)
-        check_methods(args.methods)
-        check_pool_columns(pool, validation, per_query=per_query, also=added)
+        columns, per_query = list_columns(args.methods), needs_queries(args.methods)
+        check_methods(args.methods, args.encoder, args.checkpoints)
+        check_pool_columns(
+            pool, validation, per_query=per_query, also=[*columns, *[PER_CHECKPOINT] * bool(args.checkpoints)]
+        )
         model_args, influence_args = settings.make(ModelConfig, use_peft=True), settings.make(InfluenceConfig)
         assert args.reference_adapter is not None
         check_adapter(args.reference_adapter, model_args, influence_args)
@@ -80,8 +82,8 @@ def main(settings: Settings) -> None:
             say(str(plan_influence(make_influence_trainer(*inputs), per_query)))
             return
         lock_folder(folder)
-        scorer, scored, seconds = compute_influence(*inputs, per_query)
-        scored, _ = add_columns(scored, added, Reference(*inputs))
+        scorer, scored, seconds = compute_influence(*inputs, per_query, args.checkpoints)
+        scored, _ = add_columns(scored, columns, Reference(*inputs, args.encoder, args.checkpoints))
         say(f"Influence: {len(scored):,} rows, {seconds:.0f} s.")
     with written_folder(folder / "scored") as temporary:
         if PartialState().is_main_process:

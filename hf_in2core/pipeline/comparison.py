@@ -92,7 +92,7 @@ def choose_coresets(args: In2CoreArguments, run: Path, scored: Dataset, strategy
     `strategy` is that of the coreset: the run's own, or the one that won.
     """
     arms = [Arm("coreset", fraction, 0, "") for fraction in args.fractions] + plan_arms(args)
-    wanted = dict(describe_choice(arm.arm, arm.fraction, arm.seed, strategy) for arm in arms)
+    wanted = dict(describe_choice(arm.arm, arm.fraction, arm.seed, strategy, args.groups) for arm in arms)
     # Every process chooses alike, so none waits for another.
     return take_coresets(run, scored, wanted, renew=True, write=PartialState().is_main_process)
 

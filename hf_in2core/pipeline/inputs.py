@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Value
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
@@ -212,6 +212,25 @@ def check_pool_columns(
     missing = [name for name in needed if name is not None and name not in names]
     if missing:
         raise ValueError(f"The pool has no column {', '.join(missing)}; it has: {', '.join(names)}.")
+
+
+def check_groups(pool: Dataset, column: str, num_rows: int) -> None:
+    """
+    Check that the groups of a column can share the rows of a coreset.
+
+    Raises:
+        ValueError: if its values name no groups, or there are more groups than rows.
+    """
+    if not isinstance(pool.features[column], (Value, ClassLabel)):
+        raise ValueError(
+            f"--group_column {column} holds {pool.features[column]}, and nested values do not name a group. Give a "
+            "column of strings, integers or booleans."
+        )
+    if (groups := len(pool.unique(column))) > num_rows:
+        raise ValueError(
+            f"--group_column {column} has {groups:,} values in {len(pool):,} rows, but the smallest coreset has "
+            f"{num_rows:,} rows: most groups would get none, whatever their scores. Give a column of few values."
+        )
 
 
 def check_trainable(

@@ -11,6 +11,7 @@ import yaml
 from accelerate import PartialState
 from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
+from transformers.training_args import OptimizerNames
 from trl import ModelConfig, SFTConfig
 
 from hf_in2core import InfluenceConfig
@@ -18,7 +19,7 @@ from hf_in2core.cards.publish import check_published_columns
 from hf_in2core.evaluation.tournament import plan_tournament
 from hf_in2core.hub.commits import PushCheck, check_can_push
 from hf_in2core.influence.checks import check_launcher
-from hf_in2core.names import AUTO, POOL, describe_set, name_coreset
+from hf_in2core.names import AUTO, PER_CHECKPOINT, POOL, describe_set, name_coreset
 from hf_in2core.rows.hashes import hash_tokenization, hash_value
 from hf_in2core.rows.preparation import Preparation, tokenize_rows
 from hf_in2core.rows.scored import describe_columns
@@ -29,6 +30,7 @@ from .arguments import In2CoreArguments
 from .comparison import plan_arms
 from .inputs import (
     Inputs,
+    check_groups,
     check_pool_columns,
     check_trainable,
     hold_back,
@@ -123,9 +125,9 @@ def check(settings: Settings) -> Job:
     """
     args: In2CoreArguments = settings.arguments
     check_launcher()
-    check_methods(args.methods)
     folder = Path(args.output_dir or "")
     reference_args = settings.make(InfluenceConfig, reference=True)
+    check_methods(args.methods, args.encoder, optim=OptimizerNames(reference_args.optim).value)
     target_args = settings.make(InfluenceConfig)
     reference_model = settings.make(ModelConfig, reference=True, use_peft=True)
     target_name = args.target_model_name_or_path or args.model_name_or_path
@@ -148,15 +150,18 @@ def check(settings: Settings) -> Job:
             hold_back(inputs, reference_args.seed)
     if args.strategy == AUTO:
         check_tournament(args, target_args, len(inputs.pool))
-    needed, columns = [args.task_column, args.wrong_column], list_columns(args.methods)
-    check_pool_columns(inputs.pool, inputs.validation, needed, needs_queries(args.methods), columns)
+    needed, columns = [args.task_column, args.wrong_column, args.group_column], list_columns(args.methods)
+    also = [*columns, *[PER_CHECKPOINT] * bool(args.reference_checkpoints)]
+    check_pool_columns(inputs.pool, inputs.validation, needed, needs_queries(args.methods), also)
     if found is not None:
         features = Features(dict(inputs.pool.features) | describe_columns(list(inputs.validation)))
-        features |= {column: Value("float64" if column in ("loss", "ifd") else "int64") for column in columns}
+        features |= {column: Value("int64" if column.endswith("_rank") else "float64") for column in columns}
         check_published_columns(found.head, features, ["train", *map(name_coreset, args.fractions)], "default")
     smallest = min(args.fractions)
     if round(smallest * len(inputs.pool)) == 0:
         raise ValueError(f"fraction {smallest} of a pool of {len(inputs.pool)} rows is no row. Give a larger one.")
+    if args.group_column is not None:
+        check_groups(inputs.pool, args.group_column, round(smallest * len(inputs.pool)))
     with quiet_loading():
         for name, rows in inputs.validation.items():
             what = describe_set(name)

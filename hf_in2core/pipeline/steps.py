@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from trl import SFTConfig
 
 from hf_in2core import InfluenceConfig, push_influence_dataset
@@ -22,16 +22,19 @@ from .arguments import describe_command
 from .comparison import Arm, find_equal_run
 from .inputs import take_fraction
 from .job import Job, find_sources
-from .methods import Reference, add_columns, list_columns, needs_queries
+from .methods import needs_queries
 from .run_folder import agree, quiet_loading, read_json, read_tasks, say, warn, write_json, written_folder
 from .training import (
     compute_influence,
     compute_losses,
     count_steps,
     evaluate_model,
+    list_checkpoints,
     load_model,
     make_reference_trainer,
+    make_saving,
     make_trainer,
+    move_checkpoints,
     release,
     train,
 )
@@ -51,11 +54,12 @@ def train_reference(job: Job) -> tuple[str, dict[str, Any]]:
         return args.reference_adapter, {"rows": 0, "loss_tokens": 0, "steps": 0, "seconds": 0.0, "identity": identity}
     folder = job.folder / "reference"
     hashes = [job.identities[name] for name in ("reference model", POOL)]
-    identity = job.identify(True, SFTConfig, hashes, args.reference_fraction)
+    saving = make_saving(args.reference_checkpoints)
+    identity = job.identify(True, SFTConfig, hashes, args.reference_fraction, *saving.values())
     result = agree(lambda: read_result(folder / "training.json", identity))
     if result is None:
         checkpoints = job.folder / "checkpoints" / "reference"
-        influence_args = job.settings.make(InfluenceConfig, reference=True, output_dir=str(checkpoints))
+        influence_args = job.settings.make(InfluenceConfig, reference=True, output_dir=str(checkpoints), **saving)
         rows = take_fraction(job.inputs.pool, args.reference_fraction, influence_args.seed)
         with quiet_loading():
             inputs = (rows, job.inputs.validation, job.reference_tokenizer)
@@ -65,6 +69,8 @@ def train_reference(job: Job) -> tuple[str, dict[str, Any]]:
             save_adapter(trainer.model, temporary)
             if PartialState().is_main_process:
                 write_json(temporary / "training.json", result)
+                if saving:
+                    move_checkpoints(checkpoints, temporary)
         release(trainer)
         remove_checkpoints(checkpoints)
     say(f"Reference: {result['rows']:,} rows, {result['steps']:,} steps, {result['seconds']:.0f} s.")
@@ -99,6 +105,7 @@ def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, A
             job.inputs.validation,
             job.reference_tokenizer,
             per_example,
+            list_checkpoints(job.folder),
         )
         with written_folder(job.folder / "scored") as temporary:
             if PartialState().is_main_process:
@@ -128,32 +135,6 @@ def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, A
         f"{result['seconds']:.0f} s."
     )
     return result
-
-
-def add_method_columns(job: Job, adapter: str) -> tuple[Dataset, dict[str, float]]:
-    """
-    Add what the methods among the arms rank by to `scored/`, each column kept as soon as it is there.
-
-    Returns:
-        `tuple`: the scored pool, and the seconds that each column took, of earlier runs too.
-    """
-    args = job.args
-    reference_args = job.settings.make(InfluenceConfig, reference=True)
-    rows = (job.inputs.pool, job.inputs.validation, job.reference_tokenizer)
-    reference = Reference(job.reference_model, reference_args, adapter, *rows)
-    folder, path = job.folder / "scored", job.folder / "columns.json"
-    scored = load_from_disk(str(folder))
-    for column in list_columns(args.methods):
-        scored, seconds = add_columns(scored, [column], reference)
-        if seconds:
-            say(f"Column {column}: {seconds[column]:.0f} s.")
-            with written_folder(folder) as temporary:
-                if PartialState().is_main_process:
-                    scored.save_to_disk(str(temporary))
-                    write_json(path, (read_json(path) or {}) | seconds)
-            scored = load_from_disk(str(folder))
-    known = agree(lambda: read_json(path)) or {}
-    return scored, {column: known[column] for column in known if column in scored.column_names}
 
 
 def find_answers(job: Job, coreset: Coreset) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def hold_tournament(
     seconds: list[float] = []
 
     def run(name: str, seed: int, steps: int) -> float:
-        _, arguments = describe_choice(name, 1.0 if name == "full" else fraction, seed)
+        _, arguments = describe_choice(name, 1.0 if name == "full" else fraction, seed, groups=args.groups)
         positions = select_positions(scored, **arguments, order="original").tolist()
         folder = job.folder / "tournament" / f"{name}-seed{seed}"
         # A warm-up is for fresh adapters, and would take most of a short run.

@@ -1,6 +1,8 @@
 """What the commands do, one function per stage; `in2core run` and the commands of single stages call the same ones."""
 
+import os
 import time
+from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
@@ -20,8 +23,9 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
@@ -30,6 +34,7 @@ from hf_in2core.engine.losses import compute_row_losses
 from hf_in2core.engine.sharding import is_sharded, is_sharding_launch, shard_model
 from hf_in2core.evaluation.judge import TokenAccuracy, TokenPerplexity
 from hf_in2core.influence.config import AUTOCAST_DTYPES, choose_autocast
+from hf_in2core.influence.cosines import OPTIMIZER
 from hf_in2core.influence.scorer_files import find_revision
 from hf_in2core.names import NUM_LOSS_TOKENS, PER_QUERY
 from hf_in2core.progress import make_bar
@@ -204,6 +209,31 @@ def count_loss_tokens(prepared: Dataset) -> dict[str, int]:
     return {"rows": rows, "loss_tokens": loss_tokens}
 
 
+def make_saving(count: int | None) -> dict[str, Any]:
+    """Settings by which a training keeps about `count` checkpoints, evenly, the last at its end; none for `None`."""
+    if not count:
+        return {}
+    # A share of the steps; of one checkpoint alone, that of the end, which is saved whatever the distance.
+    steps = {"save_steps": 1 / count if count > 1 else 10**9}
+    # Each step's learning rate is logged: it is what a checkpoint weighs.
+    return {"save_strategy": "steps", **steps, "save_total_limit": None, "save_only_model": False, "logging_steps": 1}
+
+
+def move_checkpoints(source: Path, folder: Path) -> None:
+    """Move checkpoints of a finished training, what is read of them alone."""
+    for checkpoint in source.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        kept = folder / checkpoint.name
+        kept.mkdir()
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, TRAINER_STATE_NAME, OPTIMIZER):
+            if (checkpoint / name).is_file():
+                os.replace(checkpoint / name, kept / name)
+
+
+def list_checkpoints(run: Path) -> list[str]:
+    """The checkpoints of its reference that a run has kept."""
+    return sorted(map(str, (run / "reference").glob(f"{PREFIX_CHECKPOINT_DIR}-*")))
+
+
 def train_and_save(trainer: SFTTrainer, settings: Settings, label: str) -> dict[str, Any]:
     """Train, write adapter, tokenizer, `config.yaml` and `training.json` into `output_dir`; returns as [`train`]."""
     folder = Path(trainer.args.output_dir or "")
@@ -254,11 +284,13 @@ def compute_influence(
     validation: Dataset | dict[str, Dataset],
     tokenizer: PreTrainedTokenizerBase,
     per_example: bool = False,
+    checkpoints: Sequence[str] = (),
 ) -> tuple[InfluenceScorer, Dataset, float]:
     """
     Influence of the pool on the validation sets through a trained adapter; resumes under `output_dir/influence/`.
 
-    With `per_example` every validation row is a query of its own (column `influence_per_query`).
+    With `per_example` every validation row is a query of its own (column `influence_per_query`). With `checkpoints`
+    the scores are averaged over them; the scorer is that of the adapter.
 
     Returns:
         `tuple`: the scorer, the pool with the columns that it adds, and the seconds of this call.
@@ -266,7 +298,8 @@ def compute_influence(
     started = time.perf_counter()
     trainer = make_influence_trainer(model_args, influence_args, adapter, pool, validation, tokenizer)
     scorer = trainer.fit_influence(per_example)
-    return scorer, trainer.score_influence(), time.perf_counter() - started
+    scored = trainer.score_influence(checkpoints=checkpoints or None)
+    return scorer, scored, time.perf_counter() - started
 
 
 def find_gathered_order(num_rows: int) -> np.ndarray:

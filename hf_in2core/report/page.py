@@ -295,6 +295,7 @@ def _collect_rows(
         "rows": rows.tolist(),
         "influence": _to_list(pool.influence[rows]),
         "rank": _to_list(pool.deciding.ranks[rows], whole=True),
+        "percentile": _to_list(pool.deciding.percentiles[rows]),
         "standing": [pool.deciding.describe(row, sets_of_rows) for row in rows.tolist()],
         "taken": [taken.get(row) for row in rows.tolist()],
         "choice": {

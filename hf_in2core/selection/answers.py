@@ -66,7 +66,7 @@ def compare_answers(answers: Sequence[Hashable], kept: Sequence[int] | np.ndarra
         f"The coreset has collapsed onto few answers: {count:,} of its {len(kept):,} rows answer `{shown}` (of the "
         f"pool's {len(codes):,} rows {pool_count:,} do), as mixed as {kinds:.1f} equally frequent answers, where as "
         f"many random rows have {expected:.1f}. Let validation rows choose in turn (--strategy round_robin_rows or "
-        "cosine), or choose within groups (`select_coreset(group_column=...)`)."
+        "cosine), or choose within each answer (--group_column, with the column of the answers)."
     )
     return Answers(
         pool_kinds=_count_kinds(codes),

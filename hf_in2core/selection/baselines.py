@@ -1,4 +1,4 @@
-r"""Columns to compare influence with: loss, IFD, similarity to the validation set (RDS+, BM25), and length.
+r"""Columns to compare influence with: loss, IFD, length, similarity to the validation set (RDS+, BM25, encoder).
 
 Each `add_*` function adds columns to a dataset of raw rows, in its order, null where a row carries no loss, as scoring
 adds `influence`. A column says by its name how to read it, and `select_coreset(scored, column=...)` takes the smallest
@@ -6,8 +6,8 @@ values first:
 
 - `loss`: mean negative log-likelihood per labelled token, nats.
 - `ifd`: that loss over the loss of the same answer without its prompt; about 1 where the prompt is no help.
-- `rds_similarity`, `bm25_similarity`: larger = closer to the validation set.
-- `rds_rank`, `bm25_rank`: 0 = taken first, as in `influence_rank`.
+- `rds_similarity`, `bm25_similarity`, `encoder_similarity`: larger = closer to the validation set.
+- `rds_rank`, `bm25_rank`, `encoder_rank`: 0 = taken first, as in `influence_rank`.
 - `num_loss_tokens`, which scoring adds, is the baseline of length.
 
 Gradient dot and gradient cosine are estimators of influence (`InfluenceConfig(estimator=...)`).
@@ -26,7 +26,14 @@ from hf_in2core.rows.preparation import Preparation, prepare_rows
 
 from .coreset import select_positions
 from .lengths import match_lengths
-from .similarities import compute_bm25_similarities, compute_rds_similarities, import_bm25s
+from .similarities import (
+    ENCODER,
+    compute_bm25_similarities,
+    compute_encoder_similarities,
+    compute_rds_similarities,
+    import_bm25s,
+    load_encoder,
+)
 from .turns import take_round_robin
 
 
@@ -223,6 +230,50 @@ def add_bm25(dataset: Dataset, validation: Dataset, preparation: Preparation, ov
     similarities = compute_bm25_similarities(prepared, queries, preparation.processing_class)
     reason = "they share no word, or all the same ones, with it. Use another baseline for rows that are not words"
     return _add_similarities(dataset, prepared, "bm25", similarities, reason)
+
+
+def add_encoder(
+    dataset: Dataset,
+    validation: Dataset,
+    preparation: Preparation,
+    encoder: Any = ENCODER,
+    overwrite: bool = False,
+) -> Dataset:
+    r"""
+    Add `encoder_similarity` and `encoder_rank`: how close a row is in meaning to the validation rows.
+
+    Rows and validation rows are the text that the model sees, prompt included, as far as the encoder reads (256 tokens
+    of the default one). `encoder_similarity` is the mean cosine of a row's embedding with the validation rows',
+    `encoder_rank` the turn at which it is taken when they take rows in turn, as in [`add_rds`].
+
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Raw rows.
+        validation ([`~datasets.Dataset`]):
+            Validation rows, in the form of `dataset`.
+        preparation ([`Preparation`]):
+            How rows become tokens: `trainer.preparation` or `scorer.preparation`.
+        encoder (`sentence_transformers.SentenceTransformer` or `str`, *optional*, defaults to all-MiniLM-L6-v2):
+            Sentence encoder, or its folder or Hub id.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to replace columns of those names.
+
+    Returns:
+        [`~datasets.Dataset`]: the rows with `encoder_similarity` (float64 in [-1, 1], larger = closer) and
+        `encoder_rank` (int64, 0 = taken first); null where a row carries no loss.
+
+    Raises:
+        ImportError: if sentence-transformers is not installed.
+        OSError: if the encoder cannot be loaded.
+        ValueError: as [`add_rds`].
+    """
+    encoder = load_encoder(encoder) if isinstance(encoder, str) else encoder
+    dataset = _drop_clashes(dataset, ["encoder_similarity", "encoder_rank"], overwrite)
+    prepared = _prepare(dataset, preparation, "dataset", least=2)
+    queries = _prepare(validation, preparation, "validation set", least=1)
+    similarities = compute_encoder_similarities(prepared, queries, preparation.processing_class, encoder)
+    reason = "the encoder tells none of them apart. Check that the rows differ and that it knows their language"
+    return _add_similarities(dataset, prepared, "encoder", similarities, reason)
 
 
 def select_length_matched(

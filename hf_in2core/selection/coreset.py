@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 
-from hf_in2core.names import INFLUENCE, STRATEGIES
+from hf_in2core.names import GROUP_QUOTAS, INFLUENCE, STRATEGIES
 from hf_in2core.rows.scored import read_column, read_scores
 
 from .greedy import take_greedy
 from .turns import TakenRows, read_taking_scores, take_round_robin
 
 
-GROUP_QUOTAS = ("proportional", "equal")
 ORDERS = ("influence", "original")
 
 

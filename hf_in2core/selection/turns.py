@@ -1,7 +1,8 @@
 """Taking rows in turn: who takes them, by which scores, and how near to its turn a row stands that nobody took."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,23 +112,40 @@ class DecidingScore:
     how: str = "by influence"
     meaning: str = "Influence on the validation loss: negative = proponent."
 
+    @cached_property
+    def percentiles(self) -> np.ndarray:
+        """Share of the other rows that stand before each in line, in percent, `[n]`: 0 = first; NaN without loss."""
+        known = np.sort(self.values[~np.isnan(self.values)])
+        before = np.where(np.isnan(self.values), np.nan, np.searchsorted(known, self.values))
+        return 100 * before / max(len(known) - 1, 1)
+
     def describe(self, row: int, validation_sets: Mapping[str, int]) -> str:
         """Where a row stands in line, in words."""
         if np.isnan(self.values[row]):
             return "no influence: it carries no loss"
+        percentile = f"percentile {self.percentiles[row]:.1f}"
         if self.takers is None:
-            return f"rank {int(self.ranks[row]):,}, {self.name} {self.values[row]:+.3g}"
+            return f"rank {int(self.ranks[row]):,}, {percentile}, {self.name} {self.values[row]:+.3g}"
         taker = name_taker(self.takers[row].item(), validation_sets)
-        return f"{BEST_RANK} {int(self.ranks[row]):,} (for {taker}, influence on it {self.influence[row]:+.3g})"
+        influence = f"influence on it {self.influence[row]:+.3g}"
+        return f"{BEST_RANK} {int(self.ranks[row]):,} ({percentile}; for {taker}, {influence})"
 
 
-def read_deciding_score(scored: Dataset, strategy: str = "top", column: str = INFLUENCE, **_: Any) -> DecidingScore:
+def read_deciding_score(
+    scored: Dataset, strategy: str = "top", column: str = INFLUENCE, group_column: str | None = None, **_: Any
+) -> DecidingScore:
     """
-    Read by what rows were chosen, of the arguments that chose them; others than strategy and column are nothing to it.
+    Read by what rows were chosen, of the arguments that chose them; groups and others leave the score as it is.
 
     Raises:
         ValueError: if a column that is needed is missing.
     """
+    found = _read_score(scored, strategy, column)
+    how = found.how if group_column is None else f"{found.how}, within each `{group_column}`"
+    return replace(found, how=how)
+
+
+def _read_score(scored: Dataset, strategy: str, column: str) -> DecidingScore:
     influence = read_scores(scored, INFLUENCE)
     takers, set_scores = read_taking_scores(scored, strategy)
     rows = np.flatnonzero(~np.isnan(influence))

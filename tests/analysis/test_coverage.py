@@ -89,13 +89,11 @@ def test_similarity_coverage_equals_loops(tmp_path, pool, validation, model) -> 
         assert by_words["coverage_top_k"][query] == pytest.approx(sum(sorted(scores)[-4:]) / 4, rel=1e-4)
 
 
-def test_sentence_embeddings_need_an_encoder_and_its_library(tmp_path, pool, validation, model, monkeypatch) -> None:
+def test_sentence_embeddings_need_their_library(tmp_path, pool, validation, model, monkeypatch) -> None:
     trainer = make_trainer(tmp_path, pool, validation, torch.float32, model=copy.deepcopy(model))
-    with pytest.raises(ValueError, match="needs an encoder"):
-        compute_similarity_coverage(trainer, "embedding")
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ImportError, match=r"hf-in2core\[baselines\]"):
-        compute_similarity_coverage(trainer, "embedding", encoder="some/model")
+        compute_similarity_coverage(trainer, "embedding")
 
 
 def test_sentence_embeddings_are_compared_by_cosine(tmp_path, pool, validation, model, model_folder) -> None:

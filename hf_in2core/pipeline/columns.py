@@ -1,0 +1,44 @@
+"""The columns by which the methods of a run rank its pool, kept in the run's `scored/` as soon as each is there."""
+
+from accelerate import PartialState
+from datasets import Dataset, load_from_disk
+
+from hf_in2core import InfluenceConfig
+
+from .job import Job
+from .methods import Reference, add_columns, list_columns
+from .run_folder import agree, read_json, say, write_json, written_folder
+from .training import list_checkpoints
+
+
+# In a run's `columns.json`, beside the seconds of each column; a flag is no column's name.
+ENCODER_USED = "--encoder"
+
+
+def add_method_columns(job: Job, adapter: str) -> tuple[Dataset, dict[str, float]]:
+    """
+    Add what the methods among the arms rank by to `scored/`, each column kept as soon as it is there.
+
+    Returns:
+        `tuple`: the scored pool, and the seconds that each column took, of earlier runs too.
+    """
+    args = job.args
+    inputs = (job.inputs.pool, job.inputs.validation, job.reference_tokenizer, args.encoder)
+    reference_args, checkpoints = job.settings.make(InfluenceConfig, reference=True), list_checkpoints(job.folder)
+    reference = Reference(job.reference_model, reference_args, adapter, *inputs, checkpoints)
+    folder, path = job.folder / "scored", job.folder / "columns.json"
+    scored = load_from_disk(str(folder))
+    before = agree(lambda: read_json(path)) or {}
+    if "encoder_rank" in scored.column_names and before.get(ENCODER_USED) != args.encoder:
+        scored = scored.remove_columns("encoder_rank")
+    for column in list_columns(args.methods):
+        scored, seconds = add_columns(scored, [column], reference)
+        if seconds:
+            say(f"Column {column}: {seconds[column]:.0f} s.")
+            with written_folder(folder) as temporary:
+                if PartialState().is_main_process:
+                    scored.save_to_disk(str(temporary))
+                    write_json(path, (read_json(path) or {}) | seconds | {ENCODER_USED: args.encoder})
+            scored = load_from_disk(str(folder))
+    known = agree(lambda: read_json(path)) or {}
+    return scored, {column: known[column] for column in known if column in scored.column_names}

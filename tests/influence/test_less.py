@@ -1,0 +1,114 @@
+"""LESS against a loop over rows and checkpoints with an optimizer that takes each step; and its refusals."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_same, make_config, make_model, make_prompt_completion, make_tokenizer, make_trainer
+from naive import compute_gradients
+from peft import LoraConfig, PeftModel
+
+from hf_in2core import InfluenceTrainer
+from hf_in2core.influence.cosines import compute_less
+from hf_in2core.rows.preparation import Preparation, prepare_rows
+
+
+def train(folder, adapter=None, **options):
+    """A reference trained for six steps, with a checkpoint after each third one; the checkpoints."""
+    args = make_config(
+        folder,
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=3,
+        logging_steps=1,
+        learning_rate=1e-2,
+        warmup_steps=3,
+        weight_decay=0.1,
+        per_device_train_batch_size=4,
+        **options,
+    )
+    trainer = InfluenceTrainer(
+        model=make_model(),
+        args=args,
+        train_dataset=make_prompt_completion(23, seed=0),
+        eval_dataset=make_prompt_completion(5, seed=1),
+        processing_class=make_tokenizer(),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **(adapter or {})),
+    )
+    trainer.train()
+    return [folder / f"checkpoint-{step}" for step in (3, 6)]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("run"))
+
+
+def load(folder, checkpoint, pool, sets, **options):
+    model = PeftModel.from_pretrained(make_model(), checkpoint, is_trainable=True)
+    return make_trainer(folder, pool, sets, model=model, estimator="gradient_dot", **options)
+
+
+def step_with_adam(model, checkpoint, gradient) -> torch.Tensor:
+    """How far torch's own Adam goes on one gradient from the checkpoint's state, per unit of learning rate."""
+    stored = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    named = [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]
+    total = []
+    for number, (name, tensor) in enumerate(named):
+        moved = torch.zeros_like(tensor, requires_grad=True)
+        moved.grad = gradient[name].view_as(tensor).clone()
+        adam = torch.optim.Adam([moved], lr=1.0, betas=(0.9, 0.999), eps=1e-8)
+        state = stored["state"][number]
+        adam.state[moved] = {k: v.clone() if k == "step" else v.to(tensor.dtype) for k, v in state.items()}
+        adam.step()
+        total.append(-moved.detach().flatten())
+    return torch.cat(total)
+
+
+def join(model, gradient) -> torch.Tensor:
+    return torch.cat([gradient[name] for name, tensor in model.named_parameters() if tensor.requires_grad])
+
+
+def test_less_is_that_of_a_loop(tmp_path, checkpoints, pool, validation) -> None:
+    sets = {"a": validation, "b": make_prompt_completion(3, seed=9)}
+    trainer = load(tmp_path / "all", checkpoints[1], pool, sets, chunk_size=7)
+    before = copy.deepcopy(trainer.model.state_dict())
+    found = compute_less(trainer, checkpoints[::-1])
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
+
+    history = json.loads((checkpoints[1] / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
+    weights = np.array([np.mean(rates[:3]), np.mean(rates[3:])])
+    preparation = Preparation(make_tokenizer(), completion_only_loss=True)
+    cosines: dict[str, list[np.ndarray]] = {name: [] for name in sets}
+    for checkpoint in checkpoints:
+        model = PeftModel.from_pretrained(make_model(), checkpoint, is_trainable=True).double()
+        rows = compute_gradients(model, prepare_rows(pool, preparation))
+        updates = torch.stack([step_with_adam(model, checkpoint, row) for row in rows])
+        for name, part in sets.items():
+            queries = torch.stack([join(model, g) for g in compute_gradients(model, prepare_rows(part, preparation))])
+            cosines[name].append(torch.cosine_similarity(updates[:, None], queries[None], dim=2).numpy())
+    expected = -np.max(
+        [np.tensordot(weights / weights.sum(), np.array(found), 1).mean(axis=1) for found in cosines.values()], axis=0
+    )
+    assert_same(found, expected, 1e-6)
+
+
+def test_what_is_no_state_of_adam_is_refused(tmp_path, checkpoints, pool, validation) -> None:
+    trainer = load(tmp_path / "all", checkpoints[1], pool, validation)
+    with pytest.raises(ValueError, match=r"none are given.*--reference_checkpoints 4"):
+        compute_less(trainer, [])
+    trainer.model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"adapter holds no optimizer\.pt"):
+        compute_less(trainer, [checkpoints[0], tmp_path / "adapter"])
+    sgd = train(tmp_path / "sgd", optim="sgd")
+    with pytest.raises(ValueError, match=r"no moments of Adam \(exp_avg, exp_avg_sq\).*`adamw_torch`"):
+        compute_less(load(tmp_path / "other", sgd[0], pool, validation), sgd)
+    embedding = train(tmp_path / "embedding", adapter={"modules_to_save": ["embed_tokens"]})
+    with pytest.raises(ValueError, match=r"`.*embed_tokens.*` is a matrix with a row for every token"):
+        compute_less(load(tmp_path / "third", embedding[0], pool, validation), embedding)
+    with pytest.raises(ValueError, match="estimator='datainf'"):
+        model = PeftModel.from_pretrained(make_model(), checkpoints[0], is_trainable=True)
+        compute_less(make_trainer(tmp_path / "datainf", pool, validation, model=model), checkpoints)
