@@ -47,6 +47,7 @@ BY_CONFIG = {
 }
 # What cannot be run here, and where it is checked instead.
 NOT_RUN = {
+    "pip install hf-in2core": "needs PyPI; test_command.py runs the demo from a wheel",
     "pip install -r recipes/space/requirements.txt gradio==6.31.0": "needs PyPI; test_space.py compares the versions",
     "python recipes/space/app.py": "serves until it is stopped; test_space.py starts it",
 }

@@ -117,7 +117,12 @@ def test_every_flag_of_a_recipe_exists(name: str, flags: str, tmp_path: Path, mo
     load_command(name).make_parser().parse(flags.split())
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=name_of)
+LINKING = sorted(
+    {*DOCUMENTS, *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")}
+)
+
+
+@pytest.mark.parametrize("document", LINKING, ids=name_of)
 def test_every_link_leads_somewhere(document: Path) -> None:
     prose = re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\(([^)\s]+)\)", prose):

@@ -16,7 +16,7 @@ from hf_in2core.rows.scored import read_query_scores
 
 MIN_QUERIES, MIN_ROWS, MAX_ROWS = 10, 30, 10_000
 HALVES = 50
-# On the data of benchmarks/RESULTS.md every reading above it found the rows of the task, and few below it.
+# On the data of docs/benchmarks/when_to_read.md every reading above it found the rows of the task, and few below it.
 MIN_AGREEMENT = 0.75
 
 

@@ -209,7 +209,7 @@ def warn_of_curvature(agreement: float, damping_scale: float) -> None:
         logger.warning(
             "DataInf is far from the exact damped inverse here: on a sample of the pool their rankings agree by %.2f "
             "(Spearman; 1 = the same). It ranks nearly as a gradient dot product weighted by block does. A larger "
-            "`damping_scale` (now %s) brings both together, a smaller LoRA rank too; see benchmarks/RESULTS.md.",
+            "`damping_scale` (now %s) brings both together, a smaller LoRA rank too; see docs/benchmarks/fidelity.md.",
             agreement,
             damping_scale,
         )
