@@ -6,8 +6,9 @@
 - Every other figure is listed here with the document it stands in (`LISTED`): thresholds, versions, and single figures
   that are quoted from `docs/benchmarks/`.
 - Sections of `docs/benchmarks/` that stood at commit eecc9d2 are frozen, all but the targets of their links. A section
-  that is new names its record in a comment, `<!-- figures: docs/results/NAME.json -->` (or one in `benchmarks/records`),
-  and its figures are values of that file. What stands before the first section of a page names no figure.
+  that is new names its record in a comment, `<!-- figures: docs/results/NAME.json -->` (or one of
+  `benchmarks/records`), and its figures are values of that file. What stands before the first section of a page names
+  no figure.
 
 A figure is a number with a decimal point or a thousands comma, or one followed by a percent sign or seconds.
 """
