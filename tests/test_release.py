@@ -1,5 +1,6 @@
 """What a release uploads: built as `make dist` builds it, and read as the package index reads it."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ROOT
 from markdown_it import MarkdownIt
 
@@ -66,3 +68,24 @@ def test_the_package_index_can_show_it(dist: Path) -> None:
     files = [str(path) for path in dist.iterdir()]
     done = subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "tag, repository, passes",
+    [("v{version}", "{home}", True), ("v9.9.9", "{home}", False), ("v{version}", "somebody/fork", False)],
+)
+def test_a_tag_that_does_not_fit_publishes_nothing(
+    tag: str, repository: str, passes: bool, dist: Path, description: str, tmp_path: Path
+) -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8"))
+    build, publish = workflow["jobs"]["build"], workflow["jobs"]["publish"]
+    assert publish["needs"] == "build" and publish["if"] == "github.ref_type == 'tag'"
+    check = next(step["run"] for step in build["steps"] if step.get("if") == publish["if"])
+    (tmp_path / "dist").symlink_to(dist)
+    (tmp_path / "pyproject.toml").symlink_to(ROOT / "pyproject.toml")
+    found = re.search(r"github\.com/([\w.-]+/[\w.-]+)/blob/v([\d.]+)/", description)
+    assert found is not None
+    names = {"home": found[1], "version": found[2]}
+    env = {"GITHUB_REF_NAME": tag.format(**names), "GITHUB_REPOSITORY": repository.format(**names)}
+    shell = ["bash", "-e", "-o", "pipefail", "-c", check]
+    assert (subprocess.run(shell, cwd=tmp_path, env=os.environ | env, capture_output=True).returncode == 0) == passes
