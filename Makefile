@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 # Two workers of one thread each; a file stays with one worker, which keeps what its tests share.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: help install demo test test-all test-versions test-oldest test-newest lint clean
+.PHONY: help install demo test test-all test-versions test-oldest test-newest lint docs dist clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -58,6 +58,22 @@ lint: install  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# Each in an environment of its own, without torch: the site reads docstrings from the sources.
+docs: .venv-docs/.installed  ## The site with its API reference, into build/site; a broken link is an error
+	.venv-docs/bin/python -m mkdocs build --strict
+
+dist: .venv-dist/.installed  ## What a release uploads, into dist/, checked as the package index checks it
+	rm -rf dist
+	.venv-dist/bin/python -m build --no-isolation
+	.venv-dist/bin/python -m twine check --strict dist/*
+
+.venv-docs/.installed .venv-dist/.installed: .venv-%/.installed: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["$*"], sep="\n")' \
+		> $(@D)/requirements.txt
+	$(PIP_INSTALL) -c constraints.txt -r $(@D)/requirements.txt
+	touch $@
 
 clean:  ## Remove what was built, run and cached; .venv stays
 	rm -rf build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Count the faults injected into publications, and how each publication ended; prints the table of RESULTS.md.
+"""Count the faults injected into publications, and how each ended; prints the table of docs/benchmarks/hub_faults.md.
 
     python benchmarks/hub_faults.py
 

@@ -32,21 +32,26 @@ NAMED_FILE = re.compile(r"# ([\w./]+\.yaml)\n")
 
 GENERATED = "--pool_rows 50 --uniform_rows 9 --validation_rows 7 --test_rows 12 --pretrain_steps 20"
 TRAINED = "--max_steps 2 --per_device_train_batch_size 4"
+COMPARED = f"--seeds 0 --arms coreset random --budgets steps {TRAINED} --reference_max_steps 2"
+MADE = f"--setup_script 'recipes/quickstart/generate.py --output_dir runs/quickstart/inputs {GENERATED}'"
 # Flags after a command's own, by what it starts: two steps of one seed, and the generator's data in small.
 SHORT = {
-    "recipes/in2core.py": f"--seeds 0 --arms coreset random --budgets steps {TRAINED} --reference_max_steps 2",
-    "recipes/slurm/": f"--seeds 0 --arms coreset random --budgets steps {TRAINED} --reference_max_steps 2",
-    "recipes/train_reference.py": TRAINED,
-    "recipes/sft_coreset.py": TRAINED,
+    "in2core run": COMPARED,
+    "in2core demo": f"{COMPARED} {MADE}",
+    "recipes/in2core.py": COMPARED,
+    "recipes/slurm/": COMPARED,
+    "in2core train-reference": TRAINED,
+    "in2core sft": TRAINED,
     "recipes/quickstart/generate.py": GENERATED,
 }
 BY_CONFIG = {
-    "recipes/quickstart/in2core.yaml": "--setup_script 'recipes/quickstart/generate.py --output_dir "
-    f"runs/quickstart/inputs {GENERATED}'",
+    "recipes/quickstart/in2core.yaml": MADE,
     "recipes/qwen3_alpaca/in2core.yaml": "--bf16 false --dtype float32",  # which is what a CPU can do
 }
+SHARDED = "recipes/accelerate_configs/fsdp.yaml"
 # What cannot be run here, and where it is checked instead.
 NOT_RUN = {
+    "pip install hf-in2core": "needs PyPI; test_command.py runs the demo from a wheel",
     "pip install -r recipes/space/requirements.txt gradio==6.31.0": "needs PyPI; test_space.py compares the versions",
     "python recipes/space/app.py": "serves until it is stopped; test_space.py starts it",
 }
@@ -86,8 +91,11 @@ def read_commands(block: Block) -> list[str]:
 def shorten(command: str) -> str:
     """The command as it is, and then what makes it short."""
     tables = SHORT | BY_CONFIG
-    if "fsdp.yaml" in command:  # accelerate itself shards on GPUs only
-        command = command.replace(" recipes/in2core.py", f" {ROOT / 'tests' / 'fsdp_on_cpu.py'} recipes/in2core.py")
+    # accelerate itself shards on GPUs only
+    sharding = f"accelerate launch --config_file {SHARDED} --num_processes 2 {ROOT / 'tests' / 'fsdp_on_cpu.py'}"
+    command = command.replace(
+        "in2core run --accelerate_config fsdp --num_processes 2", f"{sharding} recipes/in2core.py"
+    )
     return " ".join([command, *(tables[name] for name in tables if name in command)])
 
 

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 from doc_runs import DOCUMENTS, TOKEN, Block, Place, read_blocks, read_commands, shorten, shorten_python
 from helpers import ROOT
 from hub_client import QUIET, ClientError, HubClient
 from loopback_hub import LoopbackHub
 from recipe_runs import load_command
+
+from hf_in2core.commands.launch import resolve_config, split_flags
 
 
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
@@ -43,7 +46,7 @@ def reader(place: Place) -> Iterator[HubClient]:
 @pytest.fixture(scope="module")
 def mine(place: Place) -> None:
     """A finished run in `runs/my_run`, which several guides take for granted."""
-    place.run_once(shorten("accelerate launch recipes/in2core.py --config my_run.yaml"))
+    place.run_once(shorten("in2core run --config my_run.yaml"))
 
 
 def run_block(block: Block, document: Path, place: Place, reader: HubClient) -> None:
@@ -98,26 +101,32 @@ def test_every_block_is_one_that_is_run_or_shown(document: Path) -> None:
             ast.parse(block.text)
 
 
-def find_recipe_commands() -> list[Any]:
+def find_commands() -> list[Any]:
     found = []
     for document in DOCUMENTS:
         for block in read_blocks(document):
             for command in read_commands(block) if block.language == "bash" else []:
-                if match := re.search(r"recipes/(\w+)\.py (.*)", command):
+                if match := re.match(r"in2core ([\w-]+) (.*)", command):
                     found.append(pytest.param(match[1], match[2], id=f"{name_of(document)}:{block.line}:{match[1]}"))
     return found
 
 
-@pytest.mark.parametrize("name, flags", find_recipe_commands())
-def test_every_flag_of_a_recipe_exists(name: str, flags: str, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("name, flags", find_commands())
+def test_every_flag_of_a_command_exists(name: str, flags: str, tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     yaml = next(block for block in read_blocks(ROOT / "docs" / "quick_start.md") if block.language == "yaml")
     (tmp_path / "my_run.yaml").write_text(yaml.text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    load_command(name).make_parser().parse(flags.split())
+    settings = split_flags(resolve_config(flags.split()), launch_command_parser())[1]
+    load_command(name.replace("-", "_")).make_parser().parse(settings)
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CONTRIBUTING.md"], ids=name_of)
+LINKING = sorted(
+    {*DOCUMENTS, *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")}
+)
+
+
+@pytest.mark.parametrize("document", LINKING, ids=name_of)
 def test_every_link_leads_somewhere(document: Path) -> None:
     prose = re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\(([^)\s]+)\)", prose):

@@ -1,13 +1,14 @@
-"""Figures of the README, the guides and RESULTS.md: each comes from the record of a run, and an invented one is found.
+"""Figures of README, guides and benchmarks: each comes from the record of a run, and an invented one is found.
 
-- Tables of the README are computed anew from `docs/results/*.json`, cell by cell.
-- Sentences of the README are rendered from the same files; where a figure changes, the sentence is no longer found.
-- "Mean ± half interval" in a guide stands so in RESULTS.md, or is that of an arm in `docs/results/*.json`.
+- Tables of arms are computed anew from `docs/results/*.json`, cell by cell (`WITH_ARMS`).
+- Sentences are rendered from the same files; where a figure changes, the sentence is no longer found.
+- "Mean ± half interval" in a guide stands so in `docs/benchmarks/`, or is that of an arm in `docs/results/*.json`.
 - Every other figure is listed here with the document it stands in (`LISTED`): thresholds, versions, and single figures
-  that are quoted from RESULTS.md.
-- RESULTS.md as it was at commit eecc9d2 is frozen section by section. A section that is new names its record in a
-  comment, `<!-- figures: docs/results/NAME.json -->` (or one in `benchmarks/records`), and its figures are values of
-  that file.
+  that are quoted from `docs/benchmarks/`.
+- Sections of `docs/benchmarks/` that stood at commit eecc9d2 are frozen, all but the targets of their links. A section
+  that is new names its record in a comment, `<!-- figures: docs/results/NAME.json -->` (or one of
+  `benchmarks/records`), and its figures are values of that file. What stands before the first section of a page names
+  no figure.
 
 A figure is a number with a decimal point or a thousands comma, or one followed by a percent sign or seconds.
 """
@@ -26,16 +27,15 @@ from hf_in2core.evaluation.intervals import compute_confidence_interval
 
 
 RECORDS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "docs" / "results").glob("*.json"))}
-RESULTS = ROOT / "benchmarks" / "RESULTS.md"
+MEASURED = sorted((ROOT / "docs" / "benchmarks").glob("*.md"))
+WITH_ARMS = ("README.md", "docs/results.md")
 FIGURE = re.compile(
     r"(?<![\w.,/^])(?:\d{1,3}(?:,\d{3})+|\d*\.\d+|\d+(?= (?:%|s\b|min\b)))(?: ± \d*\.\d+)?(?: %)?(?![\w.]*\w)"
 )
-# Each stands in its document this often: options, thresholds, versions, single figures that RESULTS.md measured.
+# Each stands in its document this often: options, thresholds, versions, single figures that a benchmark measured.
 LISTED = {
-    "README.md": (
-        ["2408.03560", "2310.00902", "2408.03560", "2310.00902", "2.0"]
-        + ["95 %", "0.25", "0.25", "55", "1", "58", "1.621", "1.586", "1.342"]
-    ),
+    "README.md": ["2408.03560", "2310.00902", "95 %", "2408.03560", "2310.00902", "2.0"],
+    "docs/results.md": ["95 %", "0.25", "0.25", "55", "1", "58", "1.621", "1.586"],
     "docs/choices.md": (
         ["1,600", "95 %", "1,000", "0.998", "1.74", "3.3", "0.01", "5.12", "3.56", "2.79", "2.55", "0.068", "0.098"]
         + ["0.02", "0.72", "0.76", "0.58", "0.70"]
@@ -45,22 +45,31 @@ LISTED = {
     "docs/validation_set.md": ["0.554", "0.895", "0.640"],
     "docs/when_not.md": ["20 %"],
 }
-# Sections of RESULTS.md at commit eecc9d2, by the start of their SHA-256.
+# Sections at commit eecc9d2, by the start of their SHA-256: without their heading and the targets of links.
 FROZEN = {
-    "# Benchmark results": "b05661747ec17f03",
-    "## Passes": "87d8be77736b4c3a",
-    "## Memory": "94274a97751e8a59",
-    "## Scaling": "ba1eca1f92e3430c",
-    "## Plan": "0fe46c6fa281bd2f",
-    "## Peers": "3a7f1b9fa275baaf",
-    "## Selection": "e23487ccb53df05c",
-    "## Faults of the Hub": "bb0f87d648cd1426",
-    "## Layers": "8dc68291213824ea",
-    "## Coverage of test points": "91bef3caa19cb702",
-    "## Against the exact answer": "06e8ba51e573bc51",
-    "## Against retraining": "ef41637954a15ea3",
-    "## Groups: pools that repeat themselves": "3b7e4f095d2499d7",
-    "## Transfer": "a272706bd66fefbb",
+    "Passes": "2f2b16e57158d396",
+    "Memory": "dc0d4554358851b6",
+    "Scaling": "a2f6d283964f9f8b",
+    "Plan": "8e27439b99d0ead5",
+    "Peers": "0af536e8775d34e4",
+    "How it was measured": "32a9a2a1d3486e02",
+    "Three tasks of interest in a pool of ten (the quickstart's generated data)": "144cf793c153d09d",
+    (
+        "One task of interest among real instructions (`recipes/mixture`: GSM8K in GSM8K, BoolQ, ARC-Easy and Dolly)"
+    ): "fbd67f84838eeb52",
+    "Two tasks of interest among real instructions": "e1917a95a97692ea",
+    "When to read influence": "c91a57b86beb863e",
+    "Wrong answers": "73670c26acca2fad",
+    "Length": "70a221fe48e0fbc9",
+    "DataInf's own task": "302720389a6c8846",
+    "Not measured yet": "7aba92402c0ec864",
+    "Faults of the Hub": "38e394362ee60df0",
+    "Layers": "3ad7bfd220a33b62",
+    "Coverage of test points": "db59fdd2131549c7",
+    "Against the exact answer": "4273fd208b8bbfca",
+    "Against retraining": "d0018431040dad1e",
+    "Groups: pools that repeat themselves": "7423d75ff358170a",
+    "Transfer": "6fb788e8c2ad1158",
 }
 
 
@@ -108,7 +117,8 @@ def render_passages() -> dict[str, list[str]]:
     interest = {name: found["tasks of interest"] for name, found in auc.items()}
     no_gain = f"{show_loss('no_gain', 'coreset')} against {show_loss('no_gain', 'random')}"
     return {
-        "README.md": [
+        "README.md": [no_gain],
+        "docs/results.md": [
             f"Before fine-tuning the test loss is {mixture['base']['test_loss']:.3f} and "
             f"{transfer['base']['test_loss']:.3f}.",
             f"beats random rows by {-first['mean']:.3f} (95 % interval {-first['high']:.3f} to {-first['low']:.3f}) "
@@ -163,7 +173,7 @@ def read_tables(text: str) -> Iterator[list[dict[str, str]]]:
 
 
 def find_wrong_cells(text: str) -> tuple[list[str], int]:
-    """Cells of the README's tables of arms that are not what the records give, and the number of cells compared."""
+    """Cells of tables of arms that are not what the records give, and the number of cells compared."""
     wrong, compared = [], 0
     for table in read_tables(text):
         if not table or "test loss" not in table[0] or "arm" not in table[0]:
@@ -200,13 +210,13 @@ def list_losses(*names: str) -> set[str]:
 
 def find_wrong_figures(name: str, text: str) -> list[str]:
     """What in a document comes from no record."""
-    wrong = find_wrong_cells(text)[0] if name == "README.md" else []
-    prose = read_prose(re.sub(r"^\|.*±.*\n", "", text, flags=re.MULTILINE) if name == "README.md" else text)
+    wrong = find_wrong_cells(text)[0] if name in WITH_ARMS else []
+    prose = read_prose(re.sub(r"^\|.*±.*\n", "", text, flags=re.MULTILINE) if name in WITH_ARMS else text)
     for passage in render_passages().get(name, []):
         if passage not in prose:
             wrong.append(f"not said any more: {passage}")
         prose = prose.replace(passage, " ", 1)
-    measured = " ".join(RESULTS.read_text(encoding="utf-8").split())
+    measured = " ".join(read_measured().split())
     known = list_losses()
     listed = list(LISTED.get(name, []))
     for match in FIGURE.finditer(prose):
@@ -220,8 +230,22 @@ def find_wrong_figures(name: str, text: str) -> list[str]:
     return wrong + [f"{figure} is listed and stands there no more" for figure in listed]
 
 
+def read_measured() -> str:
+    return "\n".join(page.read_text(encoding="utf-8") for page in MEASURED)
+
+
 def read_sections(text: str) -> dict[str, str]:
-    return {section.splitlines()[0]: section for section in re.split(r"^(?=## )", text, flags=re.MULTILINE)}
+    """Every section, and what stands before the first one of each page, by its heading."""
+    return {
+        heading: body
+        for heading, _, body in (part.partition("\n") for part in re.split(r"^(?=##? )", text, flags=re.MULTILINE))
+        if heading
+    }
+
+
+def compute_digest(section: str) -> str:
+    body = re.sub(r"\]\([^)]*\)", "]", re.sub(r"^#+ ", "# ", section, flags=re.MULTILINE))
+    return hashlib.sha256(body.strip().encode()).hexdigest()[:16]
 
 
 def list_values(value: Any) -> Iterator[float]:
@@ -236,7 +260,7 @@ def find_wrong_in_results(text: str) -> list[str]:
     """Frozen sections that were changed, and figures of new ones that are no values of the record that they name."""
     sections, wrong = read_sections(text), []
     for title, digest in FROZEN.items():
-        if hashlib.sha256(sections.pop(title, "").strip().encode()).hexdigest()[:16] != digest:
+        if compute_digest(sections.pop(f"## {title}", "")) != digest:
             wrong.append(f"{title}: frozen at commit eecc9d2; write a new section")
     for title, section in sections.items():
         named = re.findall(r"<!-- figures: docs/results/(\w+)\.json -->", section)
@@ -264,7 +288,7 @@ def test_every_figure_comes_from_a_record(document: Path) -> None:
 
 
 def test_results_are_frozen_and_new_sections_name_their_record() -> None:
-    assert find_wrong_in_results(RESULTS.read_text(encoding="utf-8")) == []
+    assert find_wrong_in_results(read_measured()) == []
 
 
 @pytest.mark.parametrize(
@@ -272,18 +296,20 @@ def test_results_are_frozen_and_new_sections_name_their_record() -> None:
     [
         ("README.md", "| **2.994 ± .044** |", "| **2.984 ± .044** |"),  # a loss in a table
         ("README.md", "3.703 ± .027", "3.703 ± .011"),  # its interval
-        ("README.md", "| 400 | 40,158 |", "| 401 | 40,158 |"),  # rows
-        ("README.md", "| 14,503 | 100 |", "| 14,503 | 110 |"),  # steps
-        ("README.md", "| 25 | 1.3 |", "| 25 | 1.2 |"),  # seconds
-        ("README.md", "| 5.55 |", "| 5.54 |"),  # a perplexity
-        ("README.md", "0.172 to 0.386", "0.182 to 0.386"),  # a bound of an interval
-        ("README.md", "−0.202", "0.202"),  # a sign
-        ("README.md", "AUC of 0.77", "AUC of 0.78"),
-        ("README.md", "reference 60 s", "reference 61 s"),
-        ("README.md", "1,600 generated rows", "1,500 generated rows"),
-        ("README.md", "(1.621 against 1.586)", "(1.621 against 1.596)"),  # a figure that no record holds
-        ("README.md", "95 % interval over seeds", "90 % interval over seeds"),  # a percentage
-        ("README.md", "no better than chance.", "no better than chance. It saves 40 % of the time."),  # invented
+        ("README.md", "1.507 ± .030", "1.517 ± .030"),  # a sentence
+        ("README.md", "| 400 | **2.994", "| 401 | **2.994"),  # rows
+        ("docs/results.md", "| 400 | 40,158 |", "| 401 | 40,158 |"),  # rows
+        ("docs/results.md", "| 14,503 | 100 |", "| 14,503 | 110 |"),  # steps
+        ("docs/results.md", "| 25 | 1.3 |", "| 25 | 1.2 |"),  # seconds
+        ("docs/results.md", "| 5.55 |", "| 5.54 |"),  # a perplexity
+        ("docs/results.md", "0.172 to 0.386", "0.182 to 0.386"),  # a bound of an interval
+        ("docs/results.md", "−0.202", "0.202"),  # a sign
+        ("docs/results.md", "AUC of 0.77", "AUC of 0.78"),
+        ("docs/results.md", "reference 60 s", "reference 61 s"),
+        ("docs/results.md", "1,600 generated rows", "1,500 generated rows"),
+        ("docs/results.md", "(1.621 against 1.586)", "(1.621 against 1.596)"),  # a figure that no record holds
+        ("docs/results.md", "95 % interval over seeds", "90 % interval over seeds"),  # a percentage
+        ("docs/results.md", "no better than chance.", "no better than chance. It saves 40 % of the time."),  # invented
         ("docs/choices.md", "1.366 ± 0.011", "1.366 ± 0.012"),
         ("docs/choices.md", "1.333 ± 0.016", "1.343 ± 0.016"),
         ("docs/choices.md", "a half 3.132", "a half 3.123"),
@@ -301,7 +327,7 @@ def test_a_changed_figure_is_found(name: str, said: str, changed: str) -> None:
 
 
 def test_a_changed_figure_of_the_results_is_found() -> None:
-    text = RESULTS.read_text(encoding="utf-8")
+    text = read_measured()
     assert find_wrong_in_results(text.replace("2.930 ± 0.052", "2.920 ± 0.052", 1)) != []
     new = "\n## Again\n<!-- figures: docs/results/mixture.json -->\nThe coreset ends at {} at fraction 0.25.\n"
     assert find_wrong_in_results(text + new.format("2.994 ± 0.044")) == []

@@ -185,7 +185,7 @@ def main() -> None:
         if wanted:
             (show_ranked if kind == "ranked" else show_trained)(known["pools"])
         if wanted and kind == "ranked":
-            draw_ranked(known["pools"], ROOT / "benchmarks/figures/pools_ranked.png")
+            draw_ranked(known["pools"], ROOT / "docs/benchmarks/figures/pools_ranked.png")
 
 
 if __name__ == "__main__":
