@@ -33,6 +33,7 @@ from .composer import (
 )
 from .dataset import summarise_influence
 from .metadata import SplitFacts, merge_splits, parse_card
+from .own_folders import hide_own_folders, list_own_folders, write_without
 from .splits import Record, find_coreset, recognise_choice, record_choice
 
 
@@ -137,6 +138,9 @@ def push_influence_dataset(
             "A coreset cannot be called 'train': that split is the whole pool. Call it 'coreset_50' or so."
         )
     check_names(["train", *(coresets or {})], config_name)
+    own_folders = _find_own_folders(report, command or "")
+    if command is not None:
+        command = hide_own_folders(command, own_folders)
     splits, records = _choose_splits(scored, coresets or {}, command)
     sets = {VALIDATION: validation} if isinstance(validation, Dataset) else dict(validation or {})
     validation_config = "validation" if config_name == "default" else f"{config_name}-validation"
@@ -165,7 +169,7 @@ def push_influence_dataset(
         for config in configs:
             files |= config.write(Path(folder), max_bytes)
         files |= _list_scorer(scorer, Path(folder), f"{prefix}{SCORER}")
-        files |= _list_report(report, prefix, Path(folder))
+        files |= _list_report(report, prefix, Path(folder), own_folders)
         sources = _read_sources(source_datasets, token)
         found = (find_coreset(name, given, scored) for name, given in (coresets or {}).items())
         summary = summarise_influence(scored, [coreset for coreset in found if coreset is not None])
@@ -261,7 +265,16 @@ def _list_scorer(scorer: SavesItself | str | Path | None, folder: Path, prefix: 
     return list_folder(scorer, prefix)
 
 
-def _list_report(report: str | Path | None, prefix: str, temporary: Path) -> dict[str, Path]:
+def _find_own_folders(report: str | Path | None, command: str) -> list[str]:
+    """The folders of this machine that a run's configuration and commands name."""
+    config = Path(report) / REPLAY if report is not None else None
+    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config is not None and config.is_file() else None
+    return list_own_folders(settings if isinstance(settings, dict) else {}, command)
+
+
+def _list_report(
+    report: str | Path | None, prefix: str, temporary: Path, own_folders: Sequence[str]
+) -> dict[str, Path]:
     if report is None:
         return {}
     folder = Path(report)
@@ -283,6 +296,9 @@ def _list_report(report: str | Path | None, prefix: str, temporary: Path) -> dic
         )
     if f"{prefix}{REPLAY}" in found:
         found[f"{prefix}{REPLAY}"] = _write_replay(folder / REPLAY, temporary)
+    for name in names:
+        if (file := found.get(f"{prefix}{name}")) is not None:
+            found[f"{prefix}{name}"] = write_without(file, own_folders, temporary / f"public-{name}")
     return found
 
 

@@ -17,7 +17,7 @@ from .validation import run_per_example_validation_pass
 
 MIN_QUERIES = 10
 HALVES = 50
-# On the data of benchmarks/RESULTS.md every reading above it found the rows of the task, and few below it.
+# On the data of docs/benchmarks/when_to_read.md every reading above it found the rows of the task, and few below it.
 MIN_AGREEMENT = 0.75
 
 

@@ -109,8 +109,8 @@ def judge(
             Confidence level of every interval.
         base_loss (`float`, *optional*):
             Test loss of the untrained model, `base["test_loss"]` of `results.json`. Where the full arm (else the
-            random one, else the coreset's) is not at least 3 % below it, beyond noise, nothing is concluded and the
-            verdict says what to do; without it that is not looked at.
+            random one, else the coreset's) is not at least 3 % below it with every seed below, nothing is concluded
+            and the verdict says what to do; without it that is not looked at.
 
     Returns:
         [`~hf_in2core.evaluation.verdict.Verdict`], which a notebook shows as a table.

@@ -2,13 +2,15 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
 
 from .presets import PRESETS, describe_mapped, from_conversations
 
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
@@ -194,7 +196,7 @@ def map_row(row: Mapping[str, Any], columns: list[str] | None, conversational: b
 
 
 def apply_columns(
-    dataset: AnyDataset, columns: list[str] | None, processing_class: PreTrainedTokenizerBase
+    dataset: AnyDataset, columns: list[str] | None, processing_class: "PreTrainedTokenizerBase"
 ) -> AnyDataset:
     """
     Map raw rows to the columns that TRL's preparation reads, and to nothing else; rows keep their order.

@@ -373,7 +373,7 @@ def test_three_percent_of_the_untrained_loss_is_asked_for(base: float, clear: bo
 def test_a_gain_within_noise_is_none() -> None:
     verdict = judge(make_arms(GOOD | {"full": [2.4, 3.6, 2.9]}), SELECTION, base_loss=3.4)
     assert verdict.gain is not None and verdict.gain.share > 0.1 and not verdict.gain.clear
-    assert "beyond noise" in verdict.text and "--seeds" in verdict.text
+    assert "with every seed" in verdict.text and "--seeds" in verdict.text
 
 
 def test_training_that_hurts_is_told_otherwise() -> None:

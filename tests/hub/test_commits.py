@@ -300,8 +300,15 @@ def test_the_recipe_publishes_a_run_folder_once(hub, tmp_path) -> None:
     columns["influence_rank"] = np.argsort(np.argsort(scores)).tolist()
     Dataset.from_dict(columns).save_to_disk(run / "scored")
     arms = [{"arm": "coreset", "fraction": f, "seed": 0, "budget": "steps", "test_loss": 2.0} for f in (0.25, 0.5)]
-    (run / "results.json").write_text(json.dumps({"arms": arms, "verdict": {"text": "Nothing is proven."}}))
-    (run / "config.yaml").write_text("pool: ada/rows:train\n")
+    mine = {
+        "validation": [f"math={tmp_path}/data/math.jsonl"],
+        "setup_script": f"{tmp_path}/make.py --to {tmp_path}/data",
+    }
+    results = {"arms": arms, "verdict": {"text": "Nothing is proven."}, "config": mine}
+    command = f"in2core run --test {tmp_path}/data/test.jsonl --output_dir={run}"
+    (run / "results.json").write_text(json.dumps(results | {"command": command}))
+    (run / "config.yaml").write_text(yaml.safe_dump({"pool": "ada/rows:train", "hub_id": "ada/other", **mine}))
+    (run / "report.html").write_text(f"<p>{tmp_path}/data/math.jsonl</p>")
     hub.add_repo("dataset", "ada/rows", {"README.md": b"---\nlicense: apache-2.0\n---\n"})
 
     def publish(*flags: str) -> str:
@@ -316,6 +323,12 @@ def test_the_recipe_publishes_a_run_folder_once(hub, tmp_path) -> None:
     splits = {split["name"]: split["num_examples"] for split in metadata["dataset_info"]["splits"]}
     assert splits == {"train": 40, "coreset_25": 10, "coreset_50": 20, "random_25": 10, "random_50": 20}
     assert metadata["license"] == "apache-2.0" and "> Nothing is proven." in body
+    # The names of files are told, and nobody's folders.
+    files = repo.files()
+    assert [name for name, content in files.items() if str(tmp_path).encode() in content] == []
+    assert yaml.safe_load(files["config.yaml"])["validation"] == ["math=math.jsonl"]
+    assert json.loads(files["results.json"])["command"] == "in2core run --test test.jsonl --output_dir=run"
+    assert files["report.html"] == b"<p>math.jsonl</p>" and "--test test.jsonl" in body
     assert "nothing new to publish" in publish("--hub_id", "ada/recipe", "--random_controls")
     assert len(repo.history()) == 2
     failed = publish("--hub_id", "somebody/else")

@@ -37,8 +37,12 @@ def compared(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with every method as an arm; its folder."""
     folder = tmp_path_factory.mktemp("methods")
     config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
-    config |= {"output_dir": str(folder / "run"), "budgets": ["steps"], "seeds": [0, 1], "max_steps": 2}
+    config |= {"output_dir": str(folder / "run"), "budgets": ["steps"], "seeds": [0, 1]}
     config |= {"encoder": config["model_name_or_path"], "reference_checkpoints": 2}
+    config |= {
+        "max_steps": 20,
+        "reference_max_steps": 2,
+    }  # of what learns nothing the verdict says no more
     config["arms"] = ["full", "coreset", "random", "length_matched", *HERE]
     run_command("run", "--config", write_config(folder, config))
     return folder
