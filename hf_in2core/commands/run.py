@@ -41,6 +41,7 @@ def main(settings: Settings) -> None:
     )
     from hf_in2core.pipeline.coreset_folders import write_coresets
     from hf_in2core.pipeline.job import check
+    from hf_in2core.pipeline.next_steps import say_next
     from hf_in2core.pipeline.planning import plan_run
     from hf_in2core.pipeline.run_folder import join_processes, run_setup_script, say, warn
     from hf_in2core.pipeline.steps import (
@@ -122,3 +123,4 @@ def main(settings: Settings) -> None:
         write_results(job.folder, results, scored, deciding, headline)
     if args.hub_id is not None:
         publish(job, scored, coresets)
+    say_next(job, results, scored, coresets)

@@ -73,6 +73,12 @@ class FractionVerdict:
         """Whether training taught something, as far as is known."""
         return self.gain is None or self.gain.clear
 
+    @property
+    def opponents_won(self) -> bool:
+        """Whether the opponents have the lower mean loss, so that the ranking does not point the right way."""
+        interval = self.intervals["coreset_minus_opponents"]
+        return self.taught and interval is not None and interval["mean"] is not None and interval["mean"] > 0
+
     def get_outcome(self, first: str, second: str) -> str:
         """Outcome of one comparison; `"not run"` without one of its arms, `"not concluded"` if nothing was taught."""
         interval = self.intervals[f"{first}_minus_{second}"]
@@ -189,7 +195,7 @@ def say_verdict(by_fraction: list[FractionVerdict], cost: SelectionCost, margin:
         _say_cost(cost),
     ]
     # A ranking that points the wrong way is read first.
-    sentences.insert(0 if _opponents_won(head) else 2, _say_opponents(head))
+    sentences.insert(0 if head.opponents_won else 2, _say_opponents(head))
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -211,7 +217,7 @@ def say_headline(by_fraction: list[FractionVerdict], cost: SelectionCost) -> str
     budgets: dict[str, list[str]] = {}
     for entry in by_fraction:
         if entry.fraction == by_fraction[0].fraction:
-            opponents = ", and had a higher loss than the opponents" if _opponents_won(entry) else ""
+            opponents = ", and had a higher loss than the opponents" if entry.opponents_won else ""
             budgets.setdefault(f"{_say_outcomes(entry)}{opponents}", []).append(BUDGETS[entry.budget])
     said = [f"at {' and '.join(where)} {outcome}" for outcome, where in budgets.items()]
     said += _say_payment(cost) if by_fraction[0].taught else []
@@ -289,13 +295,8 @@ def _say_full(head: FractionVerdict, margin: float) -> str:
     return f"It {AGAINST_FULL[outcome]} ({numbers})."
 
 
-def _opponents_won(head: FractionVerdict) -> bool:
-    interval = head.intervals["coreset_minus_opponents"]
-    return head.taught and interval is not None and interval["mean"] is not None and interval["mean"] > 0
-
-
 def _say_opponents(head: FractionVerdict) -> str:
-    if _opponents_won(head):
+    if head.opponents_won:
         noise = {"worse": "beyond noise", "inconclusive": "within noise"}.get(
             head.get_outcome("coreset", "opponents"), "without an interval"
         )

@@ -20,6 +20,7 @@ from hf_in2core.analysis.agreement import measure_agreement
 from hf_in2core.engine.halves import say_disagreement
 from hf_in2core.evaluation.judge import compute_auc, judge
 from hf_in2core.evaluation.leakage import say_shared
+from hf_in2core.evaluation.verdict import Verdict
 from hf_in2core.names import (
     INFLUENCE,
     METHODS,
@@ -31,7 +32,7 @@ from hf_in2core.names import (
     name_coreset,
 )
 from hf_in2core.report.run import RESULTS_VERSION
-from hf_in2core.report.terminal import plot_arms, plot_influence, plot_length, print_results, write_report
+from hf_in2core.report.terminal import plot_arms, plot_influence, plot_length, print_tables, write_report
 from hf_in2core.rows.columns import apply_columns
 from hf_in2core.rows.scored import read_scores
 from hf_in2core.rows.text import render_row
@@ -104,6 +105,13 @@ def find_equal_run(arm: Arm, args: In2CoreArguments, max_steps: int) -> Arm:
     return arm
 
 
+def judge_run(
+    arms: list[dict[str, Any]], selection: dict[str, Any], base: dict[str, Any], fractions: list[float]
+) -> Verdict:
+    """The verdict on what `results.json` holds of a complete comparison."""
+    return judge(arms, selection, fractions=fractions, base_loss=base.get("test_loss"))
+
+
 def build_results(
     settings_values: dict[str, Any],
     arms: list[dict[str, Any]],
@@ -117,7 +125,7 @@ def build_results(
     complete = len(arms) == num_planned
     verdict = {"text": f"The comparison is not finished: {len(arms)} of {num_planned} arms are trained."}
     if complete:
-        verdict = asdict(judge(arms, selection, fractions=fractions, base_loss=base.get("test_loss")))
+        verdict = asdict(judge_run(arms, selection, base, fractions))
     # Whoever quotes the verdict quotes it with what it is worth.
     verdict["text"] = f"{say_shared(findings.get('data'))} {verdict['text']}".lstrip()
     return {
@@ -137,13 +145,13 @@ def build_results(
 def write_results(
     run: Path, results: dict[str, Any], scored: Dataset, deciding: DecidingScore, coreset: Coreset | None
 ) -> None:
-    """Write `results.json`, and when the comparison is complete print it, draw it and write the page of it."""
+    """Write `results.json`, and when the comparison is complete print its tables, draw it and write the page of it."""
     if not PartialState().is_main_process:
         return
     write_json(run / "results.json", results)
     if not results["complete"]:
         return
-    print_results(results)
+    print_tables(results)
     if find_spec("matplotlib") is None:
         print("No pictures: matplotlib is not installed (`pip install hf-in2core[report]`).")
     else:

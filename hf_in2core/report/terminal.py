@@ -48,7 +48,7 @@ MAX_TEXT_CHARACTERS = 240
 
 def print_results(results: Mapping[str, Any]) -> None:
     r"""
-    Print a run's results to the terminal: arms, verdict, AUCs and examples.
+    Print a run's results to the terminal: arms, AUCs, examples, and the verdict last.
 
     Wrapped to the width of the terminal; plain text without colours when piped. Text from the data is shown as it is
     (never read as markup), in one line, without control characters, cut to 240 characters.
@@ -67,6 +67,18 @@ def print_results(results: Mapping[str, Any]) -> None:
     Raises:
         `ValueError`: `results` has no arms.
     """
+    print_tables(results)
+    print_verdict(results)
+
+
+def print_verdict(results: Mapping[str, Any]) -> None:
+    """Print the verdict of [`print_results`] alone, which stands last, where a reader stops."""
+    if text := results.get("verdict", {}).get("text"):
+        _write(Console(), f"Verdict: {text}", style="bold red" if "WARNING" in text else "bold")
+
+
+def print_tables(results: Mapping[str, Any]) -> None:
+    """Print what [`print_results`] does, but for the verdict."""
     arms = require_arms(results)
     console = Console()
     for budget, members in split_by_budget(arms).items():
@@ -74,9 +86,6 @@ def print_results(results: Mapping[str, Any]) -> None:
         _print_table(console, ("arm", *FIGURES), [[arm.name, *arm.figures] for arm in members])
     note = "Test loss in nats per labelled token, lower is better."
     _write(console, f"{explain_means(arms)} {note}\n")
-    if text := results.get("verdict", {}).get("text"):
-        _write(console, f"Verdict: {text}\n", style="bold red" if "WARNING" in text else "bold")
-
     if (tournament := tabulate_tournament(results)) is not None:
         _write(console, "Tournament of the methods", style="bold")
         _print_table(console, tournament.columns, tournament.lines)
