@@ -8,7 +8,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from hf_in2core.evaluation.arms import FIGURES, explain_means, summarize_arms
-from hf_in2core.evaluation.formats import format_number, get_value, is_number
+from hf_in2core.evaluation.formats import format_number, get_value, is_number, list_objects
+from hf_in2core.names import LENGTH_MATCHED, METHODS
 
 from .dataset import is_hub_id, list_provenance, say_validation
 from .metadata import add_tags, join_card, parse_card, replace_section
@@ -17,6 +18,16 @@ from .text import Markdown, escape_markdown, format_code, render_template
 
 # What may stand in a snippet as it is: ids, split names with slices, revisions.
 _PLAIN = re.compile(r"[\w./:%\[\]=\", +-]+", flags=re.ASCII)
+# The arm of the model whose gradients influence is computed from.
+REFERENCE = "reference"
+_ROWS = {
+    "full": "all of the pool, which a coreset is compared with",
+    "random": "drawn at random, which a coreset is compared with",
+    LENGTH_MATCHED: "drawn at random and as long as those of the coreset, which they are compared with",
+    "opponents": "opponents, of the most positive influence: a control that should do worse",
+    REFERENCE: "of the pool; this model's gradients are what influence is computed from",
+}
+_TITLES = {"coreset": "Fine-tuned on a coreset", REFERENCE: "Reference model of a selection"}
 
 
 def render_scorer_card(repo_id: str, scorer: Mapping[str, Any], existing: str | bytes | None = None) -> str:
@@ -74,7 +85,8 @@ def render_target_model_card(
         dataset_id (`str`):
             Hub id of the dataset that holds the coreset, or a folder, of which only the name is told.
         run (`Mapping`):
-            What an entry of `arms` in `results.json` holds, of this model; `test_loss` may be missing.
+            What an entry of `arms` in `results.json` holds, of this model; `test_loss` may be missing. The `arm` says
+            what its rows are; `"reference"` is that of the reference model.
         results (`Mapping`):
             `results.json` of the dataset, for the comparison and the verdict; may be empty.
         split (`str`, *optional*):
@@ -107,16 +119,25 @@ def render_target_model_card(
     if _has_page(dataset_id):
         add_tags(data, "datasets", [dataset_id])
     add_tags(data, "tags", ["in2core", "coreset", "sft", "trl"])
+    data.setdefault("library_name", "peft")
+    data.setdefault("pipeline_tag", "text-generation")
     data |= {key: value for key, value in ours.items() if key == "model-index"}
-    arguments = f'"{dataset_id}", split="{split or "train"}"'
+    arguments = f'"{dataset_id}", split="{split}"'
     arguments += f', revision="{dataset_revision}"' if dataset_revision else ""
+    arm = str(run.get("arm"))
     section = render_template(
         "target_model.md",
+        title=_TITLES.get(arm, "Fine-tuned beside a coreset"),
+        chosen=_say_rows(arm, results),
+        rows=format_number(run.get("rows"), ",.0f"),
+        is_of_comparison=arm == REFERENCE or any(entry == run for entry in list_objects(results.get("arms"))),
         base_model=_link(base_model, ""),
         dataset=_link(dataset_id, "datasets/"),
         dataset_revision=format_code(dataset_revision) if dataset_revision else None,
         split=format_code(split) if split else None,
-        load_arguments=Markdown(arguments) if _has_page(dataset_id) and _PLAIN.fullmatch(arguments) else None,
+        load_arguments=Markdown(arguments)
+        if split and _has_page(dataset_id) and _PLAIN.fullmatch(arguments)
+        else None,
         figures=FIGURES,
         this_run=summarize_arms([run]),
         test_name=test_name if evaluated else None,
@@ -125,6 +146,17 @@ def render_target_model_card(
         verdict=get_value(results, "verdict", "text"),
     )
     return join_card(data, replace_section(body, "model", section))
+
+
+def _say_rows(arm: str, results: Mapping[str, Any]) -> str | None:
+    """What the rows of an arm are; nothing where that is not known."""
+    if arm in METHODS:
+        return f"chosen by {METHODS[arm].words}, which the coreset is compared with"
+    if arm != "coreset":
+        return _ROWS.get(arm)
+    how = get_value(results, "choice", "how")
+    sign = "negative influence = proponent: training on the row lowers the validation loss"
+    return f"chosen {how if isinstance(how, str) else 'by their influence on a validation set'} ({sign})"
 
 
 def add_task_results(text: str, tasks: Mapping[str, Mapping[str, Any]], model_name: str) -> str:

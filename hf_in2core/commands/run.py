@@ -26,6 +26,7 @@ def main(settings: Settings) -> None:
     begun = time.perf_counter()
     # Imported here, so that `--help` and a wrong flag are answered without them.
     from hf_in2core.pipeline.analyses import analyse_run
+    from hf_in2core.pipeline.arm_folders import write_cards
     from hf_in2core.pipeline.columns import add_method_columns
     from hf_in2core.pipeline.comparison import (
         build_results,
@@ -121,6 +122,7 @@ def main(settings: Settings) -> None:
         )
         results = build_results(settings.values, arms, len(plan), base, selection, findings, args.fractions)
         write_results(job.folder, results, scored, deciding, headline)
+    write_cards(job, results, reference)
     if args.hub_id is not None:
         publish(job, scored, coresets)
     say_next(job, results, scored, coresets)

@@ -105,18 +105,23 @@ def prepare_card(
     args: SftCoresetArguments, run: dict[str, Any], revision: str | None
 ) -> Callable[[bytes | None], str]:
     """The model's card as a function of the one that is there, with the comparison published beside its rows."""
-    from hf_in2core.cards.composer import read_object
+    from hf_in2core.cards.composer import RESULTS, read_object
     from hf_in2core.cards.model import add_task_results, render_target_model_card
     from hf_in2core.hub.commits import read_head
+    from hf_in2core.pipeline.run_folder import read_json
     from hf_in2core.rows.sources import find_hub_id
 
     source = args.dataset_name or ""
     hub_id, split = find_hub_id(source), args.split
-    results: dict[str, Any] = {}
+    # Of a run's folder: its pool, or one of its coresets.
+    folder = Path(source)
+    run_folder = folder.parent if folder.name == "scored" else folder.parent.parent
+    results: dict[str, Any] = {} if hub_id else read_json(run_folder / RESULTS) or {}
     if hub_id is not None:
         split = split or (source.split(":")[-1] if ":" in source else "train")
         results = read_object(read_head(hub_id, repo_type="dataset", revision=revision).read("results.json"))
-    arm, share = parse_coreset("full" if split == "train" else split or "")
+    name = split or ("" if hub_id else folder.name)
+    arm, share = parse_coreset("full" if name in ("train", "scored") else name)
     if args.fraction is not None:
         arm, share = "coreset", args.fraction
     model_name = (args.hub_id or args.output_dir or "").rstrip("/").split("/")[-1]

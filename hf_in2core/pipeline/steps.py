@@ -23,6 +23,7 @@ from .comparison import Arm, find_equal_run
 from .inputs import take_fraction
 from .job import Job, find_sources
 from .methods import needs_queries
+from .models import load_tokenizer
 from .run_folder import agree, quiet_loading, read_json, read_tasks, say, warn, write_json, written_folder
 from .training import (
     compute_influence,
@@ -68,6 +69,8 @@ def train_reference(job: Job) -> tuple[str, dict[str, Any]]:
             result = train(trainer, "Reference") | {"identity": identity}
             save_adapter(trainer.model, temporary)
             if PartialState().is_main_process:
+                # That of the run may be pinned to its day; whoever takes the model away wants today's date.
+                load_tokenizer(job.reference_model, influence_args).save_pretrained(temporary)
                 write_json(temporary / "training.json", result)
                 if saving:
                     move_checkpoints(checkpoints, temporary)
@@ -228,6 +231,7 @@ def train_arm(job: Job, arm: Arm, positions: list[int], steps: int) -> dict[str,
             result["identity"] = identity
             save_adapter(trainer.model, temporary)
             if PartialState().is_main_process:
+                load_tokenizer(job.target_model, training_args).save_pretrained(temporary)
                 write_json(temporary / "result.json", result)
         release(trainer)
         remove_checkpoints(checkpoints)

@@ -16,6 +16,7 @@ from recipe_runs import read_results, run_command, write_config
 from safetensors.torch import load_file
 
 from hf_in2core.evaluation.judge import judge
+from hf_in2core.evaluation.verdict import Verdict
 from hf_in2core.pipeline.next_steps import change_run, recommend
 from hf_in2core.pipeline.parser import make_run_parser
 
@@ -24,7 +25,12 @@ from hf_in2core.pipeline.parser import make_run_parser
 UNTRAINED, NOISE = 4.0, (0.0, 0.01, 0.02)
 
 
-def make_verdict(base_loss: float | None = UNTRAINED, seeds: int = 3, epochs: dict[str, float] | None = None, **arms):
+def make_verdict(
+    arms: dict[str, float],
+    base_loss: float | None = UNTRAINED,
+    seeds: int = 3,
+    epochs: dict[str, float] | None = None,
+) -> Verdict:
     entries = [
         {
             "arm": arm, "fraction": 1.0 if arm == "full" else 0.25, "seed": seed, "budget": budget,
@@ -54,15 +60,15 @@ def make_verdict(base_loss: float | None = UNTRAINED, seeds: int = 3, epochs: di
 def test_the_coreset_is_recommended_only_where_it_is_worth_it(
     arms: dict[str, float], rows: str, budget: str, reason: str
 ) -> None:
-    chosen = recommend(make_verdict(**arms))
+    chosen = recommend(make_verdict(arms))
     assert (chosen.rows, chosen.budget, chosen.undecided) == (rows, budget, None)
     assert reason in chosen.reason
 
 
 def test_a_win_at_one_budget_is_told_with_the_other() -> None:
     wins, loses = {"coreset": 1.0, "random": 1.5, "full": 1.2}, {"coreset": 1.0, "random": 0.8, "full": 0.5}
-    assert "at equal steps, not at equal epochs" in recommend(make_verdict(**wins, epochs=loses)).reason
-    shorter = recommend(make_verdict(**wins, epochs=wins))
+    assert "at equal steps, not at equal epochs" in recommend(make_verdict(wins, epochs=loses)).reason
+    shorter = recommend(make_verdict(wins, epochs=wins))
     assert shorter.budget == "epochs" and "not at" not in shorter.reason
 
 
@@ -74,14 +80,13 @@ def test_a_win_at_one_budget_is_told_with_the_other() -> None:
         ({"base_loss": 1.02}, {"learning_rate": 2e-6}, "--learning_rate 0.0002"),
         ({"base_loss": 0.5}, {"learning_rate": 1e-3}, "--learning_rate 0.0001"),
         ({"seeds": 1}, {"seeds": [4]}, "--seeds 4 5 6"),
-        ({"random": None, "full": None}, {}, "--arms full coreset random opponents"),
+        ({"arms": {"coreset": 0.99}}, {}, "--arms full coreset random opponents"),
     ],
 )
 def test_where_nothing_is_concluded_another_run_comes_first(
     verdict: dict[str, Any], settings: dict[str, Any], flags: str, tmp_path: Path
 ) -> None:
-    losses = {"coreset": 0.99, "random": 1.0, "full": 1.0} | verdict
-    chosen = recommend(make_verdict(**{name: value for name, value in losses.items() if value is not None}))
+    chosen = recommend(make_verdict(**{"arms": {"coreset": 0.99, "random": 1.0, "full": 1.0}} | verdict))
     assert chosen.rows == "full" and chosen.undecided is not None
     given = {
         "model_name_or_path": "m",
