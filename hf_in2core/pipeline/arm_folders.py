@@ -1,0 +1,59 @@
+"""Cards of the adapters of a finished run, so that each can be taken away alone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from hf_in2core.cards.composer import CARD
+from hf_in2core.cards.model import REFERENCE, add_task_results, render_target_model_card
+from hf_in2core.names import name_coreset
+from hf_in2core.rows.sources import find_hub_id
+
+from .arm_tasks import find_arm
+from .job import Job
+
+
+def write_cards(job: Job, results: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
+    """
+    Write a card into the folder of each arm and of the reference; the main process does so.
+
+    Args:
+        job ([`Job`]): The run.
+        results (`Mapping[str, Any]`): `results.json` of the complete comparison.
+        reference (`Mapping[str, Any]`): Of [`~.steps.train_reference`].
+    """
+    if not PartialState().is_main_process:
+        return
+    for entry in results["arms"]:
+        arm = find_arm(entry, job.args, job.settings.values["max_steps"])
+        write_card(job, arm.find_folder(job.folder), job.target_model.model_name_or_path, entry, results)
+    if job.args.reference_adapter is None:
+        share = job.args.reference_fraction
+        entry = {"arm": REFERENCE, "fraction": None if share == 1 else share, **reference}
+        write_card(job, job.folder / REFERENCE, job.reference_model.model_name_or_path, entry, results)
+
+
+def write_card(
+    job: Job, folder: Path, base_model: str | None, entry: Mapping[str, Any], results: Mapping[str, Any]
+) -> None:
+    """Write the card of one adapter, in place of PEFT's own, which says nothing; of one that is there text stays."""
+    path, args = folder / CARD, job.args
+    existing = path.read_text(encoding="utf-8") if path.is_file() else ""
+    dataset, split = args.pool or "", None
+    if args.hub_id is not None and entry["arm"] in ("coreset", "full"):
+        split = "train" if entry["arm"] == "full" else name_coreset(entry["fraction"])
+        dataset = args.hub_id
+    card = render_target_model_card(
+        folder.name,
+        existing if "in2core:begin model" in existing else None,
+        base_model=base_model or "",
+        dataset_id=dataset,
+        split=split,
+        run=entry,
+        results=results,
+        test_name=find_hub_id(args.test or "") or "the test set of its run",
+    )
+    tasks = entry.get("tasks")
+    path.write_text(add_task_results(card, tasks, folder.name) if tasks else card, encoding="utf-8")
