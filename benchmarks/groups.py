@@ -37,7 +37,7 @@ from plain_training import (
 )
 
 from hf_in2core import select_coreset
-from hf_in2core.evaluation.judge import compare_arms
+from hf_in2core.evaluation.judge import compare_losses
 from hf_in2core.rows.sources import load_rows
 from hf_in2core.selection.turns import take_round_robin
 
@@ -139,7 +139,7 @@ def summarise(found: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
         rows = [row for row in found if row["pool"] == kind and row["kept by"] == method]
         line: dict[str, Any] = {"kept by": method, "test loss": show(losses[method].values())}
         for other in ("influence, top", "random"):
-            difference = compare_arms(losses[method], losses[other])
+            difference = compare_losses(losses[method], losses[other])
             half = "" if difference["half_width"] is None else f" ± {difference['half_width']:.3f}"
             line[f"minus {other.split(', ')[-1]}"] = "" if method == other else f"{difference['mean']:+.3f}{half}"
         line["distinct rows"] = f"{np.mean([row['distinct'] for row in rows]):.0f} of {rows[0]['rows']}"

@@ -34,7 +34,7 @@ from plain_training import (
 
 from hf_in2core import select_coreset
 from hf_in2core.engine.batches import read_token_rows
-from hf_in2core.evaluation.judge import compare_arms
+from hf_in2core.evaluation.judge import compare_losses
 from hf_in2core.names import LOSS_REDUCTIONS
 from hf_in2core.rows.sources import load_rows
 from hf_in2core.selection.baselines import select_length_matched
@@ -137,7 +137,7 @@ def pick(found: list[dict[str, Any]], name: str, strategy: str, value: str) -> d
 
 def subtract(ours: dict[int, float], others: dict[int, float]) -> str:
     """Difference paired by seed, with its interval."""
-    difference = compare_arms(ours, others)
+    difference = compare_losses(ours, others)
     half = "" if difference["half_width"] is None else f" ± {difference['half_width']:.3f}"
     return f"{difference['mean']:+.3f}{half}"
 

@@ -20,7 +20,7 @@ from selection_methods import METHODS, MethodArm, compute_method_aucs, find_task
 
 from hf_in2core import InfluenceConfig  # noqa: E402
 from hf_in2core.engine.losses import compute_row_losses  # noqa: E402
-from hf_in2core.evaluation.judge import compare_arms, compute_confidence_interval  # noqa: E402
+from hf_in2core.evaluation.judge import compare_losses, compute_confidence_interval  # noqa: E402
 from hf_in2core.pipeline.arguments import In2CoreArguments  # noqa: E402
 from hf_in2core.pipeline.comparison import describe_machine, find_equal_run, plan_arms  # noqa: E402
 from hf_in2core.pipeline.inputs import check_trainable  # noqa: E402
@@ -157,7 +157,7 @@ def summarise(results: dict[str, Any], budget: str, fraction: float) -> list[dic
     rows = []
     for method in sorted(losses, key=lambda name: np.mean(list(losses[name].values()))):
         arms = found[method]
-        difference = compare_arms(losses[method], losses["random"]) if "random" in losses else None
+        difference = compare_losses(losses[method], losses["random"]) if "random" in losses else None
         row = {"kept by": METHODS[method][3], "test loss": show_interval(losses[method].values())}
         row["minus random"] = show(difference, "{:+.3f}") if difference and method != "random" else ""
         for test in results["base"]["tests"]:

@@ -37,7 +37,7 @@ from plain_training import (
 from scipy.stats import spearmanr
 
 from hf_in2core import select_coreset
-from hf_in2core.evaluation.judge import compare_arms
+from hf_in2core.evaluation.judge import compare_losses
 from hf_in2core.rows.sources import load_rows
 
 
@@ -121,7 +121,7 @@ def summarise(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
             losses = {row["seed"]: row["test_loss"] for row in ours if row["strategy"] == label}
             line[f"loss, {label}"] = show(losses.values()) if losses else ""
             if losses and name != "random rows":
-                difference = compare_arms(losses, random)
+                difference = compare_losses(losses, random)
                 half = "" if difference["half_width"] is None else f" ± {difference['half_width']:.3f}"
                 line[f"minus random, {label}"] = f"{difference['mean']:+.3f}{half}"
             else:

@@ -20,7 +20,7 @@ from datasets import Dataset, load_from_disk  # noqa: E402
 from selection import mean_losses, parse, pick, print_table, show, show_interval, train_arms
 from selection_methods import METHODS, compute_method_aucs, make_columns
 
-from hf_in2core.evaluation.judge import compare_arms, compute_confidence_interval  # noqa: E402
+from hf_in2core.evaluation.judge import compare_losses, compute_confidence_interval  # noqa: E402
 from hf_in2core.pipeline.arguments import In2CoreArguments  # noqa: E402
 from hf_in2core.pipeline.comparison import describe_machine  # noqa: E402
 from hf_in2core.pipeline.job import check  # noqa: E402
@@ -104,7 +104,7 @@ def summarise_training(arms: list[dict[str, Any]], fraction: float) -> list[dict
         line = {"kept by": METHODS[method][3], "test loss": show_interval(losses[method].values())}
         for other in ("random", "full"):
             if other in losses and method != other:
-                line[f"minus {METHODS[other][3]}"] = show(compare_arms(losses[method], losses[other]), "{:+.3f}")
+                line[f"minus {METHODS[other][3]}"] = show(compare_losses(losses[method], losses[other]), "{:+.3f}")
             else:
                 line[f"minus {METHODS[other][3]}"] = ""
         line["wrong answers"] = f"{np.mean([run['wrong'] for run in found[method]]):.0%}"

@@ -9,19 +9,28 @@ try:
 except PackageNotFoundError:  # a tree on PYTHONPATH that was never installed
     __version__ = "0+uninstalled"
 
-__all__ = ["InfluenceConfig", "InfluenceScorer", "InfluenceTrainer", "push_influence_dataset", "select_coreset"]
+__all__ = [
+    "InfluenceConfig",
+    "InfluenceScorer",
+    "InfluenceTrainer",
+    "compare_arms",
+    "push_influence_dataset",
+    "select_coreset",
+]
 
 if TYPE_CHECKING:
     from .cards.publish import push_influence_dataset
     from .influence.config import InfluenceConfig
     from .influence.scorer import InfluenceScorer
     from .influence.trainer import InfluenceTrainer
+    from .pipeline.compare import compare_arms
     from .selection.coreset import select_coreset
 
 _MODULES = {
     "InfluenceConfig": "influence.config",
     "InfluenceScorer": "influence.scorer",
     "InfluenceTrainer": "influence.trainer",
+    "compare_arms": "pipeline.compare",
     "push_influence_dataset": "cards.publish",
     "select_coreset": "selection.coreset",
 }

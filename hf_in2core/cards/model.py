@@ -9,7 +9,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 
 from hf_in2core.evaluation.arms import FIGURES, explain_means, summarize_arms
 from hf_in2core.evaluation.formats import format_number, get_value, is_number, list_objects
-from hf_in2core.names import LENGTH_MATCHED, METHODS
+from hf_in2core.names import ALL_ARMS, LENGTH_MATCHED, METHODS
 
 from .dataset import is_hub_id, list_provenance, say_validation
 from .metadata import add_tags, join_card, parse_card, replace_section
@@ -127,7 +127,7 @@ def render_target_model_card(
     arm = str(run.get("arm"))
     section = render_template(
         "target_model.md",
-        title=_TITLES.get(arm, "Fine-tuned beside a coreset"),
+        title=_TITLES.get(arm, "Fine-tuned beside a coreset" if arm in ALL_ARMS else "Fine-tuned"),
         chosen=_say_rows(arm, results),
         rows=format_number(run.get("rows"), ",.0f"),
         is_of_comparison=arm == REFERENCE or any(entry == run for entry in list_objects(results.get("arms"))),

@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from hf_in2core.names import AUTO, NUM_LOSS_TOKENS, POOL, name_coreset
-from hf_in2core.pipeline.arguments import In2CoreArguments
+from hf_in2core.pipeline.arguments import In2CoreArguments, describe_command
 from hf_in2core.pipeline.parser import RecipeParser, Settings, make_run_parser
 
 
@@ -32,11 +32,7 @@ def main(settings: Settings) -> None:
         build_results,
         choose_coresets,
         compute_aucs,
-        find_agreement,
-        find_examples,
-        find_headline,
-        find_kept,
-        find_lengths,
+        describe_selection,
         plan_arms,
         write_results,
     )
@@ -44,20 +40,19 @@ def main(settings: Settings) -> None:
     from hf_in2core.pipeline.job import check
     from hf_in2core.pipeline.next_steps import say_next
     from hf_in2core.pipeline.planning import plan_run
-    from hf_in2core.pipeline.run_folder import join_processes, run_setup_script, say, warn
+    from hf_in2core.pipeline.run_folder import join_processes, run_setup_script, warn
     from hf_in2core.pipeline.steps import (
         compute_reference_losses,
         evaluate_base,
         find_answers,
         publish,
         score_pool,
-        show,
         train_arm,
+        train_arms,
         train_reference,
     )
     from hf_in2core.pipeline.tournament import hold_tournament
     from hf_in2core.rows.scored import read_scores
-    from hf_in2core.selection.turns import read_deciding_score
 
     # What is imported stays; to look through it anew takes half a second for every arm.
     gc.freeze()
@@ -79,25 +74,23 @@ def main(settings: Settings) -> None:
     # A fraction of 1 leaves nothing out: its rows are those of scored/.
     below = [name_coreset(fraction) for fraction in args.fractions if fraction < 1]
     write_coresets(job.folder, scored, {name: coresets[name] for name in below})
-    headline = find_headline(args.fractions, coresets)
     named = [name for name in scored.column_names if name in ("id", args.task_column, args.wrong_column)]
     job.inputs.facts[POOL]["loss_tokens"] = int(read_scores(scored, NUM_LOSS_TOKENS).sum())
-    deciding = read_deciding_score(scored, **(headline.arguments if headline else {}))
-    sets, kept = {name: len(rows) for name, rows in job.inputs.validation.items()}, find_kept(args, coresets)
-    findings: dict[str, Any] = {
-        "data": job.inputs.facts,
-        "agreement": find_agreement(scored, selection, deciding),
-        "choice": {"how": deciding.how, "score": deciding.name, "meaning": deciding.meaning},
-        "examples": find_examples(
-            scored, job.inputs.pool, args.columns, job.reference_tokenizer, named, deciding, kept, sets
-        ),
-    }
+    sets = {name: len(rows) for name, rows in job.inputs.validation.items()}
+    deciding, headline, findings = describe_selection(
+        scored,
+        job.inputs.pool,
+        args.columns,
+        job.reference_tokenizer,
+        named,
+        args.fractions,
+        coresets,
+        sets,
+        selection,
+    )
+    findings["data"] = job.inputs.facts
     if tournament is not None:
         findings["tournament"] = tournament
-    if (lengths := find_lengths(scored, headline)) is not None:
-        findings["lengths"] = lengths
-        if lengths["warning"] is not None:
-            warn(lengths["warning"])
     if headline is not None:
         findings["answers"] = find_answers(job, headline)
         if findings["answers"]["warning"] is not None:
@@ -110,18 +103,15 @@ def main(settings: Settings) -> None:
     # The targets: the same training on the rows of each arm, judged on the test set.
     plan = plan_arms(args)
     base = evaluate_base(job, max((coresets[arm.rows].positions for arm in plan), key=len))
-    arms: list[dict[str, Any]] = []
-    results: dict[str, Any] = {}
-    for arm in plan:
-        result = train_arm(job, arm, coresets[arm.rows].positions, base["steps"])
-        arms.append(result)
-        say(
-            f"[{len(arms)}/{len(plan)}] {arm.arm}, fraction {arm.fraction:g}, seed {arm.seed}, equal {arm.budget}: "
-            f"{result['rows']:,} rows, {result['steps']:,} steps, {result['seconds']:.0f} s, "
-            f"test loss {show(result['test_loss'])}"
+
+    def write(arms: list[dict[str, Any]]) -> dict[str, Any]:
+        results = build_results(
+            settings.values, arms, len(plan), base, selection, findings, args.fractions, describe_command()
         )
-        results = build_results(settings.values, arms, len(plan), base, selection, findings, args.fractions)
         write_results(job.folder, results, scored, deciding, headline)
+        return results
+
+    results = train_arms(plan, lambda arm: train_arm(job, arm, coresets[arm.rows].positions, base["steps"]), write)
     write_cards(job, results, reference)
     if args.hub_id is not None:
         publish(job, scored, coresets)

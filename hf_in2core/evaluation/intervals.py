@@ -36,7 +36,7 @@ def compute_confidence_interval(values: Sequence[float] | np.ndarray, level: flo
     return _interval(mean, float(array.std(ddof=1)) / math.sqrt(n), n - 1, level) | {"n": n, "level": level}
 
 
-def compare_arms(first: Mapping[int, float], second: Mapping[int, float], level: float = 0.95) -> dict[str, Any]:
+def compare_losses(first: Mapping[int, float], second: Mapping[int, float], level: float = 0.95) -> dict[str, Any]:
     r"""
     Difference `first - second` of the mean losses of two arms, with its t-interval.
 

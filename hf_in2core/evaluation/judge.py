@@ -14,7 +14,7 @@ from scipy.stats import mannwhitneyu
 from hf_in2core.names import ALL_ARMS, ARMS, BUDGETS
 
 from .gain import measure_gain
-from .intervals import compare_arms, compute_confidence_interval
+from .intervals import compare_losses, compute_confidence_interval
 from .verdict import FractionVerdict, SelectionCost, Verdict, say_headline, say_verdict
 
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TokenAccuracy",
     "TokenPerplexity",
-    "compare_arms",
+    "compare_losses",
     "compute_auc",
     "compute_confidence_interval",
     "judge",
@@ -203,7 +203,7 @@ def _judge_fraction(
             n = min(len(losses[first]), len(losses[second]))
             intervals[name] = unknown | {"n": n, "level": level, "method": None, "outcome": "no interval"}
         else:
-            interval = compare_arms(losses[first], losses[second], level)
+            interval = compare_losses(losses[first], losses[second], level)
             allowed = margin * sum(losses["full"].values()) / len(losses["full"]) if second == "full" else 0.0
             intervals[name] = interval | {"outcome": _read_outcome(interval, allowed)}
     gain = measure_gain({arm: found for arm, found in losses.items() if arm not in diverged}, base_loss, level)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from hf_in2core.names import METHODS
 
 from .formats import format_difference
-from .intervals import compare_arms
+from .intervals import compare_losses
 
 
 # Fewer steps than this say more of the warm-up than of the rows.
@@ -38,7 +38,7 @@ class Tournament:
         num_runs (`int`): Runs that there were.
         left_out (`list[str]`): Candidates for which the budget had no runs.
         intervals (`dict[str, dict]`): `<finalist>_minus_random` and `<first>_minus_<second>`, as from
-            [`~hf_in2core.evaluation.intervals.compare_arms`].
+            [`~hf_in2core.evaluation.intervals.compare_losses`].
     """
 
     outcome: str
@@ -173,7 +173,7 @@ def run_tournament(
 def _compare(losses: Mapping[str, Mapping[int, float]], first: str, second: str) -> dict[str, Any]:
     if not all(map(math.isfinite, [*losses[first].values(), *losses[second].values()])):
         return {"mean": None, "low": None, "high": None, "half_width": None, "n": len(losses[first]), "level": LEVEL}
-    return compare_arms(losses[first], losses[second], LEVEL)
+    return compare_losses(losses[first], losses[second], LEVEL)
 
 
 def _is_below(interval: Mapping[str, Any]) -> bool:

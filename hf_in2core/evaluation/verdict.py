@@ -43,7 +43,7 @@ class FractionVerdict:
         diverged (`list[str]`): Arms with a loss that is not finite.
         intervals (`dict[str, dict | None]`): `coreset_minus_random`, `coreset_minus_full`, `opponents_minus_random`
             and `coreset_minus_opponents`, and of each other method `<method>_minus_random` and
-            `coreset_minus_<method>`, as from [`~hf_in2core.evaluation.intervals.compare_arms`] plus `outcome`:
+            `coreset_minus_<method>`, as from [`~hf_in2core.evaluation.intervals.compare_losses`] plus `outcome`:
             `"better"`, `"worse"`, `"inconclusive"` or `"no interval"`, against the full pool also `"no worse"`. `None`
             where an arm is missing.
         beats_random (`bool`): The whole interval of coreset - random is below 0.

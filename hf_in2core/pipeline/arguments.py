@@ -172,8 +172,7 @@ class In2CoreArguments(DataArguments):
             raise ValueError(
                 "--drop_overlap takes shared rows out, --allow_overlap leaves them where they are. Give one."
             )
-        for fraction in [*self.fractions, self.reference_fraction]:
-            check_fraction(fraction)
+        check_fraction(self.reference_fraction)
         if self.strategy == "round_robin" and len(self.validation or []) < 2:
             raise ValueError(
                 "--strategy round_robin takes named validation sets in turn, but --validation has one. Name several "
@@ -198,12 +197,9 @@ class In2CoreArguments(DataArguments):
             )
         if self.auto_budget <= 0:
             raise ValueError(f"--auto_budget {self.auto_budget} is no run. Give a positive number of target runs.")
-        for name in ("fractions", "seeds", "arms", "budgets", "analyses"):
-            values = getattr(self, name)
-            if not values and name != "analyses":
-                raise ValueError(f"--{name} is empty. Give at least one value.")
-            if len(set(values)) != len(values):
-                raise ValueError(f"--{name} has a value twice: {values}. Give each once.")
+        check_comparison(self, "--")
+        if len(set(self.analyses)) != len(self.analyses):
+            raise ValueError(f"--analyses has a value twice: {self.analyses}. Give each once.")
 
     @property
     def methods(self) -> list[str]:
@@ -229,6 +225,18 @@ def require(arguments: Any, *names: str) -> None:
         raise ValueError(
             f"missing: {', '.join(f'--{name}' for name in missing)} (a flag, or a key of --config X.yaml)"
         )
+
+
+def check_comparison(given: Any, prefix: str = "") -> None:
+    """Raise if what is compared holds nothing, or something twice; `prefix` is that of names as they were given."""
+    for fraction in given.fractions:
+        check_fraction(fraction)
+    for name in ("fractions", "seeds", "arms", "budgets"):
+        values = getattr(given, name)
+        if not values:
+            raise ValueError(f"{prefix}{name} is empty. Give at least one value.")
+        if len(set(values)) != len(values):
+            raise ValueError(f"{prefix}{name} has a value twice: {values}. Give each once.")
 
 
 def check_fraction(fraction: float) -> None:

@@ -28,7 +28,8 @@ def write_cards(job: Job, results: Mapping[str, Any], reference: Mapping[str, An
         return
     for entry in results["arms"]:
         arm = find_arm(entry, job.args, job.settings.values["max_steps"])
-        write_card(job, arm.find_folder(job.folder), job.target_model.model_name_or_path, entry, results)
+        if arm.budget == entry["budget"]:  # the full arm is the same model at every budget
+            write_card(job, arm.find_folder(job.folder), job.target_model.model_name_or_path, entry, results)
     if job.args.reference_adapter is None:
         share = job.args.reference_fraction
         entry = {"arm": REFERENCE, "fraction": None if share == 1 else share, **reference}
@@ -56,4 +57,6 @@ def write_card(
         test_name=find_hub_id(args.test or "") or "the test set of its run",
     )
     tasks = entry.get("tasks")
-    path.write_text(add_task_results(card, tasks, folder.name) if tasks else card, encoding="utf-8")
+    card = add_task_results(card, tasks, folder.name) if tasks else card
+    if card != existing:
+        path.write_text(card, encoding="utf-8")

@@ -2,9 +2,9 @@
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,15 +38,26 @@ from hf_in2core.rows.scored import read_scores
 from hf_in2core.rows.text import render_row
 from hf_in2core.selection.lengths import MIN_ROWS, compare_lengths
 from hf_in2core.selection.record import Coreset, describe_choice, take_coresets
-from hf_in2core.selection.turns import DecidingScore, find_ends
+from hf_in2core.selection.turns import DecidingScore, find_ends, read_deciding_score
 
-from .arguments import In2CoreArguments, describe_command
-from .run_folder import write_json
+from .arguments import In2CoreArguments
+from .run_folder import warn, write_json
 
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 NUM_EXAMPLES = 10
 LONGEST_TEXT = 2000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared: of the settings of `in2core run` those that [`plan_arms`] and [`choose_coresets`] read."""
+
+    arms: list[str]
+    fractions: list[float]
+    seeds: list[int]
+    budgets: list[str]
+    groups: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,13 +79,22 @@ class Arm:
         """What the rows that it trains on are called in the run's record."""
         return describe_choice(self.arm, self.fraction, self.seed)[0]
 
+    @property
+    def label(self) -> str:
+        """In words, for a bar."""
+        return f"{self.arm}, fraction {self.fraction:g}, seed {self.seed}, equal {self.budget}"
+
+    def describe(self) -> dict[str, Any]:
+        """What of it stands in its entry of `arms`, but for the budget."""
+        return {"arm": self.arm, "fraction": self.fraction, "seed": self.seed}
+
     def find_folder(self, run: Path) -> Path:
         """Where its adapter is, or will be; version 0.1 called the folder otherwise."""
         before = run / "arms" / f"{self.budget}-{self.arm}-{self.fraction:g}-{self.seed}"
         return before if before.is_dir() else run / "arms" / self.name
 
 
-def plan_arms(args: In2CoreArguments) -> list[Arm]:
+def plan_arms(args: In2CoreArguments | Comparison) -> list[Arm]:
     """All runs of a comparison; those that answer the first question come first."""
     return [
         Arm(arm, 1.0 if arm == "full" else fraction, seed, budget)
@@ -86,7 +106,9 @@ def plan_arms(args: In2CoreArguments) -> list[Arm]:
     ]
 
 
-def choose_coresets(args: In2CoreArguments, run: Path, scored: Dataset, strategy: str) -> dict[str, Coreset]:
+def choose_coresets(
+    args: In2CoreArguments | Comparison, run: Path, scored: Dataset, strategy: str
+) -> dict[str, Coreset]:
     """
     The rows of every arm, and the coreset of every fraction: as they are recorded, or chosen now and recorded.
 
@@ -98,7 +120,7 @@ def choose_coresets(args: In2CoreArguments, run: Path, scored: Dataset, strategy
     return take_coresets(run, scored, wanted, renew=True, write=PartialState().is_main_process)
 
 
-def find_equal_run(arm: Arm, args: In2CoreArguments, max_steps: int) -> Arm:
+def find_equal_run(arm: Arm, args: In2CoreArguments | Comparison, max_steps: int) -> Arm:
     """The run that is the same: the full arm takes its epochs under either budget, unless `max_steps` is set."""
     if arm.arm == "full" and "steps" in args.budgets and max_steps <= 0:
         return replace(arm, budget="steps")
@@ -120,6 +142,7 @@ def build_results(
     selection: dict[str, Any],
     findings: dict[str, Any],
     fractions: list[float],
+    command: str,
 ) -> dict[str, Any]:
     """The content of `results.json`."""
     complete = len(arms) == num_planned
@@ -137,7 +160,7 @@ def build_results(
         "base": base,
         **findings,
         "machine": describe_machine(),
-        "command": describe_command(),
+        "command": command,
         "config": settings_values,
     }
 
@@ -199,9 +222,44 @@ def read_cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def find_kept(args: In2CoreArguments, coresets: dict[str, Coreset]) -> list[Coreset]:
-    """The coresets of the run that leave rows out, the smallest first."""
-    return [coresets[name_coreset(fraction)] for fraction in sorted(args.fractions) if fraction < 1]
+def describe_selection(
+    scored: Dataset,
+    pool: Dataset,
+    columns: list[str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    extra: list[str],
+    fractions: Sequence[float],
+    coresets: Mapping[str, Coreset],
+    validation_sets: Mapping[str, int],
+    selection: Mapping[str, Any],
+) -> tuple[DecidingScore, Coreset | None, dict[str, Any]]:
+    """
+    What the selection shows before anything is trained on it; warns where lengths explain it.
+
+    Args:
+        scored, pool, columns, tokenizer, extra, validation_sets:
+            As of [`find_examples`].
+        fractions (`Sequence[float]`): Those of the run, the headline first.
+        coresets (`Mapping[str, Coreset]`): Of the record.
+        selection (`Mapping[str, Any]`): That of `results.json`.
+
+    Returns:
+        `tuple`: the score that chose, the coreset that the run is about (the first that leaves rows out; `None`
+        without one), and `agreement`, `choice`, `examples` and `lengths` of `results.json`.
+    """
+    kept = [coresets[name_coreset(fraction)] for fraction in sorted(fractions) if fraction < 1]
+    headline = next((coresets[name_coreset(fraction)] for fraction in fractions if fraction < 1), None)
+    deciding = read_deciding_score(scored, **(headline.arguments if headline else {}))
+    findings: dict[str, Any] = {
+        "agreement": find_agreement(scored, selection, deciding),
+        "choice": {"how": deciding.how, "score": deciding.name, "meaning": deciding.meaning},
+        "examples": find_examples(scored, pool, columns, tokenizer, extra, deciding, kept, validation_sets),
+    }
+    if headline is not None and headline.rows_with_loss >= MIN_ROWS:  # fewer say nothing of lengths
+        findings["lengths"] = asdict(compare_lengths(scored, scored.select(headline.positions)))
+        if findings["lengths"]["warning"] is not None:
+            warn(findings["lengths"]["warning"])
+    return deciding, headline, findings
 
 
 def find_examples(
@@ -322,15 +380,3 @@ def find_agreement(scored: Dataset, selection: Mapping[str, Any], deciding: Deci
     said = [say_disagreement(value, f"{describe_set(name)} set") for name, value in found.items()]
     chosen = [text for text in said if text is not None and deciding.name == INFLUENCE]
     return {"agreement": found, "warning": " ".join(chosen) or None}
-
-
-def find_headline(fractions: list[float], coresets: dict[str, Coreset]) -> Coreset | None:
-    """The coreset that the run is about: of the first fraction below 1."""
-    return next((coresets[name_coreset(fraction)] for fraction in fractions if fraction < 1), None)
-
-
-def find_lengths(scored: Dataset, coreset: Coreset | None) -> dict[str, Any] | None:
-    """Lengths of the headline's coreset against the pool's; `None` where the pool is too small to tell."""
-    if coreset is None or coreset.rows_with_loss < MIN_ROWS:
-        return None
-    return asdict(compare_lengths(scored, scored.select(coreset.positions)))

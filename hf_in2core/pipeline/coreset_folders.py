@@ -32,14 +32,18 @@ def write_coresets(run: Path, scored: Dataset, coresets: Mapping[str, Coreset]) 
     """
     folders = {name: run / FOLDER / name for name in coresets}
     for name, folder in folders.items():
-        rows = scored.select(coresets[name].positions)
-        if agree(lambda folder=folder, rows=rows: holds(folder, rows)):  # type: ignore[misc]
-            continue
-        with written_folder(folder) as temporary:
-            if PartialState().is_main_process:
-                # Saving copies the rows alone, so nothing points to the pool's files.
-                rows.save_to_disk(str(temporary))
+        keep_rows(folder, scored.select(coresets[name].positions))
     return folders
+
+
+def keep_rows(folder: Path, rows: Dataset) -> None:
+    """Save rows into a folder, unless it holds just these."""
+    if agree(lambda: holds(folder, rows)):
+        return
+    with written_folder(folder) as temporary:
+        if PartialState().is_main_process:
+            # Saving copies the rows alone, so nothing points to the pool's files.
+            rows.save_to_disk(str(temporary))
 
 
 def holds(folder: Path, rows: Dataset) -> bool:

@@ -1,6 +1,7 @@
 """The steps of `in2core run`: each returns at once what an earlier run of the same settings has finished."""
 
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,6 @@ def train_reference(job: Job) -> tuple[str, dict[str, Any]]:
             result = train(trainer, "Reference") | {"identity": identity}
             save_adapter(trainer.model, temporary)
             if PartialState().is_main_process:
-                # That of the run may be pinned to its day; whoever takes the model away wants today's date.
                 load_tokenizer(job.reference_model, influence_args).save_pretrained(temporary)
                 write_json(temporary / "training.json", result)
                 if saving:
@@ -178,25 +178,14 @@ def evaluate_base(job: Job, positions: list[int]) -> dict[str, Any]:
         `dict`: `steps`, and the loss, perplexity and accuracy on the test set.
     """
     folder = job.folder / "arms" / "base"
-    identity = job.identify_target(positions)
-    result = agree(lambda: read_result(folder / "result.json", identity))
-    if result is None:
-        checkpoints = job.folder / "checkpoints" / "base"
-        training_args = job.settings.make(InfluenceConfig, output_dir=str(checkpoints))
-        with quiet_loading(repeated=True):
-            tokens = job.tokenize_pool(training_args, job.target_tokenizer).select(positions)
-            trainer = make_trainer(job.target_model, training_args, tokens, job.target_tokenizer)
-        steps = training_args.max_steps if training_args.max_steps > 0 else count_steps(trainer)
-        # A fresh LoRA adapter changes nothing: this is the base model.
-        evaluation = evaluate_model(trainer.model, job.prepared_test, training_args)
-        result = {"steps": steps, **evaluation, "identity": identity}
-        with written_folder(folder) as temporary:
-            if PartialState().is_main_process:
-                write_json(temporary / "result.json", result)
-        release(trainer)
-        remove_checkpoints(checkpoints)
-    say(f"Target before training: test loss {show(result['test_loss'])}.")
-    return result | tasks_of(folder)
+
+    def make() -> Any:
+        training_args = job.settings.make(InfluenceConfig, output_dir=str(job.folder / "checkpoints" / "base"))
+        tokens = job.tokenize_pool(training_args, job.target_tokenizer).select(positions)
+        return make_trainer(job.target_model, training_args, tokens, job.target_tokenizer)
+
+    found = take_or_judge(folder, job.identify_target(positions), make, job.prepared_test)
+    return found | tasks_of(folder)
 
 
 def train_arm(job: Job, arm: Arm, positions: list[int], steps: int) -> dict[str, Any]:
@@ -217,26 +206,100 @@ def train_arm(job: Job, arm: Arm, positions: list[int], steps: int) -> dict[str,
     folder = run.find_folder(job.folder)
     budget: dict[str, Any] = {"max_steps": steps if run.budget == "steps" else -1}
     identity = job.identify_target(positions, run.seed, budget)
-    result = agree(lambda: read_result(folder / "result.json", identity))
-    if result is None:
+
+    def make() -> Any:
         checkpoints = job.folder / "checkpoints" / run.name
         training_args = job.settings.make(InfluenceConfig, output_dir=str(checkpoints), seed=run.seed, **budget)
+        tokens = job.tokenize_pool(training_args, job.target_tokenizer).select(positions)
+        return make_trainer(job.target_model, training_args, tokens, job.target_tokenizer)
+
+    def save(trainer: Any, temporary: Path) -> None:
+        save_adapter(trainer.model, temporary)
+        if PartialState().is_main_process:
+            # That of the run may be pinned to its day; whoever takes the model away wants today's date.
+            load_tokenizer(job.target_model, trainer.args).save_pretrained(temporary)
+
+    result = take_or_train(folder, identity, run.label, make, job.prepared_test, save)
+    return run.describe() | result | {"budget": arm.budget} | tasks_of(folder)
+
+
+def take_or_train(
+    folder: Path,
+    identity: str,
+    label: str,
+    make: Callable[[], Any],
+    judges: Dataset,
+    save: Callable[[Any, Path], None] | None = None,
+) -> dict[str, Any]:
+    """
+    Train a model and judge it, or take what was kept of the same training.
+
+    Args:
+        folder (`Path`): Where the result is, or will be.
+        identity (`str`): Hash of everything that it depends on.
+        label (`str`): Of the bar.
+        make (`Callable`): Makes the trainer.
+        judges ([`~datasets.Dataset`]): Prepared rows.
+        save (`Callable`, *optional*): Writes of the trained model, given its trainer and a folder, what is kept.
+
+    Returns:
+        `dict`: what [`~.training.train`] and [`~.training.evaluate_model`] return.
+    """
+    result = agree(lambda: read_result(folder / "result.json", identity))
+    if result is None:
         with quiet_loading(repeated=True):
-            tokens = job.tokenize_pool(training_args, job.target_tokenizer).select(positions)
-            trainer = make_trainer(job.target_model, training_args, tokens, job.target_tokenizer)
+            trainer = make()
         with written_folder(folder) as temporary:
-            trained = train(trainer, f"{run.arm}, fraction {run.fraction:g}, seed {run.seed}, equal {run.budget}")
-            evaluation = evaluate_model(trainer.model, job.prepared_test, training_args)
-            result = {"arm": run.arm, "fraction": run.fraction, "seed": run.seed, **trained, **evaluation}
+            result = train(trainer, label) | evaluate_model(trainer.model, judges, trainer.args)
             result["identity"] = identity
-            save_adapter(trainer.model, temporary)
+            if save is not None:
+                save(trainer, temporary)
             if PartialState().is_main_process:
-                load_tokenizer(job.target_model, training_args).save_pretrained(temporary)
                 write_json(temporary / "result.json", result)
         release(trainer)
-        remove_checkpoints(checkpoints)
-    del result["identity"]
-    return result | {"budget": arm.budget} | tasks_of(folder)
+        remove_checkpoints(Path(trainer.args.output_dir))
+    return {name: value for name, value in result.items() if name != "identity"}
+
+
+def take_or_judge(folder: Path, identity: str, make: Callable[[], Any], judges: Dataset) -> dict[str, Any]:
+    """
+    Judge a model before it is trained and count the steps of its training, or take what was kept of it.
+
+    Returns:
+        `dict`: `steps`, and what [`~.training.evaluate_model`] returns.
+    """
+    result = agree(lambda: read_result(folder / "result.json", identity))
+    if result is None:
+        with quiet_loading(repeated=True):
+            trainer = make()
+        args = trainer.args
+        steps = args.max_steps if args.max_steps > 0 else count_steps(trainer)
+        # A fresh LoRA adapter changes nothing: this is the base model.
+        result = {"steps": steps, **evaluate_model(trainer.model, judges, args), "identity": identity}
+        with written_folder(folder) as temporary:
+            if PartialState().is_main_process:
+                write_json(temporary / "result.json", result)
+        release(trainer)
+        remove_checkpoints(Path(args.output_dir))
+    say(f"Target before training: test loss {show(result['test_loss'])}.")
+    return {name: value for name, value in result.items() if name != "identity"}
+
+
+def train_arms(
+    plan: Sequence[Arm], train_one: Callable[[Arm], dict[str, Any]], write: Callable[[list[dict[str, Any]]], Any]
+) -> Any:
+    """Train and judge one arm after the other, and write down each when it is there; returns what was written last."""
+    arms: list[dict[str, Any]] = []
+    written = None
+    for arm in plan:
+        result = train_one(arm)
+        arms.append(result)
+        say(
+            f"[{len(arms)}/{len(plan)}] {arm.label}: {result['rows']:,} rows, {result['steps']:,} steps, "
+            f"{result['seconds']:.0f} s, test loss {show(result['test_loss'])}"
+        )
+        written = write(arms)
+    return written
 
 
 def tasks_of(folder: Path) -> dict[str, Any]:

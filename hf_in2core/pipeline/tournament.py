@@ -17,9 +17,9 @@ from hf_in2core.selection.coreset import select_positions
 from hf_in2core.selection.record import describe_choice
 
 from .job import Job
-from .run_folder import agree, quiet_loading, say, write_json, written_folder
-from .steps import evaluate_base, read_result, remove_checkpoints, show
-from .training import evaluate_model, make_trainer, release, train
+from .run_folder import say
+from .steps import evaluate_base, show, take_or_train
+from .training import make_trainer
 
 
 def hold_tournament(
@@ -60,20 +60,14 @@ def hold_tournament(
         identity = job.identify(
             True, SFTConfig, inputs, hash_rows(held_back), PartialState().num_processes, positions, budget
         )
-        result = agree(lambda: read_result(folder / "result.json", identity))
-        if result is None:
+
+        def make() -> Any:
             checkpoints = job.folder / "checkpoints" / folder.name
             training_args = job.settings.make(InfluenceConfig, reference=True, output_dir=str(checkpoints), **budget)
-            with quiet_loading(repeated=True):
-                tokens = job.tokenize_pool(training_args, job.reference_tokenizer).select(positions)
-                trainer = make_trainer(job.reference_model, training_args, tokens, job.reference_tokenizer, adapter)
-            trained = train(trainer, f"Tournament: {name}, seed {seed}")
-            result = trained | evaluate_model(trainer.model, held_back, training_args) | {"identity": identity}
-            with written_folder(folder) as temporary:
-                if PartialState().is_main_process:
-                    write_json(temporary / "result.json", result)
-            release(trainer)
-            remove_checkpoints(checkpoints)
+            tokens = job.tokenize_pool(training_args, job.reference_tokenizer).select(positions)
+            return make_trainer(job.reference_model, training_args, tokens, job.reference_tokenizer, adapter)
+
+        result = take_or_train(folder, identity, f"Tournament: {name}, seed {seed}", make, held_back)
         seconds.append(result["seconds"])
         say(f"Tournament: {name}, seed {seed}, {steps} steps: held-back loss {show(result['test_loss'])}.")
         return math.nan if result["test_loss"] is None else result["test_loss"]

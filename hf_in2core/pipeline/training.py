@@ -23,7 +23,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
@@ -185,7 +185,7 @@ def train(trainer: SFTTrainer, label: str) -> dict[str, Any]:
 
 def strip_callbacks(trainer: SFTTrainer) -> None:
     """Take out the bars and prints of Transformers."""
-    for callback in (ProgressCallback, PrinterCallback):
+    for callback in (ProgressCallback, DEFAULT_PROGRESS_CALLBACK, PrinterCallback):
         trainer.remove_callback(callback)
 
 

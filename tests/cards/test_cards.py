@@ -241,6 +241,35 @@ def test_without_a_comparison_the_card_does_not_claim_one() -> None:
     assert "beat random" not in section
 
 
+def test_a_scoring_alone_says_so() -> None:
+    told = "no coreset has been chosen from it"
+    assert told in render(splits={"train": 1600}) and told not in render()
+
+
+@pytest.mark.parametrize(
+    "arm, said",
+    [
+        ("coreset", "Its rows are chosen in turn by 24 rows (negative influence = proponent"),
+        ("full", "Its rows are all of the pool"),
+        ("random", "Its rows are drawn at random"),
+        ("opponents", "a control that should do worse"),
+        ("bm25", "Its rows are chosen by BM25"),
+        ("reference", "this model's gradients are what influence is computed from"),
+        ("–", None),
+    ],
+)
+def test_the_card_of_a_model_says_which_rows_it_had(arm: str, said: str | None) -> None:
+    results = RESULTS | {"choice": {"how": "in turn by 24 rows"}}
+    text = render_target_model_card(
+        "m", base_model="user/tiny", dataset_id="user/pool", run={"arm": arm, "rows": 5}, results=results
+    )
+    text = html.unescape(text)
+    assert "on 5 rows of [user/pool]" in text
+    assert (said in text) if said is not None else ("Its rows are" not in text)
+    # Which rows of the pool these were is not on the Hub.
+    assert "load_dataset(" not in text
+
+
 def test_summary_counts_rows_and_orders_extremes_by_sign() -> None:
     summary = summarise_influence(make_scored([f"row {i}" for i in range(8)]))  # influence -4 -3 null -1 0 1 2 3
     assert (summary.rows, summary.without_loss, summary.proponents) == ("8", "1", "3")

@@ -20,7 +20,7 @@ from hf_in2core.evaluation.intervals import compute_rank_correlation
 from hf_in2core.evaluation.judge import (
     TokenAccuracy,
     TokenPerplexity,
-    compare_arms,
+    compare_losses,
     compute_auc,
     compute_confidence_interval,
     judge,
@@ -176,7 +176,7 @@ def test_paired_difference_equals_scipy(pairs: list[tuple[float, float]]) -> Non
     differences = [a - b for a, b in pairs]
     assume(np.std(differences) > 1e-6)
     expected = scipy.stats.ttest_rel([a for a, _ in pairs], [b for _, b in pairs]).confidence_interval(0.95)
-    interval = compare_arms(first, second)
+    interval = compare_losses(first, second)
     assert interval["method"] == "paired t"
     assert interval["mean"] == pytest.approx(np.mean(differences), abs=1e-9)
     assert (interval["low"], interval["high"]) == pytest.approx((expected.low, expected.high), rel=1e-7, abs=1e-7)
@@ -186,7 +186,7 @@ def test_paired_difference_equals_scipy(pairs: list[tuple[float, float]]) -> Non
 def test_unpaired_difference_equals_scipy(a: list[float], b: list[float]) -> None:
     assume(np.std(a) > 1e-3 and np.std(b) > 1e-3)
     expected = scipy.stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.9)
-    interval = compare_arms(dict(enumerate(a)), {100 + seed: loss for seed, loss in enumerate(b)}, level=0.9)
+    interval = compare_losses(dict(enumerate(a)), {100 + seed: loss for seed, loss in enumerate(b)}, level=0.9)
     assert interval["method"] == "Welch t"
     assert (interval["low"], interval["high"]) == pytest.approx((expected.low, expected.high), rel=1e-6, abs=1e-7)
 
@@ -200,7 +200,7 @@ def test_unpaired_difference_equals_scipy(a: list[float], b: list[float]) -> Non
     ],
 )
 def test_no_interval(first: dict[int, float], second: dict[int, float]) -> None:
-    interval = compare_arms(first, second)
+    interval = compare_losses(first, second)
     assert interval["half_width"] is interval["low"] is interval["high"] is None
     assert interval["mean"] == pytest.approx(np.mean(list(first.values())) - np.mean(list(second.values())))
 

@@ -284,8 +284,9 @@ def test_scores_of_a_run_reach_results_report_and_cards(
     assert f"coreset 0.25, equal steps {score}" in " ".join(output.split())
     assert f"before training {results['base']['tasks']['mmlu']['metrics']['acc']:.3f}" in " ".join(output.split())
     card = ModelCard.load(folder / "README.md")
-    [result] = card.data.eval_results
+    *others, result = card.data.eval_results
     assert (result.dataset_name, result.metric_type) == ("mmlu", "acc")
+    assert {other.metric_type: other.metric_value for other in others}["loss"] == arm["test_loss"]
     assert result.metric_value == arm["tasks"]["mmlu"]["metrics"]["acc"] and "## Benchmarks" in card.text
 
 
@@ -326,7 +327,7 @@ def test_a_target_is_judged_on_tasks_in_its_card(inputs: Inputs, tasks_folder: s
     card = ModelCard.load(tmp_path / "target" / "README.md")
     kinds = [(result.dataset_name, result.metric_type) for result in card.data.eval_results]
     assert kinds[-1] == ("mmlu_slow_rivers", "acc") and ("a test set of its own", "loss") in kinds
-    assert "| mmlu&#95;slow&#95;rivers | acc |" in card.text and "## Fine-tuned on a coreset" in card.text
+    assert "| mmlu&#95;slow&#95;rivers | acc |" in card.text and "## Fine-tuned\n" in card.text
     # Judged again: in place of what was there.
     run_command(
         "evaluate", "--model_name_or_path", config["model_name_or_path"], "--adapters", str(tmp_path / "target"),

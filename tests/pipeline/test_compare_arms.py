@@ -1,0 +1,109 @@
+"""`compare_arms` does in Python what `in2core run` does once the pool is scored, and refuses what cannot work."""
+
+import json
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, load_dataset, load_from_disk
+from helpers import make_model
+from peft import LoraConfig
+from recipe_runs import read_results
+from trl import SFTConfig
+
+from hf_in2core import InfluenceConfig, compare_arms
+from hf_in2core.report.page import write_report
+
+
+def make_arguments(finished: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+    """The arguments that say what the settings of the finished run do."""
+    settings: dict[str, Any] = {"learning_rate": 3e-3, "num_train_epochs": 1, "activation_checkpointing": False}
+    settings |= {"bf16": False, "use_cpu": True}
+    args = InfluenceConfig(str(folder), report_to="none", **settings | changes)
+    return {
+        "model": str(finished / "model"),
+        "args": args,
+        "scored": load_from_disk(str(finished / "run" / "scored")),
+        "test": load_dataset("json", data_files=str(finished / "test.jsonl"), split="train"),
+        "peft_config": LoraConfig(r=4, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear"),
+        "seeds": [0],
+        "budgets": ["steps", "epochs"],
+    }
+
+
+@pytest.fixture(scope="module")
+def compared(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """A folder, the arguments, and what came back."""
+    folder = tmp_path_factory.mktemp("compared")
+    arguments = make_arguments(finished, folder)
+    return folder, arguments, compare_arms(**arguments)
+
+
+def test_arms_are_those_of_the_pipeline(finished: Path, compared) -> None:
+    folder, _, results = compared
+    expected = read_results(finished)
+    names = ("arm", "fraction", "seed", "budget", "rows", "loss_tokens", "steps")
+    assert [[arm[name] for name in names] for arm in results["arms"]] == [
+        [arm[name] for name in names] for arm in expected["arms"]
+    ]
+    for arm, other in zip(results["arms"], expected["arms"], strict=True):
+        assert arm["test_loss"] == pytest.approx(other["test_loss"], rel=1e-6)
+    assert results["base"]["test_loss"] == pytest.approx(expected["base"]["test_loss"], rel=1e-6)
+    assert results["verdict"]["headline"].split(";")[0] == expected["verdict"]["headline"].split(";")[0]
+    assert [row["row"] for row in results["examples"]["opponents"]] == [
+        row["row"] for row in expected["examples"]["opponents"]
+    ]
+    kept = load_from_disk(str(folder / "coresets" / "coreset_25"))
+    assert kept["id"] == load_from_disk(str(finished / "run" / "coresets" / "coreset_25"))["id"]
+    assert json.loads((folder / "results.json").read_text(encoding="utf-8")) == results
+    assert "What selecting cost was not recorded" in results["verdict"]["text"]
+    assert write_report(folder).is_file()
+
+
+def test_the_same_call_trains_nothing_and_another_setting_all(compared, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, arguments, results = compared
+    stamps = {path: path.stat().st_mtime_ns for path in folder.glob("arms/*/*")}
+    again = compare_arms(**arguments | {"selection": {"seconds": 5.0, "reference_seconds": 2.0}})
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("arms/*/*")} == stamps
+    assert [arm["test_loss"] for arm in again["arms"]] == [arm["test_loss"] for arm in results["arms"]]
+    assert "Selecting cost 7" in again["verdict"]["text"]
+    assert capsys.readouterr().out.split()[-1] == again["verdict"]["text"].split()[-1]
+    args = copy(arguments["args"])
+    args.learning_rate = 1e-3
+    other = compare_arms(**arguments | {"args": args, "arms": ["coreset"]})
+    for arm in other["arms"]:
+        before = next(
+            entry for entry in again["arms"] if (entry["arm"], entry["budget"]) == ("coreset", arm["budget"])
+        )
+        assert arm["test_loss"] != before["test_loss"]
+
+
+def test_rows_of_the_test_set_in_the_pool_are_told(finished: Path, tmp_path: Path) -> None:
+    arguments = make_arguments(finished, tmp_path, max_steps=1) | {"arms": ["coreset", "random"], "budgets": ["steps"]}
+    row = {name: arguments["scored"][3][name] for name in ("prompt", "completion")}
+    test = Dataset.from_list([row, *({name: row[name] for name in row} for row in arguments["test"])])
+    results = compare_arms(**arguments | {"test": test})
+    assert results["data"]["pool"]["shared"] == {"test": 1}
+    assert results["verdict"]["text"].startswith("WARNING: sets that should have no row in common share some")
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"model": make_model()}, "every arm starts from the untrained model anew"),
+        ({"args": SFTConfig("out", bf16=False)}, "Give an InfluenceConfig"),
+        ({"peft_config": None}, "arms train adapters"),
+        ({"scored": Dataset.from_dict({"prompt": ["a"], "completion": ["b"]})}, "Score it first"),
+        ({"arms": ["coreset", "best"]}, "arms has 'best'. Known are full, coreset"),
+        ({"arms": ["bm25"]}, "bm25_rank"),
+        ({"seeds": [1, 1]}, "seeds has a value twice"),
+        ({"fractions": [50]}, r"fraction 50 is outside \(0, 1\]"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_training(
+    finished: Path, tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        compare_arms(**make_arguments(finished, tmp_path) | changes)
+    assert not (tmp_path / "arms").exists()
