@@ -65,7 +65,7 @@ def train_reference(job: Job) -> tuple[str, dict[str, Any]]:
             inputs = (rows, job.inputs.validation, job.reference_tokenizer)
             trainer = make_reference_trainer(job.reference_model, influence_args, *inputs)
         with written_folder(folder) as temporary:
-            result = train(trainer, "Reference") | {"identity": identity}
+            result = train(trainer, "Reference", job.reference_model) | {"identity": identity}
             save_adapter(trainer.model, temporary)
             if PartialState().is_main_process:
                 write_json(temporary / "training.json", result)
@@ -222,7 +222,8 @@ def train_arm(job: Job, arm: Arm, positions: list[int], steps: int) -> dict[str,
             tokens = job.tokenize_pool(training_args, job.target_tokenizer).select(positions)
             trainer = make_trainer(job.target_model, training_args, tokens, job.target_tokenizer)
         with written_folder(folder) as temporary:
-            trained = train(trainer, f"{run.arm}, fraction {run.fraction:g}, seed {run.seed}, equal {run.budget}")
+            label = f"{run.arm}, fraction {run.fraction:g}, seed {run.seed}, equal {run.budget}"
+            trained = train(trainer, label, job.target_model)
             evaluation = evaluate_model(trainer.model, job.prepared_test, training_args)
             result = {"arm": run.arm, "fraction": run.fraction, "seed": run.seed, **trained, **evaluation}
             result["identity"] = identity

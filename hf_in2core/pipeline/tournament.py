@@ -67,7 +67,7 @@ def hold_tournament(
             with quiet_loading(repeated=True):
                 tokens = job.tokenize_pool(training_args, job.reference_tokenizer).select(positions)
                 trainer = make_trainer(job.reference_model, training_args, tokens, job.reference_tokenizer, adapter)
-            trained = train(trainer, f"Tournament: {name}, seed {seed}")
+            trained = train(trainer, f"Tournament: {name}, seed {seed}", job.reference_model)
             result = trained | evaluate_model(trainer.model, held_back, training_args) | {"identity": identity}
             with written_folder(folder) as temporary:
                 if PartialState().is_main_process:
