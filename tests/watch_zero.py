@@ -2,7 +2,8 @@
 
     accelerate launch … tests/sharded_on_cpu.py tests/watch_zero.py NOTES SCRIPT [ARGUMENT …]
 
-NOTES.<rank>.json then has a list of `["step" or "shard", {…}]`.
+NOTES.<rank>.json then has a list of `["step" or "shard", {…}]`. With STOP_AT=5 in the environment the second process
+ends before its sixth step, as if it had been killed.
 """
 
 import gc
@@ -53,6 +54,8 @@ def watch() -> None:
             "trained": sum(p.ds_numel for p in parameters if p.requires_grad),
             "sharded_by_fsdp": count(FSDPModule),
         }
+        if os.environ["RANK"] == "1" and os.environ.get("STOP_AT") == str(len(NOTES)):
+            os._exit(9)
         NOTES.append(["step", found])
         return step(engine, *args, **kwargs)
 

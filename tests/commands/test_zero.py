@@ -9,8 +9,13 @@ import pytest
 from datasets import load_from_disk
 from helpers import assert_same
 from recipe_runs import NUM_POOL, Inputs, launch, read_results, run_command, write_config
+from safetensors.torch import load_file
 
 
+TRAINING = (
+    "model_name_or_path", "pool", "learning_rate", "activation_checkpointing", "lora_r", "lora_dropout",
+    "lora_target_modules",
+)  # fmt: skip
 WATCHED = ("tests/sharded_on_cpu.py", "tests/watch_zero.py")
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed: DS_ACCELERATOR=cpu pip install deepspeed"
@@ -62,3 +67,34 @@ def test_from_the_reference_to_the_targets(inputs: Inputs, tmp_path: Path) -> No
     for arm, expected in zip(zero["arms"], alone["arms"], strict=True):
         assert arm["test_loss"] == pytest.approx(expected["test_loss"], rel=1e-4)
         assert arm["test_loss"] < 0.99 * zero["base"]["test_loss"]  # it has learnt
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_a_process_that_ends_stops_the_other_and_the_training_goes_on(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 4}
+    config = {name: inputs[1][name] for name in TRAINING} | settings | {"output_dir": str(tmp_path / "zero")}
+    command = (*WATCHED, str(tmp_path / "notes"), "recipes/train_reference.py", "--config")
+    command = (*command, write_config(tmp_path, config))
+    monkeypatch.setenv("STOP_AT", "5")
+    stopped = launch(*command, processes=2, config="zero3.yaml", check=False)
+    assert stopped.returncode != 0 and "exitcode  : 9" in stopped.stderr
+    assert not (tmp_path / "zero" / "training.json").exists()
+    monkeypatch.delenv("STOP_AT")
+    launch(*command, processes=2, config="zero3.yaml")
+    for rank in (0, 1):
+        assert [what for what, _ in read_notes(tmp_path, rank)] == ["step"] * (7 - 3)  # from the checkpoint on
+    run_command(
+        "train_reference",
+        "--config",
+        write_config(tmp_path, config | {"output_dir": str(tmp_path / "alone"), "per_device_train_batch_size": 8}),
+    )
+    zero, alone = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("zero", "alone"))
+    assert zero.keys() == alone.keys()
+    for name, tensor in alone.items():
+        assert_same(zero[name], tensor, 1e-3)
+    assert {path.name for path in (tmp_path / "zero").iterdir()} == {
+        path.name for path in (tmp_path / "alone").iterdir()
+    }
