@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,10 +49,10 @@ BY_CONFIG = {
     "recipes/quickstart/in2core.yaml": MADE,
     "recipes/qwen3_alpaca/in2core.yaml": "--bf16 false --dtype float32",  # which is what a CPU can do
 }
-SHARDED = "recipes/accelerate_configs/fsdp.yaml"
 # What cannot be run here, and where it is checked instead.
 NOT_RUN = {
     "pip install hf-in2core": "needs PyPI; test_command.py runs the demo from a wheel",
+    "pip install deepspeed": "needs PyPI",
     "pip install -r recipes/space/requirements.txt gradio==6.31.0": "needs PyPI; test_space.py compares the versions",
     "python recipes/space/app.py": "serves until it is stopped; test_space.py starts it",
 }
@@ -91,10 +92,14 @@ def read_commands(block: Block) -> list[str]:
 def shorten(command: str) -> str:
     """The command as it is, and then what makes it short."""
     tables = SHORT | BY_CONFIG
+    if "zero3" in command and find_spec("deepspeed") is None:
+        return "true"  # test_zero.py runs it where it is installed
     # accelerate itself shards on GPUs only
-    sharding = f"accelerate launch --config_file {SHARDED} --num_processes 2 {ROOT / 'tests' / 'fsdp_on_cpu.py'}"
-    command = command.replace(
-        "in2core run --accelerate_config fsdp --num_processes 2", f"{sharding} recipes/in2core.py"
+    launch, script = "accelerate launch --config_file recipes/accelerate_configs", ROOT / "tests" / "sharded_on_cpu.py"
+    command = re.sub(
+        r"in2core run --accelerate_config (fsdp|zero3) (--num_processes 2)",
+        rf"{launch}/\1.yaml \2 {script} recipes/in2core.py",
+        command,
     )
     return " ".join([command, *(tables[name] for name in tables if name in command)])
 

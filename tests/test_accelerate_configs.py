@@ -16,6 +16,7 @@ EXPECTED = {
     "single_gpu.yaml": (DistributedType.NO, False),
     "multi_gpu.yaml": (DistributedType.MULTI_GPU, False),
     "fsdp.yaml": (DistributedType.FSDP, False),
+    "zero3.yaml": (DistributedType.DEEPSPEED, False),
 }
 
 
@@ -38,7 +39,7 @@ def test_accelerate_reads_what_is_meant(name):
     config = load_config_from_file(str(FOLDER / name))  # refuses unknown keys
     assert (DistributedType(config.distributed_type), config.use_cpu) == EXPECTED[name]
     assert config.num_machines == 1
-    assert (config.num_processes > 1) == (name in ("multi_gpu.yaml", "fsdp.yaml"))
+    assert (config.num_processes > 1) == (name in ("multi_gpu.yaml", "fsdp.yaml", "zero3.yaml"))
 
 
 def test_fsdp_reaches_the_launched_process(tmp_path):

@@ -41,7 +41,7 @@ def launch(name: str, argv: Sequence[str]) -> None:
         # The processes hear Ctrl-C themselves; this one waits for what they say of it.
         signal.signal(signal.SIGINT, lambda *_: None)
         launch_command(given)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:  # of a configuration, or of DeepSpeed that is not installed
         print(f"in2core {name}: error: accelerate cannot launch this: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except subprocess.CalledProcessError as error:
@@ -63,7 +63,7 @@ def resolve_config(argv: list[str]) -> list[str]:
         try:
             path = find_shipped(f"recipes/accelerate_configs/{path}.yaml")
         except FileNotFoundError:
-            known = "cpu, single_gpu, multi_gpu, fsdp"
+            known = "cpu, single_gpu, multi_gpu, fsdp, zero3"
             print(f"in2core: error: {flag} {path} is neither a file nor one of {known}.", file=sys.stderr)
             raise SystemExit(2) from None
     return [*parts[:place], "--config_file", str(path), *parts[place + 2 :]]

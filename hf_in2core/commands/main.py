@@ -33,7 +33,7 @@ Which training examples earn their place: influence, coresets, and whether they 
 
 `in2core COMMAND --help` shows the flags people need first, `--help-all` every one. Commands that train or score start
 through accelerate and take its flags: --num_processes, --config_file, --accelerate_config (cpu, single_gpu, multi_gpu,
-fsdp, or a file)."""
+fsdp, zero3, or a file)."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

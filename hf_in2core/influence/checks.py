@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate import DistributedType, PartialState
+from accelerate import DeepSpeedPlugin, DistributedType, PartialState
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,8 +29,6 @@ from .config import InfluenceConfig
 
 logger = logging.getLogger(__name__)
 
-# What `accelerate launch` sets for its processes where something else than FSDP2 shards the model.
-OTHER_LAUNCHES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 # Settings of FSDP by the variable that carries them: what is needed, what accelerate takes without it, and why.
 FSDP_SETTINGS = {
     "FSDP_VERSION": ("fsdp_version", "2", "1", "influence is taken through the modules of FSDP2"),
@@ -67,7 +65,8 @@ def check_settings(args: InfluenceConfig, kwargs: dict[str, Any]) -> None:
         and "`formatting_func` (apply it with `Dataset.map` first)",
         "skip_prepare_dataset": bool(_as_dict(args.dataset_kwargs).get("skip_prepare_dataset"))
         and "`skip_prepare_dataset`",
-        "deepspeed": args.deepspeed and "DeepSpeed (train with it if you like, then score the adapter without it)",
+        "deepspeed": args.deepspeed
+        and "DeepSpeed by `deepspeed` (`in2core --accelerate_config zero3` trains with it, and passes on to FSDP2)",
         "fsdp": args.fsdp
         and "FSDP by `fsdp` (let the launcher shard: `accelerate launch --config_file "
         "recipes/accelerate_configs/fsdp.yaml`)",
@@ -92,18 +91,24 @@ def check_launcher(needs_whole: str | None = None) -> None:
     Raises:
         ValueError: naming the setting of the launcher, before a model is loaded.
     """
-    for variable, name in OTHER_LAUNCHES.items():
-        if _is_set(variable):
-            raise ValueError(
-                f"The launcher shards the model ({name}, `{variable}`) in a way in which influence cannot be taken. "
-                "Launch with --accelerate_config fsdp, which shards it too, or multi_gpu."
-            )
+    if _is_set("ACCELERATE_USE_MEGATRON_LM"):
+        raise ValueError(
+            "The launcher shards the model (Megatron-LM, `ACCELERATE_USE_MEGATRON_LM`) in a way in which influence "
+            "cannot be taken. Launch with --accelerate_config fsdp, which shards it too, or multi_gpu."
+        )
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):  # no more so where the commands have passed from ZeRO-3 on to FSDP2
+        raise ValueError(
+            "The launcher's DeepSpeed (`ACCELERATE_USE_DEEPSPEED`) cannot work here, "
+            f"`zero_stage: {DeepSpeedPlugin().zero_stage}`: influence is taken through the modules of FSDP2. The "
+            "commands of `in2core` train with `zero_stage: 3` and take influence by FSDP2, launched with "
+            "--accelerate_config zero3; launch a script of your own with fsdp or multi_gpu."
+        )
     if not _is_set("ACCELERATE_USE_FSDP"):
         return
     if needs_whole is not None:
         raise ValueError(
-            f"The launcher shards the model (FSDP, `ACCELERATE_USE_FSDP`), but with {needs_whole} each process needs "
-            "the whole one. Launch with --accelerate_config multi_gpu."
+            f"The launcher shards the model (`distributed_type` FSDP or DEEPSPEED), but with {needs_whole} each "
+            "process needs the whole one. Launch with --accelerate_config multi_gpu."
         )
     for variable, (setting, needed, default, reason) in FSDP_SETTINGS.items():
         given = os.environ.get(variable, default)

@@ -182,6 +182,7 @@ def compare_arms(
             same.label,
             lambda: make(positions, same.name, **changes),
             prepared_test,
+            model_args,
             save,
         )
         return same.describe() | trained | {"budget": arm.budget}

@@ -22,7 +22,7 @@ from hf_in2core.rows.preparation import Preparation, prepare_rows
 from .comparison import find_equal_run, plan_arms
 from .job import Job, estimate_disk
 from .methods import list_columns, needs_queries
-from .run_folder import quiet_loading, say
+from .run_folder import agree, quiet_loading, say
 from .training import (
     count_steps,
     evaluate_model,
@@ -30,7 +30,7 @@ from .training import (
     make_reference_trainer,
     make_trainer,
     release,
-    strip_callbacks,
+    train,
 )
 
 
@@ -72,7 +72,8 @@ def measure_speed(
     Returns:
         `tuple`: the speed, and how many steps a training on so many rows takes.
     """
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as own:
+        folder = agree(lambda: own)
         quiet: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}
         args = job.settings.make(InfluenceConfig, reference, output_dir=folder, **quiet)
         # Tokens are made once for all trainings: their seconds are not those of a start.
@@ -84,9 +85,8 @@ def measure_speed(
         all_steps = args.max_steps if args.max_steps > 0 else count_steps(trainer)
         trainer.args.max_steps = min(TIMED_STEPS + 1, all_steps)
         clock = _StepTimes()
-        strip_callbacks(trainer)
         trainer.add_callback(clock)
-        trainer.train()
+        train(trainer, "", model_args)
         first = clock.ends[0]
         step = (clock.ends[-1] - first) / max(len(clock.ends) - 1, 1) or first - begun
         chosen = np.unique(np.linspace(0, len(judged) - 1, TIMED_ROWS).astype(int))

@@ -22,6 +22,7 @@ from hf_in2core import InfluenceConfig
 from hf_in2core.shipped import find_shipped
 
 from .parser import Settings
+from .zero import shard_beside_zero
 
 
 # How many processes the user asked `in2core` for.
@@ -42,6 +43,7 @@ def join_processes(settings: Settings) -> None:
     """
     if settings.values.get("output_dir") is not None:
         check_output_dir(Path(settings.values["output_dir"]))
+    shard_beside_zero()
     # Training arguments join on the CPU too, which PartialState does only when it is told that there is nothing else.
     args = settings.make(InfluenceConfig)
     try:

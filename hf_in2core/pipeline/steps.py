@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from datasets import Dataset
-from trl import SFTConfig
+from trl import ModelConfig, SFTConfig
 
 from hf_in2core import InfluenceConfig, push_influence_dataset
 from hf_in2core.engine.sharding import save_adapter
@@ -67,7 +67,7 @@ def train_reference(job: Job) -> tuple[str, dict[str, Any]]:
             inputs = (rows, job.inputs.validation, job.reference_tokenizer)
             trainer = make_reference_trainer(job.reference_model, influence_args, *inputs)
         with written_folder(folder) as temporary:
-            result = train(trainer, "Reference") | {"identity": identity}
+            result = train(trainer, "Reference", job.reference_model) | {"identity": identity}
             save_adapter(trainer.model, temporary)
             if PartialState().is_main_process:
                 load_tokenizer(job.reference_model, influence_args).save_pretrained(temporary)
@@ -219,7 +219,7 @@ def train_arm(job: Job, arm: Arm, positions: list[int], steps: int) -> dict[str,
             # That of the run may be pinned to its day; whoever takes the model away wants today's date.
             load_tokenizer(job.target_model, trainer.args).save_pretrained(temporary)
 
-    result = take_or_train(folder, identity, run.label, make, job.prepared_test, save)
+    result = take_or_train(folder, identity, run.label, make, job.prepared_test, job.target_model, save)
     return run.describe() | result | {"budget": arm.budget} | tasks_of(folder)
 
 
@@ -229,6 +229,7 @@ def take_or_train(
     label: str,
     make: Callable[[], Any],
     judges: Dataset,
+    model_args: ModelConfig,
     save: Callable[[Any, Path], None] | None = None,
 ) -> dict[str, Any]:
     """
@@ -240,6 +241,7 @@ def take_or_train(
         label (`str`): Of the bar.
         make (`Callable`): Makes the trainer.
         judges ([`~datasets.Dataset`]): Prepared rows.
+        model_args ([`~trl.ModelConfig`]): As of [`~.training.train`].
         save (`Callable`, *optional*): Writes of the trained model, given its trainer and a folder, what is kept.
 
     Returns:
@@ -250,7 +252,7 @@ def take_or_train(
         with quiet_loading(repeated=True):
             trainer = make()
         with written_folder(folder) as temporary:
-            result = train(trainer, label) | evaluate_model(trainer.model, judges, trainer.args)
+            result = train(trainer, label, model_args) | evaluate_model(trainer.model, judges, trainer.args)
             result["identity"] = identity
             if save is not None:
                 save(trainer, temporary)

@@ -67,7 +67,8 @@ def hold_tournament(
             tokens = job.tokenize_pool(training_args, job.reference_tokenizer).select(positions)
             return make_trainer(job.reference_model, training_args, tokens, job.reference_tokenizer, adapter)
 
-        result = take_or_train(folder, identity, f"Tournament: {name}, seed {seed}", make, held_back)
+        label = f"Tournament: {name}, seed {seed}"
+        result = take_or_train(folder, identity, label, make, held_back, job.reference_model)
         seconds.append(result["seconds"])
         say(f"Tournament: {name}, seed {seed}, {steps} steps: held-back loss {show(result['test_loss'])}.")
         return math.nan if result["test_loss"] is None else result["test_loss"]

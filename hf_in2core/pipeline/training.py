@@ -1,9 +1,11 @@
 """What the commands do, one function per stage; `in2core run` and the commands of single stages call the same ones."""
 
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from tqdm import tqdm
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -31,18 +24,19 @@ from trl.trainer.utils import create_model_from_path
 
 from hf_in2core import InfluenceConfig, InfluenceScorer, InfluenceTrainer
 from hf_in2core.engine.losses import compute_row_losses
-from hf_in2core.engine.sharding import is_sharded, is_sharding_launch, shard_model
+from hf_in2core.engine.sharding import is_sharded, is_sharding_launch, save_adapter, shard_model
 from hf_in2core.evaluation.judge import TokenAccuracy, TokenPerplexity
 from hf_in2core.influence.config import AUTOCAST_DTYPES, choose_autocast
 from hf_in2core.influence.cosines import OPTIMIZER
 from hf_in2core.influence.scorer_files import find_revision
 from hf_in2core.names import NUM_LOSS_TOKENS, PER_QUERY
-from hf_in2core.progress import make_bar
 from hf_in2core.rows.preparation import Preparation, tokenize_rows
 from hf_in2core.rows.scored import add_influence_columns, add_list_column
 
 from .parser import Settings
 from .run_folder import lock_folder, quiet_loading, write_json
+from .step_bars import StepProgress
+from .zero import is_zero_launch, launched_by_zero, let_go
 
 
 def make_model_kwargs(model_args: ModelConfig, training_args: InfluenceConfig) -> dict[str, Any]:
@@ -70,40 +64,6 @@ def load_model(model_args: ModelConfig, training_args: InfluenceConfig, adapter:
     # A loaded model does not tell which revision it is of, and a scorer names its base model's.
     model.config._commit_hash = find_revision(model_args.model_name_or_path or "", kwargs["revision"])
     return model if adapter is None else PeftModel.from_pretrained(model, adapter, is_trainable=True)
-
-
-class StepProgress(TrainerCallback):
-    """One bar per training with its loss, gone when it ends; outside a terminal a line a minute, after the first."""
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-        self.bar: tqdm | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Open the bar."""
-        shown = not args.disable_tqdm
-        self.bar = make_bar(state.max_steps, self.label, "step", shown=shown, initial=state.global_step, brief=True)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Move the bar."""
-        assert self.bar is not None
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Show the loss beside it."""
-        if self.bar is not None and "loss" in kwargs.get("logs", {}):
-            self.bar.set_postfix(loss=f"{float(kwargs['logs']['loss']):.4g}", refresh=False)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Close the bar."""
-        assert self.bar is not None
-        self.bar.close()
 
 
 def tokenize(rows: Dataset, training_args: InfluenceConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -161,9 +121,9 @@ def make_reference_trainer(
     )
 
 
-def train(trainer: SFTTrainer, label: str) -> dict[str, Any]:
+def train(trainer: SFTTrainer, label: str, model_args: ModelConfig) -> dict[str, Any]:
     """
-    Train, from the last checkpoint where `save_strategy` keeps some.
+    Train, from the last checkpoint where `save_strategy` keeps some; `model_args` are those of the trainer's model.
 
     Returns:
         `dict`: `rows` and `loss_tokens` trained on, `steps`, `seconds` (of this process's training, without loading).
@@ -174,13 +134,53 @@ def train(trainer: SFTTrainer, label: str) -> dict[str, Any]:
     folder = trainer.args.output_dir or ""
     if trainer.args.save_strategy != "no" and Path(folder).is_dir():
         checkpoint = get_last_checkpoint(folder)
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    return {
-        **count_loss_tokens(trainer.train_dataset),
-        "steps": trainer.state.global_step,
-        "seconds": time.perf_counter() - started,
-    }
+    if is_zero_launch():
+        seconds = _train_by_zero(trainer, model_args, checkpoint)
+    else:
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = time.perf_counter() - started
+    return {**count_loss_tokens(trainer.train_dataset), "steps": trainer.state.global_step, "seconds": seconds}
+
+
+def _train_by_zero(trainer: Any, model_args: ModelConfig, checkpoint: str | None) -> float:
+    """
+    Train what a trainer has by ZeRO-3; it then has the trained model, loaded anew without DeepSpeed.
+
+    Two copies of the base would not fit: each is freed before the next one is loaded, and the adapter goes from one to
+    the next in files.
+
+    Returns:
+        `float`: seconds of the training, without loading.
+    """
+    folder = Path(trainer.args.output_dir or "")
+    start, trained = folder / "zero3_start", folder / "zero3_trained"
+    save_adapter(trainer.model, start)
+    PartialState().wait_for_everyone()
+    release(trainer)
+    with launched_by_zero(), quiet_loading(repeated=True):
+        # Made within, training arguments bring DeepSpeed. The rows are prepared already.
+        prepared = {**(trainer.args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        args = replace(trainer.args, dataset_kwargs=prepared)
+        inner = make_trainer(model_args, args, trainer.train_dataset, trainer.processing_class, str(start))
+        inner.callback_handler.callbacks = trainer.callback_handler.callbacks
+        started = time.perf_counter()
+        inner.train(resume_from_checkpoint=checkpoint)
+        seconds = time.perf_counter() - started
+        inner.save_model(str(trained))
+        PartialState().wait_for_everyone()
+        trainer.state = inner.state
+        engine = inner.model_wrapped
+        release(inner)
+        let_go(engine)
+    trainer.args = replace(trainer.args)
+    with quiet_loading(repeated=True):
+        trainer.model = load_model(model_args, trainer.args, str(trained))
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        shutil.rmtree(start)
+        shutil.rmtree(trained)
+    return seconds
 
 
 def strip_callbacks(trainer: SFTTrainer) -> None:
@@ -234,16 +234,14 @@ def list_checkpoints(run: Path) -> list[str]:
     return sorted(map(str, (run / "reference").glob(f"{PREFIX_CHECKPOINT_DIR}-*")))
 
 
-def train_and_save(trainer: SFTTrainer, settings: Settings, label: str) -> dict[str, Any]:
+def train_and_save(trainer: Any, settings: Settings, label: str) -> dict[str, Any]:
     """Train, write adapter, tokenizer, `config.yaml` and `training.json` into `output_dir`; returns as [`train`]."""
     folder = Path(trainer.args.output_dir or "")
     lock_folder(folder)
-    result = train(trainer, label)
-    # All processes take part: a sharded model is gathered.
-    trainer.save_model(str(folder))
+    result = train(trainer, label, settings.make(ModelConfig, use_peft=True))
+    save_adapter(trainer.model, folder)
     if PartialState().is_main_process:
-        # A pickle of the arguments, which nothing here reads and nobody should publish.
-        (folder / "training_args.bin").unlink(missing_ok=True)
+        trainer.processing_class.save_pretrained(str(folder))
         settings.save(folder / "config.yaml")
         write_json(folder / "training.json", result)
     return result
@@ -252,6 +250,9 @@ def train_and_save(trainer: SFTTrainer, settings: Settings, label: str) -> dict[
 def release(trainer: SFTTrainer) -> None:
     """Free a trainer's memory; the caller drops its own name for it."""
     trainer.model = trainer.model_wrapped = None  # type: ignore[assignment]
+    trainer.callback_handler.model = None
+    if isinstance(trainer, InfluenceTrainer):
+        trainer._last_passes = None
     trainer.accelerator.free_memory()
 
 

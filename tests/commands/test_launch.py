@@ -89,7 +89,7 @@ def test_weights_sharded_by_the_launcher(inputs: Inputs, tmp_path: Path) -> None
         "max_steps": 12, "strategy": "round_robin_rows", "analyses": ["layers"],
     }  # fmt: skip
     found = {}
-    for name, wrapper in {"sharded": ["tests/fsdp_on_cpu.py"], "whole": []}.items():
+    for name, wrapper in {"sharded": ["tests/sharded_on_cpu.py"], "whole": []}.items():
         config = inputs[1] | settings | {"output_dir": str(tmp_path / name / "run")}
         (tmp_path / name).mkdir()
         launch(*wrapper, "recipes/in2core.py", "--config", write_config(tmp_path / name, config), processes=2)

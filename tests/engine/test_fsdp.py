@@ -1,4 +1,4 @@
-"""FSDP2 as `accelerate launch` sets it up, base and adapter sharded over two real processes (see fsdp_on_cpu.py)."""
+"""FSDP2 as `accelerate launch` sets it up, base and adapter sharded over two processes (see sharded_on_cpu.py)."""
 
 import importlib.util
 from pathlib import Path

@@ -327,7 +327,11 @@ def test_what_cannot_be_told_apart_is_refused_before_training(tmp_path, pool, va
 @pytest.mark.parametrize(
     ("message", "variables"),
     [
-        ("launcher shards the model .*ACCELERATE_USE_DEEPSPEED", {"ACCELERATE_USE_DEEPSPEED": "true"}),
+        ("`zero_stage: 2`.*`zero_stage: 3`.*zero3", {"ACCELERATE_USE_DEEPSPEED": "true"}),
+        (
+            "ACCELERATE_USE_DEEPSPEED.*script of your own with fsdp",
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+        ),
         ("launcher shards the model .*ACCELERATE_USE_MEGATRON_LM", {"ACCELERATE_USE_MEGATRON_LM": "true"}),
         ("fsdp_version: 1.*fsdp_version: 2", {"FSDP_VERSION": "1"}),
         ("fsdp_state_dict_type: SHARDED_STATE_DICT.*FULL_STATE_DICT", {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}),

@@ -9,9 +9,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from accelerate import PartialState  # noqa: E402
-from fsdp_on_cpu import shard_on_cpu  # noqa: E402
 from helpers import make_config, make_prompt_completion, make_tokenizer  # noqa: E402
 from peft import LoraConfig, PeftModel  # noqa: E402
+from sharded_on_cpu import shard_on_cpu  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
