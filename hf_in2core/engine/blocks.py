@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Embedding as LoraEmbedding
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
@@ -18,13 +19,15 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .experts import explain_unsupported
+
 
 class Block(NamedTuple):
     """
     A trainable tensor: the `parameter` (`"weight"`, `"bias"`) of `module`, in decoder layer `layer`.
 
-    Its `kind` says how its gradients are recorded: as those of a `"linear"`, of DoRA's `"magnitude"`, of the few
-    `"tokens"` of `trainable_token_indices`, or of one of [`VOCABULARY_KINDS`].
+    Its `kind` says how its gradients are recorded: as those of a `"linear"`, of LoRA on a `"parameter"`, of DoRA's
+    `"magnitude"`, of the few `"tokens"` of `trainable_token_indices`, or of one of [`VOCABULARY_KINDS`].
     """
 
     module: nn.Module
@@ -88,11 +91,7 @@ def find_blocks(model: nn.Module, adapter_name: str | None = None) -> Blocks:
             name = f"{module_name}.{parameter}"
             owners.setdefault(id(tensor), []).append((name, module, parameter))
             reason = next((why for parent, why in unsupported_parents.items() if name.startswith(f"{parent}.")), None)
-            if isinstance(module, nn.ParameterDict):  # by the names of adapters, in the module that uses them
-                parent, _, field = module_name.rpartition(".")
-                user, path = model.get_submodule(parent), f"{field}.{parameter}"
-            else:
-                user, path = module, parameter
+            user, path = _find_user(model, module_name, parameter)
             kind, why = _classify(user, head, embedding)
             reason = reason or why
             if reason is None:
@@ -105,9 +104,8 @@ def find_blocks(model: nn.Module, adapter_name: str | None = None) -> Blocks:
     if refused:
         shown = "\n".join(f"  - {name}: {reason}" for name, reason in list(refused.items())[:10])
         more = f"\n  … and {len(refused) - 10} more" if len(refused) > 10 else ""
-        experts = any(".experts." in name for name in refused)
         advice = "on linear layers"
-        if experts:
+        if any(".experts." in name for name in refused):
             flag = f"`--lora_target_modules {' '.join(ATTENTION)}`"
             advice = f"of the attention alone, `target_modules={ATTENTION!r}` (of a command {flag})"
         tied = any(reason.startswith("shared") for reason in refused.values())
@@ -115,8 +113,8 @@ def find_blocks(model: nn.Module, adapter_name: str | None = None) -> Blocks:
         raise ValueError(
             f"{len(refused)} trainable tensors have no per-example gradient here, and leaving them out would make the "
             f"influence wrong:\n{shown}{more}\nUse LoRA, rsLoRA or DoRA {advice}: no LoRA on "
-            "`lm_head` or `target_parameters`, `modules_to_save` only for linear layers, the input embedding and "
-            f"`lm_head`, and no full fine-tuning.{untie}"
+            "`lm_head`, `target_parameters` only for routers and the matrices of experts, `modules_to_save` only for "
+            f"linear layers, the input embedding and `lm_head`, and no full fine-tuning.{untie}"
         )
     if not blocks:
         raise ValueError(
@@ -144,12 +142,24 @@ def check_not_offloaded(model: nn.Module) -> None:
         )
 
 
+def _find_user(model: nn.Module, module_name: str, parameter: str) -> tuple[nn.Module, str]:
+    """The module that uses a tensor, and its path there: the layer around what PEFT keeps by the names of adapters."""
+    module = model.get_submodule(module_name)
+    parent, _, field = module_name.rpartition(".")
+    if isinstance(module, nn.ParameterDict):
+        return model.get_submodule(parent), f"{field}.{parameter}"
+    wrapper, _, side = parent.rpartition(".")
+    if isinstance(around := model.get_submodule(wrapper), ParamWrapper) and side.startswith("lora_"):
+        return around, f"{side}.{field}.{parameter}"
+    return module, parameter
+
+
 def _find_unsupported_parents(model: nn.Module) -> dict[str, str]:
-    """PEFT layers that use their linears in another way than calling them on the layer's input."""
+    """PEFT layers whose tensors are used in ways that are not recorded."""
     parents = {}
     for name, module in model.named_modules():
-        if type(module).__name__ == "ParamWrapper":
-            parents[name] = "LoRA on `target_parameters` (MoE experts), which never calls its matrices as modules"
+        if isinstance(module, ParamWrapper) and (reason := explain_unsupported(module)):
+            parents[name] = reason
         for variant in (getattr(module, "lora_variant", None) or {}).values():
             if not isinstance(variant, DoraLinearVariant):
                 parents[name] = f"the LoRA variant {type(variant).__name__}"
@@ -179,14 +189,17 @@ def _classify(module: nn.Module, head: nn.Module | None, embedding: nn.Module | 
     elif type(module) is nn.Linear:
         if _is_saved(head, module):
             return "head", None
-        inside_head = head is not None and module in set(head.modules())
-        return (
-            "linear",
-            "part of the output head, which counts as a whole (`modules_to_save`) only" if inside_head else None,
-        )
+        return "linear", _refuse_head(module, head)
     elif type(module) is DoraLinearLayer:
         return "magnitude", None
+    elif type(module) is ParamWrapper:
+        return "parameter", _refuse_head(module, head)
     return "", f"a tensor of {type(base).__name__}, not the weight or bias of an nn.Linear"
+
+
+def _refuse_head(module: nn.Module, head: nn.Module | None) -> str | None:
+    inside = head is not None and module in set(head.modules())
+    return "part of the output head, which counts as a whole (`modules_to_save`) only" if inside else None
 
 
 def _is_saved(wrapper: nn.Module | None, module: nn.Module) -> bool:

@@ -23,12 +23,14 @@ import torch
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Embedding as LoraEmbedding
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .batches import TokenBatch
 from .blocks import Block, Blocks, explain_idle_blocks
+from .experts import Records, make_parameter_forwards
 from .forwards import Forward, replaced_forwards
 from .losses import (
     compute_token_nll,
@@ -133,7 +135,13 @@ class GradientRecorder:
         if self.autocast is not None:
             # The adapter's input is cast by autocast; PEFT would keep a float32 copy of it for the backward.
             self._entered.enter_context(disable_input_dtype_casting(self.model))
+        wrappers = {module: by_module.pop(module) for module in list(by_module) if isinstance(module, ParamWrapper)}
         forwards = {module: self._make_forward(module, names) for module, names in by_module.items()}
+        records: Records = {
+            wrapper: {self.blocks[name].parameter.partition(".")[0]: partial(self._record, name) for name in names}
+            for wrapper, names in wrappers.items()
+        }
+        forwards |= make_parameter_forwards(self.model, records)
         self._entered.enter_context(replaced_forwards(forwards))
         return self
 
@@ -161,12 +169,10 @@ class GradientRecorder:
         block = self.blocks[name]
         if block.kind == "head":  # of the labelled tokens alone
             pass
-        elif x.dim() == 2 and len(x) == rows * tokens:
-            # Flattened before the linear (OPT, shared experts): the order of the tokens is the batch's.
-            x, grad_output = x.reshape(rows, tokens, -1), grad_output.reshape(rows, tokens, -1)
-        elif x.dim() > 3 and len(x) == rows:
-            # Heads or parts of a token between rows and features (latent attention).
-            x, grad_output = x.flatten(1, -2), grad_output.flatten(1, -2)
+        elif x.dim() > 1 and len(x) == rows * tokens or x.dim() > 3 and len(x) == rows:
+            # Flattened before the linear (OPT, shared experts): the order of the tokens is the batch's. Heads, parts
+            # of a token or its experts may stand between rows and features.
+            x, grad_output = (part.reshape(rows, -1, part.shape[-1]) for part in (x, grad_output))
         elif tuple(x.shape[:-1]) != self._batch_shape:
             raise ValueError(
                 f"`{name}` received an input of shape {tuple(x.shape)} where [batch, tokens, features] = "

@@ -62,6 +62,11 @@ class _RecordedOutput(torch.autograd.Function):
         return grad_output, None, None, None
 
 
+def record_output(output: Tensor, seen: Tensor, record: Record) -> Tensor:
+    """The output of a module; the backward hands what was `seen` and the output's gradient to `record`."""
+    return _RecordedOutput.apply(output, seen.detach(), _find_anchor(output.device), record)
+
+
 def make_linear_forward(module: nn.Linear, kept: Tensor | None, record: Record) -> Forward:
     """Of a linear, with its input and output gradient recorded; by the `kept` weight, where it is not its own."""
 
@@ -77,8 +82,7 @@ def make_embedding_forward(module: nn.Module, record: Record) -> Forward:
     embed = module.forward
 
     def forward(ids: Tensor) -> Tensor:
-        output = embed(ids)
-        return _RecordedOutput.apply(output, ids, _find_anchor(output.device), record)
+        return record_output(embed(ids), ids, record)
 
     return forward
 
@@ -100,6 +104,6 @@ def make_dora_forward(module: DoraLinearLayer, dtype: torch.dtype, record: Recor
         output = base_result.detach() + result.detach()
         if base_layer.bias is not None:  # which DoRA does not scale
             output = output - base_layer.bias.detach()
-        return _RecordedOutput.apply(result, output / magnitude.detach(), _find_anchor(x.device), multiply)
+        return record_output(result, output / magnitude.detach(), multiply)
 
     return forward

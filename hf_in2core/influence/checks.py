@@ -259,9 +259,9 @@ def _check_special_blocks(blocks: Blocks, model: PeftModel, args: InfluenceConfi
     unshardable = next((name for name, block in blocks.items() if block.kind != "linear"), None)
     if unshardable is not None and (is_sharding_launch() or is_sharded(model)):
         raise ValueError(
-            f"`{unshardable}` is trained and the model is sharded (FSDP): the gradients of a head, an embedding or "
-            "DoRA's magnitudes need weights that are whole. Launch with --accelerate_config multi_gpu, or train "
-            "linear layers alone, without `use_dora`."
+            f"`{unshardable}` is trained and the model is sharded (FSDP): the gradients of a head, an embedding, "
+            "experts or DoRA's magnitudes need weights that are whole. Launch with --accelerate_config multi_gpu, or "
+            "train linear layers alone, without `use_dora` and `target_parameters`."
         )
     name = next((name for name, block in blocks.items() if block.kind in VOCABULARY_KINDS), None)
     if name is not None and args.gradient_store_gb > 0 and args.influence_layers is None:

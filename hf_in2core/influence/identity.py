@@ -13,6 +13,7 @@ from hf_in2core.engine import (
     batches,
     blocks,
     datainf,
+    experts,
     fit,
     fit_sums,
     forwards,
@@ -38,8 +39,8 @@ from .config import InfluenceConfig
 
 # A change in any of these may change a score, so their source is part of a run's fingerprint.
 ENGINE = (
-    *(batches, blocks, datainf, fit, fit_sums, forwards, gradients, losses, passes, recorded, reductions, sample),
-    *(scoring, store, validation, vocabulary),
+    *(batches, blocks, datainf, experts, fit, fit_sums, forwards, gradients, losses, passes, recorded, reductions),
+    *(sample, scoring, store, validation, vocabulary),
 )
 LIBRARIES = ["torch", "transformers", "trl", "peft", "datasets", "accelerate"]
 
