@@ -282,7 +282,7 @@ def tidy_saved_files(path: Path, adapter_name: str) -> None:
     (path / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)
     file = path / ADAPTER_FOLDER / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    for name in ("target_modules", "modules_to_save", "exclude_modules"):
+    for name in ("target_modules", "target_parameters", "modules_to_save", "exclude_modules"):
         if isinstance(config.get(name), list):
             config[name] = sorted(config[name])  # PEFT keeps sets, whose order differs between processes
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

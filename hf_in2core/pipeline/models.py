@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from trl import ModelConfig, SFTConfig, get_peft_config
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from hf_in2core.engine.blocks import find_blocks, select_blocks
+from hf_in2core.engine.blocks import ATTENTION, find_blocks, select_blocks
 from hf_in2core.rows.places import describe_missing, named_place
 from hf_in2core.rows.template_date import pin_template, pin_tokenizer, prints_date
 
@@ -89,6 +89,14 @@ def build_bare(model_args: ModelConfig, training_args: SFTConfig, peft_config: P
             raise ValueError(
                 f"`lora_target_modules={model_args.lora_target_modules}` names no module of {name}. Its linear ones "
                 f"are {', '.join(linear)}; `all-linear` takes all but the head."
+            ) from error
+        except ValueError as error:
+            if "lora_dropout" not in str(error):
+                raise
+            raise ValueError(
+                f"`lora_dropout={model_args.lora_dropout}` cannot work on {name}: it is a mixture of experts, whose "
+                "routers and experts PEFT trains without dropout only. Set --lora_dropout 0, or leave them out with "
+                f"--lora_target_modules {' '.join(ATTENTION)}."
             ) from error
 
 
