@@ -1,6 +1,7 @@
 """Forwards of modules whose backward hands over what the gradients of their parameters are made of."""
 
 from collections.abc import Callable
+from copy import copy
 from functools import cache
 from typing import Any
 
@@ -107,3 +108,38 @@ def make_dora_forward(module: DoraLinearLayer, dtype: torch.dtype, record: Recor
         return record_output(result, output / magnitude.detach(), multiply)
 
     return forward
+
+
+def make_norm_forward(module: nn.Module, dtype: torch.dtype, records: dict[str, Record]) -> Forward:
+    """
+    Of a norm, `w * y + b` or `(1 + w) * y`, whose vectors have the gradients `sum_t g_t * y_t` and `sum_t g_t`.
+
+    `y` comes from the module itself, as the difference that a weight of one makes; so does what it adds to the weight.
+
+    Args:
+        module (`torch.nn.Module`):
+            The norm.
+        dtype (`torch.dtype`):
+            Dtype of the products.
+        records (`dict[str, Callable]`):
+            Who is told of the input and of these products, for the `"weight"` and the `"bias"`.
+    """
+    original = module.forward
+
+    def normalise(x: Tensor, weight: float) -> Tensor:
+        plain = copy(module)
+        values = {"weight": weight, "bias": 0.0}
+        plain.__dict__["_parameters"] = {
+            name: None if tensor is None else torch.full_like(tensor, values[name])
+            for name, tensor in module._parameters.items()
+        }
+        return type(module).forward(plain, x)
+
+    def record(x: Tensor, grad_output: Tensor) -> None:
+        if "weight" in records:
+            y = normalise(x, 1.0).to(dtype) - normalise(x, 0.0).to(dtype)
+            records["weight"](y, grad_output.to(dtype) * y)
+        if "bias" in records:
+            records["bias"](x, grad_output)
+
+    return lambda x: record_output(original(x), x, record)

@@ -90,15 +90,19 @@ def _iterate_weights(model: nn.Module) -> Iterator[Tensor]:
                 yield tensor
 
 
-def hash_adapter(model: PeftModel) -> str:
-    """Hash of every tensor of the active adapter."""
+def hash_adapter(model: nn.Module) -> str:
+    """Hash of every tensor of the active adapter; of the model's own weights where they are trained themselves."""
     reshard(model)
+    if not isinstance(model, PeftModel):
+        return hash_base_weights(model, set())
     return hash_tensors({name: gather(tensor) for name, tensor in adapter_tensors(model).items()})
 
 
-def hash_base(model: PeftModel) -> str:
-    """Hash of the frozen weights under the adapter, without any other adapter that the model has loaded."""
+def hash_base(model: nn.Module) -> str:
+    """Hash of the model's weights without any adapter that it has loaded."""
     reshard(model)
+    if not isinstance(model, PeftModel):
+        return hash_base_weights(model, set())
     adapters = (adapter_tensors(model, name) for name in model.peft_config)
     return hash_base_weights(model, {id(tensor) for tensors in adapters for tensor in tensors.values()})
 

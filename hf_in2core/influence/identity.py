@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from hf_in2core import __version__
 from hf_in2core.engine import (
@@ -61,7 +62,7 @@ def find_fit_examples(args: InfluenceConfig, num_rows: int, store_dtype: torch.d
 
 
 def identify_run(
-    model: PeftModel,
+    model: PreTrainedModel | PeftModel,
     blocks: Blocks,
     args: InfluenceConfig,
     data: dict[str, Any],

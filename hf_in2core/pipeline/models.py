@@ -116,7 +116,7 @@ def check_model(model_args: ModelConfig, training_args: SFTConfig, for_influence
     assert peft_config is not None
     model = build_bare(model_args, training_args, peft_config)
     if for_influence:
-        blocks, layers = find_blocks(model, model.active_adapter), getattr(training_args, "influence_layers", None)
+        blocks, layers = find_blocks(model), getattr(training_args, "influence_layers", None)
         select_blocks(blocks, layers, model.config.get_text_config().num_hidden_layers)
     return sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
 

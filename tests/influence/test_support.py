@@ -41,6 +41,7 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "lora_bias": {"lora_bias": True},
     "base_bias": {"bias": "lora_only"},
     "modules_to_save_linear": {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["down_proj"]},
+    "modules_to_save_norm": {"target_modules": ["q_proj"], "modules_to_save": ["norm", "input_layernorm"]},
     "pissa": {"init_lora_weights": "pissa"},
     "rank_pattern": {"rank_pattern": {"q_proj": 2}},
 }
@@ -85,7 +86,6 @@ REFUSED_ADAPTERS = {
         lambda: LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3]),
         "trainable_tokens",
     ),
-    "modules_to_save_norm": (lambda: LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]), "norm"),
     "lora_head": (lambda: LoraConfig(target_modules=["lm_head"]), "lm_head"),
     "ia3": (
         lambda: IA3Config(
@@ -132,17 +132,6 @@ def test_settings_that_change_the_loss_are_refused(tmp_path, pool, validation, s
             eval_dataset=validation,
             processing_class=make_tokenizer(),
             **kwargs,
-        )
-
-
-def test_full_fine_tuning_is_refused(tmp_path, pool, validation) -> None:
-    with pytest.raises(ValueError, match="full fine-tuning"):
-        InfluenceTrainer(
-            model=make_model(),
-            args=make_config(tmp_path),
-            train_dataset=pool,
-            eval_dataset=validation,
-            processing_class=make_tokenizer(),
         )
 
 
