@@ -127,7 +127,6 @@ TARGETS: dict[str, list[str]] = {
 }
 # What a refusal says, and the words for it.
 REASONS = {
-    "`target_parameters` (MoE experts)": "refused: LoRA on experts",
     "is incompatible with Mamba-based models": "refused by PEFT: `out_proj` of Mamba",
     "where once was expected": "refused: a linear that is called twice",
     "'tuple' object has no attribute": "fails in Transformers: a router under LoRA",

@@ -7,10 +7,12 @@ same aggregations of semantic similarity (RDS+, BM25, sentence embeddings) are t
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
+from peft import PeftModel
 
 from hf_in2core.engine.losses import compute_row_losses
 from hf_in2core.engine.scoring import TopRows
@@ -92,8 +94,8 @@ def compute_similarity_coverage(
         trainer ([`InfluenceTrainer`]):
             As in [`compute_coverage`].
         by (`str`, *optional*, defaults to `"rds"`):
-            `"rds"` (cosine of the position-weighted mean of hidden states, of the model without its adapter),
-            `"bm25"` (shared words) or `"embedding"` (cosine of sentence embeddings).
+            `"rds"` (cosine of the position-weighted mean of hidden states, of the model without its adapter if it has
+            one), `"bm25"` (shared words) or `"embedding"` (cosine of sentence embeddings).
         top_k (`int`, *optional*, defaults to `10`):
             Nearest rows to list for each test row, and to take the mean of in `coverage_top_k`.
         encoder (`sentence_transformers.SentenceTransformer` or `str`, *optional*, defaults to all-MiniLM-L6-v2):
@@ -252,7 +254,7 @@ def _compute_similarities(
         return compute_bm25_similarities(prepared, test, tokenizer)
     if by == "rds":
         model = trainer.accelerator.unwrap_model(trainer.model)
-        with model.disable_adapter():
+        with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
             return compute_rds_similarities(
                 prepared, test, model, trainer.args.tokens_per_batch, AUTOCAST_DTYPES[trainer.autocast]
             )

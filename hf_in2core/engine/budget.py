@@ -4,6 +4,7 @@ import gc
 from contextlib import suppress
 
 import numpy as np
+import psutil
 import torch
 
 from .batches import TokenRows, choose_forward_tokens, collate
@@ -40,7 +41,7 @@ def choose_tokens_per_batch(passes: Passes, num_queries: int) -> int:
     lengths = (min(longest, 1024) // 2, min(longest, 1024))
     short, long = (_measure_activations(passes, length) for length in lengths)
     per_token = max((long - short) / (lengths[1] - lengths[0]), 1.0)
-    free = _read_free_memory(passes.device)
+    free = read_free_memory(passes.device)
     state = num_queries * count_elements(passes.blocks) * SAMPLED_FIT_BYTES
     room = 0.85 * (free - state - MAX_LOGITS_PER_CHUNK * BYTES_PER_LOGIT)
     return int(min(max(room / per_token, 256), MAX_GPU_TOKENS))
@@ -50,11 +51,13 @@ def choose_query_memory(passes: Passes) -> float:
     """Bytes for the gradients of single queries; the same on every process, whose passes run in step."""
     if passes.device.type != "cuda":
         return CPU_QUERY_BYTES
-    return min(passes.gather_objects([_read_free_memory(passes.device) / 4]))
+    return min(passes.gather_objects([read_free_memory(passes.device) / 4]))
 
 
-def _read_free_memory(device: torch.device) -> int:
-    """Bytes of a GPU that are free or only cached."""
+def read_free_memory(device: torch.device) -> int:
+    """Bytes of a device that are free or only cached."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
     reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + reserved
 

@@ -22,6 +22,8 @@ from .store import GradientStore, StoredChunk
 # float64 and those of a batch in float32, u in float64. A sample that grows has two halves, and what one is given.
 FIT_BYTES = 4 + 4 + 16 + 8 + 8
 SAMPLED_FIT_BYTES = FIT_BYTES + 2 * 16
+# Without curvature: the validation gradient in float64 and in float32.
+GRADIENT_BYTES = 8 + 4
 
 
 @dataclass

@@ -23,12 +23,14 @@ import torch
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Embedding as LoraEmbedding
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .batches import TokenBatch
 from .blocks import Block, Blocks, explain_idle_blocks
+from .experts import Records, make_parameter_forwards
 from .forwards import Forward, replaced_forwards
 from .losses import (
     compute_token_nll,
@@ -38,7 +40,7 @@ from .losses import (
     has_plain_head,
     run_to_head,
 )
-from .recorded import make_dora_forward, make_embedding_forward, make_linear_forward
+from .recorded import Record, make_dora_forward, make_embedding_forward, make_linear_forward, make_norm_forward
 from .sharding import is_sharded
 from .vocabulary import HeadRows, iterate_embedding_rows, mark_tokens
 
@@ -128,12 +130,20 @@ class GradientRecorder:
         by_module: dict[nn.Module, list[str]] = {}
         for name, block in self.blocks.items():
             by_module.setdefault(block.module, []).append(name)
+            if block.kind == "tied":
+                by_module.setdefault(self.model.get_output_embeddings(), []).append(name)  # type: ignore[operator]
         self._entered = ExitStack()
         self._entered.enter_context(frozen_eval_mode(self.model))
         if self.autocast is not None:
             # The adapter's input is cast by autocast; PEFT would keep a float32 copy of it for the backward.
             self._entered.enter_context(disable_input_dtype_casting(self.model))
+        wrappers = {module: by_module.pop(module) for module in list(by_module) if isinstance(module, ParamWrapper)}
         forwards = {module: self._make_forward(module, names) for module, names in by_module.items()}
+        records: Records = {
+            wrapper: {self.blocks[name].parameter.partition(".")[0]: partial(self._record, name) for name in names}
+            for wrapper, names in wrappers.items()
+        }
+        forwards |= make_parameter_forwards(self.model, records)
         self._entered.enter_context(replaced_forwards(forwards))
         return self
 
@@ -147,6 +157,9 @@ class GradientRecorder:
 
         if isinstance(module, DoraLinearLayer):
             return make_dora_forward(module, self.accumulation_dtype, record)
+        if self.blocks[names[0]].kind == "norm":
+            records: dict[str, Record] = {self.blocks[name].parameter: partial(self._record, name) for name in names}
+            return make_norm_forward(module, self.accumulation_dtype, records)
         if not isinstance(module, nn.Linear):
             return make_embedding_forward(module, partial(self._record_embedding, names))
         # The weights stand still while gradients are recorded: autocast need not cast them in every forward. Where
@@ -159,14 +172,12 @@ class GradientRecorder:
     def _record(self, name: str, x: Tensor, grad_output: Tensor) -> None:
         rows, tokens = self._batch_shape
         block = self.blocks[name]
-        if block.kind == "head":  # of the labelled tokens alone
+        if block.kind in ("head", "tied"):  # of the labelled tokens alone
             pass
-        elif x.dim() == 2 and len(x) == rows * tokens:
-            # Flattened before the linear (OPT, shared experts): the order of the tokens is the batch's.
-            x, grad_output = x.reshape(rows, tokens, -1), grad_output.reshape(rows, tokens, -1)
-        elif x.dim() > 3 and len(x) == rows:
-            # Heads or parts of a token between rows and features (latent attention).
-            x, grad_output = x.flatten(1, -2), grad_output.flatten(1, -2)
+        elif x.dim() > 1 and len(x) == rows * tokens or x.dim() > 3 and len(x) == rows:
+            # Flattened before the linear (OPT, shared experts): the order of the tokens is the batch's. Heads, parts
+            # of a token or its experts may stand between rows and features.
+            x, grad_output = (part.reshape(rows, -1, part.shape[-1]) for part in (x, grad_output))
         elif tuple(x.shape[:-1]) != self._batch_shape:
             raise ValueError(
                 f"`{name}` received an input of shape {tuple(x.shape)} where [batch, tokens, features] = "
@@ -176,7 +187,9 @@ class GradientRecorder:
         grad_output = self._unscale(grad_output)
         if block.tensor.dim() == 1:  # a bias, or what is multiplied into its gradient already
             x = x.new_ones(1).expand(*x.shape[:-1], 1)
-        if block.kind == "head":
+        if block.kind == "tied":
+            self._head_parts.append((x, grad_output))
+        elif block.kind == "head":
             found = self._head_rows[name].add(x, grad_output, self.accumulation_dtype)
             self._hand_over(name, (Gradients(values[None], None, row) for row, values in found))
         else:
@@ -200,9 +213,14 @@ class GradientRecorder:
             chosen = module.token_indices[block.parameter.rpartition(".")[2]]
             yield Gradients(grad_output, mark_tokens(ids, chosen, base.padding_idx, dtype))
         elif isinstance(module, nn.Embedding):
+            grad_output = grad_output * getattr(base, "embed_scale", 1.0)
             found = iterate_embedding_rows(ids, grad_output, base.padding_idx, dtype)
+            heads = self._iterate_head_parts() if block.kind == "tied" else None
             for row, (tokens, values) in enumerate(found):
-                yield Gradients(values[None], None, row, tokens)
+                if heads is None:
+                    yield Gradients(values[None], None, row, tokens)
+                else:
+                    yield Gradients(next(heads).index_add_(0, tokens, values)[None], None, row)
         else:
             assert isinstance(module, LoraEmbedding)
             field, _, adapter = block.parameter.rpartition(".")
@@ -215,6 +233,12 @@ class GradientRecorder:
             for row, (tokens, values) in enumerate(found):
                 # A column for every token; as thin as A is, a row of the batch has it whole.
                 yield Gradients(values.new_zeros(a.shape).index_add_(1, tokens, values.T)[None], None, row)
+
+    def _iterate_head_parts(self) -> Iterator[Tensor]:
+        """Gradients of the rows of a tied matrix as the head, which the backward has come through before."""
+        rows = HeadRows(self._ends)
+        for x, grad_output in self._head_parts:
+            yield from (values for _, values in rows.add(x, grad_output, self.accumulation_dtype))
 
     def _unscale(self, grad_output: Tensor) -> Tensor:
         if self.loss_scale == 1.0:
@@ -259,11 +283,9 @@ class GradientRecorder:
             ScaleTooLargeError: if a gradient has left float16; the same call again has a smaller scale.
             ValueError: if a block took no part in the backward or took part more than once.
         """
-        self._head_rows = {
-            name: HeadRows(np.cumsum(batch.num_loss_tokens.cpu().numpy()).tolist())
-            for name, block in self.blocks.items()
-            if block.kind == "head"
-        }
+        self._ends = np.cumsum(batch.num_loss_tokens.cpu().numpy()).tolist()
+        self._head_rows = {name: HeadRows(self._ends) for name, block in self.blocks.items() if block.kind == "head"}
+        self._head_parts: list[tuple[Tensor, Tensor]] = []
         batch = batch.to(self.device)
         self._batch_shape = (batch.input_ids.shape[0], batch.input_ids.shape[1])
         self._reducer = reducer

@@ -133,7 +133,7 @@ def has_plain_head(model: nn.Module, autocast: torch.dtype | None) -> bool:
 
 
 def find_max_loss_tokens(model: nn.Module, autocast: torch.dtype | None = None, whole: bool = False) -> int | None:
-    """Labelled tokens that a batch may have: any number with a plain head, unless `whole` logits are needed."""
+    """Labelled tokens that a batch may have: any number with a plain head, unless logits are needed `whole`."""
     if not whole and has_plain_head(model, autocast):
         return None
     vocab_size = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]

@@ -151,6 +151,13 @@ class Passes:
         """Whether weights are sharded over the processes: each forward then needs all of them."""
         return is_sharded(self.model)
 
+    @property
+    def max_loss_tokens(self) -> int | None:
+        """Labelled tokens that a batch may have."""
+        # The gradients of a tied matrix are whole when the backward has come to the embedding; the logits wait for it.
+        tied = any(block.kind == "tied" for block in self.blocks.values())
+        return find_max_loss_tokens(self.model, self.autocast, whole=tied)
+
     def start_round(self, has_batch: bool) -> bool:
         """Whether any process has a batch to run, once all have asked; where weights are sharded they run together."""
         if not self.is_sharded or self.world_size == 1:
@@ -186,8 +193,7 @@ def run_batches(passes: Passes, token_rows: TokenRows, step: Callable[[TokenBatc
         RuntimeError: if one row alone does not fit in memory, with activation checkpointing (it is named with its
             length), or if memory runs out where base weights are sharded.
     """
-    max_loss_tokens = find_max_loss_tokens(passes.model, passes.autocast)
-    pending = plan_batches(token_rows, passes.tokens_per_batch, max_loss_tokens)[::-1]
+    pending = plan_batches(token_rows, passes.tokens_per_batch, passes.max_loss_tokens)[::-1]
     while pending:
         indices = pending.pop()
         batch = collate(token_rows, indices)

@@ -1,6 +1,7 @@
 """Forwards of modules whose backward hands over what the gradients of their parameters are made of."""
 
 from collections.abc import Callable
+from copy import copy
 from functools import cache
 from typing import Any
 
@@ -62,6 +63,11 @@ class _RecordedOutput(torch.autograd.Function):
         return grad_output, None, None, None
 
 
+def record_output(output: Tensor, seen: Tensor, record: Record) -> Tensor:
+    """The output of a module; the backward hands what was `seen` and the output's gradient to `record`."""
+    return _RecordedOutput.apply(output, seen.detach(), _find_anchor(output.device), record)
+
+
 def make_linear_forward(module: nn.Linear, kept: Tensor | None, record: Record) -> Forward:
     """Of a linear, with its input and output gradient recorded; by the `kept` weight, where it is not its own."""
 
@@ -77,8 +83,7 @@ def make_embedding_forward(module: nn.Module, record: Record) -> Forward:
     embed = module.forward
 
     def forward(ids: Tensor) -> Tensor:
-        output = embed(ids)
-        return _RecordedOutput.apply(output, ids, _find_anchor(output.device), record)
+        return record_output(embed(ids), ids, record)
 
     return forward
 
@@ -100,6 +105,41 @@ def make_dora_forward(module: DoraLinearLayer, dtype: torch.dtype, record: Recor
         output = base_result.detach() + result.detach()
         if base_layer.bias is not None:  # which DoRA does not scale
             output = output - base_layer.bias.detach()
-        return _RecordedOutput.apply(result, output / magnitude.detach(), _find_anchor(x.device), multiply)
+        return record_output(result, output / magnitude.detach(), multiply)
 
     return forward
+
+
+def make_norm_forward(module: nn.Module, dtype: torch.dtype, records: dict[str, Record]) -> Forward:
+    """
+    Of a norm, `w * y + b` or `(1 + w) * y`, whose vectors have the gradients `sum_t g_t * y_t` and `sum_t g_t`.
+
+    `y` comes from the module itself, as the difference that a weight of one makes; so does what it adds to the weight.
+
+    Args:
+        module (`torch.nn.Module`):
+            The norm.
+        dtype (`torch.dtype`):
+            Dtype of the products.
+        records (`dict[str, Callable]`):
+            Who is told of the input and of these products, for the `"weight"` and the `"bias"`.
+    """
+    original = module.forward
+
+    def normalise(x: Tensor, weight: float) -> Tensor:
+        plain = copy(module)
+        values = {"weight": weight, "bias": 0.0}
+        plain.__dict__["_parameters"] = {
+            name: None if tensor is None else torch.full_like(tensor, values[name])
+            for name, tensor in module._parameters.items()
+        }
+        return type(module).forward(plain, x)
+
+    def record(x: Tensor, grad_output: Tensor) -> None:
+        if "weight" in records:
+            y = normalise(x, 1.0).to(dtype) - normalise(x, 0.0).to(dtype)
+            records["weight"](y, grad_output.to(dtype) * y)
+        if "bias" in records:
+            records["bias"](x, grad_output)
+
+    return lambda x: record_output(original(x), x, record)

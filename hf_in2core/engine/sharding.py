@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -58,7 +57,7 @@ def scatter_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
-def gather_adapter(model: PeftModel) -> dict[str, Tensor] | None:
+def gather_adapter(model: Any) -> dict[str, Tensor] | None:
     """The active adapter's tensors, whole and on the CPU, by the model's names; `None` where it is not sharded."""
     if not is_sharded(model):
         return None
@@ -67,7 +66,7 @@ def gather_adapter(model: PeftModel) -> dict[str, Tensor] | None:
     return {name: gather(tensor.detach()).cpu() for name, tensor in model.named_parameters() if part in name}
 
 
-def save_adapter(model: PeftModel, folder: str | os.PathLike) -> None:
+def save_adapter(model: Any, folder: str | os.PathLike) -> None:
     """Write the active adapter; called on every process, the main one writes."""
     state = gather_adapter(model)
     if PartialState().is_main_process:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from .batches import read_token_rows
 from .blocks import adapter_tensors
+from .experts import list_wrappers
 from .sharding import gather, reshard
 
 
@@ -64,7 +66,7 @@ def hash_base_weights(model: nn.Module, adapter_names: set[int]) -> str:
         `str`: independent of the names that PEFT gives to wrapped modules.
     """
     digest = hashlib.sha256()
-    for tensor in model.parameters():
+    for tensor in _iterate_weights(model):
         if id(tensor) in adapter_names:
             continue
         # Whole, one at a time, where it is sharded over processes: all of them get the hash of the whole model.
@@ -77,15 +79,30 @@ def hash_base_weights(model: nn.Module, adapter_names: set[int]) -> str:
     return digest.hexdigest()
 
 
-def hash_adapter(model: PeftModel) -> str:
-    """Hash of every tensor of the active adapter."""
+def _iterate_weights(model: nn.Module) -> Iterator[Tensor]:
+    """As `model.parameters()`; but PEFT moves the parameters of experts under LoRA in every forward."""
+    moved, seen = list_wrappers(model), set()
+    for module in model.modules():
+        own = list(module.named_parameters(recurse=False))
+        for _, tensor in sorted(own) if module in moved else own:
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor
+
+
+def hash_adapter(model: nn.Module) -> str:
+    """Hash of every tensor of the active adapter; of the model's own weights where they are trained themselves."""
     reshard(model)
+    if not isinstance(model, PeftModel):
+        return hash_base_weights(model, set())
     return hash_tensors({name: gather(tensor) for name, tensor in adapter_tensors(model).items()})
 
 
-def hash_base(model: PeftModel) -> str:
-    """Hash of the frozen weights under the adapter, without any other adapter that the model has loaded."""
+def hash_base(model: nn.Module) -> str:
+    """Hash of the model's weights without any adapter that it has loaded."""
     reshard(model)
+    if not isinstance(model, PeftModel):
+        return hash_base_weights(model, set())
     adapters = (adapter_tensors(model, name) for name in model.peft_config)
     return hash_base_weights(model, {id(tensor) for tensors in adapters for tensor in tensors.values()})
 

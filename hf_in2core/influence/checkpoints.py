@@ -67,9 +67,14 @@ def read_checkpoints(checkpoints: Sequence[str | PathLike], model: PeftModel) ->
         `list[Checkpoint]`: by step, or in the given order where no step is known.
 
     Raises:
-        ValueError: if there is none, one is given twice, is no adapter's folder, or holds another adapter than the
-            model's; or if some are a trainer's checkpoints and others are not.
+        ValueError: if the model has no adapter; if there is no checkpoint, one is given twice, is no adapter's folder,
+            or holds another adapter than the model's; or if some are a trainer's checkpoints and others are not.
     """
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            "`checkpoints` are read of an adapter, and this reference has none: its own weights were trained. Train "
+            "LoRA (`peft_config=LoraConfig()`), or leave them out."
+        )
     if isinstance(checkpoints, (str, PathLike)) or not checkpoints:
         raise ValueError(
             f"checkpoints={checkpoints!r} is no list of folders. Give for example "

@@ -9,13 +9,23 @@ from typing import Any
 
 from accelerate import DeepSpeedPlugin, DistributedType, PartialState
 from datasets import Dataset
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
-from hf_in2core.engine.blocks import VOCABULARY_KINDS, Blocks, check_not_offloaded, count_elements, find_blocks
+from hf_in2core.engine.blocks import (
+    VOCABULARY_KINDS,
+    Blocks,
+    check_not_offloaded,
+    count_elements,
+    find_blocks,
+    select_blocks,
+)
+from hf_in2core.engine.budget import read_free_memory
+from hf_in2core.engine.fit_sums import FIT_BYTES, GRADIENT_BYTES, SAMPLED_FIT_BYTES
 from hf_in2core.engine.forwards import find_checkpointable_layers
 from hf_in2core.engine.passes import Passes
+from hf_in2core.engine.sample import is_sampled
 from hf_in2core.engine.sharding import is_sharded, is_sharding_launch
 from hf_in2core.names import POOL, RESERVED_SET_NAMES, VALIDATION, describe_set
 from hf_in2core.rows.checks import CheckedRows, check_rows, refuse_bad_rows
@@ -49,11 +59,13 @@ FSDP_SETTINGS = {
 }
 
 
-def check_settings(args: InfluenceConfig, kwargs: dict[str, Any]) -> None:
-    """Refuse, by name, what would make influence another thing than that of the SFT loss."""
+def check_settings(args: InfluenceConfig, kwargs: dict[str, Any], model: str | PreTrainedModel | PeftModel) -> None:
+    """Refuse, by name, what makes influence another thing than that of the SFT loss, and offloaded weights."""
     if not isinstance(args, InfluenceConfig):
         raise TypeError(f"`args` is a {type(args).__name__}. Pass an `InfluenceConfig`, which extends `SFTConfig`.")
     check_launcher()
+    if not isinstance(model, str):
+        check_not_offloaded(model)
     refused = {
         # In TRL 1.14 `chunked_nll` is the default, and in each TRL the same loss, computed in less memory.
         "loss_type": args.loss_type not in ("nll", "chunked_nll")
@@ -133,17 +145,6 @@ def _is_set(variable: str) -> bool:
 def _as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:
     """TRL has parsed command-line strings into dicts when it built the configuration."""
     return value if isinstance(value, dict) else {}
-
-
-def check_adapter_given(model: str | PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> None:
-    """Refuse a model without an adapter and without the configuration of one, or with weights that are elsewhere."""
-    if not isinstance(model, str):
-        check_not_offloaded(model)
-    if peft_config is None and not isinstance(model, PeftModel):
-        raise ValueError(
-            "There is no adapter: influence is taken through one (full fine-tuning is not supported). Pass "
-            "`peft_config=LoraConfig(...)`, or a `PeftModel` whose adapter is trained."
-        )
 
 
 def check_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
@@ -229,8 +230,16 @@ def warn_of_overlap(pool: CheckedRows, validation: Iterable[CheckedRows]) -> Non
             )
 
 
-def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool) -> None:
-    """Refuse a model that the settings or the accelerator do not fit, or with tensors that cannot be accounted for."""
+def check_model(
+    model: PreTrainedModel | PeftModel, args: InfluenceConfig, aux_loss_enabled: bool, num_rows: int, num_sets: int
+) -> None:
+    """
+    Refuse a model that settings, accelerator or memory do not fit, or with tensors that cannot be accounted for.
+
+    Args:
+        num_rows, num_sets (`int`):
+            Rows of the pool, and validation sets.
+    """
     kind = PartialState().distributed_type
     sharded = kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     if sharded and not is_sharding_launch():
@@ -238,35 +247,37 @@ def check_model(model: PeftModel, args: InfluenceConfig, aux_loss_enabled: bool)
             f"The accelerator shards the model ({kind.value}) and the launcher does not say so, so that influence "
             "cannot be taken. Launch with --accelerate_config fsdp."
         )
-    if not isinstance(model, PeftModel):
-        raise ValueError("The model has no PEFT adapter. Pass `peft_config=LoraConfig(...)`.")
-    if len(model.active_adapters) > 1:
+    if isinstance(model, PeftModel) and len(model.active_adapters) > 1:
         raise ValueError(
             f"The adapters {', '.join(model.active_adapters)} are active together, but influence is taken through "
             "one. Choose it with `model.set_adapter(name)`, or merge them into one with `model.add_weighted_adapter`."
         )
-    _check_special_blocks(find_blocks(model, model.active_adapter), model, args)
+    blocks = find_blocks(model)
+    _check_special_blocks(blocks, model, args)
+    num_layers = model.config.get_text_config().num_hidden_layers
+    _check_memory(select_blocks(blocks, args.influence_layers, num_layers), args, num_rows, num_sets)  # type: ignore[arg-type]
     check_not_offloaded(model)
     if aux_loss_enabled:
         raise ValueError(
             "The model adds a load-balancing loss to the SFT loss, which influence leaves out. Set "
             "`router_aux_loss_coef=0.0`."
         )
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     if args.influence_activation_checkpointing and not find_checkpointable_layers(model):
         raise ValueError(
-            f"`influence_activation_checkpointing=True`, but {type(model.get_base_model()).__name__} has no layer "
+            f"`influence_activation_checkpointing=True`, but {type(base).__name__} has no layer "
             "that Transformers can checkpoint. Leave it out, and lower `tokens_per_batch` instead."
         )
 
 
-def _check_special_blocks(blocks: Blocks, model: PeftModel, args: InfluenceConfig) -> None:
+def _check_special_blocks(blocks: Blocks, model: PreTrainedModel | PeftModel, args: InfluenceConfig) -> None:
     """Refuse sharded weights and a gradient store for the blocks that do not go with them."""
     unshardable = next((name for name, block in blocks.items() if block.kind != "linear"), None)
     if unshardable is not None and (is_sharding_launch() or is_sharded(model)):
         raise ValueError(
-            f"`{unshardable}` is trained and the model is sharded (FSDP): the gradients of a head, an embedding or "
-            "DoRA's magnitudes need weights that are whole. Launch with --accelerate_config multi_gpu, or train "
-            "linear layers alone, without `use_dora`."
+            f"`{unshardable}` is trained and the model is sharded (FSDP): the gradients of a head, an embedding, "
+            "norms, experts or DoRA's magnitudes need weights that are whole. Launch with --accelerate_config "
+            "multi_gpu, or train linear layers alone by LoRA, without `use_dora` and `target_parameters`."
         )
     name = next((name for name, block in blocks.items() if block.kind in VOCABULARY_KINDS), None)
     if name is not None and args.gradient_store_gb > 0 and args.influence_layers is None:
@@ -274,6 +285,22 @@ def _check_special_blocks(blocks: Blocks, model: PeftModel, args: InfluenceConfi
             f"`gradient_store_gb={args.gradient_store_gb}` would keep a copy of `{name}` "
             f"({blocks[name].tensor.numel():,} elements) for every row. Set `gradient_store_gb=0`, or leave it "
             "frozen."
+        )
+
+
+def _check_memory(blocks: Blocks, args: InfluenceConfig, num_rows: int, num_sets: int) -> None:
+    """Refuse to fit more trained elements than the device has memory for."""
+    elements, device = count_elements(blocks), next(iter(blocks.values())).tensor.device
+    bytes_each = GRADIENT_BYTES
+    if args.estimator == "datainf":
+        sampled = args.fit_examples == "auto" and is_sampled(num_rows, args.gradient_store_gb > 0)
+        bytes_each = SAMPLED_FIT_BYTES if sampled else FIT_BYTES
+    needed, free = num_sets * elements * bytes_each, read_free_memory(device)
+    if needed > free:
+        raise ValueError(
+            f"{elements:,} trained elements need {needed / 1e9:.1f} GB for the sums of a fit ({num_sets} validation "
+            f"set(s)), and {device} has {free / 1e9:.1f} GB free. Train LoRA (`peft_config=LoraConfig()`), count "
+            'fewer layers (`influence_layers="last:2"`), or give fewer validation sets.'
         )
 
 
@@ -359,8 +386,8 @@ def check_zero_blocks(damping: dict[str, float], blocks: Blocks, warn: bool) -> 
     zero = [name for name, value in damping.items() if value == 0.0]
     if zero and len(zero) == len(blocks):
         raise ValueError(
-            "Every per-example gradient of the adapter is zero, so no row has any influence. Check that the "
-            "adapter is active and that the rows carry loss."
+            "Every per-example gradient is zero, so no row has any influence. Check that the adapter is active and "
+            "that the rows carry loss."
         )
     if zero and warn:
         untrained = all(not bool(block.tensor.any()) for name, block in blocks.items() if "lora_B" in name)

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from hf_in2core import __version__
 from hf_in2core.engine import (
     batches,
     blocks,
     datainf,
+    experts,
     fit,
     fit_sums,
     forwards,
@@ -38,8 +40,8 @@ from .config import InfluenceConfig
 
 # A change in any of these may change a score, so their source is part of a run's fingerprint.
 ENGINE = (
-    *(batches, blocks, datainf, fit, fit_sums, forwards, gradients, losses, passes, recorded, reductions, sample),
-    *(scoring, store, validation, vocabulary),
+    *(batches, blocks, datainf, experts, fit, fit_sums, forwards, gradients, losses, passes, recorded, reductions),
+    *(sample, scoring, store, validation, vocabulary),
 )
 LIBRARIES = ["torch", "transformers", "trl", "peft", "datasets", "accelerate"]
 
@@ -60,7 +62,7 @@ def find_fit_examples(args: InfluenceConfig, num_rows: int, store_dtype: torch.d
 
 
 def identify_run(
-    model: PeftModel,
+    model: PreTrainedModel | PeftModel,
     blocks: Blocks,
     args: InfluenceConfig,
     data: dict[str, Any],

@@ -15,7 +15,6 @@ from hf_in2core.engine.curvature import CURVATURE_ROWS, MIN_CURVATURE_ROWS
 from hf_in2core.engine.fit import count_pilot_rows
 from hf_in2core.engine.fit_sums import FIT_BYTES, SAMPLED_FIT_BYTES
 from hf_in2core.engine.gradients import GradientRecorder, accumulation_dtype
-from hf_in2core.engine.losses import find_max_loss_tokens
 from hf_in2core.engine.passes import Passes, finish_together, make_zeros, run_batches
 from hf_in2core.engine.reductions import FitDirections, compute_dots, compute_fit_terms, compute_gradient_sum
 from hf_in2core.engine.sample import count_held_rows, is_sampled, list_sample_sizes
@@ -299,7 +298,6 @@ class _Shape:
     def measure(cls, passes: Passes, rows: Dataset) -> "_Shape":
         """Read the lengths of all rows, and plan the shard's batches as the passes do."""
         start, end = passes.shard(rows)
-        max_loss_tokens = find_max_loss_tokens(passes.model, passes.autocast)
         tokens = loss_tokens = padded = 0
         counts = np.zeros(64, dtype=np.int64)
         for first in range(0, len(rows), 10_000):
@@ -310,7 +308,7 @@ class _Shape:
         batches: list[np.ndarray] = []
         for first in range(start, end, passes.chunk_size):
             token_rows = read_token_rows(rows, first, min(first + passes.chunk_size, end))
-            for indices in plan_batches(token_rows, passes.tokens_per_batch, max_loss_tokens):
+            for indices in plan_batches(token_rows, passes.tokens_per_batch, passes.max_loss_tokens):
                 padded += len(indices) * int(token_rows.lengths[indices].max())
                 batches.append(first + indices)
         powers = np.flatnonzero(counts).tolist()

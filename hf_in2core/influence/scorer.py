@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_in2core.engine.batches import GPU_TOKENS, read_token_rows
-from hf_in2core.engine.blocks import Blocks, check_not_offloaded, find_blocks, trainable_adapter
+from hf_in2core.engine.blocks import Blocks, find_adapter_name, find_blocks, trainable_adapter
 from hf_in2core.engine.budget import choose_tokens_per_batch
 from hf_in2core.engine.gradients import GradientRecorder
 from hf_in2core.engine.passes import Passes
@@ -26,13 +26,13 @@ from hf_in2core.rows.checks import warn_of_unscored
 from hf_in2core.rows.columns import check_sources, list_read_columns
 from hf_in2core.rows.preparation import Preparation, prepare_batch
 
-from .base_model import load_base_model
+from .base_model import load_reference
 from .scorer_files import (
-    ADAPTER_FILE,
     ADAPTER_FOLDER,
     AUTOCAST_DTYPES,
     CONFIG_FILE,
     DIRECTIONS_FILE,
+    MODEL_FOLDER,
     TOKENIZER_FOLDER,
     ScorerConfig,
     check_directions,
@@ -69,8 +69,8 @@ class InfluenceScorer:
     ```
 
     Args:
-        model ([`~peft.PeftModel`]):
-            Reference model with its trained adapter.
+        model ([`~peft.PeftModel`] or [`~transformers.PreTrainedModel`]):
+            Reference model with its trained adapter, or trained itself.
         preparation ([`Preparation`]):
             How raw rows become tokens.
         directions (`dict[str, torch.Tensor]`):
@@ -80,7 +80,11 @@ class InfluenceScorer:
     """
 
     def __init__(
-        self, model: PeftModel, preparation: Preparation, directions: dict[str, Tensor], config: ScorerConfig
+        self,
+        model: PreTrainedModel | PeftModel,
+        preparation: Preparation,
+        directions: dict[str, Tensor],
+        config: ScorerConfig,
     ) -> None:
         self.model, self.preparation = model, preparation
         self.directions, self.config = directions, config
@@ -120,7 +124,7 @@ class InfluenceScorer:
     def blocks(self) -> Blocks:
         """The blocks that count, bound to the model."""
         with trainable_adapter(self.model, set(self.directions)):
-            found = find_blocks(self.model, self.model.active_adapter)
+            found = find_blocks(self.model)
         return {name: found[name] for name in self.directions}
 
     def make_passes(self) -> Passes:
@@ -232,22 +236,26 @@ class InfluenceScorer:
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """
-        Write the scorer's folder: adapter, directions, tokenizer with its template, and every setting.
+        Write the scorer's folder: adapter, or the model that has none, directions, tokenizer with its template, and
+        every setting.
 
         Args:
             folder (`str` or `os.PathLike`):
                 Where to write; made if it does not exist.
         """
         (path := Path(folder)).mkdir(parents=True, exist_ok=True)
-        if not self.config.base_model:
+        name = find_adapter_name(self.model)
+        if name is not None and not self.config.base_model:
             logger.warning(
                 "The base model was built in memory and has no id, so the scorer is saved without one. Loading it "
                 "needs `InfluenceScorer.from_pretrained(folder, model=..., processing_class=...)`."
             )
-        name = self.model.active_adapter
-        self.model.save_pretrained(str(path / ADAPTER_FOLDER), selected_adapters=[name], state_dict=self._adapter)
+        if name is None:
+            self.model.save_pretrained(str(path / MODEL_FOLDER))
+        else:
+            self.model.save_pretrained(str(path / ADAPTER_FOLDER), selected_adapters=[name], state_dict=self._adapter)
         self.preparation.processing_class.save_pretrained(path / TOKENIZER_FOLDER)
-        tidy_saved_files(path, name)
+        tidy_saved_files(path, name or "")
         # One key only: several are written in no fixed order, and the same scorer would be other bytes.
         write_tensors(path / DIRECTIONS_FILE, self.directions, {"fingerprint": self.fingerprint})
         # Unsorted: the order of the validation sets is that of the directions.
@@ -276,7 +284,8 @@ class InfluenceScorer:
                 Branch, tag or commit on the Hub. Name a commit where it matters: without a connection, a branch is
                 answered from the cache.
             model ([`~transformers.PreTrainedModel`], *optional*):
-                Base model without adapter; loaded from its id by default. The adapter is put into it.
+                Base model without adapter; loaded from its id by default. The adapter is put into it. Of a scorer
+                without one, the trained model; the saved one by default.
             processing_class (`transformers.PreTrainedTokenizerBase`, *optional*):
                 Tokenizer; the saved one by default.
             token (`str`, *optional*):
@@ -301,33 +310,15 @@ class InfluenceScorer:
         path = path / subfolder
         config = read_scorer_config(path)
         directions, fingerprint = read_directions(path / DIRECTIONS_FILE, config)
-        if not (path / ADAPTER_FILE).is_file():
-            raise FileNotFoundError(
-                f"{path / ADAPTER_FILE} is missing; an adapter in any other form than safetensors is not read. "
-                "Download the scorer again, or save it with `save_pretrained`."
-            )
-        if isinstance(model, PeftModel):
-            raise ValueError(
-                "`model` already carries an adapter; the scorer brings its own. Pass the base model without one "
-                "(`peft_model.unload()`)."
-            )
-        base = load_base_model(config, str(name_or_path)) if model is None else model
-        check_not_offloaded(base)
+        reference = load_reference(path, config, str(name_or_path), model)
         tokenizer = processing_class or AutoTokenizer.from_pretrained(path / TOKENIZER_FOLDER, trust_remote_code=False)
-        try:
-            peft_model = PeftModel.from_pretrained(base, str(path / ADAPTER_FOLDER))
-        except Exception as error:  # PEFT raises many types: unknown settings, missing modules, other shapes
-            raise ValueError(
-                f"The adapter in {path / ADAPTER_FOLDER} does not fit the base model ({error}). Load the base model "
-                f"that the scorer was fitted with ({config.base_model or 'in memory'})."
-            ) from error
         preparation = Preparation(processing_class=tokenizer, **config.preparation)
-        with trainable_adapter(peft_model, set(directions)):
-            blocks = find_blocks(peft_model, peft_model.active_adapter)
+        with trainable_adapter(reference, set(directions)):
+            blocks = find_blocks(reference)
         check_directions(directions, blocks)
-        check_identity(peft_model, preparation, config, str(name_or_path))
+        check_identity(reference, preparation, config, str(name_or_path))
         device = next(iter(blocks.values())).tensor.device
-        scorer = cls(peft_model, preparation, {name: u.to(device) for name, u in directions.items()}, config)
+        scorer = cls(reference, preparation, {name: u.to(device) for name, u in directions.items()}, config)
         if scorer.fingerprint != fingerprint:
             raise ValueError(
                 f"{CONFIG_FILE} and {DIRECTIONS_FILE} in {name_or_path} are not of the same scorer: one of them was "

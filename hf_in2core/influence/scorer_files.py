@@ -11,6 +11,7 @@ from huggingface_hub.utils import HFValidationError, LocalEntryNotFoundError, Re
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_in2core import __version__
 from hf_in2core.engine.blocks import Blocks
@@ -30,10 +31,13 @@ CONFIG_FILE = "config.json"
 DIRECTIONS_FILE = "scorer.safetensors"
 ADAPTER_FOLDER = "adapter"
 TOKENIZER_FOLDER = "tokenizer"
+# In place of an adapter, where the model's own weights were trained.
+MODEL_FOLDER = "model"
 # The only file of weights that an adapter is read from: PEFT would otherwise fall back to a pickle.
 ADAPTER_FILE = f"{ADAPTER_FOLDER}/adapter_model.safetensors"
 # All that is downloaded of a repository, whatever else it holds.
 SCORER_PATTERNS = [CONFIG_FILE, DIRECTIONS_FILE, ADAPTER_FILE, f"{ADAPTER_FOLDER}/*.json", f"{TOKENIZER_FOLDER}/*"]
+SCORER_PATTERNS += [f"{MODEL_FOLDER}/*.json", f"{MODEL_FOLDER}/*.safetensors"]
 # What a fit was found to be worth; version 0.1 wrote none of it.
 MEASURED = ("fit_agreement", "exact_agreement", "validation_agreement")
 _BASE_DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -248,7 +252,9 @@ def check_directions(directions: dict[str, Tensor], blocks: Blocks) -> None:
             )
 
 
-def check_identity(model: PeftModel, preparation: Preparation, config: ScorerConfig, name: str) -> None:
+def check_identity(
+    model: PreTrainedModel | PeftModel, preparation: Preparation, config: ScorerConfig, name: str
+) -> None:
     """
     Check that what was loaded for a scorer is what it was fitted with.
 
@@ -274,18 +280,19 @@ def tidy_saved_files(path: Path, adapter_name: str) -> None:
     """Make what PEFT and Transformers have saved the same bytes in every process, and the same files for any name."""
     # PEFT saves an adapter that is not called `default` in a folder of its name.
     own_folder = path / ADAPTER_FOLDER / adapter_name
-    if (own_folder / "adapter_config.json").is_file():
+    if adapter_name and (own_folder / "adapter_config.json").is_file():
         for saved in own_folder.iterdir():
             saved.replace(path / ADAPTER_FOLDER / saved.name)
         own_folder.rmdir()
     # PEFT's own card says nothing of this scorer, and names local folders.
     (path / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)
     file = path / ADAPTER_FOLDER / "adapter_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    for name in ("target_modules", "modules_to_save", "exclude_modules"):
-        if isinstance(config.get(name), list):
-            config[name] = sorted(config[name])  # PEFT keeps sets, whose order differs between processes
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if file.is_file():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        for name in ("target_modules", "target_parameters", "modules_to_save", "exclude_modules"):
+            if isinstance(config.get(name), list):
+                config[name] = sorted(config[name])  # PEFT keeps sets, whose order differs between processes
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     file = path / TOKENIZER_FOLDER / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     for name in ("is_local", "local_files_only"):
@@ -318,7 +325,7 @@ def download_scorer(repo_id: str, revision: str | None, token: str | None, repo_
 
 
 def describe_fit(
-    model: PeftModel,
+    model: PreTrainedModel | PeftModel,
     args: InfluenceConfig,
     preparation: Preparation,
     validation_sets: dict[str, int],

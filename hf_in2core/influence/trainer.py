@@ -35,7 +35,6 @@ from hf_in2core.rows.trainer_data import check_first_rows, count_loss_tokens, ta
 
 from .checkpoints import average_readings, compute_checkpoint_weights, kept_adapter, read_checkpoints
 from .checks import (
-    check_adapter_given,
     check_added_columns,
     check_datasets,
     check_model,
@@ -85,8 +84,8 @@ class InfluenceTrainer(SFTTrainer):
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Reference model. A [`~peft.PeftModel`] whose adapter is trained already (load it with
-            `is_trainable=True`) needs no `.train()`.
+            Reference model. One that is trained already needs no `.train()`: a [`~peft.PeftModel`] loaded with
+            `is_trainable=True`, or a model whose own weights were trained.
         args ([`InfluenceConfig`], *optional*):
             Configuration; the default one if `None`.
         train_dataset ([`~datasets.Dataset`]):
@@ -96,19 +95,20 @@ class InfluenceTrainer(SFTTrainer):
         processing_class (`transformers.PreTrainedTokenizerBase`, *optional*):
             Tokenizer; the model's own by default.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Adapter to train. Required unless `model` is a [`~peft.PeftModel`].
+            Adapter to train. Where neither it nor the model brings one, the model's own weights are trained: all, or
+            those that are left with `requires_grad`, up to about a billion of them.
         kwargs:
             Any other argument of [`~trl.SFTTrainer`] that does not change the loss.
 
     Raises:
-        ValueError: before any long work, if the data is empty or fits no format, if there is no trainable adapter, or
+        ValueError: before any long work, if the data is empty or fits no format, if nothing can be trained, or
             if a setting would make the influence another thing than that of the SFT loss (the message names it).
     """
 
     _tag_names = ["trl", "sft", "in2core"]
 
     args: InfluenceConfig
-    model: PeftModel  # type: ignore[assignment]
+    model: PreTrainedModel | PeftModel  # type: ignore[assignment]
     _fingerprint: str = ""
     top_rows: Dataset | None = None
 
@@ -124,9 +124,8 @@ class InfluenceTrainer(SFTTrainer):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = InfluenceConfig(f"{name.split('/')[-1]}-influence")
-        check_settings(args, kwargs)
+        check_settings(args, kwargs, model)
         validation = check_datasets(train_dataset, eval_dataset, args.columns)
-        check_adapter_given(model, kwargs.get("peft_config"))
         processing_class = check_tokenizer(processing_class or load_tokenizer(model, args))
         self.pool = cast(Dataset, train_dataset)
         with stand_in_template(processing_class, args.chat_template_path):
@@ -143,7 +142,7 @@ class InfluenceTrainer(SFTTrainer):
             **kwargs,
         )
         # Fails here, before any training, if a tensor cannot be accounted for.
-        check_model(self.model, args, self.aux_loss_enabled)
+        check_model(self.model, args, self.aux_loss_enabled, len(self.pool), len(validation))
         shard_model(self.model)
         # TRL's own decisions, made while its constructor prepared the data.
         preparation.processing_class = self.processing_class  # type: ignore[assignment]
@@ -180,7 +179,7 @@ class InfluenceTrainer(SFTTrainer):
     def blocks(self) -> Blocks:
         """The trainable tensors that count under `influence_layers`, by name."""
         num_layers = self.model.config.get_text_config().num_hidden_layers
-        found = find_blocks(self.model, self.model.active_adapter)
+        found = find_blocks(self.model)
         return select_blocks(found, self.args.influence_layers, num_layers)  # type: ignore[arg-type]
 
     @property

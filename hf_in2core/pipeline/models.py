@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from trl import ModelConfig, SFTConfig, get_peft_config
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from hf_in2core.engine.blocks import find_blocks, select_blocks
+from hf_in2core.engine.blocks import ATTENTION, find_blocks, select_blocks
 from hf_in2core.rows.places import describe_missing, named_place
 from hf_in2core.rows.template_date import pin_template, pin_tokenizer, prints_date
 
@@ -90,6 +90,14 @@ def build_bare(model_args: ModelConfig, training_args: SFTConfig, peft_config: P
                 f"`lora_target_modules={model_args.lora_target_modules}` names no module of {name}. Its linear ones "
                 f"are {', '.join(linear)}; `all-linear` takes all but the head."
             ) from error
+        except ValueError as error:
+            if "lora_dropout" not in str(error):
+                raise
+            raise ValueError(
+                f"`lora_dropout={model_args.lora_dropout}` cannot work on {name}: it is a mixture of experts, whose "
+                "routers and experts PEFT trains without dropout only. Set --lora_dropout 0, or leave them out with "
+                f"--lora_target_modules {' '.join(ATTENTION)}."
+            ) from error
 
 
 def check_model(model_args: ModelConfig, training_args: SFTConfig, for_influence: bool) -> int:
@@ -108,7 +116,7 @@ def check_model(model_args: ModelConfig, training_args: SFTConfig, for_influence
     assert peft_config is not None
     model = build_bare(model_args, training_args, peft_config)
     if for_influence:
-        blocks, layers = find_blocks(model, model.active_adapter), getattr(training_args, "influence_layers", None)
+        blocks, layers = find_blocks(model), getattr(training_args, "influence_layers", None)
         select_blocks(blocks, layers, model.config.get_text_config().num_hidden_layers)
     return sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
 

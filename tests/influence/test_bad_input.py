@@ -156,5 +156,5 @@ def test_constant_zero_gradients(tmp_path, pool, validation) -> None:
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.zero_()
-    with pytest.raises(ValueError, match="gradient of the adapter is zero"):
+    with pytest.raises(ValueError, match="per-example gradient is zero"):
         make_trainer(tmp_path, pool, validation, model=model).fit_influence()

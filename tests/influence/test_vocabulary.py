@@ -1,7 +1,6 @@
 """A trained output head or input embedding, whole or in part, against the naive oracle, and what is refused."""
 
 import random
-import re
 from typing import Any
 
 import numpy as np
@@ -30,12 +29,14 @@ from transformers import AutoModelForCausalLM
 from hf_in2core import InfluenceScorer, InfluenceTrainer
 
 
-# Untied, tied, logits that are scaled after the head, embeddings that are scaled after the module, a head with a bias.
+# Untied, tied, logits that are scaled after the head, embeddings that are scaled after the module or within, a head
+# with a bias.
 SETTINGS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"tie_word_embeddings": True},
     "cohere": {"logit_scale": 0.3, "tie_word_embeddings": True},
     "granite": {},
+    "gemma3_text": {},
     "phi": {},
 }
 # Of the input embedding alone: by LoRA, and the tokens that are named, one of which pads.
@@ -77,7 +78,10 @@ def compute_all(trainer: Any, rows: Dataset, validation: Dataset, **options: Any
 def test_families_equal_the_loop(tmp_path, validation, family, saved) -> None:
     rows = make_prompt_completion(9, seed=2)
     trainer = make_trainer(tmp_path, rows, validation, model=make_adapted(family, SAVED[saved]), tokens_per_batch=100)
-    assert_same(trainer.score_influence()["influence"], compute_datainf(*compute_all(trainer, rows, validation)), 1e-9)
+    # Gemma's norms and rotary embeddings are in float32, which rounds a batch otherwise than a row.
+    tolerance = 1e-6 if family == "gemma3_text" else 1e-9
+    expected = compute_datainf(*compute_all(trainer, rows, validation))
+    assert_same(trainer.score_influence()["influence"], expected, tolerance)
 
 
 @pytest.mark.usefixtures("exact_damping")
@@ -261,10 +265,3 @@ def test_tokens_of_a_tied_embedding_are_refused(tmp_path, pool, validation) -> N
     model = add_trained_adapter(make_model(), target_modules=["q_proj"], trainable_token_indices=[3])
     with pytest.raises(ValueError, match=r"token_adapter.*tied to the output head.*jinja"):
         make_trainer(tmp_path, pool, validation, model=model)
-
-
-def test_embeddings_that_scale_themselves_are_refused(tmp_path, pool, validation) -> None:
-    model = AutoModelForCausalLM.from_config(make_family("gemma3_text", **FAMILIES["gemma3_text"]))
-    adapted = add_trained_adapter(model, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
-    with pytest.raises(ValueError, match=re.escape("a tensor of Gemma3TextScaledWordEmbedding")):
-        make_trainer(tmp_path, pool, validation, model=adapted)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import yaml
 from datasets import Dataset, Features, load_from_disk
+from families import FAMILIES
+from families import make_config as make_family
 from helpers import CHAT_TEMPLATE, WORDS, make_model, make_tokenizer
 from recipe_runs import (
     NUM_POOL,
@@ -185,8 +187,12 @@ def test_conversations_without_a_chat_template(inputs: Inputs, tmp_path: Path) -
 
 def test_adapters_that_cannot_be_trained_or_scored(inputs: Inputs, tmp_path: Path) -> None:
     assert "nothing_of_the_kind" in refuse(inputs, tmp_path, lora_target_modules=["nothing_of_the_kind"])
-    assert "LlamaRMSNorm" in refuse(inputs, tmp_path, lora_modules_to_save=["norm"])
+    assert "lm_head" in refuse(inputs, tmp_path, lora_target_modules=["lm_head"])
     assert "there is no such file or folder" in refuse(inputs, tmp_path, reference_adapter=str(tmp_path / "none"))
+    AutoModelForCausalLM.from_config(make_family("mixtral", **FAMILIES["mixtral"])).save_pretrained(tmp_path / "moe")
+    make_tokenizer().save_pretrained(tmp_path / "moe")
+    message = refuse(inputs, tmp_path, model_name_or_path=str(tmp_path / "moe"), lora_dropout=0.05)
+    assert "`lora_dropout=0.05` cannot work" in message and "--lora_dropout 0" in message
 
 
 def test_a_fraction_that_keeps_no_row(inputs: Inputs, tmp_path: Path) -> None:
