@@ -157,7 +157,7 @@ def _read_score(scored: Dataset, strategy: str, column: str) -> DecidingScore:
         values = sign * read_scores(scored, column)
         ranks = rank_rows(values, np.flatnonzero(~np.isnan(values)))
         words = "".join(f" ({method.words})" for method in METHODS.values() if method[:2] == (column, strategy))
-        meaning = f"The {end} {column} is first in line, and influence chose nothing."
+        meaning = f"The {end} {column} is first in line; the influence on the mean chose nothing."
         name, how = f"{minus}{column}", f"by {column}{words}"
         return DecidingScore(values, ranks, influence, name=name, how=how, meaning=meaning)
     best, winners = np.full(len(influence), np.nan), np.zeros(len(influence), dtype=np.int64)
