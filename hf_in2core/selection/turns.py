@@ -119,6 +119,13 @@ class DecidingScore:
         before = np.where(np.isnan(self.values), np.nan, np.searchsorted(known, self.values))
         return 100 * before / max(len(known) - 1, 1)
 
+    @property
+    def histogram(self) -> tuple[str, np.ndarray]:
+        """What a histogram is of, and its values: of turns, which every row has its own of, it would be flat."""
+        known = np.sort(self.values[~np.isnan(self.values)])
+        is_turns = np.array_equal(known, np.arange(len(known)))
+        return (INFLUENCE, self.influence) if is_turns else (self.name, self.values)
+
     def describe(self, row: int, validation_sets: Mapping[str, int]) -> str:
         """Where a row stands in line, in words."""
         if np.isnan(self.values[row]):
