@@ -11,6 +11,7 @@ command resumes.
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -134,12 +135,18 @@ def read_commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def show_table(columns: list[str], rows: list[list[str]]) -> None:
+    """Print rows as Markdown, as documents have them."""
+    for cells in (columns, ["---"] * len(columns), *rows):
+        print(f"| {' | '.join(cells)} |")
+
+
 def show_ranked(found: dict[str, Any]) -> None:
-    print(f"\n{'':18}" + "".join(f"{name:>14}" for name in ("random", *METHODS)))
+    rows = []
     for name, pool in found.items():
         entries = [pool, *(pool["methods"].get(method) for method in METHODS)]
-        cells = ("" if entry is None else f"{entry[USEFUL]:.2f}/{entry[HARMFUL]:.2f}" for entry in entries)
-        print(f"{name:18}" + "".join(f"{cell:>14}" for cell in cells))
+        rows += [[f"`{name}`", *("" if one is None else f"{one[USEFUL]:.2f} / {one[HARMFUL]:.2f}" for one in entries)]]
+    show_table(["pool", "random rows", *(f"`{name}`" for name in METHODS)], rows)
 
 
 def draw_ranked(found: dict[str, Any], path: Path) -> None:
@@ -164,11 +171,15 @@ def draw_ranked(found: dict[str, Any], path: Path) -> None:
 
 
 def show_trained(found: dict[str, Any]) -> None:
+    arms = list(dict.fromkeys(arm for pool in found.values() for arm in pool["losses"]))
+    rows = []
     for name, pool in found.items():
-        by_loss = sorted(pool["means"].items(), key=lambda pair: pair[1])
-        shown = ", ".join(f"{arm} {mean:.3f}" for arm, mean in by_loss)
-        tournament = pool["tournament"]
-        print(f"{name}: auto {tournament['outcome']} ({tournament['winner']}); {shown}")
+        means = [f"{pool['means'][arm]:.3f}" if arm in pool["means"] else "" for arm in arms]
+        gain = pool["intervals"].get("cosine_minus_random") or {"mean": math.nan, "half_width": math.nan}
+        tournament, commits = pool["tournament"], ", ".join(dict.fromkeys(pool["commits"].values()))
+        took = f"{tournament['winner']} ({tournament['outcome']})"
+        rows += [[f"`{name}`", took, *means, f"{gain['mean']:+.3f}", f"{gain['half_width']:.3f}", commits]]
+    show_table(["pool", "`auto` took", *arms, "cosine less random", "half its interval", "commits"], rows)
 
 
 def main() -> None:
