@@ -1,15 +1,18 @@
 """Every selector on every pool: how it ranks the useful and the harmful rows, and which of them a run takes by itself.
 
     python benchmarks/pools/compare.py --rank [--pools unlike …] [--pool_seeds 0]
-    python benchmarks/pools/compare.py --train [--pools unlike …] [--pool_seeds 0 1] [--arms bm25 rds cosine]
+    python benchmarks/pools/compare.py --train [--pools unlike …] [--pool_seeds 0 1] [--arms full bm25 rds cosine]
 
 `--rank` scores each pool by every method and prints, of the rows chosen by it, the share of useful and harmful
-rows: `pools_ranked.json`. `--train` runs `in2core run --strategy auto` on it, with some methods as arms beside the
-choice: `pools_trained.json`. What the records say of other pools stays; the same command resumes.
+rows: `pools_ranked.json`. `--train` runs `in2core run --strategy auto` on it, with some arms beside the choice:
+`pools_trained.json`. What the records say of other pools stays, and of arms that were measured before; the same
+command resumes.
 """
 
 import argparse
 import json
+import math
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from benchmarks.pools.pool import HARMFUL, ROOT, USEFUL, write_pool
 from hf_in2core.commands import run as run_command
 from hf_in2core.commands import score as score_command
 from hf_in2core.commands import train_reference
+from hf_in2core.evaluation.intervals import compare_arms
 from hf_in2core.names import METHODS
 from hf_in2core.pipeline.run_folder import write_json
 from hf_in2core.pipeline.training import make_saving
@@ -91,53 +95,75 @@ def rank_pool(folder: Path) -> dict[str, Any]:
     return found
 
 
-def train_pool(folder: Path, arms: list[str], seeds: list[int], budget: float) -> dict[str, Any]:
-    """A run that chooses by itself, beside some methods; the test losses by arm and seed, and the tournament."""
+def train_pool(
+    folder: Path, arms: list[str], seeds: list[int], budget: float, before: dict[str, Any]
+) -> dict[str, Any]:
+    """
+    A run that chooses by itself, beside some arms; the test losses by arm and seed, and the tournament.
+
+    Other arms of the record `before` stay where random rows end at the same losses, to the last digit: on one machine
+    that is the same training. `commits` says of each arm at which it was measured.
+    """
     settings = yaml.safe_load((folder / "in2core.yaml").read_text(encoding="utf-8"))
-    settings |= {"strategy": "auto", "auto_budget": budget, "arms": ["full", "random", "coreset", *arms]}
+    settings |= {"strategy": "auto", "auto_budget": budget, "arms": ["random", "coreset", *arms]}
     settings |= {"seeds": seeds, "budgets": ["steps"], "output_dir": str(folder / "run")}
     call(run_command, folder, "auto", settings)
     results = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
     losses: dict[str, dict[str, float]] = {}
     for arm in results["arms"]:
         losses.setdefault(arm["arm"], {})[str(arm["seed"])] = arm["test_loss"]
+    commits = dict.fromkeys(losses, read_commit())
+    if before.get("losses", {}).get("random") == losses["random"]:
+        losses, commits = before["losses"] | losses, before["commits"] | commits
     tournament = {key: results["tournament"][key] for key in ("outcome", "winner", "steps", "num_runs", "losses")}
     cost = results["verdict"]["cost"]
-    seconds = [arm["seconds"] for arm in results["arms"] if arm["arm"] == "full"]
+    seconds = [arm["seconds"] for arm in results["arms"] if arm["arm"] == "random"]
+    pairs = [(arm, "random") for arm in losses] + [("cosine", arm) for arm in losses if "cosine" in losses]
     return {
         "losses": losses,
+        "commits": commits,
         "means": {arm: float(np.mean(list(by_seed.values()))) for arm, by_seed in losses.items()},
         "before": results["base"]["test_loss"],
         "tournament": tournament | {"seconds": cost["tournament_seconds"], "target_seconds": float(np.mean(seconds))},
-        "intervals": results["verdict"]["by_fraction"][0]["intervals"],
+        "intervals": {f"{a}_minus_{b}": compare_arms(losses[a], losses[b]) for a, b in pairs if a != b},
     }
 
 
+def read_commit() -> str:
+    """The commit that is checked out here."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def show_table(columns: list[str], rows: list[list[str]]) -> None:
+    """Print rows as Markdown, as documents have them."""
+    for cells in (columns, ["---"] * len(columns), *rows):
+        print(f"| {' | '.join(cells)} |")
+
+
 def show_ranked(found: dict[str, Any]) -> None:
-    print(f"\n{'':18}{'random':>14}" + "".join(f"{name:>14}" for name in METHODS))
+    rows = []
     for name, pool in found.items():
-        cells = [f"{pool[USEFUL]:.2f}/{pool[HARMFUL]:.2f}"]
-        cells += [
-            f"{pool['methods'][method][USEFUL]:.2f}/{pool['methods'][method][HARMFUL]:.2f}" for method in METHODS
-        ]
-        print(f"{name:18}" + "".join(f"{cell:>14}" for cell in cells))
+        entries = [pool, *(pool["methods"].get(method) for method in METHODS)]
+        rows += [[f"`{name}`", *("" if one is None else f"{one[USEFUL]:.2f} / {one[HARMFUL]:.2f}" for one in entries)]]
+    show_table(["pool", "random rows", *(f"`{name}`" for name in METHODS)], rows)
 
 
 def draw_ranked(found: dict[str, Any], path: Path) -> None:
     """A square for each method and pool: useful less harmful rows among those chosen, less the same of the pool."""
-    gains = np.array(
-        [
-            [entry[USEFUL] - entry[HARMFUL] - (pool[USEFUL] - pool[HARMFUL]) for entry in pool["methods"].values()]
-            for pool in found.values()
-        ]
-    )
-    figure, panel = plt.subplots(figsize=(10.5, 0.45 * len(found) + 2.2), layout="constrained")
+    gains = np.full((len(found), len(METHODS)), np.nan)
+    for row, pool in enumerate(found.values()):
+        for column, name in enumerate(METHODS):
+            if (entry := pool["methods"].get(name)) is not None:
+                gains[row, column] = entry[USEFUL] - entry[HARMFUL] - (pool[USEFUL] - pool[HARMFUL])
+    figure, panel = plt.subplots(figsize=(11.5, 0.45 * len(found) + 2.2), layout="constrained")
     panel.imshow(gains, cmap="PuOr", vmin=-1, vmax=1, aspect="auto")
     panel.set_xticks(range(len(METHODS)), METHODS, rotation=35, ha="right")
     panel.set_yticks(range(len(found)), found)
     for (row, column), gain in np.ndenumerate(gains):
-        best = gain == gains[row].max() > 0
-        panel.text(column, row, f"{gain:+.2f}", ha="center", va="center", fontsize=8, weight="bold" if best else None)
+        best = gain == np.nanmax(gains[row]) > 0
+        text = "" if np.isnan(gain) else f"{gain:+.2f}"
+        panel.text(column, row, text, ha="center", va="center", fontsize=8, weight="bold" if best else None)
     panel.set_title(
         "Useful less harmful rows in what each method keeps, above random rows (bold: the best)", fontsize=10
     )
@@ -145,11 +171,15 @@ def draw_ranked(found: dict[str, Any], path: Path) -> None:
 
 
 def show_trained(found: dict[str, Any]) -> None:
+    arms = list(dict.fromkeys(arm for pool in found.values() for arm in pool["losses"]))
+    rows = []
     for name, pool in found.items():
-        by_loss = sorted(pool["means"].items(), key=lambda pair: pair[1])
-        shown = ", ".join(f"{arm} {mean:.3f}" for arm, mean in by_loss)
-        tournament = pool["tournament"]
-        print(f"{name}: auto {tournament['outcome']} ({tournament['winner']}); {shown}")
+        means = [f"{pool['means'][arm]:.3f}" if arm in pool["means"] else "" for arm in arms]
+        gain = pool["intervals"].get("cosine_minus_random") or {"mean": math.nan, "half_width": math.nan}
+        tournament, commits = pool["tournament"], ", ".join(dict.fromkeys(pool["commits"].values()))
+        took = f"{tournament['winner']} ({tournament['outcome']})"
+        rows += [[f"`{name}`", took, *means, f"{gain['mean']:+.3f}", f"{gain['half_width']:.3f}", commits]]
+    show_table(["pool", "`auto` took", *arms, "cosine less random", "half its interval", "commits"], rows)
 
 
 def main() -> None:
@@ -157,7 +187,12 @@ def main() -> None:
     parser.add_argument("--pools", nargs="+", choices=list(POOLS), default=list(POOLS))
     parser.add_argument("--rank", action="store_true", help="Rank the rows of each pool by every method.")
     parser.add_argument("--train", action="store_true", help="Train targets beside a tournament.")
-    parser.add_argument("--arms", nargs="*", default=["bm25", "rds", "cosine"], help="Methods that --train compares.")
+    parser.add_argument(
+        "--arms",
+        nargs="*",
+        default=["full", "mean", "bm25", "rds", "cosine"],
+        help="Those of --train, beside random rows.",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="Seeds of the targets.")
     parser.add_argument("--pool_seeds", nargs="+", type=int, default=[0], help="Seeds of the pools.")
     parser.add_argument("--auto_budget", type=float, default=2.0)
@@ -170,18 +205,14 @@ def main() -> None:
         for name in args.pools if wanted else []:
             for seed in args.pool_seeds:
                 folder = find_pool(name, seed, args.shared)
+                before = known["pools"].get(folder.name, {})
                 found = (
                     rank_pool(folder)
                     if kind == "ranked"
-                    else train_pool(folder, args.arms, args.seeds, args.auto_budget)
+                    else train_pool(folder, args.arms, args.seeds, args.auto_budget, before)
                 )
                 known["pools"][folder.name] = found
                 write_json(path, known | {"machine": describe_machine()})
-        if wanted and kind == "ranked":
-            # A record of before a method was there has no line for it.
-            known["pools"] = {
-                name: pool for name, pool in known["pools"].items() if METHODS.keys() <= pool["methods"].keys()
-            }
         if wanted:
             (show_ranked if kind == "ranked" else show_trained)(known["pools"])
         if wanted and kind == "ranked":

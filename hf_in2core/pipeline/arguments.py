@@ -15,6 +15,8 @@ from hf_in2core.names import ALL_ARMS, ARMS, AUTO, BUDGETS, CANDIDATES, GROUP_QU
 ANALYSES = ("layers", "coverage")
 BAD_ROWS = ("refuse", "drop")
 COMPARED_STRATEGIES = (*(strategy for strategy in STRATEGIES if strategy not in ("bottom", "random")), *METHODS, AUTO)
+# What `--preset` sets where it differs from the defaults; what is given beside it holds. In2Core: arXiv 2408.03560.
+PRESETS: dict[str, dict[str, Any]] = {"in2core": {"strategy": "top", "fit_examples": "all", "fractions": [0.5]}}
 WAYS = "; ".join(f"`{name}` ({method.words}, column `{method.column}`)" for name, method in METHODS.items())
 # What the shell command leaves for the processes that it launches: the command as it was typed.
 TYPED_VARIABLE = "IN2CORE_TYPED"
@@ -112,14 +114,22 @@ class In2CoreArguments(DataArguments):
         choices=ANALYSES,
     )
     dry_run: bool = flag("influence", DRY_RUN, False)
+    preset: str | None = flag(
+        "selection",
+        "`in2core`: the paper's setting, the half of the pool with the strongest influence on the mean validation "
+        "loss, by DataInf fitted on all rows (--strategy top --fit_examples all --fractions 0.5); what is given "
+        "beside it holds.",
+        choices=PRESETS,
+    )
     fractions: list[float] = flag("selection", "Fractions of the pool to keep, in (0, 1]; the first leads.", [0.25])
     strategy: str = flag(
         "selection",
-        "How the coreset is chosen: `top` by the influence on the mean validation loss, `round_robin` in turn by the "
-        "named validation sets, `round_robin_rows` in turn by single validation rows, `greedy` likewise but given the "
-        "rows chosen before (for pools that repeat themselves), or one of the methods that can be an arm (`--arms`). "
-        "`auto` lets them compete on the reference model, judged on a held-back half of the validation rows.",
-        "top",
+        "How the coreset is chosen: by one of the methods that can be an arm (`--arms`), `top` by the influence on "
+        "the mean validation loss, `round_robin` in turn by the named validation sets, `round_robin_rows` in turn by "
+        "single validation rows, `greedy` likewise but given the rows chosen before (for pools that repeat "
+        "themselves). `auto` lets methods compete on the reference model, judged on a held-back half of the "
+        "validation rows.",
+        "cosine",
         choices=COMPARED_STRATEGIES,
     )
     auto_budget: float = flag("selection", "What `--strategy auto` may take, in target runs.", 2.0, first=False)

@@ -194,7 +194,8 @@ def draw_results(
     kept = np.zeros(len(scored), dtype=bool)
     if coreset is not None:
         kept[coreset.positions] = True
-    plot_influence(deciding.values, run / "influence.png", kept=kept if kept.any() else None, name=deciding.name)
+    name, drawn = deciding.histogram
+    plot_influence(drawn, run / "influence.png", kept=kept if kept.any() else None, name=name)
     carries_loss = np.isfinite(deciding.values)
     lengths = read_scores(scored, NUM_LOSS_TOKENS)
     values, lengths, kept = (found[carries_loss] for found in (deciding.values, lengths, kept))

@@ -56,6 +56,7 @@ HARMLESS = {
         "wrong_column",
         "bad_rows",
         "allow_overlap",
+        "preset",
     ),
     # Results are kept by arm, so that arms can be added.
     *("fractions", "seeds", "arms", "budgets", "analyses", "auto_budget"),

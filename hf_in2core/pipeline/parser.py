@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
 
-from .arguments import In2CoreArguments
+from .arguments import PRESETS, In2CoreArguments
 from .refusals import explain
 
 
@@ -27,9 +27,7 @@ REFUSED = {
     "use_peft": "a LoRA adapter is always trained",
     "lora_task_type": "causal language models are trained",
     "eval_strategy": "each arm is evaluated at its end, on `--test`",
-    "do_train": "it does nothing here",
-    "do_eval": "it does nothing here",
-    "do_predict": "it does nothing here",
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "it does nothing here"),
     "local_rank": "the launcher sets it",
 }
 # Where our defaults differ from TRL's; `None` is settled by the machine. Its learning rate is that of full fine-tuning
@@ -175,7 +173,8 @@ class RecipeParser:
         given, rest = self._parser.parse_known_args([*from_file, *argv])
         for token in rest:
             self._refuse(token.split("=")[0].lstrip("-") if token.startswith("--") else None, token, "flag")
-        values = self._defaults | {name: _to_plain(value) for name, value in vars(given).items()}
+        preset = PRESETS.get(getattr(given, "preset", ""), {})
+        values = self._defaults | preset | {name: _to_plain(value) for name, value in vars(given).items()}
         if self.training:
             _resolve_defaults(values)
         own = {item.name: values[item.name] for item in fields(self.arguments_type)}
@@ -306,7 +305,7 @@ class RecipeParser:
                 value = [f"{key}={item}" for key, item in value.items()]
             if value is None or value == []:  # which no flag can say
                 self._parser.set_defaults(**{name: value})
-            elif value == self._defaults.get(name):
+            elif value == self._defaults.get(name) and not any(name in preset for preset in PRESETS.values()):
                 continue
             elif actions[name].nargs == "+":
                 argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]

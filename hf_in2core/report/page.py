@@ -245,17 +245,18 @@ def _draw_pool(pool: Pool, summaries: Sequence[Mapping[str, Any]], plots: dict[s
 
     name, values, tokens = pool.deciding.name, pool.deciding.values[pool.has_loss], pool.num_loss_tokens[pool.has_loss]
     kept = pool.is_kept[pool.has_loss]
-    cut = find_cut(values, kept)
+    shown, drawn = pool.deciding.histogram
+    cut = find_cut(drawn[pool.has_loss], kept)
     known = bool((tokens >= 1).all())
-    captions = {"cut": "" if cut is None else f"{cut:,.4g}", "correlation": "", "influence_note": ""}
+    captions = {"cut": "" if cut is None else f"{cut:,.4g}", "correlation": "", "influence_note": "", "drawn": shown}
     if known and (correlation := correlate_with_length(values, tokens)) is not None:
         captions["correlation"] = f"{correlation:+.2f}"
     if find_spec("matplotlib") is None:
         return captions
     is_kept = pool.is_kept if kept.any() else None
-    figure, note = draw_influence(pool.deciding.values, is_kept, PAGE_WIDTH, name)
+    figure, note = draw_influence(drawn, is_kept, PAGE_WIDTH, shown)
     captions["influence_note"] = note[:1].upper() + note[1:]
-    _add_plot(plots, "influence", lambda: figure, f"How many rows have which {name}")
+    _add_plot(plots, "influence", lambda: figure, f"How many rows have which {shown}")
     if known:
         label = f"{name.capitalize()} of rows against loss tokens"
         _add_plot(plots, "length", draw_length, label, values, tokens, kept, name)

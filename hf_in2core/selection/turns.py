@@ -119,6 +119,13 @@ class DecidingScore:
         before = np.where(np.isnan(self.values), np.nan, np.searchsorted(known, self.values))
         return 100 * before / max(len(known) - 1, 1)
 
+    @property
+    def histogram(self) -> tuple[str, np.ndarray]:
+        """What a histogram is of, and its values: of turns, which every row has its own of, it would be flat."""
+        known = np.sort(self.values[~np.isnan(self.values)])
+        is_turns = np.array_equal(known, np.arange(len(known)))
+        return (INFLUENCE, self.influence) if is_turns else (self.name, self.values)
+
     def describe(self, row: int, validation_sets: Mapping[str, int]) -> str:
         """Where a row stands in line, in words."""
         if np.isnan(self.values[row]):
@@ -157,7 +164,7 @@ def _read_score(scored: Dataset, strategy: str, column: str) -> DecidingScore:
         values = sign * read_scores(scored, column)
         ranks = rank_rows(values, np.flatnonzero(~np.isnan(values)))
         words = "".join(f" ({method.words})" for method in METHODS.values() if method[:2] == (column, strategy))
-        meaning = f"The {end} {column} is first in line, and influence chose nothing."
+        meaning = f"The {end} {column} is first in line; the influence on the mean chose nothing."
         name, how = f"{minus}{column}", f"by {column}{words}"
         return DecidingScore(values, ranks, influence, name=name, how=how, meaning=meaning)
     best, winners = np.full(len(influence), np.nan), np.zeros(len(influence), dtype=np.int64)

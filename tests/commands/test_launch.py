@@ -86,7 +86,7 @@ def test_weights_sharded_by_the_launcher(inputs: Inputs, tmp_path: Path) -> None
     """Reference, influence, analyses and targets with base and adapter sharded, as with whole models on as many."""
     settings = {
         "per_device_train_batch_size": 4, "arms": ["full", "random", "coreset"], "budgets": ["steps"],
-        "max_steps": 12, "strategy": "round_robin_rows", "analyses": ["layers"],
+        "max_steps": 12, "strategy": "cosine", "analyses": ["layers"],
     }  # fmt: skip
     found = {}
     for name, wrapper in {"sharded": ["tests/sharded_on_cpu.py"], "whole": []}.items():

@@ -101,6 +101,24 @@ def test_the_coreset_may_be_that_of_a_method(compared: Path, tmp_path: Path) -> 
     assert coresets["coreset_25"].arguments == {"strategy": "top", "column": "rds_rank", "fraction": 0.25}
 
 
+@pytest.mark.parametrize(
+    ("flags", "column", "fraction"), [((), "cosine_rank", 0.25), (("--preset", "in2core"), "influence", 0.5)]
+)
+def test_what_chooses_by_default_and_by_the_papers_preset(
+    finished: Path, tmp_path: Path, flags: tuple[str, ...], column: str, fraction: float
+) -> None:
+    config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
+    del config["strategy"], config["fractions"]
+    config |= {"reference_adapter": str(finished / "run" / "reference"), "output_dir": str(tmp_path / "run")}
+    config |= {"arms": ["coreset"], "budgets": ["steps"], "max_steps": 1}
+    run_command("run", "--config", write_config(tmp_path, config), *flags)
+    scored = load_from_disk(str(tmp_path / "run" / "scored"))
+    _, coresets = read_record(tmp_path / "run" / "coresets.json", len(scored))
+    numbered = scored.add_column("row", np.arange(len(scored)))
+    kept = sorted(select_coreset(numbered, fraction=fraction, column=column)["row"])
+    assert [coreset.positions for coreset in coresets.values()] == [kept]
+
+
 def test_cosines_in_turn_are_those_of_the_loop(compared: Path) -> None:
     """The norm of `u` changes no turn, so influence over the norm of the row's gradient has the cosine's turns."""
     config = yaml.safe_load((compared / "settings.yaml").read_text(encoding="utf-8"))

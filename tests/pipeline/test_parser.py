@@ -80,6 +80,20 @@ def test_flags_override_yaml(tmp_path: Path) -> None:
     assert settings.values["bf16"] is True
 
 
+def test_a_preset_is_the_papers_setting_and_what_is_given_beside_it_holds(tmp_path: Path) -> None:
+    plain, preset = parse(*NEEDED), parse(*NEEDED, "--preset", "in2core")
+    spelt_out = parse(*NEEDED, "--strategy", "top", "--fit_examples", "all", "--fractions", "0.5")
+    assert preset.values == spelt_out.values | {"preset": "in2core"} != plain.values | {"preset": "in2core"}
+    assert preset.make(InfluenceConfig, reference=True, bf16=False).fit_examples is None
+    # Even the default, where someone writes it down.
+    for key in ("strategy", "fractions"):
+        default = {key: plain.values[key], "preset": "in2core"}
+        settings = parse(*NEEDED, config=default, folder=tmp_path)
+        assert settings.values == preset.values | {key: plain.values[key]}
+        settings.save(tmp_path / "again.yaml")
+        assert make_run_parser().parse(["--config", str(tmp_path / "again.yaml")]).values == settings.values
+
+
 def test_written_settings_replay(tmp_path: Path) -> None:
     first = parse(*NEEDED, "--reference_learning_rate", "0.1", "--seeds", "3", "4", "--max_length", "none")
     first.save(tmp_path / "config.yaml")

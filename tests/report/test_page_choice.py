@@ -125,7 +125,11 @@ def test_where_another_column_chose_the_page_is_about_that(tmp_path: Path) -> No
     page = Page(write_report(run))
     assert (
         "The coreset was chosen by bm25_rank (BM25: shared words" in page.words
-        and "How many rows have which bm25_rank" in page.words
+        # Of turns, one for each row, a histogram would be flat.
+        and "Lengths, groups and lists are of it." in page.words
+        and "How many rows have which influence. " in page.words
+        and "the coreset keeps 10" in page.words
+        and "Bm25_rank (smallest = first in line) against the number of loss tokens." in page.words
     )
     assert page.data["rank"] == scored["bm25_rank"][:]
     assert [row for row, words in enumerate(page.data["taken"]) if words] == [
