@@ -13,8 +13,9 @@ import tempfile
 from pathlib import Path
 
 import torch
+from common import make_parser, report
 from datasets import disable_progress_bars, load_from_disk
-from workload import make_model, make_rows, make_tokenizer, report
+from workload import make_model, make_rows, make_tokenizer
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer
 
@@ -48,8 +49,7 @@ def measure(folder: Path, num_rows: int, width: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="Small sizes: shows that it runs, not how much it takes.")
+    parser = make_parser(__doc__, "Small sizes: shows that it runs, not how much it takes.")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()

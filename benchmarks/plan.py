@@ -18,12 +18,13 @@ import time
 from pathlib import Path
 
 import torch
+from common import make_parser, report
 from datasets import disable_progress_bars
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
-from workload import make_config, make_model, make_passes, make_rows, make_tokenizer, report
+from workload import make_config, make_model, make_passes, make_rows, make_tokenizer
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.engine.blocks import find_blocks
@@ -199,8 +200,7 @@ def tabulate(tflops: float) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="Small sizes: shows that it runs, not how well it plans.")
+    parser = make_parser(__doc__, "Small sizes: shows that it runs, not how well it plans.")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--tflops", type=float, default=300.0, help="Assumed TFLOP/s of the GPU in the paper's table.")
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)

@@ -3,7 +3,6 @@
 python benchmarks/speed.py [--quick] [--output_dir benchmarks/results]
 """
 
-import argparse
 import shutil
 import tempfile
 import time
@@ -14,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import make_parser, report
 from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from scipy.stats import spearmanr
 from torch.nn import functional as F
-from workload import make_model, make_passes, make_rows, make_tokenizer, make_topics, report, time_interleaved
+from workload import make_model, make_passes, make_rows, make_tokenizer, make_topics, time_interleaved
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.engine.batches import collate, plan_batches, read_token_rows
@@ -202,8 +202,7 @@ def profile_passes(works: dict[str, Callable[[], object]]) -> list[dict[str, obj
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="Small sizes: shows that it runs, not how fast.")
+    parser = make_parser(__doc__, "Small sizes: shows that it runs, not how fast.")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--trainer_only", action="store_true", help="Only the times of the trainer.")
     args = parser.parse_args()

@@ -1,12 +1,8 @@
 """Models, rows and timing that the benchmarks share; everything is made on the spot from a seed."""
 
-import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,28 +96,3 @@ def time_interleaved(works: dict[str, Callable[[], object]], repetitions: int) -
             if repetition > 0:
                 seconds[name].append(time.process_time() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def describe_machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def report(name: str, rows: list[dict[str, Any]], folder: Path) -> None:
-    """Print a Markdown table and write it with the machine as JSON."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    print(f"\n## {name}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for row in rows:
-        values = [row.get(column, "") for column in columns]
-        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
-        print(f"| {' | '.join(cells)} |")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=2) + "\n")

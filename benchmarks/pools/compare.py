@@ -23,7 +23,7 @@ from datasets import load_from_disk
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from workload import describe_machine
+from common import write_results
 
 from benchmarks.pools.make import POOLS, make_pool
 from benchmarks.pools.pool import HARMFUL, ROOT, USEFUL, write_pool
@@ -31,7 +31,6 @@ from hf_in2core.commands import run as run_command
 from hf_in2core.commands import score as score_command
 from hf_in2core.commands import train_reference
 from hf_in2core.names import METHODS
-from hf_in2core.pipeline.run_folder import write_json
 from hf_in2core.pipeline.training import make_saving
 from hf_in2core.selection.answers import compare_answers
 from hf_in2core.selection.coreset import select_positions
@@ -176,7 +175,7 @@ def main() -> None:
                     else train_pool(folder, args.arms, args.seeds, args.auto_budget)
                 )
                 known["pools"][folder.name] = found
-                write_json(path, known | {"machine": describe_machine()})
+                write_results(path, **known)
         if wanted and kind == "ranked":
             # A record of before a method was there has no line for it.
             known["pools"] = {

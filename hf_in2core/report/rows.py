@@ -11,10 +11,10 @@ from datasets import ClassLabel, Dataset
 
 from hf_in2core.evaluation.formats import is_number
 from hf_in2core.names import INFLUENCE, NUM_LOSS_TOKENS
-from hf_in2core.rows.scored import read_numbers
+from hf_in2core.rows.scored import rank_rows, read_numbers
 from hf_in2core.rows.text import render_value
 from hf_in2core.selection.record import Coreset, describe_choice, take_coresets
-from hf_in2core.selection.turns import DecidingScore, rank_rows, read_deciding_score
+from hf_in2core.selection.turns import DecidingScore, read_deciding_score
 
 from .run import Run
 
@@ -113,8 +113,7 @@ def read_pool(run: Run, scored: Dataset) -> Pool:
         deciding = read_deciding_score(scored, **(shown.arguments if shown else {"strategy": strategy}))
     except (ValueError, TypeError) as error:
         run.notes.append(f"What chose the rows is not shown: {error}")
-        ranks = rank_rows(influence, np.flatnonzero(np.isfinite(influence)))
-        deciding = DecidingScore(influence, ranks, influence)
+        deciding = DecidingScore(influence, rank_rows(influence), influence)
     headline = run.get("verdict", "fraction")
     if not is_number(headline) or headline not in fractions:
         headline = fractions[0] if fractions else None

@@ -49,13 +49,7 @@ def add_influence_columns(dataset: Dataset, columns: dict[str, np.ndarray], list
         [`~datasets.Dataset`]
     """
     influence = columns[INFLUENCE]
-    carries_loss = ~np.isnan(influence)
-    order = np.argsort(influence[carries_loss], kind="stable")
-    ranks = np.empty(len(order), dtype=np.int64)
-    ranks[order] = np.arange(len(order))
-    rank_column: list[int | None] = [None] * len(influence)
-    for row, rank in zip(np.flatnonzero(carries_loss), ranks, strict=True):
-        rank_column[row] = int(rank)
+    ranks = [None if np.isnan(rank) else int(rank) for rank in rank_rows(influence)]
     for name, column in columns.items():
         if column.dtype == np.int64:
             dataset = dataset.add_column(name, column, feature=Value("int64"))
@@ -64,8 +58,16 @@ def add_influence_columns(dataset: Dataset, columns: dict[str, np.ndarray], list
         dataset = dataset.add_column(name, values, feature=Value("float64"))
         if name == INFLUENCE:
             record = json.dumps([*columns, RANK, *lists])
-            dataset = dataset.add_column(RANK, rank_column, feature=Value("int64", id=record))
+            dataset = dataset.add_column(RANK, ranks, feature=Value("int64", id=record))
     return dataset
+
+
+def rank_rows(scores: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+    """Ranks of all scores or of those of `rows`, `[n]`: 0 = smallest, ties by position; NaN where there is none."""
+    rows = np.flatnonzero(~np.isnan(scores)) if rows is None else rows
+    ranks = np.full(len(scores), np.nan)
+    ranks[rows[np.argsort(scores[rows], kind="stable")]] = np.arange(len(rows))
+    return ranks
 
 
 def spread(values: np.ndarray, rows: np.ndarray, num_rows: int) -> np.ndarray:
