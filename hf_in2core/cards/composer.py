@@ -16,15 +16,7 @@ from hf_in2core.hub.commits import Head
 from hf_in2core.hub.state import LocalFile
 
 from .dataset import InfluenceSummary, is_hub_id, render_influence_section
-from .metadata import (
-    SplitFacts,
-    add_tags,
-    inherit_metadata,
-    join_card,
-    merge_splits,
-    parse_card,
-    replace_section,
-)
+from .metadata import SplitFacts, add_tags, inherit_metadata, join_card, merge_splits, parse_card, replace_section
 from .splits import Record, read_records, write_records
 
 

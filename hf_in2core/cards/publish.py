@@ -21,16 +21,7 @@ from hf_in2core.names import INFLUENCE, VALIDATION
 from hf_in2core.selection.coreset import select_coreset
 from hf_in2core.selection.record import Coreset
 
-from .composer import (
-    CARD,
-    PAGE,
-    PLOTS,
-    REPLAY,
-    RESULTS,
-    SCORER,
-    Composer,
-    Configuration,
-)
+from .composer import CARD, PAGE, PLOTS, REPLAY, RESULTS, SCORER, Composer, Configuration
 from .dataset import summarise_influence
 from .metadata import SplitFacts, merge_splits, parse_card
 from .own_folders import hide_own_folders, list_own_folders, write_without

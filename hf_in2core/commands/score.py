@@ -34,11 +34,7 @@ def main(settings: Settings) -> None:
     from hf_in2core.influence.checks import check_launcher
     from hf_in2core.influence.plan import plan_influence
     from hf_in2core.influence.pools import check_fitted_pool
-    from hf_in2core.pipeline.inputs import (
-        check_pool_columns,
-        keep_good_rows,
-        load_validation,
-    )
+    from hf_in2core.pipeline.inputs import check_pool_columns, keep_good_rows, load_validation
     from hf_in2core.pipeline.methods import Reference, add_columns, check_methods, list_columns, needs_queries
     from hf_in2core.pipeline.models import check_adapter, load_tokenizer
     from hf_in2core.pipeline.run_folder import join_processes, lock_folder, say, written_folder

@@ -28,14 +28,7 @@ from hf_in2core.rows.template_date import read_clock
 
 from .arguments import In2CoreArguments
 from .comparison import plan_arms
-from .inputs import (
-    Inputs,
-    check_groups,
-    check_pool_columns,
-    check_trainable,
-    hold_back,
-    load_inputs,
-)
+from .inputs import Inputs, check_groups, check_pool_columns, check_trainable, hold_back, load_inputs
 from .methods import check_methods, list_columns, needs_queries
 from .models import check_adapter, check_model, hash_folder, load_tokenizer, pin_day
 from .parser import Settings

@@ -8,16 +8,7 @@ from typing import Any
 
 import fsspec
 import pandas
-from datasets import (
-    Dataset,
-    DatasetDict,
-    Features,
-    List,
-    Value,
-    concatenate_datasets,
-    load_dataset,
-    load_from_disk,
-)
+from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets, load_dataset, load_from_disk
 
 from hf_in2core.names import VALIDATION
 
