@@ -108,13 +108,7 @@ def test_refused_adapters_are_named_at_construction(tmp_path, pool, validation, 
     make_peft_config, name = REFUSED_ADAPTERS[variant]
     model = make_moe() if variant == "target_parameters" else make_model()
     with pytest.raises(ValueError, match=name):
-        InfluenceTrainer(
-            model=get_peft_model(model, make_peft_config()),
-            args=make_config(tmp_path),
-            train_dataset=pool,
-            eval_dataset=validation,
-            processing_class=make_tokenizer(),
-        )
+        make_trainer(tmp_path, pool, validation, dtype=None, model=get_peft_model(model, make_peft_config()))
 
 
 REFUSED_SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -144,13 +138,7 @@ def test_settings_that_change_the_loss_are_refused(tmp_path, pool, validation, s
 
 def test_full_fine_tuning_is_refused(tmp_path, pool, validation) -> None:
     with pytest.raises(ValueError, match="full fine-tuning"):
-        InfluenceTrainer(
-            model=make_model(),
-            args=make_config(tmp_path),
-            train_dataset=pool,
-            eval_dataset=validation,
-            processing_class=make_tokenizer(),
-        )
+        make_trainer(tmp_path, pool, validation, dtype=None, model=make_model())
 
 
 def test_a_frozen_adapter_is_refused_with_the_remedy(tmp_path, pool, validation) -> None:
@@ -312,16 +300,9 @@ def test_what_cannot_be_told_apart_is_refused_before_training(tmp_path, pool, va
 
     model = make_model()
     model.model.layers[1].mlp = Mixing(model.model.layers[1].mlp)
-    options: dict[str, Any] = {"peft_config": LoraConfig(r=4, target_modules=["up_proj"])}
+    adapter = LoraConfig(r=4, target_modules=["up_proj"])
     with pytest.raises(ValueError, match=r"layers.1.mlp.inner.up_proj.lora_B.weight. differs from automatic"):
-        InfluenceTrainer(
-            model=model,
-            args=make_config(tmp_path),
-            train_dataset=pool,
-            eval_dataset=validation,
-            processing_class=make_tokenizer(),
-            **options,
-        )
+        make_trainer(tmp_path, pool, validation, dtype=None, model=model, peft_config=adapter)
 
 
 @pytest.mark.parametrize(
