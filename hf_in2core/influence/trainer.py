@@ -29,7 +29,7 @@ from hf_in2core.engine.store import GradientStore
 from hf_in2core.engine.verification import verify_gradients
 from hf_in2core.names import NUM_LOSS_TOKENS, PER_QUERY, POOL, VALIDATION, list_added_columns, list_score_columns
 from hf_in2core.rows.preparation import Preparation
-from hf_in2core.rows.scored import add_influence_columns, add_list_column, make_top_rows, read_scores, spread
+from hf_in2core.rows.scored import add_influence_columns, make_top_rows, read_scores, spread
 from hf_in2core.rows.template_date import pin_date
 from hf_in2core.rows.trainer_data import check_first_rows, count_loss_tokens, take_over_rows
 
@@ -368,12 +368,11 @@ class InfluenceTrainer(SFTTrainer):
                 job.store.remove()
         rows, num_loss_tokens = prepared.with_format("numpy")["row"][:], count_loss_tokens(prepared, len(pool))
         columns = scorer.make_columns(spread(scores.influence, rows, len(pool)), num_loss_tokens)
-        scored = add_influence_columns(pool, columns, [PER_QUERY] if scores.per_query is not None else [])
+        lists = {} if scores.per_query is None else {PER_QUERY: spread(scores.per_query, rows, len(pool))}
+        scored = add_influence_columns(pool, columns | lists)
         named = {name: values for name, values in columns.items() if name != NUM_LOSS_TOKENS}
         seconds = {"influence/score_seconds": time.perf_counter() - started}
         report(self, summarize_influence(named, num_loss_tokens) | seconds)
-        if scores.per_query is not None:
-            scored = add_list_column(scored, PER_QUERY, spread(scores.per_query, rows, len(pool)))
         self.top_rows = None
         if scores.top is not None:
             self.top_rows = make_top_rows(scores.top, self.prepared_validation)

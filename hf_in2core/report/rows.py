@@ -121,26 +121,25 @@ def read_pool(run: Run, scored: Dataset) -> Pool:
     return Pool(influence, lengths, deciding, coreset, chosen, fractions, headline)
 
 
-def choose_rows(pool: Pool, also: Iterable[int], max_rows: int = MAX_ROWS) -> np.ndarray:
+def choose_rows(pool: Pool, also: Iterable[int]) -> np.ndarray:
     """
     Choose the rows of the table: all, or of a large pool the first and last in line and a sample of the rest.
 
     Args:
         pool ([`Pool`]): The whole pool.
         also (`Iterable[int]`): Rows that have to be among them.
-        max_rows (`int`): Rows of a pool that is not large.
 
     Returns:
         `np.ndarray` of int64: positions, ascending.
     """
     num_rows = len(pool.influence)
-    if num_rows <= max_rows:
+    if num_rows <= MAX_ROWS:
         return np.arange(num_rows)
     order = np.argsort(pool.deciding.ranks, kind="stable")[: int(pool.has_loss.sum())]
-    quarter = max_rows // 4
+    quarter = MAX_ROWS // 4
     strongest = np.union1d(order[:quarter], order[len(order) - min(quarter, len(order)) :])
     rest = np.setdiff1d(np.arange(num_rows), strongest)
-    sample = np.random.default_rng(0).choice(rest, size=min(max_rows - len(strongest), len(rest)), replace=False)
+    sample = np.random.default_rng(0).choice(rest, size=min(MAX_ROWS - len(strongest), len(rest)), replace=False)
     return np.union1d(np.union1d(strongest, sample), np.fromiter(also, dtype=np.int64))
 
 

@@ -133,7 +133,7 @@ def test_check_can_push_says_what_a_push_would_meet(hub, client) -> None:
         from hf_in2core.hub.commits import check_can_push
         shown = lambda c: [c.user, c.exists, list(c.overwrites), c.licenses, list(c.warnings)]
         result = [
-            shown(check_can_push("ada/held", splits=["train", "new"], paths=["scorer/*"])),
+            shown(check_can_push("ada/held", splits=["train", "new"])),
             shown(check_can_push("fresh")),
             shown(check_can_push("ada/amodel")),
             shown(check_can_push("ada/held", source_datasets=["ada/licensed", "ada/held", "no/where"])),
@@ -142,7 +142,7 @@ def test_check_can_push_says_what_a_push_would_meet(hub, client) -> None:
         ]
         """
     )
-    assert found[0] == ["ada", True, ["data/train-0.parquet", "scorer/config.json"], {}, []]
+    assert found[0] == ["ada", True, ["data/train-0.parquet"], {}, []]
     assert found[1][:2] == ["ada", False]
     assert "is a model today" in found[2][4][0]
     assert found[3][3] == {"ada/licensed": "mit", "ada/held": None, "no/where": None}
