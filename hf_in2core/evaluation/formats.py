@@ -21,6 +21,15 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def read_object(content: bytes | None) -> dict[str, Any]:
+    """What JSON that may be anybody's holds; empty where it is no object."""
+    try:
+        value = json.loads(content or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def get_value(value: Any, *names: str) -> Any:
     """A value in nested objects by its path; `None` where there is none."""
     for name in names:
