@@ -1,8 +1,13 @@
 """Models, rows and timing that the benchmarks share; everything is made on the spot from a seed."""
 
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.engine.blocks import find_blocks
 from hf_in2core.engine.passes import Passes
 
@@ -80,6 +86,26 @@ def make_passes(model: PeftModel, tokens_per_batch: int = 4096, **kwargs: Any) -
     options = {"chunk_size": 100_000, "show_progress": False, **kwargs}
     blocks = options.pop("blocks", None) or find_blocks(model, "default")
     return Passes(model, blocks, "mean", tokens_per_batch, **options)
+
+
+def make_trainer(folder: Path, model: PeftModel, pool: Dataset, held_out: Dataset, **options: Any) -> InfluenceTrainer:
+    """The trainer as users call it, on the CPU in float32 and silent; `options` are fields of its configuration."""
+    settings = {"bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True, **options}
+    return InfluenceTrainer(
+        model=model,
+        args=InfluenceConfig(output_dir=str(folder), **settings),
+        train_dataset=pool.remove_columns("row"),
+        eval_dataset=held_out.remove_columns("row"),
+        processing_class=make_tokenizer(model.config.vocab_size),
+    )
+
+
+def measure_apart(script: str, arguments: list[Any], **environment: str) -> dict[str, float]:
+    """What a script prints last, as JSON, when a process of its own runs it with `--measure`."""
+    command = [sys.executable, script, "--measure", json.dumps(arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def time_interleaved(works: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:

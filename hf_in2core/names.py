@@ -74,6 +74,9 @@ LOSS_REDUCTIONS = {
     "max": "its hardest labelled token alone",
 }
 
+# What results hang on, with its version in every record.
+LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+
 
 def has_named_sets(validation_sets: Iterable[str]) -> bool:
     """Whether each validation set gets a column of its own; a single one without a name does not."""

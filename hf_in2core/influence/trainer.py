@@ -192,7 +192,7 @@ class InfluenceTrainer(SFTTrainer):
         """Everything that shapes u and the scores; their fingerprint is its hash."""
         if self._hashes is None:
             sets = {name: hash_prepared(prepared) for name, prepared in self.prepared_validation.items()}
-            self._hashes = {"pool": hash_prepared(self.prepared_pool), "validation": sets}
+            self._hashes = {POOL: hash_prepared(self.prepared_pool), "validation": sets}
         return identify_run(
             self.model,
             blocks,

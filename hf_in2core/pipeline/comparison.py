@@ -22,6 +22,7 @@ from hf_in2core.evaluation.judge import compute_auc, judge
 from hf_in2core.evaluation.leakage import say_shared
 from hf_in2core.names import (
     INFLUENCE,
+    LIBRARIES,
     METHODS,
     NUM_LOSS_TOKENS,
     PER_QUERY,
@@ -43,7 +44,6 @@ from .arguments import In2CoreArguments, describe_command
 from .run_folder import write_json
 
 
-LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 NUM_EXAMPLES = 10
 LONGEST_TEXT = 2000
 
