@@ -129,6 +129,16 @@ def parse_coreset(name: str) -> tuple[str, float | None]:
     return name, 1.0 if name == "full" else None
 
 
+def get_prefix(config_name: str) -> str:
+    """Where a repository keeps what is published beside the rows of a configuration."""
+    return "" if config_name == "default" else f"{config_name}/"
+
+
+def name_validation_config(config_name: str) -> str:
+    """The configuration of a repository with the validation sets of another one's pool."""
+    return VALIDATION if config_name == "default" else f"{config_name}-{VALIDATION}"
+
+
 def describe_set(validation_set: str) -> str:
     """A validation set in words, for `the … set`: `validation math`; `validation` where it was given no name."""
     return VALIDATION if validation_set == VALIDATION else f"{VALIDATION} {validation_set}"
