@@ -109,7 +109,7 @@ class InfluenceTrainer(SFTTrainer):
 
     args: InfluenceConfig
     model: PeftModel  # type: ignore[assignment]
-    _fingerprint: str = ""
+    fingerprint: str = ""
     top_rows: Dataset | None = None
 
     def __init__(
@@ -259,7 +259,7 @@ class InfluenceTrainer(SFTTrainer):
         blocks = self.blocks
         identity = self._identify(blocks, per_example)
         fingerprint = hash_json(identity)
-        if self._scorer is not None and self._fingerprint == fingerprint:
+        if self._scorer is not None and self.fingerprint == fingerprint:
             return self._scorer
         job = self.make_passes(blocks, fingerprint)
         if self.is_world_process_zero():
@@ -292,7 +292,7 @@ class InfluenceTrainer(SFTTrainer):
             seconds = time.perf_counter() - started
         check_zero_blocks(result.damping, blocks, warn=self.is_world_process_zero())
         self._scorer = self._make_scorer(result, job, identity)
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         if seconds is not None:
             report(self, summarize_fit(result, sum(map(len, self.prepared_validation.values())), seconds))
         return self._scorer
@@ -351,7 +351,7 @@ class InfluenceTrainer(SFTTrainer):
         pool = self.pool.remove_columns(clashes)
         scorer = self.fit_influence(per_example)
         blocks, prepared = self.blocks, self.prepared_pool
-        job = self.make_passes(blocks, self._fingerprint)
+        job = self.make_passes(blocks, self.fingerprint)
         started = time.perf_counter()
         scores = run_score_pass(
             job,
@@ -384,7 +384,7 @@ class InfluenceTrainer(SFTTrainer):
         found = read_checkpoints(checkpoints, model)
         weights = compute_checkpoint_weights(found)
         readings: list[Dataset] = []
-        kept = self._scorer, self._fingerprint
+        kept = self._scorer, self.fingerprint
         try:
             with kept_adapter(model) as put_adapter:
                 for checkpoint in found:
@@ -392,7 +392,7 @@ class InfluenceTrainer(SFTTrainer):
                     names = self.fit_influence(per_example).column_names
                     readings.append(self.score_influence(overwrite=True))
         finally:
-            self._scorer, self._fingerprint = kept
+            self._scorer, self.fingerprint = kept
         scored = average_readings(self.pool, readings, names, weights)
         columns = {name: read_scores(scored, name) for name in list_score_columns(self.prepared_validation)}
         report(self, summarize_influence(columns, np.array(scored[NUM_LOSS_TOKENS][:])))
