@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def make_parser(doc: str | None, quick: str = "One seed, few rows and steps: shows that it runs.") -> Any:
+def make_parser(
+    doc: str | None, quick: str = "One seed, few rows and steps: shows that it runs."
+) -> argparse.ArgumentParser:
     """A parser with `--quick`, described by the first sentence of a module's docstring."""
     # Flags of `in2core run` may pass through: `--test` is none of a benchmark's own, however that may begin.
     parser = argparse.ArgumentParser(description=(doc or "").split("\n\n")[0], allow_abbrev=False)
@@ -26,16 +28,14 @@ def make_parser(doc: str | None, quick: str = "One seed, few rows and steps: sho
     return parser
 
 
-def parse_run(
-    parser: argparse.ArgumentParser, name: str, quick: Iterable[str] = (), argv: list[str] | None = None
-) -> tuple[argparse.Namespace, Settings]:
+def parse_run(parser: argparse.ArgumentParser, name: str, quick: Iterable[str]) -> tuple[argparse.Namespace, Settings]:
     """
     A benchmark's own flags, and the settings of `in2core run` from all others.
 
     By default the run is of the quickstart's data, made on the spot, under `runs/benchmarks`; `quick` are flags that
     `--quick` stands for.
     """
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args()
     defaults = [] if "--config" in rest else ["--config", "recipes/quickstart/in2core.yaml"]
     if "--output_dir" not in rest:
         defaults += ["--output_dir", f"runs/benchmarks/{name}{'_quick' if args.quick else ''}"]
