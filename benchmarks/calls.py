@@ -7,19 +7,19 @@ on every linear; below some 1 billion parameters a GPU waits for them to be issu
 the backward, at full width for one and for two layers, so that the difference is what a layer keeps.
 """
 
-import argparse
 import collections
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import make_parser, report
 from gpu import RANK, make_shape
 from peft import LoraConfig, PeftModel, get_peft_model
 from speed import compute_mean_gradients, run_plain
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
-from workload import make_passes, make_rows, report
+from workload import make_passes, make_rows
 
 from hf_in2core.engine.batches import collate, read_token_rows
 from hf_in2core.engine.blocks import find_blocks
@@ -146,8 +146,7 @@ def count_memory(shape: str, quick: bool, dtype: torch.dtype, target: str) -> di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="Small sizes: shows that it runs.")
+    parser = make_parser(__doc__, "Small sizes: shows that it runs.")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     num_layers = 6 if args.quick else 28

@@ -12,61 +12,31 @@ default on the data that the quickstart generates; needs `--task_column`. Writes
 `checkpoints.png` into `output_dir` and prints the tables.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets  # noqa: E402
-from scipy.stats import spearmanr  # noqa: E402
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
-from workload import describe_machine  # noqa: E402
+from common import make_parser, parse_run, print_table, save_figure, show, write_results
+from datasets import concatenate_datasets
+from plain_training import compute_influence, keep_gradients
+from references import REFERENCE_QUICK
+from scipy.stats import spearmanr
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_in2core import InfluenceConfig, InfluenceTrainer  # noqa: E402
-from hf_in2core.engine.blocks import find_blocks  # noqa: E402
-from hf_in2core.engine.losses import compute_row_losses  # noqa: E402
-from hf_in2core.engine.passes import Passes  # noqa: E402
-from hf_in2core.engine.validation import run_per_example_validation_pass  # noqa: E402
-from hf_in2core.evaluation.judge import compute_auc, compute_confidence_interval  # noqa: E402
-from hf_in2core.pipeline.arguments import In2CoreArguments  # noqa: E402
-from hf_in2core.pipeline.job import Job, check  # noqa: E402
-from hf_in2core.pipeline.parser import Settings, make_run_parser  # noqa: E402
-from hf_in2core.pipeline.run_folder import join_processes, quiet_loading, run_setup_script  # noqa: E402
-from hf_in2core.pipeline.training import make_reference_trainer  # noqa: E402
-from hf_in2core.rows.preparation import Preparation, prepare_rows  # noqa: E402
-from hf_in2core.selection.turns import take_round_robin  # noqa: E402
+from hf_in2core import InfluenceConfig, InfluenceTrainer
+from hf_in2core.engine.losses import compute_row_losses
+from hf_in2core.evaluation.judge import compute_auc
+from hf_in2core.pipeline.arguments import In2CoreArguments
+from hf_in2core.pipeline.job import Job, check
+from hf_in2core.pipeline.parser import Settings
+from hf_in2core.pipeline.run_folder import quiet_loading
+from hf_in2core.pipeline.training import make_reference_trainer
+from hf_in2core.rows.preparation import Preparation, prepare_rows
+from hf_in2core.selection.turns import count_turns
 
 
 Gradients = dict[str, np.ndarray]
-
-
-def compute_estimators(g: Gradients, v: Gradients, damping_scale: float) -> dict[str, np.ndarray]:
-    """
-    Influence `[n, Q]` by estimator, from the gradients, per block, of the pool `[n, d]` and of queries `[Q, d]`.
-
-    DataInf and the dot are linear in the validation gradient: their mean over single rows is the influence on the mean
-    loss. The cosine's mean over single rows is not the cosine with the mean gradient.
-    """
-    num_rows, num_queries = len(next(iter(g.values()))), len(next(iter(v.values())))
-    datainf, dots = np.zeros((num_rows, num_queries)), np.zeros((num_rows, num_queries))
-    row_norms, query_norms = np.zeros(num_rows), np.zeros(num_queries)
-    for name, rows in g.items():
-        square_norms, products = (rows**2).sum(1), rows @ v[name].T
-        damping = damping_scale * square_norms.mean() / rows.shape[1]
-        u = (v[name] - (products / (damping + square_norms)[:, None]).T @ rows / num_rows) / damping
-        datainf -= rows @ u.T
-        dots -= products
-        row_norms += square_norms
-        query_norms += (v[name] ** 2).sum(1)
-    lengths = np.sqrt(row_norms)
-    return {
-        "DataInf": datainf,
-        "DataInf / norm": datainf / lengths[:, None],
-        "gradient dot": dots,
-        "gradient cosine": dots / lengths[:, None] / np.sqrt(query_norms),
-    }
 
 
 def compute_diagnostics(
@@ -94,13 +64,6 @@ def compute_diagnostics(
             mean_train @ mean_validation / np.linalg.norm(mean_train) / np.linalg.norm(mean_validation)
         ),
     }
-
-
-def take_turns(scores: np.ndarray) -> np.ndarray:
-    """Turn at which each row is taken, `[n]`, for `[n, Q]` scores."""
-    turns = np.empty(len(scores))
-    turns[take_round_robin(np.arange(len(scores)), len(scores), scores.T)] = np.arange(len(scores))
-    return turns
 
 
 def average(readings: list[np.ndarray], rates: list[float], scaled: bool) -> np.ndarray:
@@ -137,19 +100,11 @@ class Readings:
         self.tokens = np.zeros(0)
 
     def read(self, step: int) -> None:
-        passes = Passes(
-            self.trainer.model, find_blocks(self.trainer.model, "default"), "mean", 4096, show_progress=False
-        )
-
-        def keep(rows: Dataset) -> Gradients:
-            gradients = run_per_example_validation_pass(passes, rows, "queries")
-            return {name: value.flatten(1).double().numpy() for name, value in gradients.items()}
-
         found = {name: compute_row_losses(self.trainer.model, rows) for name, rows in self.prepared.items()}
         losses = {name: row.nll / row.num_loss_tokens for name, row in found.items()}
         self.tokens = found["pool"].num_loss_tokens
-        g, v = keep(self.prepared["pool"]), keep(self.prepared["validation"])
-        estimators = compute_estimators(g, v, self.args.damping_scale)
+        g, v = (keep_gradients(self.trainer.model, self.prepared[name]) for name in ("pool", "validation"))
+        estimators = compute_influence(g, v, self.args.damping_scale)
         test_loss = float(found["test"].nll.sum() / found["test"].num_loss_tokens.sum())
         for name, scores in estimators.items():
             self.kept.setdefault(name, []).append(scores)
@@ -163,7 +118,7 @@ class Readings:
 
     def judge(self, step: int | str, test_loss: float, name: str, scores: np.ndarray) -> None:
         self.add(step, test_loss, name, scores.mean(1))
-        self.add(step, test_loss, f"{name}, validation rows in turn", take_turns(scores))
+        self.add(step, test_loss, f"{name}, validation rows in turn", count_turns(scores.T))
 
     def add(self, step: int | str, test_loss: float, name: str, column: np.ndarray) -> None:
         first = np.argsort(column, kind="stable")[: len(column) // 4]
@@ -241,19 +196,13 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
                 if np.isnan(found[0]["test loss"])
                 else f"{np.mean([r['test loss'] for r in found]):.2f}",
                 "ranked by": name,
-                "AUC": show([row["AUC"] for row in found], 3),
-                "quarter": show([100 * row["quarter"] for row in found], 0) + " %",
+                "AUC": show(row["AUC"] for row in found),
+                "quarter": show((100 * row["quarter"] for row in found), "{:.0f}") + " %",
                 "Spearman with length": f"{np.mean([row['Spearman with length'] for row in found]):+.2f}",
                 "tokens": f"{np.mean([row['tokens'] for row in found]):.1f}",
             }
         )
     return table
-
-
-def show(values: list[float], digits: int) -> str:
-    interval = compute_confidence_interval(values)
-    half_width = interval["half_width"]
-    return f"{interval['mean']:.{digits}f}" + ("" if half_width is None else f" ± {half_width:.{digits}f}")
 
 
 def tabulate_diagnostics(rows: list[dict[str, Any]], diagnostics: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -280,12 +229,6 @@ def tabulate_diagnostics(rows: list[dict[str, Any]], diagnostics: list[dict[str,
             line[name] = f"{spearmanr(values, outcome).statistic:+.2f}" if known else ""
         table.append(line)
     return table
-
-
-def print_table(table: list[dict[str, str]]) -> None:
-    print(f"\n| {' | '.join(table[0])} |\n|{'---|' * len(table[0])}")
-    for line in table:
-        print(f"| {' | '.join(line.values())} |")
 
 
 def plot(rows: list[dict[str, Any]], diagnostics: list[dict[str, Any]], path: Path) -> None:
@@ -332,29 +275,19 @@ def plot(rows: list[dict[str, Any]], diagnostics: list[dict[str, Any]], path: Pa
         axes.legend(
             frameon=False, fontsize=8, ncols=2 if axes is left else 1, loc="lower left" if axes is left else "best"
         )
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def main() -> None:
-    # The recipe's flags pass through: `--test` is none of this parser's, however it may begin.
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="One seed and 5 steps: shows that it runs.")
+    parser = make_parser(__doc__)
     parser.add_argument("--read_at", type=int, nargs="+", default=[10, 50, 100], help="Steps of the reference.")
     parser.add_argument("--validation_tasks", nargs="+", default=[], help="Keep the validation rows of these tasks.")
-    args, rest = parser.parse_known_args()
-    defaults = [] if "--config" in rest else ["--config", "recipes/quickstart/in2core.yaml"]
-    defaults += [] if "--output_dir" in rest else ["--output_dir", "runs/benchmarks/checkpoints"]
+    args, settings = parse_run(parser, "checkpoints", REFERENCE_QUICK)
     if args.quick:
         args.read_at = [2, 5]
-        defaults += ["--seeds", "0", "--reference_max_steps", "5", "--reference_warmup_steps", "1"]
-    settings = make_run_parser().parse([*defaults, *rest])
-    join_processes(settings)
     recipe: In2CoreArguments = settings.arguments
     if recipe.task_column is None:
         raise ValueError("--task_column is not set: it names the column that tells which rows are of the task.")
-    if recipe.setup_script is not None:
-        run_setup_script(recipe.setup_script)
     folder = Path(recipe.output_dir or "")
     rows: list[dict[str, Any]] = []
     diagnostics: list[dict[str, Any]] = []
@@ -362,12 +295,10 @@ def main() -> None:
         readings = read_reference(settings, args.read_at, args.validation_tasks, seed)
         rows += readings.rows
         diagnostics += readings.diagnostics
-        results = {"rows": rows, "diagnostics": diagnostics, "machine": describe_machine()}
-        (folder / "checkpoints.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print_table(summarise(rows))
-    print_table(tabulate_diagnostics(rows, diagnostics))
+        write_results(folder / "checkpoints.json", rows=rows, diagnostics=diagnostics)
+    print_table("Rows of the task along the training", summarise(rows))
+    print_table("What a reading says of itself", tabulate_diagnostics(rows, diagnostics))
     plot(rows, diagnostics, folder / "checkpoints.png")
-    print(json.dumps(results["machine"]))
 
 
 if __name__ == "__main__":

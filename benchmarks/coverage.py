@@ -12,15 +12,14 @@ task, so that tasks of different difficulty do not make the correlation. Writes 
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import make_parser, parse_run, print_table, save_figure, write_results
 from datasets import Dataset
-from references import make_trainer, parse_settings, train_references
+from references import REFERENCE_QUICK, make_trainer, train_references
 from scipy.stats import rankdata
-from workload import describe_machine
 
 from hf_in2core import InfluenceTrainer
 from hf_in2core.analysis.coverage import compute_coverage, compute_similarity_coverage
@@ -157,36 +156,27 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         labels = [f"{method}{', ' * bool(AGGREGATIONS[column])}{AGGREGATIONS[column]}" for method, column in keys]
         axes.set_yticks(range(len(keys)), labels, fontsize=8)
         axes.set_xlabel(f"Spearman with {OUTCOMES[outcome]}", fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle("within tasks; dots: seeds, bars: 95 % interval over test rows", fontsize=10)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def main() -> None:
-    # The recipe's flags pass through: `--test` is none of this parser's, however it may begin.
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="One seed, a reference of 5 steps: shows that it runs.")
+    parser = make_parser(__doc__)
     parser.add_argument("--more_tests", nargs="+", default=[], help="Further files of test rows.")
     parser.add_argument("--test_rows", type=int, default=150, help="Rows of each test set.")
     parser.add_argument("--encoder", help="Folder or name of a sentence-transformers model.")
-    args, rest = parser.parse_known_args()
+    args, settings = parse_run(parser, "references", REFERENCE_QUICK)
     if args.quick:
         args.test_rows = min(args.test_rows, 30)
-    settings = parse_settings(rest, args.quick)
     found: list[dict[str, Any]] = []
     similarities: dict[str, Dataset] = {}
     folder = Path(settings.arguments.output_dir or "")
     for seed, job, adapter in train_references(settings):
         found += [{"seed": seed} | row for row in measure_reference(job, adapter, args, similarities)]
-        results = {"rows": found, "machine": describe_machine()}
-        (folder / "coverage.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_results(folder / "coverage.json", rows=found)
         print(f"Seed {seed} measured.", flush=True)
-    table = summarise(found)
-    print(f"\n| {' | '.join(table[0])} |\n|{'---|' * len(table[0])}")
-    for line in table:
-        print(f"| {' | '.join(line.values())} |")
+    print_table("Spearman of coverage with the loss of test rows", summarise(found))
     plot(found, folder / "coverage.png")
-    print(json.dumps(results["machine"]))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import Found, make_parser, print_table, show
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, get_peft_model
-from plain_training import Found, show
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_in2core.engine.batches import iterate_batches, plan_batches, read_token_rows
@@ -34,7 +34,7 @@ from hf_in2core.engine.scoring import run_score_pass
 from hf_in2core.engine.validation import run_per_example_validation_pass
 from hf_in2core.evaluation.judge import compute_auc
 from hf_in2core.rows.preparation import Preparation, prepare_rows
-from hf_in2core.selection.similarities import compute_hidden_embeddings
+from hf_in2core.selection.similarities import compute_rds_similarities
 
 
 WORDS = "the cat sat on a mat and saw red blue green birds fly over old stone walls near slow rivers at dawn".split()
@@ -121,10 +121,7 @@ def score(model: Any, train: Dataset, test: Dataset) -> dict[str, np.ndarray]:
         "gradient dot": run_score_pass(passes, train, v, cosine=False).influence,
         "gradient cosine": run_score_pass(passes, train, v, cosine=True).influence,
     }
-    rows, queries = (compute_hidden_embeddings(model, part).astype(np.float64) for part in (train, test))
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-    return found | {"RDS+": -rows @ queries.T}
+    return found | {"RDS+": -compute_rds_similarities(train, test, model).T}
 
 
 def train_epoch(model: Any, rows: Dataset, optimizer: torch.optim.Optimizer, seed: int, batch_size: int) -> None:
@@ -173,8 +170,7 @@ def run(args: argparse.Namespace, seed: int, answer_only: bool) -> list[dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="Few rows, one seed: shows that it runs.")
+    parser = make_parser(__doc__, "Few rows, one seed: shows that it runs.")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -199,16 +195,17 @@ def main() -> None:
         for loss_on in args.loss_on:
             if not found.has(**{"loss on": loss_on, "seed": seed}):
                 found.add(run(args, seed, loss_on == "answer"))
-    print("| loss on | epochs | test loss | method | AUC | recall |\n|---|---|---|---|---|---|")
     groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for row in found.rows:
         if row["seed"] not in args.seeds or row["loss on"] not in args.loss_on:
             continue
         groups.setdefault((row["loss on"], row["epochs"], row["method"]), []).append(row)
+    table = []
     for (loss_on, epochs, method), rows in groups.items():
-        cells = [show([row[name] for row in rows]) for name in ("auc", "recall")]
         loss = np.mean([row["test loss"] for row in rows])
-        print(f"| {loss_on} | {epochs} | {loss:.2f} | {method} | {' | '.join(cells)} |")
+        line = {"loss on": loss_on, "epochs": epochs, "test loss": f"{loss:.2f}", "method": method}
+        table.append(line | {"AUC": show(row["auc"] for row in rows), "recall": show(row["recall"] for row in rows)})
+    print_table("Rows of the same kind as a test row", table)
 
 
 if __name__ == "__main__":

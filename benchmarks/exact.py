@@ -9,25 +9,15 @@ Spearman correlations with the exact answer; ± is the 95 % interval over seeds 
 The agreement on 64 rows is what the library measures after a fit and warns of below 0.7.
 """
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import make_parser, print_table, save_figure, show, write_results
 from datasets import disable_progress_bars
-from plain_training import (
-    Schedule,
-    find_sources,
-    keep_gradients,
-    prepare_source,
-    print_table,
-    show,
-    train_on,
-)
+from plain_training import Schedule, find_sources, keep_gradients, prepare_source, train_on
 from scipy.stats import spearmanr
-from workload import describe_machine
 
 from hf_in2core.engine.curvature import score_fitted_rows
 from hf_in2core.engine.datainf import compute_damping
@@ -81,8 +71,7 @@ def summarise(groups: dict[tuple[int, int, float], list[dict[str, Any]]]) -> lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="One seed, few rows and steps: shows that it runs.")
+    parser = make_parser(__doc__)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--pool")
     parser.add_argument("--validation")
@@ -104,7 +93,6 @@ def main() -> None:
     validation = prepare_source(args.validation, "validation", args.model)
     if max(args.rows) > len(everything):
         raise ValueError(f"--rows {max(args.rows)} is more than the {len(everything)} rows of {args.pool}.")
-    args.output.mkdir(parents=True, exist_ok=True)
     found: list[dict[str, Any]] = []
     for seed in args.seeds:
         drawn = np.random.default_rng(seed).choice(len(everything), max(args.rows), replace=False)
@@ -122,8 +110,7 @@ def main() -> None:
                     row = {"rank": rank, "rows": n, "damping_scale": scale, "seed": seed}
                     found.append(row | compare(grams, n, scale))
         print(f"seed {seed} done", flush=True)
-        text = json.dumps({"machine": describe_machine(), "rows": found}, indent=2)
-        (args.output / "exact.json").write_text(text + "\n")
+        write_results(args.output / "exact.json", rows=found)
     groups = group(found)
     print_table("Spearman with the exact damped inverse", summarise(groups))
     plot(groups, args.output / "exact.png")
@@ -145,11 +132,10 @@ def plot(groups: dict[tuple[int, int, float], list[dict[str, Any]]], path: Path)
         axes.set_xscale("log")
         axes.set_xlabel("damping_scale (grey: default)")
         axes.set_title(f"LoRA rank {rank}", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
     first = figure.axes[0]
     first.set_ylabel("Spearman with the exact inverse")
     first.legend(fontsize=7, frameon=False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ its error and the others go on; the exit status then is 1. `--quick` runs tiny s
 GPU: it shows that every part runs, and its figures mean nothing.
 """
 
-import argparse
 import gc
 import json
 import statistics
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import describe_machine, make_parser
 from datasets import disable_progress_bars
 from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import spearmanr
@@ -36,7 +36,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from workload import describe_machine, make_passes, make_rows, make_tokenizer, make_topics
+from workload import make_passes, make_rows, make_tokenizer, make_topics
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.engine.budget import choose_tokens_per_batch
@@ -342,20 +342,8 @@ PARTS: dict[str, Callable[[torch.device, bool], dict[str, Any]]] = {
 }
 
 
-def describe_device(device: torch.device) -> dict[str, Any]:
-    card = torch.cuda.get_device_name() if device.type == "cuda" else "none"
-    import accelerate
-    import peft
-    import transformers
-    import trl
-
-    versions = {module.__name__: module.__version__ for module in (transformers, trl, peft, accelerate)}
-    return {**describe_machine(), "card": card, **versions}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="Tiny shapes: shows that it runs, not how fast.")
+    parser = make_parser(__doc__, "Tiny shapes: shows that it runs, not how fast.")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"))
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="Parts to run.")
     args = parser.parse_args()
@@ -363,7 +351,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.quick:
         parser.error("there is no GPU here. Run it where there is one, or see that it runs with --quick.")
-    found: dict[str, Any] = {"machine": describe_device(device), "quick": args.quick}
+    found: dict[str, Any] = {"machine": describe_machine(), "quick": args.quick}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     failed = []
     for name in args.only:

@@ -19,26 +19,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import Found, draw_seeds, make_parser, print_table, save_figure, show, show_difference
 from datasets import Dataset, disable_progress_bars
 from plain_training import (
-    Found,
     Schedule,
     add_selection_flags,
     compute_query_influence,
-    compute_similarities,
     compute_test_loss,
     find_sources,
     load_adapter,
     prepare_every_row,
     prepare_source,
-    print_table,
-    show,
+    select_rows,
     train_on,
 )
 
-from hf_in2core import select_coreset
-from hf_in2core.evaluation.judge import compare_losses
 from hf_in2core.rows.sources import load_rows
+from hf_in2core.selection.similarities import compute_rds_similarities
 from hf_in2core.selection.turns import take_round_robin
 
 
@@ -82,9 +79,7 @@ def choose(scores: dict[str, np.ndarray], origin: np.ndarray, fraction: float, s
     size = round(fraction * n)
 
     def select(influence: np.ndarray, strategy: str) -> np.ndarray:
-        columns = {"influence": influence.mean(1), "influence_per_query": list(influence), "row": np.arange(n)}
-        chosen = select_coreset(Dataset.from_dict(columns), size=size, strategy=strategy, order="original", seed=seed)
-        return np.array(chosen["row"])
+        return select_rows(influence, strategy, size=size, seed=seed)
 
     datainf, cosine = scores["DataInf"], scores["gradient cosine"]
     scaled = datainf / np.sqrt((datainf**2).mean(0))
@@ -114,7 +109,7 @@ def run_seed(args: argparse.Namespace, kind: str, seed: int, data: dict[str, Any
     scores = {
         "DataInf": compute_query_influence(reference, pool, data["validation"]),
         "gradient cosine": compute_query_influence(reference, pool, data["validation"], "gradient_cosine"),
-        "RDS+": -compute_similarities(load_adapter(args.model, 8, 0), pool, data["validation"]),
+        "RDS+": -compute_rds_similarities(pool, data["validation"], load_adapter(args.model, 8, 0)).T,
     }
     found = []
     for method, chosen in choose(scores, origin, args.fraction, seed).items():
@@ -139,9 +134,8 @@ def summarise(found: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
         rows = [row for row in found if row["pool"] == kind and row["kept by"] == method]
         line: dict[str, Any] = {"kept by": method, "test loss": show(losses[method].values())}
         for other in ("influence, top", "random"):
-            difference = compare_losses(losses[method], losses[other])
-            half = "" if difference["half_width"] is None else f" ± {difference['half_width']:.3f}"
-            line[f"minus {other.split(', ')[-1]}"] = "" if method == other else f"{difference['mean']:+.3f}{half}"
+            difference = show_difference(losses[method], losses[other])
+            line[f"minus {other.split(', ')[-1]}"] = "" if method == other else difference
         line["distinct rows"] = f"{np.mean([row['distinct'] for row in rows]):.0f} of {rows[0]['rows']}"
         line["distinct of the task"] = f"{np.mean([row['task'] for row in rows]):.0f}"
         lines.append(line | {"of the task": f"{np.mean([row['of the task'] for row in rows]):.0%}"})
@@ -159,18 +153,15 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         for height, method in enumerate(order):
             values = [row["test_loss"] for row in found if row["pool"] == kind and row["kept by"] == method]
             colour = "#D55E00" if "greedy" in method else "#E69F00" if method == "random" else "#0072B2"
-            axes.plot(values, [height] * len(values), "o", color=colour, alpha=0.4, markersize=4)
-            axes.plot(np.mean(values), height, "|", color=colour, markersize=12)
+            draw_seeds(axes, values, height, colour)
         axes.set_yticks(range(len(order)), order, fontsize=8)
         axes.set_title(f"Pool: {kind}", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("Test loss, nats per token (left is better)")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="One small pool, few steps: shows that it runs.")
+    parser = make_parser(__doc__, "One small pool, few steps: shows that it runs.")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--task_column", default="task", help="Column that tells the task of a row.")
     parser.add_argument("--kinds", nargs="+", default=["copies", "reworded", "as it is"])

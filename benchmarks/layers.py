@@ -9,16 +9,14 @@ pool. `select_layers` chooses from a pilot sample and is judged on the whole poo
 `layers.png` into `output_dir` and prints the tables.
 """
 
-import argparse
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from references import make_trainer, parse_settings, train_references
-from workload import describe_machine
+from common import make_parser, parse_run, print_table, save_figure, show, write_results
+from references import REFERENCE_QUICK, make_trainer, train_references
 
 from hf_in2core import InfluenceTrainer
 from hf_in2core.analysis.layers import LayerScores, choose_layers, compute_layer_scores, grow_layers, list_layer_sets
@@ -123,19 +121,6 @@ def measure_reference(
     return sets, choices, scores
 
 
-def show(values: list[float]) -> str:
-    """Mean ± half-width of the 95 % interval over seeds."""
-    interval = compute_confidence_interval(values)
-    half_width = interval["half_width"]
-    return f"{interval['mean']:.3f}" + ("" if half_width is None else f" ± {half_width:.3f}")
-
-
-def print_table(rows: list[dict[str, str]]) -> None:
-    print(f"\n| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
-    for row in rows:
-        print(f"| {' | '.join(row.values())} |")
-
-
 def summarise(results: dict[str, Any]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """The two tables: sets of layers, and choices under a budget."""
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
@@ -202,18 +187,14 @@ def plot(results: dict[str, Any], path: Path) -> None:
     axes.set_ylabel("Spearman with all layers")
     axes.legend(frameon=False, title="layers chosen")
     axes.set_title("bars: 95 % interval over references of different seeds", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def main() -> None:
-    # The recipe's flags pass through: `--test` is none of this parser's, however it may begin.
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="One seed, a reference of 5 steps: shows that it runs.")
+    parser = make_parser(__doc__)
     parser.add_argument("--pilot_rows", type=int, default=512)
     parser.add_argument("--timed_rows", type=int, default=128, help="Rows of the pool that the passes are timed on.")
-    args, rest = parser.parse_known_args()
-    settings = parse_settings(rest, args.quick)
+    args, settings = parse_run(parser, "references", REFERENCE_QUICK)
     results: dict[str, Any] = {"sets": [], "choices": [], "seconds": {}}
     for seed, job, adapter in train_references(settings):
         trainer = make_trainer(job, adapter)
@@ -231,12 +212,10 @@ def main() -> None:
             results["seconds"] = {name: time_passes(trainer, layers, rows) for name, layers in timed.items()}
         print(f"Seed {seed} measured.", flush=True)
     folder = Path(settings.arguments.output_dir or "")
-    results["machine"] = describe_machine()
-    (folder / "layers.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    for table in summarise(results):
-        print_table(table)
+    write_results(folder / "layers.json", **results)
+    for title, table in zip(("Sets of layers", "Choices from a pilot"), summarise(results), strict=True):
+        print_table(title, table)
     plot(results, folder / "layers.png")
-    print(json.dumps(results["machine"]))
 
 
 if __name__ == "__main__":

@@ -18,28 +18,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import Found, draw_seeds, make_parser, print_table, save_figure, show, show_difference
 from datasets import Dataset, disable_progress_bars
 from plain_training import (
-    Found,
     Schedule,
     add_selection_flags,
     compute_query_influence,
     compute_test_loss,
     find_sources,
     prepare_every_row,
-    print_table,
-    show,
     train_on,
 )
 
 from hf_in2core import select_coreset
 from hf_in2core.engine.batches import read_token_rows
-from hf_in2core.evaluation.judge import compare_losses
 from hf_in2core.names import LOSS_REDUCTIONS
 from hf_in2core.rows.sources import load_rows
 from hf_in2core.selection.baselines import select_length_matched
 from hf_in2core.selection.lengths import MIN_ROWS, compare_lengths
-from hf_in2core.selection.turns import take_round_robin
+from hf_in2core.selection.turns import count_turns
 
 
 COSINE = "cosine (unit norm)"
@@ -80,10 +77,7 @@ def check_pool(tokens: np.ndarray, args: argparse.Namespace) -> None:
 
 def rank(influence: np.ndarray) -> dict[str, np.ndarray]:
     """What each strategy takes the smallest values of, from `[n, Q + 1]` of which the last is of the mean."""
-    n = len(influence)
-    turns = np.empty(n)
-    turns[take_round_robin(np.arange(n), n, influence[:, :-1].T)] = np.arange(n)
-    return {TOP: influence[:, -1], IN_TURN: turns}
+    return {TOP: influence[:, -1], IN_TURN: count_turns(influence[:, :-1].T)}
 
 
 def run_seed(args: argparse.Namespace, seed: int, data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -135,13 +129,6 @@ def pick(found: list[dict[str, Any]], name: str, strategy: str, value: str) -> d
     return {row["seed"]: row[value] for row in found if (row["ranked by"], row["strategy"]) == (name, strategy)}
 
 
-def subtract(ours: dict[int, float], others: dict[int, float]) -> str:
-    """Difference paired by seed, with its interval."""
-    difference = compare_losses(ours, others)
-    half = "" if difference["half_width"] is None else f" ± {difference['half_width']:.3f}"
-    return f"{difference['mean']:+.3f}{half}"
-
-
 def summarise_lengths(found: list[dict[str, Any]], strategy: str, tasks: int) -> list[dict[str, Any]]:
     """One line per ranking: how it goes with length and what it keeps."""
     pool = np.mean(list(pick(found, "random rows", TOP, "pool_tokens").values()))
@@ -167,14 +154,18 @@ def summarise_losses(found: list[dict[str, Any]], strategy: str) -> list[dict[st
     lines = [{"ranked by": "random rows", "test loss": show(random.values())}]
     for name in RANKINGS:
         losses = pick(found, name, strategy, "test_loss")
-        line = {"ranked by": name, "test loss": show(losses.values()), "minus random": subtract(losses, random)}
+        line = {
+            "ranked by": name,
+            "test loss": show(losses.values()),
+            "minus random": show_difference(losses, random),
+        }
         mean = pick(found, "mean", strategy, "test_loss")
-        line["minus mean's"] = "" if name == "mean" else subtract(losses, mean)
+        line["minus mean's"] = "" if name == "mean" else show_difference(losses, mean)
         if strategy == TOP:
             matched = pick(found, name, MATCHED, "test_loss")
             line["rows as long"] = show(matched.values())
-            line["rows as long, minus random"] = subtract(matched, random)
-            line["minus rows as long"] = subtract(losses, matched)
+            line["rows as long, minus random"] = show_difference(matched, random)
+            line["minus rows as long"] = show_difference(losses, matched)
         lines.append(line)
     return [dict.fromkeys(lines[-1], "") | line for line in lines]
 
@@ -192,8 +183,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
                 continue
             for height, name in enumerate(names):
                 values = list(pick(found, name, strategy, value).values())
-                axes.plot(values, [height + shift] * len(values), "o", color=colour, alpha=0.4, markersize=4)
-                axes.plot(np.mean(values), height + shift, "|", color=colour, markersize=10)
+                draw_seeds(axes, values, height + shift, colour)
         label = "random rows as long as top's" if strategy == MATCHED else strategy
         right.plot([], [], "o", color=colour, label=label)
     left.axvline(0, color="#999999", linewidth=0.8)
@@ -203,14 +193,11 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     right.axvline(float(np.mean(random)), color="#E69F00", linewidth=1.2, label="random rows")
     right.set_xlabel("Test loss, nats per token (left is better)")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="One seed, few rows and steps: shows that it runs.")
+    parser = make_parser(__doc__)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--task_column", default="task", help="Column that tells the task of a row.")
     parser.add_argument("--rows", type=int, default=800, help="Rows of the pool, drawn anew for every seed.")

@@ -5,18 +5,14 @@ python benchmarks/memory.py [--quick] [--output_dir benchmarks/results]
 
 import argparse
 import json
-import os
 import resource
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from common import make_parser, report
 from datasets import disable_progress_bars, load_from_disk
-from workload import make_model, make_rows, make_tokenizer, report
-
-from hf_in2core import InfluenceConfig, InfluenceTrainer
+from workload import make_model, make_rows, make_trainer, measure_apart
 
 
 def measure(folder: Path, num_rows: int, width: int) -> dict[str, float]:
@@ -24,23 +20,11 @@ def measure(folder: Path, num_rows: int, width: int) -> dict[str, float]:
     disable_progress_bars()
     torch.set_num_threads(1)
     vocab_size = 4096
-    rows = load_from_disk(str(folder / "rows")).select(range(num_rows)).select_columns(["input_ids", "labels"])
-    args = InfluenceConfig(
-        output_dir=str(folder / f"run-{num_rows}"),
-        tokens_per_batch=4096,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-    )
+    rows = load_from_disk(str(folder / "rows")).select(range(num_rows))
     imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    trainer = InfluenceTrainer(
-        model=make_model(width, 4, vocab_size),
-        args=args,
-        train_dataset=rows,
-        eval_dataset=make_rows(32, vocab_size, 16, 32, seed=1).remove_columns("row"),
-        processing_class=make_tokenizer(vocab_size),
-    )
+    held_out = make_rows(32, vocab_size, 16, 32, seed=1)
+    model = make_model(width, 4, vocab_size)
+    trainer = make_trainer(folder / f"run-{num_rows}", model, rows, held_out, tokens_per_batch=4096)
     scored = trainer.score_influence()
     assert len(scored) == num_rows and None not in scored["influence"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -48,8 +32,7 @@ def measure(folder: Path, num_rows: int, width: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="Small sizes: shows that it runs, not how much it takes.")
+    parser = make_parser(__doc__, "Small sizes: shows that it runs, not how much it takes.")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -61,10 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_rows(max(sizes), 4096, 16, 32).save_to_disk(f"{folder}/rows")
         for num_rows in sizes:
-            command = [sys.executable, __file__, "--measure", json.dumps([folder, num_rows, width])]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-            found = json.loads(done.stdout.splitlines()[-1])
+            found = measure_apart(__file__, [folder, num_rows, width])
             first = table[0] if table else None
             above = found["peak"] - found["imported"]
             table.append(

@@ -30,7 +30,6 @@ What each peer is given, meant to be fast where it lets its user choose (batch s
   autograd computes next to nothing beside what Bergson's hooks do.
 """
 
-import argparse
 import logging
 import sys
 import tempfile
@@ -46,6 +45,7 @@ from bergson import CollectorComputer, IndexConfig, InMemoryCollector, Preproces
 from bergson.data import allocate_batches
 from bergson.score.score_writer import InMemorySequenceScoreWriter
 from bergson.utils.worker_utils import extract_peft_target_modules
+from common import make_parser, report
 from datasets import Dataset, disable_progress_bars
 from dattri.algorithm.influence_function import IFAttributorDataInf
 from dattri.task import AttributionTask
@@ -57,7 +57,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from workload import make_model, make_passes, make_rows, report, time_interleaved
+from workload import make_model, make_passes, make_rows, time_interleaved
 
 from hf_in2core.engine.batches import TokenBatch, collate, read_token_rows
 from hf_in2core.engine.datainf import compute_ihvp
@@ -358,8 +358,7 @@ def compare(mean: bool, quick: bool) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="Small sizes: shows that it runs, not how fast.")
+    parser = make_parser(__doc__, "Small sizes: shows that it runs, not how fast.")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What the evidence benchmarks share: SFT of a small adapter by a plain loop, gradients kept in memory, tables.
+"""What the evidence benchmarks share: SFT of a small adapter by a plain loop, gradients kept in memory.
 
 The loop does what TRL's `SFTTrainer` does with the default optimiser (AdamW, linear decay after a warm-up, gradients
 clipped at norm 1, mean loss over the labelled tokens of a batch) without its constant cost, so that hundreds of
@@ -6,7 +6,6 @@ trainings fit into minutes; `check_against_trl` shows that both end at the same 
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -19,19 +18,18 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
-from workload import describe_machine
 
 from hf_in2core.engine.batches import TokenBatch, collate, read_token_rows
 from hf_in2core.engine.blocks import find_blocks
+from hf_in2core.engine.datainf import compute_coefficients, compute_damping, compute_ihvp
 from hf_in2core.engine.fit import run_fit_pass
 from hf_in2core.engine.losses import compute_row_losses, compute_token_nll
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.scoring import run_score_pass
 from hf_in2core.engine.validation import run_per_example_validation_pass
-from hf_in2core.evaluation.judge import compute_confidence_interval
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.rows.sources import load_rows
-from hf_in2core.selection.similarities import compute_hidden_embeddings
+from hf_in2core.selection.coreset import select_positions
 
 
 QUICKSTART = Path("runs/quickstart/inputs")
@@ -189,6 +187,38 @@ def keep_gradients(model: PeftModel, prepared: Dataset) -> dict[str, np.ndarray]
     return {name: value.flatten(1).double().numpy() for name, value in gradients.items()}
 
 
+def compute_influence(
+    g: dict[str, np.ndarray], v: dict[str, np.ndarray], damping_scale: float
+) -> dict[str, np.ndarray]:
+    """
+    Influence `[n, Q]` by estimator, from the gradients per block of rows `[n, d]` and of validation rows `[Q, d]`.
+
+    DataInf and the dot are linear in the validation gradient: their mean over single rows is the influence on the mean
+    loss. The cosine's mean over single rows is not the cosine with the mean gradient.
+    """
+    num_rows, num_queries = len(next(iter(g.values()))), len(next(iter(v.values())))
+    datainf, dots = np.zeros((num_rows, num_queries)), np.zeros((num_rows, num_queries))
+    row_norms, query_norms = np.zeros(num_rows), np.zeros(num_queries)
+    for name in g:
+        rows, queries = torch.from_numpy(g[name]), torch.from_numpy(v[name])
+        square_norms, products = rows.square().sum(1), rows @ queries.T
+        damping = compute_damping(float(square_norms.mean()), rows.shape[1], damping_scale)
+        if damping > 0:
+            weighted = compute_coefficients(products, square_norms, damping)[0].T @ rows
+            datainf -= (rows @ compute_ihvp(queries, weighted, num_rows, damping).T).numpy()
+        dots -= products.numpy()
+        row_norms += square_norms.numpy()
+        query_norms += queries.square().sum(1).numpy()
+    lengths = np.sqrt(row_norms)[:, None]
+    cosines = dots / lengths / np.sqrt(query_norms)
+    return {
+        "DataInf": datainf,
+        "DataInf / norm": datainf / lengths,
+        "gradient dot": dots,
+        "gradient cosine": cosines,
+    }
+
+
 def compute_query_influence(
     model: PeftModel,
     pool: Dataset,
@@ -214,18 +244,16 @@ def compute_query_influence(
     return run_score_pass(passes, pool, directions, cosine=estimator == "gradient_cosine").influence
 
 
+def select_rows(influence: np.ndarray, strategy: str, **options: Any) -> np.ndarray:
+    """Positions of the rows that a strategy of [`select_coreset`] keeps, of `[n, Q]` influence."""
+    columns = {"influence": influence.mean(1), "influence_per_query": list(influence)}
+    return select_positions(Dataset.from_dict(columns), strategy=strategy, order="original", **options)
+
+
 def compute_test_loss(model: PeftModel, prepared: Dataset) -> float:
     """Mean negative log-likelihood per labelled token, nats."""
     losses = compute_row_losses(model, prepared)
     return float(losses.nll.sum() / losses.num_loss_tokens.sum())
-
-
-def compute_similarities(model: PeftModel, prepared: Dataset, queries: Dataset) -> np.ndarray:
-    """Cosine of hidden states (RDS+), `[n, Q]`."""
-    rows, targets = (compute_hidden_embeddings(model, part).astype(np.float64) for part in (prepared, queries))
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    targets /= np.linalg.norm(targets, axis=1, keepdims=True)
-    return rows @ targets.T
 
 
 def check_against_trl(model_path: str | Path, prepared: Dataset, schedule: Schedule, seed: int = 0) -> float:
@@ -265,38 +293,3 @@ def check_against_trl(model_path: str | Path, prepared: Dataset, schedule: Sched
     ]
     largest = max(float(p.detach().abs().max()) for p, _ in pairs)
     return max(float((p - q).detach().abs().max()) for p, q in pairs) / largest
-
-
-class Found:
-    """Rows of results in a JSON file, kept after every unit of work: the same command goes on where it stopped."""
-
-    def __init__(self, path: Path, args: argparse.Namespace, harmless: tuple[str, ...]) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.settings = {name: str(value) for name, value in vars(args).items() if name not in harmless}
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        self.rows: list[dict[str, Any]] = stored["rows"] if stored.get("settings") == self.settings else []
-
-    def has(self, **unit: Any) -> bool:
-        """Whether a unit of work is done."""
-        return any(all(row[name] == value for name, value in unit.items()) for row in self.rows)
-
-    def add(self, rows: list[dict[str, Any]]) -> None:
-        """Keep the rows of a finished unit."""
-        self.rows += rows
-        state = {"machine": describe_machine(), "settings": self.settings, "rows": self.rows}
-        self.path.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-
-
-def show(values: Any, pattern: str = "{:.3f}") -> str:
-    """Mean ± half-width of the 95 % Student-t interval over independent values."""
-    interval = compute_confidence_interval(list(values))
-    mean = pattern.format(interval["mean"])
-    return mean if interval["half_width"] is None else f"{mean} ± {pattern.format(interval['half_width']).lstrip('+')}"
-
-
-def print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    """A Markdown table."""
-    print(f"\n### {title}\n\n| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
-    for row in rows:
-        print(f"| {' | '.join(str(value) for value in row.values())} |", flush=True)

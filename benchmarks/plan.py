@@ -9,23 +9,20 @@ not known on paper: `--tflops` is an assumption, and the small runs below it use
 
 import argparse
 import json
-import os
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from common import make_parser, report
 from datasets import disable_progress_bars
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
-from workload import make_config, make_model, make_passes, make_rows, make_tokenizer, report
+from workload import make_config, make_model, make_passes, make_rows, make_trainer, measure_apart
 
-from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.engine.blocks import find_blocks
 from hf_in2core.engine.fit import run_fit_pass
 from hf_in2core.engine.gradients import GradientRecorder, Gradients, form_gradients
@@ -104,15 +101,9 @@ def measure(folder: str, num_rows: int, width: int, layers: int) -> dict[str, fl
     torch.set_num_threads(1)
     load_kernels()
     imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    trainer = InfluenceTrainer(
-        model=make_model(width, layers, VOCAB_SIZE),
-        args=InfluenceConfig(
-            output_dir=folder, tokens_per_batch=4096, bf16=False, use_cpu=True, report_to="none", disable_tqdm=True
-        ),
-        train_dataset=make_rows(num_rows, VOCAB_SIZE, 32, 128).remove_columns("row"),
-        eval_dataset=make_rows(16, VOCAB_SIZE, 32, 128, seed=1).remove_columns("row"),
-        processing_class=make_tokenizer(VOCAB_SIZE),
-    )
+    rows, held_out = make_rows(num_rows, VOCAB_SIZE, 32, 128), make_rows(16, VOCAB_SIZE, 32, 128, seed=1)
+    model = make_model(width, layers, VOCAB_SIZE)
+    trainer = make_trainer(Path(folder), model, rows, held_out, tokens_per_batch=4096)
     plan = plan_influence(trainer, clock=time.process_time)
     start = time.process_time()
     trainer.score_influence()
@@ -136,13 +127,10 @@ def compare(num_rows: int, models: list[tuple[int, int]]) -> list[dict[str, obje
     speed = 0.0
     for width, layers in models:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, __file__, "--measure", json.dumps([folder, num_rows, width, layers])]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
             # glibc's heap keeps holes of freed tensors, which is half of the peak and not ours to predict; blocks over
             # a megabyte go back to the system at once with this.
-            environment["MALLOC_MMAP_THRESHOLD_"] = "1000000"
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-        found = json.loads(done.stdout.splitlines()[-1])
+            arguments = [folder, num_rows, width, layers]
+            found = measure_apart(__file__, arguments, MALLOC_MMAP_THRESHOLD_="1000000")
         what = f"width {width}, {layers} layers, {num_rows} rows"
         # 80 tokens on average, about as many as fill the budget of 4096.
         paper = count_on_paper(make_config(width, layers, VOCAB_SIZE), 8, 32, 128, 0.7, torch.float32)
@@ -199,8 +187,7 @@ def tabulate(tflops: float) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="Small sizes: shows that it runs, not how well it plans.")
+    parser = make_parser(__doc__, "Small sizes: shows that it runs, not how well it plans.")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--tflops", type=float, default=300.0, help="Assumed TFLOP/s of the GPU in the paper's table.")
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)

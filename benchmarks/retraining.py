@@ -16,51 +16,38 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import Found, draw_seeds, make_parser, print_table, save_figure, show
 from datasets import Dataset, disable_progress_bars
 from fidelity import compare_leave_one_out, compute_lds
 from plain_training import (
-    Found,
     Schedule,
     check_against_trl,
-    compute_similarities,
+    compute_influence,
     find_sources,
     keep_gradients,
     load_adapter,
     make_batches,
     plan_steps,
     prepare_source,
-    print_table,
-    show,
     train_adapter,
 )
 
 from hf_in2core.engine.batches import read_token_rows
 from hf_in2core.engine.curvature import compute_exact_ihvp
-from hf_in2core.engine.datainf import compute_coefficients, compute_damping, compute_ihvp
+from hf_in2core.engine.datainf import compute_damping
 from hf_in2core.engine.losses import compute_row_losses
+from hf_in2core.selection.similarities import compute_rds_similarities
 
 
-ESTIMATORS = ("DataInf", "exact damped inverse", "gradient dot", "gradient cosine")
-
-
-def compute_influence(g: dict[str, np.ndarray], v: dict[str, np.ndarray], damping_scale: float) -> dict[str, Any]:
-    """Influence `[n, Q]` by estimator, from the gradients of rows `[n, d]` and validation rows `[Q, d]` per block."""
-    num_rows, num_queries = len(next(iter(g.values()))), len(next(iter(v.values())))
-    found = {name: np.zeros((num_rows, num_queries)) for name in ESTIMATORS}
-    row_norms, query_norms = np.zeros(num_rows), np.zeros(num_queries)
+def compute_exact_influence(g: dict[str, np.ndarray], v: dict[str, np.ndarray], damping_scale: float) -> np.ndarray:
+    """Influence `[n, Q]` by the exact damped inverse of each block, of gradients as of [`compute_influence`]."""
+    influence = np.zeros((len(next(iter(g.values()))), len(next(iter(v.values())))))
     for name in g:
         rows, queries = torch.from_numpy(g[name]), torch.from_numpy(v[name])
-        square_norms, dots = rows.square().sum(1), rows @ queries.T
-        damping = compute_damping(float(square_norms.mean()), rows.shape[1], damping_scale)
+        damping = compute_damping(float(rows.square().sum(1).mean()), rows.shape[1], damping_scale)
         if damping > 0:
-            weighted = compute_coefficients(dots, square_norms, damping)[0].T @ rows
-            found["DataInf"] -= (rows @ compute_ihvp(queries, weighted, num_rows, damping).T).numpy()
-            found["exact damped inverse"] -= (rows @ compute_exact_ihvp(rows, queries, damping).T).numpy()
-        found["gradient dot"] -= dots.numpy()
-        row_norms += square_norms.numpy()
-        query_norms += queries.square().sum(1).numpy()
-    found["gradient cosine"] = found["gradient dot"] / np.sqrt(row_norms)[:, None] / np.sqrt(query_norms)
-    return found
+            influence -= (rows @ compute_exact_ihvp(rows, queries, damping).T).numpy()
+    return influence
 
 
 class Retraining:
@@ -93,12 +80,14 @@ class Retraining:
         """Scores `[n, Q]`, small first; those of references are means over the seeds."""
         n, num_queries = len(self.pool), len(self.validation)
         self.reset(seeds[0])
-        scores = {"RDS+": -compute_similarities(self.model, self.pool, self.validation)}
+        scores = {"RDS+": -compute_rds_similarities(self.pool, self.validation, self.model).T}
         by_seed: list[dict[str, np.ndarray]] = []
         for seed in seeds:
             self.train(np.ones(n, dtype=bool), seed)
-            gradients = (keep_gradients(self.model, part) for part in (self.pool, self.validation))
-            found = compute_influence(*gradients, damping_scale)
+            g, v = (keep_gradients(self.model, part) for part in (self.pool, self.validation))
+            found = compute_influence(g, v, damping_scale)
+            del found["DataInf / norm"]
+            found["exact damped inverse"] = compute_exact_influence(g, v, damping_scale)
             losses = compute_row_losses(self.model, self.pool)
             found["highest loss"] = np.tile(-(losses.nll / losses.num_loss_tokens)[:, None], num_queries)
             by_seed.append(found)
@@ -183,8 +172,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         for height, name in enumerate(lines):
             values = [row[column] for row in found if row["score"] == name]
             colour = "#0072B2" if name.startswith("DataInf") else "#000000"
-            axes.plot(values, [height] * len(values), "o", color=colour, alpha=0.4, markersize=4)
-            axes.plot(np.mean(values), height, "|", color=colour, markersize=14)
+            draw_seeds(axes, values, height, colour)
         ceilings = [row[f"{column}: ceiling"] for row in found if row[f"{column}: ceiling"] is not None]
         if ceilings:
             axes.axvline(np.mean(ceilings), color="#E69F00", linestyle="--", linewidth=1)
@@ -192,13 +180,11 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         axes.set_yticks(range(len(lines)), lines)
         axes.set_xlabel("Spearman with retraining (right is better)")
         axes.set_title(f"{column}; dashed: ceiling", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="One pool of 16 rows, few trainings: shows that it runs.")
+    parser = make_parser(__doc__, "One pool of 16 rows, few trainings: shows that it runs.")
     parser.add_argument("--model", type=Path, help="Folder of a causal language model.")
     parser.add_argument("--pool", help="Rows with prompt and completion: a .jsonl, a folder or a Hub id.")
     parser.add_argument("--validation", help="Likewise.")

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from common import make_parser, report
 from datasets import Dataset, disable_progress_bars
-from workload import make_model, make_passes, make_rows, report, time_interleaved
+from workload import make_model, make_passes, make_rows, time_interleaved
 
 from hf_in2core.engine.blocks import find_blocks, select_blocks
 from hf_in2core.engine.fit import run_fit_pass
@@ -70,8 +71,7 @@ def launch(world_size: int, num_rows: int, width: int, folder: str) -> list[dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="Small sizes: shows that it runs, not how fast.")
+    parser = make_parser(__doc__, "Small sizes: shows that it runs, not how fast.")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -9,30 +9,34 @@ loss, share of tokens and share of whole answers (every token of it, so that gre
 predicted right on the test set, and on those of `--more_tests`.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, load_from_disk  # noqa: E402
+from common import make_parser, parse_run, print_table, save_figure, show, show_difference, write_results
+from datasets import Dataset, load_from_disk
 from selection_methods import METHODS, MethodArm, compute_method_aucs, find_tasks, make_columns
 
-from hf_in2core import InfluenceConfig  # noqa: E402
-from hf_in2core.engine.losses import compute_row_losses  # noqa: E402
-from hf_in2core.evaluation.judge import compare_losses, compute_confidence_interval  # noqa: E402
-from hf_in2core.pipeline.arguments import In2CoreArguments  # noqa: E402
-from hf_in2core.pipeline.comparison import describe_machine, find_equal_run, plan_arms  # noqa: E402
-from hf_in2core.pipeline.inputs import check_trainable  # noqa: E402
-from hf_in2core.pipeline.job import Job, check  # noqa: E402
-from hf_in2core.pipeline.parser import Settings, make_run_parser  # noqa: E402
-from hf_in2core.pipeline.run_folder import join_processes, quiet_loading, run_setup_script, say, write_json  # noqa: E402
-from hf_in2core.pipeline.steps import evaluate_base, read_result, score_pool, train_arm, train_reference  # noqa: E402
-from hf_in2core.pipeline.training import load_model  # noqa: E402
-from hf_in2core.rows.columns import apply_columns  # noqa: E402
-from hf_in2core.rows.hashes import hash_rows, hash_value  # noqa: E402
-from hf_in2core.rows.sources import load_rows  # noqa: E402
-from hf_in2core.selection.coreset import select_positions  # noqa: E402
+from hf_in2core import InfluenceConfig
+from hf_in2core.engine.losses import compute_row_losses
+from hf_in2core.evaluation.judge import compute_confidence_interval
+from hf_in2core.pipeline.arguments import In2CoreArguments
+from hf_in2core.pipeline.comparison import find_equal_run, plan_arms
+from hf_in2core.pipeline.inputs import check_trainable
+from hf_in2core.pipeline.job import Job, check
+from hf_in2core.pipeline.parser import Settings
+from hf_in2core.pipeline.run_folder import quiet_loading, say, write_json
+from hf_in2core.pipeline.steps import evaluate_base, read_result, score_pool, train_arm, train_reference
+from hf_in2core.pipeline.training import load_model
+from hf_in2core.rows.columns import apply_columns
+from hf_in2core.rows.hashes import hash_rows, hash_value
+from hf_in2core.rows.sources import load_rows
+from hf_in2core.selection.coreset import select_positions
+
+
+# What `--quick` takes of a target.
+QUICK = ("--max_steps", "5", "--warmup_steps", "1")
 
 
 def load_tests(job: Job, more: list[str]) -> dict[str, Dataset]:
@@ -137,7 +141,7 @@ def run_arms(settings: Settings, methods: list[str], more_tests: list[str]) -> d
         for method in methods
         if method not in ("full", "oracle")
     }
-    return {"arms": arms, "base": base, "auc": aucs, "costs": costs, "machine": describe_machine()}
+    return {"arms": arms, "base": base, "auc": aucs, "costs": costs}
 
 
 def pick(arms: list[dict[str, Any]], budget: str, fraction: float) -> dict[str, list[dict[str, Any]]]:
@@ -157,15 +161,16 @@ def summarise(results: dict[str, Any], budget: str, fraction: float) -> list[dic
     rows = []
     for method in sorted(losses, key=lambda name: np.mean(list(losses[name].values()))):
         arms = found[method]
-        difference = compare_losses(losses[method], losses["random"]) if "random" in losses else None
-        row = {"kept by": METHODS[method][3], "test loss": show_interval(losses[method].values())}
-        row["minus random"] = show(difference, "{:+.3f}") if difference and method != "random" else ""
+        row = {"kept by": METHODS[method][3], "test loss": show(losses[method].values())}
+        row["minus random"] = (
+            show_difference(losses[method], losses["random"]) if "random" in losses and method != "random" else ""
+        )
         for test in results["base"]["tests"]:
             of = f", {test}" if several else ""
             if several:
-                row[f"loss{of}"] = show_interval(arm["tests"][test]["loss"] for arm in arms)
+                row[f"loss{of}"] = show(arm["tests"][test]["loss"] for arm in arms)
             for name, label in (("tokens_right", "tokens right"), ("answers_right", "answers right")):
-                row[f"{label}{of}"] = show_interval((arm["tests"][test][name] for arm in arms), "{:.1%}")
+                row[f"{label}{of}"] = show((arm["tests"][test][name] for arm in arms), "{:.1%}")
         if results["auc"]:
             shares = [arm.get("rows_of_the_task", np.nan) / arm["rows"] for arm in arms]
             row["rows of the task"] = f"{np.mean(shares):.0%}"
@@ -179,25 +184,6 @@ def summarise(results: dict[str, Any], budget: str, fraction: float) -> list[dic
 def mean_losses(arms: list[dict[str, Any]]) -> dict[int, float]:
     """Loss by seed, the mean over test sets."""
     return {arm["seed"]: float(np.mean([test["loss"] for test in arm["tests"].values()])) for arm in arms}
-
-
-def show_interval(values: Any, pattern: str = "{:.3f}") -> str:
-    """Mean ± half-width of the 95 % interval over seeds."""
-    return show(compute_confidence_interval(list(values)), pattern)
-
-
-def show(interval: dict[str, Any], pattern: str) -> str:
-    """Mean ± half-width of an interval."""
-    mean = pattern.format(interval["mean"])
-    half = interval["half_width"]
-    return mean if half is None else f"{mean.rstrip('%')} ± {pattern.replace('+', '').format(half)}"
-
-
-def print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    """A Markdown table."""
-    print(f"\n### {title}\n\n| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
-    for row in rows:
-        print(f"| {' | '.join(str(value) for value in row.values())} |")
 
 
 COLOURS = {"random": "#E69F00", "length": "#E69F00", "full": "#000000", "opponents": "#CC79A7"}
@@ -223,8 +209,7 @@ def plot(results: dict[str, Any], budget: str, fractions: list[float], path: Pat
         axes.set_yticks(range(len(order)), [METHODS[name][3] for name in order])
         axes.set_xlabel("Test loss, nats per token (left is better)")
         axes.set_title(f"{fraction:.0%} of the pool, equal {budget}; bars: 95 % interval over seeds", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def plot_fractions(results: dict[str, Any], budget: str, fractions: list[float], path: Path) -> None:
@@ -268,38 +253,19 @@ def plot_fractions(results: dict[str, Any], budget: str, fractions: list[float],
     axes.set_ylabel("Test loss, nats per token")
     axes.set_title(f"Equal {budget}; bars: 95 % interval over seeds", fontsize=10)
     axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-
-
-def parse(parser: argparse.ArgumentParser, name: str) -> tuple[argparse.Namespace, Settings]:
-    """The benchmark's own flags, and the recipe's: by default the quickstart's data under runs/benchmarks."""
-    parser.add_argument("--quick", action="store_true", help="One seed and 5 steps: shows that it runs.")
-    args, rest = parser.parse_known_args()
-    defaults: list[str] = []
-    if "--config" not in rest:
-        defaults += ["--config", "recipes/quickstart/in2core.yaml"]
-    if "--output_dir" not in rest:
-        defaults += ["--output_dir", f"runs/benchmarks/{name}{'_quick' if args.quick else ''}"]
-    if args.quick:
-        defaults += ["--seeds", "0", "--max_steps", "5", "--warmup_steps", "1"]
-    settings = make_run_parser().parse([*defaults, *rest])
-    join_processes(settings)
-    if settings.arguments.setup_script is not None:
-        run_setup_script(settings.arguments.setup_script)
-    return args, settings
+    save_figure(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
+    parser = make_parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS))
     parser.add_argument("--more_tests", nargs="+", default=[], help="Further files of test rows.")
-    args, settings = parse(parser, "selection")
+    args, settings = parse_run(parser, "selection", QUICK)
     recipe: In2CoreArguments = settings.arguments
     methods = args.methods or [name for name in METHODS if name != "sets" or len(recipe.validation or []) > 1]
     results = run_arms(settings, methods, args.more_tests)
     folder = Path(recipe.output_dir or "")
-    write_json(folder / "selection_results.json", results)
+    write_results(folder / "selection_results.json", **results)
     for budget in recipe.budgets:
         for fraction in recipe.fractions:
             print_table(f"{fraction:.0%} of the pool, equal {budget}", summarise(results, budget, fraction))
@@ -308,7 +274,6 @@ def main() -> None:
     for budget in recipe.budgets:
         if len(recipe.fractions) > 1:
             plot_fractions(results, budget, recipe.fractions, folder / f"selection_{budget}.png")
-    print(json.dumps(results["machine"]))
 
 
 if __name__ == "__main__":

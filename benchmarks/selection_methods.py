@@ -1,30 +1,35 @@
 """The ways to select that the benchmarks of selection compare: what each ranks by, and its column."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets, load_from_disk  # noqa: E402
+from datasets import Dataset, load_from_disk
+from references import make_trainer
 
-from hf_in2core import InfluenceConfig, InfluenceTrainer  # noqa: E402
-from hf_in2core.evaluation.judge import compute_auc  # noqa: E402
-from hf_in2core.names import INFLUENCE, NUM_LOSS_TOKENS, name_set_column  # noqa: E402
-from hf_in2core.pipeline.comparison import Arm  # noqa: E402
-from hf_in2core.pipeline.job import Job  # noqa: E402
-from hf_in2core.pipeline.run_folder import quiet_loading, say, write_json, written_folder  # noqa: E402
-from hf_in2core.pipeline.steps import read_result  # noqa: E402
-from hf_in2core.pipeline.training import load_model  # noqa: E402
-from hf_in2core.rows.hashes import hash_value  # noqa: E402
-from hf_in2core.rows.preparation import Preparation  # noqa: E402
-from hf_in2core.rows.scored import read_query_scores, read_scores  # noqa: E402
-from hf_in2core.selection.baselines import add_bm25, add_ifd, add_loss, add_rds, select_length_matched  # noqa: E402
-from hf_in2core.selection.coreset import select_positions  # noqa: E402
-from hf_in2core.selection.turns import take_round_robin  # noqa: E402
+from hf_in2core import InfluenceConfig
+from hf_in2core.evaluation.judge import compute_auc
+from hf_in2core.names import INFLUENCE, NUM_LOSS_TOKENS, name_set_column
+from hf_in2core.pipeline.comparison import Arm
+from hf_in2core.pipeline.job import Job
+from hf_in2core.pipeline.methods import MAKERS, Reference, add_columns
+from hf_in2core.pipeline.run_folder import say, write_json, written_folder
+from hf_in2core.pipeline.steps import read_result
+from hf_in2core.rows.hashes import hash_value
+from hf_in2core.rows.scored import read_query_scores, read_scores
+from hf_in2core.selection.baselines import select_length_matched
+from hf_in2core.selection.coreset import select_positions
+from hf_in2core.selection.turns import count_turns
 
 
-ESTIMATORS = {"gradient_dot": "dot", "gradient_cosine": "cosine"}
+# Columns of other estimators: which, and whether validation rows take the rows in turn by it.
+ESTIMATED = {
+    "influence_dot": ("gradient_dot", False),
+    "influence_cosine": ("gradient_cosine", False),
+    "turns_rank": ("datainf", True),
+    "turns_cosine_rank": ("gradient_cosine", True),
+}
 # Arm: (column, strategy, what it costs beside the column itself, name in the tables). The recipe's own arms keep their
 # names, so that their runs are found.
 METHODS: dict[str, tuple[str, str, str, str]] = {
@@ -76,64 +81,37 @@ class MethodArm(Arm):
         return select_positions(scored, fraction=self.fraction, **options).tolist()
 
 
-def add_estimator(job: Job, adapter: str, scored: Dataset, estimator: str, per_row: bool) -> Dataset:
-    """Add a column of another estimator, or the turns in which the validation rows take rows by it."""
-    influence_args = job.settings.make(InfluenceConfig, reference=True, estimator=estimator)
-    with quiet_loading():
-        trainer = InfluenceTrainer(
-            model=load_model(job.reference_model, influence_args, adapter),
-            args=influence_args,
-            train_dataset=job.inputs.pool,
-            eval_dataset=job.inputs.validation,
-            processing_class=job.reference_tokenizer,
-        )
-    trainer.fit_influence(per_example=per_row)
+def add_estimated(job: Job, adapter: str, scored: Dataset, column: str) -> Dataset:
+    """Add a column of `ESTIMATED`."""
+    estimator, in_turn = ESTIMATED[column]
+    trainer = make_trainer(job, adapter, estimator=estimator)
+    trainer.fit_influence(per_example=in_turn)
     found = trainer.score_influence()
-    if not per_row:
-        return scored.add_column(f"influence_{ESTIMATORS[estimator]}", found["influence"][:])
-    rows = np.flatnonzero(~np.isnan(read_scores(found, INFLUENCE)))
-    turns = np.full(len(found), np.nan)
-    turns[take_round_robin(rows, len(rows), read_query_scores(found))] = np.arange(len(rows))
-    return scored.add_column("turns_rank" if estimator == "datainf" else f"turns_{ESTIMATORS[estimator]}_rank", turns)
+    influence = read_scores(found, INFLUENCE)
+    if in_turn:
+        influence = count_turns(read_query_scores(found), np.flatnonzero(~np.isnan(influence)))
+    return scored.add_column(column, influence)
 
 
 def make_columns(job: Job, adapter: str, scored: Dataset, methods: list[str]) -> tuple[Dataset, dict[str, float]]:
     """Add the columns that the methods need; returns the dataset and the seconds that each column took."""
-    reference_args = job.settings.make(InfluenceConfig, reference=True)
-    preparation = Preparation.from_args(reference_args, job.reference_tokenizer, job.inputs.pool)
-    sets = list(job.inputs.validation.values())
-    validation = concatenate_datasets(sets) if len(sets) > 1 else sets[0]
-
-    def add_reference_loss(rows: Dataset) -> Dataset:
-        return add_loss(rows, load_model(job.reference_model, reference_args, adapter), preparation)
-
-    def add_reference_ifd(rows: Dataset) -> Dataset:
-        return add_ifd(rows, load_model(job.reference_model, reference_args, adapter), preparation)
-
-    def add_base_rds(rows: Dataset) -> Dataset:
-        return add_rds(rows, validation, load_model(job.reference_model, reference_args), preparation)
-
-    makers: dict[str, Callable[[Dataset], Dataset]] = {
-        "influence_dot": lambda rows: add_estimator(job, adapter, rows, "gradient_dot", False),
-        "influence_cosine": lambda rows: add_estimator(job, adapter, rows, "gradient_cosine", False),
-        "turns_rank": lambda rows: add_estimator(job, adapter, rows, "datainf", True),
-        "turns_cosine_rank": lambda rows: add_estimator(job, adapter, rows, "gradient_cosine", True),
-        "loss": add_reference_loss,
-        "ifd": add_reference_ifd,
-        "rds_rank": add_base_rds,
-        "bm25_rank": lambda rows: add_bm25(rows, validation, preparation),
-    }
+    inputs = job.inputs
+    influence_args = job.settings.make(InfluenceConfig, reference=True)
+    rows = (inputs.pool, inputs.validation, job.reference_tokenizer)
+    reference = Reference(job.reference_model, influence_args, adapter, *rows)
     folder = job.folder / "columns"
     seconds: dict[str, float] = {}
     for column in dict.fromkeys(METHODS[method][0] for method in methods):
-        if column not in makers:
+        if column not in ESTIMATED and column not in MAKERS:
             continue
         identity = hash_value([adapter, job.identities, column])
         result = read_result(folder / f"{column}.json", identity)
         if result is None:
             start = time.perf_counter()
-            with quiet_loading():
-                added = makers[column](scored)
+            if column in ESTIMATED:
+                added = add_estimated(job, adapter, scored, column)
+            else:
+                added, _ = add_columns(scored, [column], reference)
             result = {"seconds": time.perf_counter() - start, "identity": identity}
             names = [name for name in added.column_names if name not in scored.column_names]
             with written_folder(folder / column) as temporary:

@@ -3,7 +3,6 @@
 python benchmarks/speed.py [--quick] [--output_dir benchmarks/results]
 """
 
-import argparse
 import shutil
 import tempfile
 import time
@@ -14,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import make_parser, report
 from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from scipy.stats import spearmanr
 from torch.nn import functional as F
-from workload import make_model, make_passes, make_rows, make_tokenizer, make_topics, report, time_interleaved
+from workload import make_model, make_passes, make_rows, make_topics, make_trainer, time_interleaved
 
-from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.engine.batches import collate, plan_batches, read_token_rows
 from hf_in2core.engine.blocks import find_blocks, select_blocks
 from hf_in2core.engine.fit import run_fit_pass
@@ -149,13 +148,7 @@ def run_central_difference(passes: Passes, rows: Dataset, u: dict[str, torch.Ten
 def time_trainer(num_rows: int, folder: Path, repetitions: int) -> list[dict[str, object]]:
     """Fit and score by the trainer, its checks and files included, against two plain passes over the pool."""
     pool, held_out = (make_topics(rows, 1024, 80, seed) for rows, seed in ((num_rows, 0), (num_rows // 40, 1)))
-    trainer = InfluenceTrainer(
-        model=make_model(256, 4, vocab_size=1024),
-        args=InfluenceConfig(output_dir=str(folder), bf16=False, use_cpu=True, report_to="none", disable_tqdm=True),
-        train_dataset=pool.remove_columns("row"),
-        eval_dataset=held_out.remove_columns("row"),
-        processing_class=make_tokenizer(1024),
-    )
+    trainer = make_trainer(folder, make_model(256, 4, vocab_size=1024), pool, held_out)
     told: dict[str, str] = {}
 
     def score(name: str, fit_examples: str | None) -> None:
@@ -202,8 +195,7 @@ def profile_passes(works: dict[str, Callable[[], object]]) -> list[dict[str, obj
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="Small sizes: shows that it runs, not how fast.")
+    parser = make_parser(__doc__, "Small sizes: shows that it runs, not how fast.")
     parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--trainer_only", action="store_true", help="Only the times of the trainer.")
     args = parser.parse_args()

@@ -16,43 +16,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, disable_progress_bars
+from common import Found, draw_seeds, make_parser, print_table, save_figure, show, show_difference
+from datasets import disable_progress_bars
 from fidelity import compare_scores
 from plain_training import (
-    Found,
     Schedule,
     add_selection_flags,
     compute_query_influence,
-    compute_similarities,
     compute_test_loss,
     find_sources,
     load_adapter,
     make_sized_model,
     prepare_every_row,
     prepare_source,
-    print_table,
-    show,
+    select_rows,
     train_on,
 )
 from scipy.stats import spearmanr
 
-from hf_in2core import select_coreset
-from hf_in2core.evaluation.judge import compare_losses
 from hf_in2core.rows.sources import load_rows
+from hf_in2core.selection.similarities import compute_rds_similarities
 
 
 STRATEGIES = {"top": "mean", "round_robin_rows": "in turn"}
-
-
-def choose(influence: np.ndarray, fraction: float, strategy: str) -> np.ndarray:
-    """Positions of the rows that a strategy keeps."""
-    columns = {
-        "influence": influence.mean(1),
-        "influence_per_query": list(influence),
-        "row": np.arange(len(influence)),
-    }
-    kept = select_coreset(Dataset.from_dict(columns), fraction=fraction, strategy=strategy, order="original")
-    return np.array(kept["row"])
 
 
 def run_seed(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
@@ -80,7 +66,7 @@ def run_seed(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     references |= {f"target, on {share:.0%} of the pool": score(args.target, share, seed) for share in args.shares}
     references |= {name: score(folder, 1.0, seed) for name, folder in args.references.items()}
     untrained = load_adapter(args.target, 8, 0)
-    references["RDS+ of the target"] = -compute_similarities(untrained, pool, parts["validation"])
+    references["RDS+ of the target"] = -compute_rds_similarities(pool, parts["validation"], untrained).T
     found = []
 
     def train_target(name: str, strategy: str, kept: np.ndarray) -> dict[str, Any]:
@@ -94,7 +80,7 @@ def run_seed(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
 
     for name, influence in references.items():
         for strategy, label in STRATEGIES.items():
-            row = train_target(name, label, choose(influence, args.fraction, strategy))
+            row = train_target(name, label, select_rows(influence, strategy, fraction=args.fraction))
             if name != "target itself" and strategy == "top":
                 agreement = compare_scores(influence.mean(1), own.mean(1), args.fraction)
                 row |= {"spearman": agreement["spearman"], "overlap": agreement["overlap"]}
@@ -121,9 +107,7 @@ def summarise(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
             losses = {row["seed"]: row["test_loss"] for row in ours if row["strategy"] == label}
             line[f"loss, {label}"] = show(losses.values()) if losses else ""
             if losses and name != "random rows":
-                difference = compare_losses(losses, random)
-                half = "" if difference["half_width"] is None else f" ± {difference['half_width']:.3f}"
-                line[f"minus random, {label}"] = f"{difference['mean']:+.3f}{half}"
+                line[f"minus random, {label}"] = show_difference(losses, random)
             else:
                 line[f"minus random, {label}"] = ""
         lines.append(line)
@@ -141,20 +125,16 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         for height, name in enumerate(names):
             values = [row["test_loss"] for row in found if row["reference"] == name and row["strategy"] == label]
             if values:
-                shown = "#E69F00" if name == "random rows" else colour
-                axes.plot(values, [height + shift] * len(values), "o", color=shown, alpha=0.4, markersize=4)
-                axes.plot(np.mean(values), height + shift, "|", color=shown, markersize=10)
+                draw_seeds(axes, values, height + shift, "#E69F00" if name == "random rows" else colour)
         axes.plot([], [], "o", color=colour, label=f"kept by the {label}" if label == "mean" else f"kept {label}")
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_xlabel("Test loss of the target, nats per token (left is better)")
     axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="One seed, few rows and steps: shows that it runs.")
+    parser = make_parser(__doc__)
     parser.add_argument("--target", type=Path)
     parser.add_argument("--references", nargs="+", default=[], help="Others, as name=folder.")
     parser.add_argument("--rows", type=int, default=800, help="First rows of the pool to use.")

@@ -2,8 +2,9 @@
 
 import json
 import os
-import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.engine.blocks import find_blocks
 from hf_in2core.engine.passes import Passes
 
@@ -86,6 +88,26 @@ def make_passes(model: PeftModel, tokens_per_batch: int = 4096, **kwargs: Any) -
     return Passes(model, blocks, "mean", tokens_per_batch, **options)
 
 
+def make_trainer(folder: Path, model: PeftModel, pool: Dataset, held_out: Dataset, **options: Any) -> InfluenceTrainer:
+    """The trainer as users call it, on the CPU in float32 and silent; `options` are fields of its configuration."""
+    settings = {"bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True, **options}
+    return InfluenceTrainer(
+        model=model,
+        args=InfluenceConfig(output_dir=str(folder), **settings),
+        train_dataset=pool.remove_columns("row"),
+        eval_dataset=held_out.remove_columns("row"),
+        processing_class=make_tokenizer(model.config.vocab_size),
+    )
+
+
+def measure_apart(script: str, arguments: list[Any], **environment: str) -> dict[str, float]:
+    """What a script prints last, as JSON, when a process of its own runs it with `--measure`."""
+    command = [sys.executable, script, "--measure", json.dumps(arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def time_interleaved(works: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
     """
     Median CPU seconds of each work, the works taking turns so that a slow minute meets all of them.
@@ -100,28 +122,3 @@ def time_interleaved(works: dict[str, Callable[[], object]], repetitions: int) -
             if repetition > 0:
                 seconds[name].append(time.process_time() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def describe_machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def report(name: str, rows: list[dict[str, Any]], folder: Path) -> None:
-    """Print a Markdown table and write it with the machine as JSON."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    print(f"\n## {name}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for row in rows:
-        values = [row.get(column, "") for column in columns]
-        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
-        print(f"| {' | '.join(cells)} |")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=2) + "\n")

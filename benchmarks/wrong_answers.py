@@ -11,23 +11,22 @@ data; `--config recipes/mixture/in2core.yaml` takes real rows. The same command 
 and `wrong_answers.png` into the run's folder and prints the tables.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, load_from_disk  # noqa: E402
-from selection import mean_losses, parse, pick, print_table, show, show_interval, train_arms
+from common import make_parser, parse_run, print_table, save_figure, show, show_difference, write_results
+from datasets import Dataset, load_from_disk
+from selection import QUICK, mean_losses, pick, train_arms
 from selection_methods import METHODS, compute_method_aucs, make_columns
 
-from hf_in2core.evaluation.judge import compare_losses, compute_confidence_interval  # noqa: E402
-from hf_in2core.pipeline.arguments import In2CoreArguments  # noqa: E402
-from hf_in2core.pipeline.comparison import describe_machine  # noqa: E402
-from hf_in2core.pipeline.job import check  # noqa: E402
-from hf_in2core.pipeline.parser import Settings  # noqa: E402
-from hf_in2core.pipeline.run_folder import say, write_json  # noqa: E402
-from hf_in2core.pipeline.steps import score_pool, train_reference  # noqa: E402
-from hf_in2core.rows.sources import load_rows  # noqa: E402
+from hf_in2core.evaluation.judge import compute_confidence_interval
+from hf_in2core.pipeline.arguments import In2CoreArguments
+from hf_in2core.pipeline.job import check
+from hf_in2core.pipeline.parser import Settings
+from hf_in2core.pipeline.run_folder import say
+from hf_in2core.pipeline.steps import score_pool, train_reference
+from hf_in2core.rows.sources import load_rows
 
 
 FINDERS = ("coreset", "dot", "cosine", "low_loss", "low_ifd")
@@ -90,7 +89,7 @@ def summarise_finding(rows: list[dict[str, Any]], methods: list[str]) -> list[di
         line = {"among": among}
         for method in methods:
             aucs = [row["auc"] for row in rows if row["among"] == among and row["method"] == method]
-            line[METHODS[method][3]] = "" if None in aucs or not aucs else show_interval(aucs)
+            line[METHODS[method][3]] = "" if None in aucs or not aucs else show(aucs)
         lines.append(line)
     return lines
 
@@ -101,10 +100,10 @@ def summarise_training(arms: list[dict[str, Any]], fraction: float) -> list[dict
     losses = {method: mean_losses(runs) for method, runs in found.items()}
     lines = []
     for method in sorted(losses, key=lambda name: np.mean(list(losses[name].values()))):
-        line = {"kept by": METHODS[method][3], "test loss": show_interval(losses[method].values())}
+        line = {"kept by": METHODS[method][3], "test loss": show(losses[method].values())}
         for other in ("random", "full"):
             if other in losses and method != other:
-                line[f"minus {METHODS[other][3]}"] = show(compare_losses(losses[method], losses[other]), "{:+.3f}")
+                line[f"minus {METHODS[other][3]}"] = show_difference(losses[method], losses[other])
             else:
                 line[f"minus {METHODS[other][3]}"] = ""
         line["wrong answers"] = f"{np.mean([run['wrong'] for run in found[method]]):.0%}"
@@ -134,17 +133,16 @@ def plot(rows: list[dict[str, Any]], methods: list[str], path: Path) -> None:
     axes.set_yticks(range(len(kinds)), kinds[::-1])
     axes.set_xlabel("AUC with which wrong answers come last (0.5 = chance); bars: 95 % interval over seeds")
     figure.legend(fontsize=8, frameon=False, loc="outside upper center", ncols=3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
+    parser = make_parser(__doc__)
     parser.add_argument("--wrong_fraction", type=float, default=0.2, help="Share of the answers to shuffle.")
     finders = [name for name, (_, strategy, _, _) in METHODS.items() if strategy == "top" and name != "full"]
     parser.add_argument("--methods", nargs="+", choices=finders, default=list(FINDERS), help="Columns to find with.")
     parser.add_argument("--train", nargs="+", choices=list(METHODS), default=[], help="Methods to train targets by.")
-    args, settings = parse(parser, "wrong_answers")
+    args, settings = parse_run(parser, "wrong_answers", QUICK)
     if not 0 < args.wrong_fraction < 1:
         raise ValueError(f"--wrong_fraction {args.wrong_fraction} is no share of the answers: give one in (0, 1).")
     recipe: In2CoreArguments = settings.arguments
@@ -155,7 +153,7 @@ def main() -> None:
     for seed in recipe.seeds:
         found, trained = measure_seed(settings, clean, seed, args.wrong_fraction, args.methods, args.train)
         rows, arms = rows + found, arms + trained
-        write_json(folder / "wrong_answers.json", {"rows": rows, "arms": arms, "machine": describe_machine()})
+        write_results(folder / "wrong_answers.json", rows=rows, arms=arms)
     title = f"AUC of finding shuffled answers ({args.wrong_fraction:.0%} of the pool)"
     print_table(title, summarise_finding(rows, args.methods))
     for fraction in recipe.fractions if arms else []:

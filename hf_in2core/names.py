@@ -74,6 +74,9 @@ LOSS_REDUCTIONS = {
     "max": "its hardest labelled token alone",
 }
 
+# What results hang on, with its version in every record.
+LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+
 
 def has_named_sets(validation_sets: Iterable[str]) -> bool:
     """Whether each validation set gets a column of its own; a single one without a name does not."""
@@ -124,6 +127,16 @@ def parse_coreset(name: str) -> tuple[str, float | None]:
     if arm and re.fullmatch(r"\d+(\.\d+)?", percent) and 0 < float(percent) <= 100:
         return arm, float(percent) / 100
     return name, 1.0 if name == "full" else None
+
+
+def get_prefix(config_name: str) -> str:
+    """Where a repository keeps what is published beside the rows of a configuration."""
+    return "" if config_name == "default" else f"{config_name}/"
+
+
+def name_validation_config(config_name: str) -> str:
+    """The configuration of a repository with the validation sets of another one's pool."""
+    return VALIDATION if config_name == "default" else f"{config_name}-{VALIDATION}"
 
 
 def describe_set(validation_set: str) -> str:

@@ -120,15 +120,28 @@ def make_config(folder, **kwargs) -> InfluenceConfig:
     return InfluenceConfig(output_dir=str(folder), **{**defaults, **kwargs})
 
 
-def make_trainer(folder, pool, validation, dtype=torch.float64, model=None, tokenizer=None, **kwargs):
+def make_trainer(
+    folder, pool, validation, dtype=torch.float64, model=None, tokenizer=None, peft_config=None, **kwargs
+):
+    """A trainer of a tiny model, in float64 unless it is to stay as it is (`dtype=None`); `kwargs` are settings."""
     model = add_trained_adapter(make_model()) if model is None else model
     return InfluenceTrainer(
-        model=model.to(dtype),
+        model=model if dtype is None else model.to(dtype),
         args=make_config(folder, **kwargs),
         train_dataset=pool,
         eval_dataset=validation,
         processing_class=tokenizer or make_tokenizer(),
+        peft_config=peft_config,
     )
+
+
+def train_reference(folder, save_steps: int, adapter: dict | None = None, **options) -> None:
+    """A reference of six steps, whose learning rate changes in each, and its checkpoints."""
+    settings: dict[str, Any] = {"max_steps": 6, "warmup_steps": 3, "learning_rate": 1e-2, "logging_steps": 1}
+    settings |= {"save_strategy": "steps", "save_steps": save_steps, "per_device_train_batch_size": 4}
+    lora = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **(adapter or {})})
+    rows = make_prompt_completion(23, seed=0), make_prompt_completion(5, seed=1)
+    make_trainer(folder, *rows, dtype=None, model=make_model(), peft_config=lora, **settings | options).train()
 
 
 def prepare(rows: Dataset) -> Dataset:

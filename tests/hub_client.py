@@ -68,6 +68,14 @@ def push_all(cases):
     with ThreadPoolExecutor(min(len(cases), 40)) as threads:
         return list(threads.map(try_push, cases))
 """
+# With what tests/hub/conftest.py defines.
+PUSH = """
+pool = make_pool()
+publication = push(repo_id, pool, coresets={"coreset_50": make_core(pool, 0.5)})
+result = vars(publication)
+"""
+# Of the user ada.
+TOKEN = "hf_" + "A" * 34
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 
 
@@ -150,6 +158,10 @@ class HubClient:
         for stream in (self.process.stdin, self.answers):
             if stream is not None and not stream.closed:
                 stream.close()
+
+
+def get_repo(hub: LoopbackHub, repo_id: str, repo_type: str = "dataset") -> Repo:
+    return hub.repos[(repo_type, repo_id)]
 
 
 def check_that_tokens_stayed_secret(hub: LoopbackHub, client: HubClient | None = None) -> None:

@@ -133,6 +133,17 @@ def test_a_circle_is_found() -> None:
     assert {"engine.datainf", "engine.fit"} <= set(find_circle(modules))
 
 
+def test_the_map_of_the_rooms_names_what_is_there() -> None:
+    """Every module and function that CONTRIBUTING.md names in a room's line stands in that room."""
+    lines = re.findall(r"^\| (`.*?) \| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
+    named = {room.strip("`/"): re.findall(r"`(\w+)`", told) for room, told in lines if room.strip("`/") in FLOOR_OF}
+    assert set(named) == set(FLOOR_OF) - FLOORS[0]
+    for room, names in named.items():
+        sources = {path.stem: path.read_text(encoding="utf-8") for path in (PACKAGE / room).glob("*.py")}
+        defined = set(re.findall(r"^(?:def|class) (\w+)", "\n".join(sources.values()), re.MULTILINE))
+        assert set(names) <= sources.keys() | defined, room
+
+
 def test_no_module_is_too_long() -> None:
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
     lines |= {path: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "recipes").rglob("*.py")}

@@ -26,16 +26,15 @@ from datasets import load_from_disk
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from workload import describe_machine
+from common import write_results
 
 from benchmarks.pools.make import POOLS, make_pool
 from benchmarks.pools.pool import HARMFUL, ROOT, USEFUL, write_pool
 from hf_in2core.commands import run as run_command
 from hf_in2core.commands import score as score_command
 from hf_in2core.commands import train_reference
-from hf_in2core.evaluation.intervals import compare_arms
+from hf_in2core.evaluation.intervals import compare_losses
 from hf_in2core.names import METHODS
-from hf_in2core.pipeline.run_folder import write_json
 from hf_in2core.pipeline.training import make_saving
 from hf_in2core.selection.answers import compare_answers
 from hf_in2core.selection.coreset import select_positions
@@ -125,7 +124,7 @@ def train_pool(
         "means": {arm: float(np.mean(list(by_seed.values()))) for arm, by_seed in losses.items()},
         "before": results["base"]["test_loss"],
         "tournament": tournament | {"seconds": cost["tournament_seconds"], "target_seconds": float(np.mean(seconds))},
-        "intervals": {f"{a}_minus_{b}": compare_arms(losses[a], losses[b]) for a, b in pairs if a != b},
+        "intervals": {f"{a}_minus_{b}": compare_losses(losses[a], losses[b]) for a, b in pairs if a != b},
     }
 
 
@@ -212,7 +211,12 @@ def main() -> None:
                     else train_pool(folder, args.arms, args.seeds, args.auto_budget, before)
                 )
                 known["pools"][folder.name] = found
-                write_json(path, known | {"machine": describe_machine()})
+                write_results(path, **known)
+        if wanted and kind == "ranked":
+            # A record of before a method was there has no line for it.
+            known["pools"] = {
+                name: pool for name, pool in known["pools"].items() if METHODS.keys() <= pool["methods"].keys()
+            }
         if wanted:
             (show_ranked if kind == "ranked" else show_trained)(known["pools"])
         if wanted and kind == "ranked":

@@ -5,14 +5,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from recipes.quickstart.generate import (
-    TASKS,
-    TASKS_OF_INTEREST,
-    Settings,
-    make_rows,
-    make_splits,
-    make_texts,
-)
+from recipes.quickstart.generate import TASKS, TASKS_OF_INTEREST, Settings, make_rows, make_splits, make_texts
 
 from .pool import HARMFUL, OTHER, USEFUL, Pool, make_row, shuffle_rows
 

@@ -53,12 +53,7 @@ def measure_agreement(scored: Dataset, seed: int = 0) -> dict[str, Any]:
         ValueError: if there is no `influence_per_query`, if there are fewer than 10 validation rows or 30 rows with
             loss, or if a half gives every row the same influence.
     """
-    if "influence_per_query" not in scored.column_names:
-        raise ValueError(
-            "Agreement needs the column influence_per_query, but the dataset has "
-            f"{scored.column_names}. Call `trainer.fit_influence(per_example=True)` before scoring."
-        )
-    influence = read_query_scores(scored)
+    influence = read_query_scores(scored, "Agreement")
     influence = influence[:, ~np.isnan(influence).any(axis=0)]
     num_queries, num_rows = influence.shape
     if num_queries < MIN_QUERIES or num_rows < MIN_ROWS:

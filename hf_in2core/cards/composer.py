@@ -1,7 +1,6 @@
 """The card of a publication, composed anew for whatever the repository holds at the moment of the commit."""
 
 import fnmatch
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,20 +10,13 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import Dataset
 
+from hf_in2core.evaluation.formats import read_object
 from hf_in2core.hub.checks import get_data_folder
 from hf_in2core.hub.commits import Head
 from hf_in2core.hub.state import LocalFile
 
 from .dataset import InfluenceSummary, is_hub_id, render_influence_section
-from .metadata import (
-    SplitFacts,
-    add_tags,
-    inherit_metadata,
-    join_card,
-    merge_splits,
-    parse_card,
-    replace_section,
-)
+from .metadata import SplitFacts, add_tags, inherit_metadata, join_card, merge_splits, parse_card, replace_section
 from .splits import Record, read_records, write_records
 
 
@@ -171,15 +163,6 @@ class Composer:
         if isinstance(source, bytes):
             return source
         return Path(source).read_bytes() if source is not None else head.read(path)
-
-
-def read_object(content: bytes | None) -> dict[str, Any]:
-    """What a JSON of a repository holds, which may be anybody's; empty where it is no object."""
-    try:
-        value = json.loads(content or b"{}")
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _count_rows(data: Mapping[str, Any]) -> int:

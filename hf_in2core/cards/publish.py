@@ -17,20 +17,11 @@ from huggingface_hub.utils import HfHubHTTPError
 from hf_in2core.hub.checks import check_can_push, check_names, get_data_folder
 from hf_in2core.hub.commits import Head, Publication, is_main_process, list_folder, publish_files, refuse_secrets
 from hf_in2core.hub.state import call_with_retries, check_inside, get_status
-from hf_in2core.names import INFLUENCE, VALIDATION
+from hf_in2core.names import INFLUENCE, VALIDATION, get_prefix, name_validation_config
 from hf_in2core.selection.coreset import select_coreset
 from hf_in2core.selection.record import Coreset
 
-from .composer import (
-    CARD,
-    PAGE,
-    PLOTS,
-    REPLAY,
-    RESULTS,
-    SCORER,
-    Composer,
-    Configuration,
-)
+from .composer import CARD, PAGE, PLOTS, REPLAY, RESULTS, SCORER, Composer, Configuration
 from .dataset import summarise_influence
 from .metadata import SplitFacts, merge_splits, parse_card
 from .own_folders import hide_own_folders, list_own_folders, write_without
@@ -143,7 +134,7 @@ def push_influence_dataset(
         command = hide_own_folders(command, own_folders)
     splits, records = _choose_splits(scored, coresets or {}, command)
     sets = {VALIDATION: validation} if isinstance(validation, Dataset) else dict(validation or {})
-    validation_config = "validation" if config_name == "default" else f"{config_name}-validation"
+    validation_config = name_validation_config(config_name)
     if sets:
         check_names(sets, validation_config)
     check = check_can_push(
@@ -161,7 +152,7 @@ def push_influence_dataset(
     if check.overwrites:
         logger.info("%s holds these splits already; what differs is replaced.", repo_id)
     max_bytes = convert_file_size_to_int(max_shard_size)
-    prefix = "" if config_name == "default" else f"{config_name}/"
+    prefix = get_prefix(config_name)
 
     with tempfile.TemporaryDirectory(prefix="in2core-") as folder:
         configs = [Configuration(config_name, splits)] + ([Configuration(validation_config, sets)] if sets else [])

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from hf_in2core.evaluation.formats import read_object
 from hf_in2core.names import INFLUENCE, parse_coreset
 from hf_in2core.rows.scored import read_scores
 from hf_in2core.selection.record import ARM_STRATEGIES, Coreset, choose_coreset
@@ -88,15 +89,9 @@ def find_coreset(name: str, given: Dataset | Coreset | Mapping[str, Any], pool: 
 
 def read_records(content: bytes | None) -> dict[str, Record]:
     """The records of a `splits.json`; none where there is no such file, or it is none of ours."""
-    try:
-        value = json.loads(content or b"{}")
-    except (ValueError, RecursionError):
-        return {}
-    if not isinstance(value, dict):
-        return {}
     return {
         name: {key: item for key, item in record.items() if isinstance(item, str | int | float)}
-        for name, record in value.items()
+        for name, record in read_object(content).items()
         if isinstance(record, dict) and isinstance(record.get("command", ""), str)
     }
 

@@ -38,10 +38,7 @@ def main(settings: Settings) -> None:
         load_given_tasks,
         update_card,
     )
-    from hf_in2core.pipeline.inputs import (
-        check_trainable,
-        keep_good_rows,
-    )
+    from hf_in2core.pipeline.inputs import check_trainable, keep_good_rows
     from hf_in2core.pipeline.models import check_adapter, load_tokenizer
     from hf_in2core.pipeline.run_folder import join_processes, write_json
     from hf_in2core.pipeline.training import evaluate_model, load_model

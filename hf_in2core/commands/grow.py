@@ -10,7 +10,7 @@ Coresets and random controls are selected anew as they were (`splits.json`; else
 
 from typing import Any
 
-from hf_in2core.names import VALIDATION, name_coreset, parse_coreset
+from hf_in2core.names import get_prefix, name_coreset, name_validation_config, parse_coreset
 from hf_in2core.pipeline.arguments import describe_command
 from hf_in2core.pipeline.parser import RecipeParser, Settings
 from hf_in2core.pipeline.stage_arguments import GrowArguments
@@ -95,7 +95,7 @@ def load_others(args: GrowArguments, head: str) -> list[Any]:
 
     others = []
     for other in args.combine or []:
-        if read_scorer_hash(other, None) != read_scorer_hash(args.hub_id or "", head, get_prefix(args)):
+        if read_scorer_hash(other, None) != read_scorer_hash(args.hub_id or "", head, get_prefix(args.config_name)):
             raise ValueError(
                 f"{other} was scored by another scorer than {args.hub_id}, so their numbers do not compare. Score its "
                 f"rows with this one's: --rows {other}:train."
@@ -120,7 +120,7 @@ def score_rows(args: GrowArguments, pool: Any, head: str) -> tuple[list[Any], An
     if not args.rows:
         return fresh, None
     scorer = InfluenceScorer.from_pretrained(
-        args.hub_id or "", revision=head, repo_type="dataset", subfolder=f"{get_prefix(args)}scorer"
+        args.hub_id or "", revision=head, repo_type="dataset", subfolder=f"{get_prefix(args.config_name)}scorer"
     )
     for source in args.rows or []:
         rows = load_rows(source, "rows to add", columns=scorer.preparation.columns)
@@ -150,18 +150,13 @@ def say_agreement(args: GrowArguments, scorer: Any, grown: Any, head: str) -> st
     return "" if correlation is None else f" (rank correlation with a refit on a sample: {correlation:.3f})"
 
 
-def get_prefix(args: GrowArguments) -> str:
-    """Folder of what is published beside the rows of a configuration."""
-    return "" if args.config_name == "default" else f"{args.config_name}/"
-
-
 def read_published(args: GrowArguments) -> tuple[str, dict[str, dict[str, Any]]]:
     """Commit of the repository, and how its splits were made."""
     from hf_in2core.cards.splits import read_records
     from hf_in2core.hub.commits import read_head
 
     head = read_head(args.hub_id or "", repo_type="dataset", revision=args.revision)
-    return head.oid, read_records(head.read(f"{get_prefix(args)}splits.json"))
+    return head.oid, read_records(head.read(f"{get_prefix(args.config_name)}splits.json"))
 
 
 def choose_splits(
@@ -205,7 +200,7 @@ def find_validation(args: GrowArguments, head: str) -> Any:
 
     if args.validation:
         return load_validation(parse_named_sources(args.validation))
-    name = VALIDATION if args.config_name == "default" else f"{args.config_name}-{VALIDATION}"
+    name = name_validation_config(args.config_name)
     if name not in get_dataset_config_names(args.hub_id, revision=head):
         return None
     return dict(load_dataset(args.hub_id, name, revision=head))

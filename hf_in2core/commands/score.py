@@ -10,7 +10,7 @@
 
 from pathlib import Path
 
-from hf_in2core.names import PER_CHECKPOINT, describe_set
+from hf_in2core.names import PER_CHECKPOINT, POOL, describe_set
 from hf_in2core.pipeline.parser import RecipeParser, Settings
 from hf_in2core.pipeline.stage_arguments import ScoreInfluenceArguments
 
@@ -34,11 +34,7 @@ def main(settings: Settings) -> None:
     from hf_in2core.influence.checks import check_launcher
     from hf_in2core.influence.plan import plan_influence
     from hf_in2core.influence.pools import check_fitted_pool
-    from hf_in2core.pipeline.inputs import (
-        check_pool_columns,
-        keep_good_rows,
-        load_validation,
-    )
+    from hf_in2core.pipeline.inputs import check_pool_columns, keep_good_rows, load_validation
     from hf_in2core.pipeline.methods import Reference, add_columns, check_methods, list_columns, needs_queries
     from hf_in2core.pipeline.models import check_adapter, load_tokenizer
     from hf_in2core.pipeline.run_folder import join_processes, lock_folder, say, written_folder
@@ -53,11 +49,11 @@ def main(settings: Settings) -> None:
     folder = Path(args.output_dir)
     scorer = None if args.scorer is None else InfluenceScorer.from_pretrained(args.scorer)
     columns = args.columns if scorer is None else scorer.preparation.columns
-    pool = load_raw_rows(args.pool, "pool", columns)
+    pool = load_raw_rows(args.pool, POOL, columns)
     validation = load_validation(parse_named_sources(args.validation or []), columns)
     if scorer is not None:
         check_pool_columns(pool, scorer.config.validation_sets, per_query=scorer.config.per_example)
-        pool = keep_good_rows(pool, "pool", scorer.preparation, args.bad_rows)
+        pool = keep_good_rows(pool, POOL, scorer.preparation, args.bad_rows)
         check_fitted_pool(scorer, pool, validation)
         lock_folder(folder)
         scored = score_with(scorer, pool)
@@ -72,7 +68,7 @@ def main(settings: Settings) -> None:
         check_adapter(args.reference_adapter, model_args, influence_args)
         tokenizer = load_tokenizer(model_args, influence_args)
         preparation = Preparation.from_args(influence_args, tokenizer, pool)
-        pool = keep_good_rows(pool, "pool", preparation, args.bad_rows)
+        pool = keep_good_rows(pool, POOL, preparation, args.bad_rows)
         validation = {
             name: keep_good_rows(rows, f"{describe_set(name)} set", preparation, args.bad_rows)
             for name, rows in validation.items()

@@ -21,21 +21,10 @@ def main(settings: Settings) -> None:
     from hf_in2core import select_coreset
     from hf_in2core.rows.sources import load_rows
 
-    args: SelectCoresetArguments = settings.arguments
-    assert args.scored is not None and args.output is not None
-    coreset = select_coreset(
-        load_rows(args.scored, "scored pool"),
-        fraction=args.fraction,
-        size=args.size,
-        strategy=args.strategy,
-        column=args.column,
-        proponents_only=args.proponents_only,
-        group_column=args.group_column,
-        group_quota=args.group_quota,
-        order=args.order,
-        seed=args.seed,
-    )
-    output = Path(args.output)
+    # All others are arguments of `select_coreset` by its names.
+    options = dict(vars(settings.arguments))
+    scored, output = load_rows(options.pop("scored"), "scored pool"), Path(options.pop("output"))
+    coreset = select_coreset(scored, **options)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".jsonl":
         coreset.to_json(output)

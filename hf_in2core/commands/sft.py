@@ -107,8 +107,9 @@ def prepare_card(
     args: SftCoresetArguments, run: dict[str, Any], revision: str | None
 ) -> Callable[[bytes | None], str]:
     """The model's card as a function of the one that is there, with the comparison published beside its rows."""
-    from hf_in2core.cards.composer import RESULTS, read_object
+    from hf_in2core.cards.composer import RESULTS
     from hf_in2core.cards.model import add_task_results, render_target_model_card
+    from hf_in2core.evaluation.formats import read_object
     from hf_in2core.hub.commits import read_head
     from hf_in2core.pipeline.run_folder import read_json
     from hf_in2core.rows.sources import find_hub_id

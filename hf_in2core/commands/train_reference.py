@@ -6,6 +6,7 @@
 An ordinary TRL SFT with LoRA; `output_dir` then holds the adapter, config.yaml and training.json.
 """
 
+from hf_in2core.names import POOL
 from hf_in2core.pipeline.parser import TRAINING, RecipeParser, Settings
 from hf_in2core.pipeline.stage_arguments import TrainReferenceArguments
 
@@ -35,9 +36,9 @@ def main(settings: Settings) -> None:
     check_model(model_args, training_args, for_influence=True)
     tokenizer = load_tokenizer(model_args, training_args)
     assert args.pool is not None
-    pool = load_raw_rows(args.pool, "pool", args.columns)
+    pool = load_raw_rows(args.pool, POOL, args.columns)
     # Every row, those that the fraction leaves out among them.
-    pool = keep_good_rows(pool, "pool", Preparation.from_args(training_args, tokenizer, pool), args.bad_rows)
+    pool = keep_good_rows(pool, POOL, Preparation.from_args(training_args, tokenizer, pool), args.bad_rows)
     rows = take_fraction(pool, args.reference_fraction, training_args.seed)
     trainer = make_trainer(model_args, training_args, tokenize(rows, training_args, tokenizer), tokenizer)
     trained = train_and_save(trainer, settings, "Reference")

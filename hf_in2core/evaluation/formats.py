@@ -1,7 +1,9 @@
 """Values of a JSON that may be anybody's, and numbers as text, alike on the terminal, on the page and on cards."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .intervals import compute_confidence_interval
@@ -9,6 +11,23 @@ from .intervals import compute_confidence_interval
 
 LEVEL = 0.95
 DASH = "\N{EN DASH}"
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; `None` where there is no whole file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def read_object(content: bytes | None) -> dict[str, Any]:
+    """What JSON that may be anybody's holds; empty where it is no object."""
+    try:
+        value = json.loads(content or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def get_value(value: Any, *names: str) -> Any:

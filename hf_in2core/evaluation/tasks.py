@@ -194,16 +194,14 @@ def evaluate_tasks(
 def _wrap(model: Any, processing_class: PreTrainedTokenizerBase, batch_size: int, autocast: torch.dtype | None) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    wrapped = HFLM(pretrained=model, tokenizer=processing_class, batch_size=batch_size, mixed_precision_dtype=autocast)
-    state = PartialState()
-    if state.num_processes > 1:
-        # HFLM takes a model that is in memory for that of a single process.
-        wrapped.accelerator, wrapped._rank, wrapped._world_size = (
-            Accelerator(),
-            state.process_index,
-            state.num_processes,
-        )
-    return wrapped
+    class OneOfSeveral(HFLM):  # HFLM takes a model that is in memory for that of a single process.
+        accelerator = Accelerator()
+        rank = property(lambda _: PartialState().process_index)
+        world_size = property(lambda _: PartialState().num_processes)
+
+    return OneOfSeveral(
+        pretrained=model, tokenizer=processing_class, batch_size=batch_size, mixed_precision_dtype=autocast
+    )
 
 
 def _read_output(output: Any, name: str, limit: float | None) -> dict[str, Any]:

@@ -8,12 +8,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
-from huggingface_hub.utils import (
-    HfHubHTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    validate_repo_id,
-)
+from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError, validate_repo_id
 
 from .state import Head, call_with_retries, get_status, read_head
 
@@ -92,7 +87,6 @@ def check_can_push(
     create_pr: bool = False,
     splits: Iterable[str] = (),
     config_name: str = "default",
-    paths: Iterable[str] = (),
     source_datasets: Iterable[str] = (),
 ) -> PushCheck:
     """
@@ -115,8 +109,6 @@ def check_can_push(
             Names of the dataset splits to be pushed.
         config_name (`str`, *optional*, defaults to `"default"`):
             Configuration that holds them.
-        paths (`Iterable[str]`, *optional*):
-            Patterns of other paths to be pushed, as `"scorer/*"`.
         source_datasets (`Iterable[str]`, *optional*):
             Hub ids of the datasets that the rows come from.
 
@@ -152,7 +144,7 @@ def check_can_push(
         _check_write(api, repo_id, repo_type, account, write=not create_pr)
         head = _read_head_if_any(repo_id, repo_type, revision, token, must_exist=create_pr)
 
-    patterns = [*paths, *(f"{get_data_folder(config_name)}/{split}-*" for split in splits)]
+    patterns = [f"{get_data_folder(config_name)}/{split}-*" for split in splits]
     held = head.files if head is not None else {}
     overwrites = tuple(path for path in held if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns))
     licenses = {source: _read_license(api, source) for source in source_datasets}

@@ -25,7 +25,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from hf_in2core.engine.blocks import read_adapter_settings
 from hf_in2core.engine.sharding import reshard, scatter_like
 from hf_in2core.names import INFLUENCE, NUM_LOSS_TOKENS, PER_CHECKPOINT, PER_QUERY, RANK
-from hf_in2core.rows.scored import add_influence_columns, add_list_column, read_query_scores, read_record, read_scores
+from hf_in2core.rows.scored import add_influence_columns, read_query_scores, read_record, read_scores
 
 
 logger = logging.getLogger(__name__)
@@ -204,9 +204,7 @@ def average_readings(pool: Dataset, readings: list[Dataset], names: list[str], w
     columns[NUM_LOSS_TOKENS] = np.array(readings[0][NUM_LOSS_TOKENS][:], dtype=np.int64)
     replaced = {*names, RANK, PER_CHECKPOINT, *read_record(pool.features)}
     raw = pool.select_columns([name for name in pool.column_names if name not in replaced])
-    lists = [PER_QUERY] * (PER_QUERY in names) + [PER_CHECKPOINT]
-    scored = add_influence_columns(raw, columns, lists)
     if PER_QUERY in names:
         matrices = np.stack([read_query_scores(one).T for one in readings])
-        scored = add_list_column(scored, PER_QUERY, np.einsum("c,cnq->nq", weights, matrices))
-    return add_list_column(scored, PER_CHECKPOINT, per_checkpoint[INFLUENCE])
+        columns[PER_QUERY] = np.einsum("c,cnq->nq", weights, matrices)
+    return add_influence_columns(raw, columns | {PER_CHECKPOINT: per_checkpoint[INFLUENCE]})

@@ -236,9 +236,7 @@ def check_model(
     """
     Refuse a model that settings, accelerator or memory do not fit, or with tensors that cannot be accounted for.
 
-    Args:
-        num_rows, num_sets (`int`):
-            Rows of the pool, and validation sets.
+    `num_rows` are those of the pool, `num_sets` the validation sets.
     """
     kind = PartialState().distributed_type
     sharded = kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)

@@ -56,7 +56,7 @@ def compute_cosines(
         [`~engine.scoring.Scores`]: `per_query` in [-1, 1], negative = proponent.
     """
     scorer = trainer.fit_influence(per_example=True)
-    identity = {"cosines of": trainer._fingerprint} | ({"transform": state} if transform is not None else {})
+    identity = {"cosines of": trainer.fingerprint} | ({"transform": state} if transform is not None else {})
     passes = trainer.make_passes(trainer.blocks, hash_json(identity))
     passes.store, passes.transform = None, transform
     if trainer.is_world_process_zero():

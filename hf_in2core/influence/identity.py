@@ -34,6 +34,7 @@ from hf_in2core.engine.gradients import accumulation_dtype
 from hf_in2core.engine.sample import is_sampled
 from hf_in2core.engine.state import hash_adapter, hash_base
 from hf_in2core.engine.store import choose_store_dtype
+from hf_in2core.names import LIBRARIES
 
 from .config import InfluenceConfig
 
@@ -43,7 +44,6 @@ ENGINE = (
     *(batches, blocks, datainf, experts, fit, fit_sums, forwards, gradients, losses, passes, recorded, reductions),
     *(sample, scoring, store, validation, vocabulary),
 )
-LIBRARIES = ["torch", "transformers", "trl", "peft", "datasets", "accelerate"]
 
 
 def find_store_dtype(args: InfluenceConfig, num_rows: int, blocks: Blocks) -> torch.dtype | None:

@@ -33,7 +33,6 @@ from hf_in2core.rows.hashes import find_shared_rows, hash_rows
 from hf_in2core.rows.preparation import prepare_rows
 from hf_in2core.rows.scored import (
     add_influence_columns,
-    add_list_column,
     list_own_columns,
     read_query_scores,
     read_scores,
@@ -85,14 +84,12 @@ def merge_scored(pools: Sequence[Dataset]) -> Dataset:
         parts.append(pool.select(new))
         known |= {hashes[row]: influence[row] for row in new}
     merged = concatenate_datasets([part if part.features == types else part.cast(types) for part in parts])
-    lists = [name for name in (PER_QUERY,) if name in columns]
     scores = {name: read_scores(merged, name) for name in columns if name not in (*own, PER_QUERY, PER_CHECKPOINT)}
     if NUM_LOSS_TOKENS in scores:
         scores[NUM_LOSS_TOKENS] = scores[NUM_LOSS_TOKENS].astype(np.int64)
-    ranked = add_influence_columns(merged.select_columns(own), scores, lists)
     if PER_QUERY in columns:
-        ranked = add_list_column(ranked, PER_QUERY, read_query_scores(merged).T)
-    return ranked
+        scores[PER_QUERY] = read_query_scores(merged).T
+    return add_influence_columns(merged.select_columns(own), scores)
 
 
 def _check_same_scorer(before: np.ndarray, now: np.ndarray, number: int) -> None:

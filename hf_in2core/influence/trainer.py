@@ -29,7 +29,7 @@ from hf_in2core.engine.store import GradientStore
 from hf_in2core.engine.verification import verify_gradients
 from hf_in2core.names import NUM_LOSS_TOKENS, PER_QUERY, POOL, VALIDATION, list_added_columns, list_score_columns
 from hf_in2core.rows.preparation import Preparation
-from hf_in2core.rows.scored import add_influence_columns, add_list_column, make_top_rows, read_scores, spread
+from hf_in2core.rows.scored import add_influence_columns, make_top_rows, read_scores, spread
 from hf_in2core.rows.template_date import pin_date
 from hf_in2core.rows.trainer_data import check_first_rows, count_loss_tokens, take_over_rows
 
@@ -109,7 +109,7 @@ class InfluenceTrainer(SFTTrainer):
 
     args: InfluenceConfig
     model: PreTrainedModel | PeftModel  # type: ignore[assignment]
-    _fingerprint: str = ""
+    fingerprint: str = ""
     top_rows: Dataset | None = None
 
     def __init__(
@@ -191,7 +191,7 @@ class InfluenceTrainer(SFTTrainer):
         """Everything that shapes u and the scores; their fingerprint is its hash."""
         if self._hashes is None:
             sets = {name: hash_prepared(prepared) for name, prepared in self.prepared_validation.items()}
-            self._hashes = {"pool": hash_prepared(self.prepared_pool), "validation": sets}
+            self._hashes = {POOL: hash_prepared(self.prepared_pool), "validation": sets}
         return identify_run(
             self.model,
             blocks,
@@ -258,7 +258,7 @@ class InfluenceTrainer(SFTTrainer):
         blocks = self.blocks
         identity = self._identify(blocks, per_example)
         fingerprint = hash_json(identity)
-        if self._scorer is not None and self._fingerprint == fingerprint:
+        if self._scorer is not None and self.fingerprint == fingerprint:
             return self._scorer
         job = self.make_passes(blocks, fingerprint)
         if self.is_world_process_zero():
@@ -291,7 +291,7 @@ class InfluenceTrainer(SFTTrainer):
             seconds = time.perf_counter() - started
         check_zero_blocks(result.damping, blocks, warn=self.is_world_process_zero())
         self._scorer = self._make_scorer(result, job, identity)
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         if seconds is not None:
             report(self, summarize_fit(result, sum(map(len, self.prepared_validation.values())), seconds))
         return self._scorer
@@ -350,7 +350,7 @@ class InfluenceTrainer(SFTTrainer):
         pool = self.pool.remove_columns(clashes)
         scorer = self.fit_influence(per_example)
         blocks, prepared = self.blocks, self.prepared_pool
-        job = self.make_passes(blocks, self._fingerprint)
+        job = self.make_passes(blocks, self.fingerprint)
         started = time.perf_counter()
         scores = run_score_pass(
             job,
@@ -367,12 +367,11 @@ class InfluenceTrainer(SFTTrainer):
                 job.store.remove()
         rows, num_loss_tokens = prepared.with_format("numpy")["row"][:], count_loss_tokens(prepared, len(pool))
         columns = scorer.make_columns(spread(scores.influence, rows, len(pool)), num_loss_tokens)
-        scored = add_influence_columns(pool, columns, [PER_QUERY] if scores.per_query is not None else [])
+        lists = {} if scores.per_query is None else {PER_QUERY: spread(scores.per_query, rows, len(pool))}
+        scored = add_influence_columns(pool, columns | lists)
         named = {name: values for name, values in columns.items() if name != NUM_LOSS_TOKENS}
         seconds = {"influence/score_seconds": time.perf_counter() - started}
         report(self, summarize_influence(named, num_loss_tokens) | seconds)
-        if scores.per_query is not None:
-            scored = add_list_column(scored, PER_QUERY, spread(scores.per_query, rows, len(pool)))
         self.top_rows = None
         if scores.top is not None:
             self.top_rows = make_top_rows(scores.top, self.prepared_validation)
@@ -384,7 +383,7 @@ class InfluenceTrainer(SFTTrainer):
         found = read_checkpoints(checkpoints, model)
         weights = compute_checkpoint_weights(found)
         readings: list[Dataset] = []
-        kept = self._scorer, self._fingerprint
+        kept = self._scorer, self.fingerprint
         try:
             with kept_adapter(model) as put_adapter:
                 for checkpoint in found:
@@ -392,7 +391,7 @@ class InfluenceTrainer(SFTTrainer):
                     names = self.fit_influence(per_example).column_names
                     readings.append(self.score_influence(overwrite=True))
         finally:
-            self._scorer, self._fingerprint = kept
+            self._scorer, self.fingerprint = kept
         scored = average_readings(self.pool, readings, names, weights)
         columns = {name: read_scores(scored, name) for name in list_score_columns(self.prepared_validation)}
         report(self, summarize_influence(columns, np.array(scored[NUM_LOSS_TOKENS][:])))

@@ -4,10 +4,11 @@ from accelerate import PartialState
 from datasets import Dataset, load_from_disk
 
 from hf_in2core import InfluenceConfig
+from hf_in2core.evaluation.formats import read_json
 
 from .job import Job
 from .methods import Reference, add_columns, list_columns
-from .run_folder import agree, read_json, say, write_json, written_folder
+from .run_folder import agree, say, write_json, written_folder
 from .training import list_checkpoints
 
 

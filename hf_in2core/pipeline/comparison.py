@@ -23,6 +23,7 @@ from hf_in2core.evaluation.leakage import say_shared
 from hf_in2core.evaluation.verdict import Verdict
 from hf_in2core.names import (
     INFLUENCE,
+    LIBRARIES,
     METHODS,
     NUM_LOSS_TOKENS,
     PER_QUERY,
@@ -44,7 +45,6 @@ from .arguments import In2CoreArguments
 from .run_folder import warn, write_json
 
 
-LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 NUM_EXAMPLES = 10
 LONGEST_TEXT = 2000
 

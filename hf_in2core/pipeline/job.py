@@ -16,6 +16,7 @@ from trl import ModelConfig, SFTConfig
 
 from hf_in2core import InfluenceConfig
 from hf_in2core.cards.publish import check_published_columns
+from hf_in2core.evaluation.formats import read_json
 from hf_in2core.evaluation.tournament import plan_tournament
 from hf_in2core.hub.commits import PushCheck, check_can_push
 from hf_in2core.influence.checks import check_launcher
@@ -28,18 +29,11 @@ from hf_in2core.rows.template_date import read_clock
 
 from .arguments import In2CoreArguments
 from .comparison import plan_arms
-from .inputs import (
-    Inputs,
-    check_groups,
-    check_pool_columns,
-    check_trainable,
-    hold_back,
-    load_inputs,
-)
+from .inputs import Inputs, check_groups, check_pool_columns, check_trainable, hold_back, load_inputs
 from .methods import check_methods, list_columns, needs_queries
 from .models import check_adapter, check_model, hash_folder, load_tokenizer, pin_day
 from .parser import Settings
-from .run_folder import agree, lock_folder, quiet_loading, read_json, warn, write_json
+from .run_folder import agree, lock_folder, quiet_loading, warn, write_json
 from .training import count_loss_tokens
 
 

@@ -4,9 +4,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from accelerate import PartialState
-from datasets import Dataset, Value, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
@@ -15,10 +14,10 @@ from hf_in2core.influence.checks import check_launcher
 from hf_in2core.influence.cosines import check_moments, compute_cosines, compute_less, make_gradient_dot
 from hf_in2core.names import METHODS, STRATEGIES_BY_ROW
 from hf_in2core.rows.preparation import Preparation
-from hf_in2core.selection.baselines import add_bm25, add_encoder, add_ifd, add_loss, add_rds
+from hf_in2core.selection.baselines import add_bm25, add_encoder, add_ifd, add_loss, add_prepared_columns, add_rds
 from hf_in2core.selection.combined import add_clean_rank, add_fused_rank
 from hf_in2core.selection.similarities import ENCODER, import_bm25s, load_encoder
-from hf_in2core.selection.turns import take_round_robin
+from hf_in2core.selection.turns import count_turns
 
 from .run_folder import quiet_loading
 from .training import load_model, make_influence_trainer
@@ -174,29 +173,19 @@ def _add_cosine(scored: Dataset, reference: Reference) -> Dataset:
     trainer = _make_trainer(reference, reference.args)
     cosines = compute_cosines(trainer, "Influence: cosines").per_query
     assert cosines is not None
-    num_rows = len(cosines)
-    turns = np.empty(num_rows, dtype=np.int64)
-    turns[take_round_robin(np.arange(num_rows), num_rows, cosines.T)] = np.arange(num_rows)
-    return _add_values(scored, trainer, "cosine_rank", turns.tolist(), "int64")
+    turns = count_turns(cosines.T).astype("int64")
+    return add_prepared_columns(scored, trainer.prepared_pool, {"cosine_rank": turns})
 
 
 def _add_less(scored: Dataset, reference: Reference) -> Dataset:
     """Add `less`, the score of LESS at the reference's checkpoints; negative = proponent."""
     trainer = _make_trainer(reference, make_gradient_dot(reference.args))
-    return _add_values(scored, trainer, "less", compute_less(trainer, reference.checkpoints).tolist(), "float64")
+    return add_prepared_columns(scored, trainer.prepared_pool, {"less": compute_less(trainer, reference.checkpoints)})
 
 
 def _make_trainer(reference: Reference, args: InfluenceConfig) -> InfluenceTrainer:
     rows = (reference.pool, reference.validation, reference.tokenizer)
     return make_influence_trainer(reference.model, args, reference.adapter, *rows)
-
-
-def _add_values(scored: Dataset, trainer: InfluenceTrainer, name: str, values: list, dtype: str) -> Dataset:
-    """Add a column of the prepared rows to the raw ones; null where a row was not prepared."""
-    column: list[int | float | None] = [None] * len(scored)
-    for row, value in zip(trainer.prepared_pool.with_format("numpy")["row"][:], values, strict=True):
-        column[row] = value
-    return scored.add_column(name, column, feature=Value(dtype))
 
 
 MAKERS: dict[str, Callable[[Dataset, Reference], Dataset]] = {

@@ -19,6 +19,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging as transformers_logging
 
 from hf_in2core import InfluenceConfig
+from hf_in2core.evaluation.formats import read_json
 from hf_in2core.shipped import find_shipped
 
 from .parser import Settings
@@ -124,14 +125,6 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON; `None` where there is no whole file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def read_tasks(folder: Path) -> dict[str, dict[str, Any]]:

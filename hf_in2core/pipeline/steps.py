@@ -13,6 +13,7 @@ from trl import ModelConfig, SFTConfig
 
 from hf_in2core import InfluenceConfig, push_influence_dataset
 from hf_in2core.engine.sharding import save_adapter
+from hf_in2core.evaluation.formats import read_json
 from hf_in2core.names import POOL, describe_set, has_named_sets, name_coreset
 from hf_in2core.rows.hashes import hash_value
 from hf_in2core.rows.preparation import Preparation, prepare_rows
@@ -25,7 +26,7 @@ from .inputs import take_fraction
 from .job import Job, find_sources
 from .methods import needs_queries
 from .models import load_tokenizer
-from .run_folder import agree, quiet_loading, read_json, read_tasks, say, warn, write_json, written_folder
+from .run_folder import agree, quiet_loading, read_tasks, say, warn, write_json, written_folder
 from .training import (
     compute_influence,
     compute_losses,

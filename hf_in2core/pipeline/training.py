@@ -29,9 +29,9 @@ from hf_in2core.evaluation.judge import TokenAccuracy, TokenPerplexity
 from hf_in2core.influence.config import AUTOCAST_DTYPES, choose_autocast
 from hf_in2core.influence.cosines import OPTIMIZER
 from hf_in2core.influence.scorer_files import find_revision
-from hf_in2core.names import NUM_LOSS_TOKENS, PER_QUERY
+from hf_in2core.names import NUM_LOSS_TOKENS
 from hf_in2core.rows.preparation import Preparation, tokenize_rows
-from hf_in2core.rows.scored import add_influence_columns, add_list_column
+from hf_in2core.rows.scored import add_influence_columns
 
 from .parser import Settings
 from .run_folder import lock_folder, quiet_loading, write_json
@@ -335,9 +335,7 @@ def score_with(scorer: InfluenceScorer, pool: Dataset) -> Dataset:
         name: np.array(values, dtype=np.int64 if name == NUM_LOSS_TOKENS else np.float64)[order]
         for name, values in columns.items()
     }
-    per_query = arrays.pop(PER_QUERY, None)
-    scored_pool = add_influence_columns(pool, arrays, [PER_QUERY] if per_query is not None else [])
-    return scored_pool if per_query is None else add_list_column(scored_pool, PER_QUERY, per_query)
+    return add_influence_columns(pool, arrays)
 
 
 def compute_losses(

@@ -306,9 +306,7 @@ def draw_layers(candidates: Sequence[Mapping[str, Any]], chosen: Sequence[int]) 
     panel.set_xlim(0, 1.04)
     panel.set_xlabel("share of the gradient memory of all layers\n(left = less memory)")
     panel.set_ylabel("Spearman with all layers\n(1 = the same order of the rows)")
-    panel.grid(axis="y", color="#dddddd", linewidth=0.6)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
+    _rule(panel)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     return figure
 
@@ -340,9 +338,7 @@ def draw_coverage(coverage: Sequence[float], loss: Sequence[float], top_k: int) 
         "(no unit; negative influence = proponent)   better covered \N{RIGHTWARDS ARROW}"
     )
     panel.set_ylabel("loss of the test row\n(nats per labelled token, lower is better)")
-    panel.grid(axis="y", color="#dddddd", linewidth=0.6)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
+    _rule(panel)
     return figure
 
 
@@ -361,6 +357,13 @@ def _make_figure(width: float, height: float) -> "Figure":
             "Plots need matplotlib, which is not installed. Install it with `pip install hf-in2core[report]`."
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _rule(panel: "Axes") -> None:
+    """No frame but the axes, and lines to read heights by."""
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(axis="y", color="#dddddd", linewidth=0.6)
+    panel.set_axisbelow(True)
 
 
 def _draw_panel(panel: "Axes", arms: list[ArmSummary]) -> None:
@@ -394,6 +397,4 @@ def _draw_panel(panel: "Axes", arms: list[ArmSummary]) -> None:
                 panel.axhline(interval["mean"], color=colour, linewidth=0.8, linestyle=":", zorder=0)
     panel.set_xticks(range(len(groups)), groups)
     panel.set_xlim(-0.6, len(groups) - 0.4)
-    panel.grid(axis="y", color="#dddddd", linewidth=0.6)
-    panel.set_axisbelow(True)
-    panel.spines[["top", "right"]].set_visible(False)
+    _rule(panel)

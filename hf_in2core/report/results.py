@@ -4,12 +4,9 @@ from typing import Any
 
 from hf_in2core.evaluation.arms import describe_data
 from hf_in2core.evaluation.formats import get_value, is_number, list_objects
-from hf_in2core.names import BUDGETS, LOSS_REDUCTIONS
+from hf_in2core.names import BUDGETS, LIBRARIES, LOSS_REDUCTIONS
 
 from .run import Run
-
-
-LIBRARIES = ("python", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
 
 
 def show_verdict(run: Run) -> dict[str, Any]:
@@ -57,7 +54,7 @@ def show_provenance(run: Run) -> list[tuple[str, str]]:
     machine = machine if isinstance(machine, dict) else {}
     hardware = [machine.get("gpu") or machine.get("cpu"), f"{machine.get('processes', 1)} process(es)"]
     hardware += [f"{machine['cores']} cores"] if machine.get("cores") else []
-    libraries = [f"{name} {machine[name]}" for name in machine if name in LIBRARIES]
+    libraries = [f"{name} {machine[name]}" for name in machine if name in ("python", *LIBRARIES)]
     revision = get_value(run.scorer, "base_model_revision")
     lines = [
         ("Reference model", run.get("config", "model_name_or_path") or get_value(run.scorer, "base_model")),

@@ -11,10 +11,10 @@ from datasets import ClassLabel, Dataset
 
 from hf_in2core.evaluation.formats import is_number
 from hf_in2core.names import INFLUENCE, NUM_LOSS_TOKENS
-from hf_in2core.rows.scored import read_numbers
+from hf_in2core.rows.scored import rank_rows, read_numbers
 from hf_in2core.rows.text import render_value
 from hf_in2core.selection.record import Coreset, describe_choice, take_coresets
-from hf_in2core.selection.turns import DecidingScore, rank_rows, read_deciding_score
+from hf_in2core.selection.turns import DecidingScore, read_deciding_score
 
 from .run import Run
 
@@ -113,8 +113,7 @@ def read_pool(run: Run, scored: Dataset) -> Pool:
         deciding = read_deciding_score(scored, **(shown.arguments if shown else {"strategy": strategy}))
     except (ValueError, TypeError) as error:
         run.notes.append(f"What chose the rows is not shown: {error}")
-        ranks = rank_rows(influence, np.flatnonzero(np.isfinite(influence)))
-        deciding = DecidingScore(influence, ranks, influence)
+        deciding = DecidingScore(influence, rank_rows(influence), influence)
     headline = run.get("verdict", "fraction")
     if not is_number(headline) or headline not in fractions:
         headline = fractions[0] if fractions else None
@@ -122,26 +121,25 @@ def read_pool(run: Run, scored: Dataset) -> Pool:
     return Pool(influence, lengths, deciding, coreset, chosen, fractions, headline)
 
 
-def choose_rows(pool: Pool, also: Iterable[int], max_rows: int = MAX_ROWS) -> np.ndarray:
+def choose_rows(pool: Pool, also: Iterable[int]) -> np.ndarray:
     """
     Choose the rows of the table: all, or of a large pool the first and last in line and a sample of the rest.
 
     Args:
         pool ([`Pool`]): The whole pool.
         also (`Iterable[int]`): Rows that have to be among them.
-        max_rows (`int`): Rows of a pool that is not large.
 
     Returns:
         `np.ndarray` of int64: positions, ascending.
     """
     num_rows = len(pool.influence)
-    if num_rows <= max_rows:
+    if num_rows <= MAX_ROWS:
         return np.arange(num_rows)
     order = np.argsort(pool.deciding.ranks, kind="stable")[: int(pool.has_loss.sum())]
-    quarter = max_rows // 4
+    quarter = MAX_ROWS // 4
     strongest = np.union1d(order[:quarter], order[len(order) - min(quarter, len(order)) :])
     rest = np.setdiff1d(np.arange(num_rows), strongest)
-    sample = np.random.default_rng(0).choice(rest, size=min(max_rows - len(strongest), len(rest)), replace=False)
+    sample = np.random.default_rng(0).choice(rest, size=min(MAX_ROWS - len(strongest), len(rest)), replace=False)
     return np.union1d(np.union1d(strongest, sample), np.fromiter(also, dtype=np.int64))
 
 

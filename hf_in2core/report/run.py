@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, load_from_disk
 
-from hf_in2core.evaluation.formats import get_value, is_number
+from hf_in2core.evaluation.formats import get_value, is_number, read_json
 from hf_in2core.names import INFLUENCE
 from hf_in2core.rows.places import describe_missing
 
@@ -137,14 +137,6 @@ def check_arms(path: Path, arms: Any) -> None:
             value = arm.get(name)
             if value is not None and not is_number(value) and not isinstance(value, float):  # NaN: it diverged
                 raise ReportError(f"{path}: arms[{number}] has {value!r} as `{name}`, which is no number.")
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON; `None` where there is no whole file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def read_scored(folder: Path, notes: list[str]) -> Dataset | None:

@@ -24,7 +24,7 @@ from hf_in2core.evaluation.arms import (
     tabulate_tournament,
 )
 from hf_in2core.evaluation.formats import DASH
-from hf_in2core.names import INFLUENCE
+from hf_in2core.names import INFLUENCE, RANK
 from hf_in2core.rows.text import CUT, render_line
 
 from .page import write_report
@@ -153,7 +153,7 @@ def _print_table(console: Console, names: Sequence[str], lines: Sequence[Sequenc
 
 def _print_examples(console: Console, examples: Sequence[Mapping[str, Any]], in_turn: bool) -> None:
     for number, example in enumerate(examples, 1):
-        rank = "" if example.get("influence_rank") is None else f"rank {example['influence_rank']:,}, "
+        rank = "" if example.get(RANK) is None else f"rank {example[RANK]:,}, "
         standing = example.get("standing", f"{rank}influence {example['influence']:+.3g}")
         said = [standing, *([example["taken"]] if "taken" in example else [])]
         said += [f"mean influence {example['influence']:+.3g}"] if in_turn else []
@@ -170,6 +170,3 @@ def _fit(text: object, encoding: str) -> str:
     except UnicodeEncodeError:
         shown = shown.replace("±", "+/-").replace(DASH, "-").replace(CUT, "...")
     return shown.encode(encoding, "replace").decode(encoding)
-
-
-# --- the page ---

@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from hf_in2core.engine.batches import read_token_rows
+from hf_in2core.names import POOL
 
 from .checks import CheckedRows, check_row, check_rows, describe_kind, refuse_bad_rows
 from .columns import apply_columns, check_sources, get_column_names, list_read_columns, map_row
@@ -136,7 +137,7 @@ def find_first_row(
         if all(isinstance(value, str | list) and value for value in read):
             return mapped
     if first is None:
-        refuse_bad_rows([check_rows(dataset, Preparation(processing_class, columns), "pool")])
+        refuse_bad_rows([check_rows(dataset, Preparation(processing_class, columns), POOL)])
     return first or {}
 
 

@@ -1,7 +1,7 @@
 """The columns that scoring adds to a dataset, written and read. What is missing is null there and NaN in numpy."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +31,7 @@ HASHED_ROWS = 10_000
 # --- writing ---
 
 
-def add_influence_columns(dataset: Dataset, columns: dict[str, np.ndarray], lists: Sequence[str] = ()) -> Dataset:
+def add_influence_columns(dataset: Dataset, columns: Mapping[str, np.ndarray]) -> Dataset:
     """
     Add scored columns and the global rank to a dataset, and record in the type of the rank what was added.
 
@@ -41,31 +41,34 @@ def add_influence_columns(dataset: Dataset, columns: dict[str, np.ndarray], list
         dataset ([`~datasets.Dataset`]):
             Raw rows.
         columns (`dict[str, numpy.ndarray]`):
-            `influence` and others, `[n]`; NaN becomes null.
-        lists (`Sequence[str]`, *optional*):
-            Columns of lists that [`add_list_column`] will add.
+            `influence` and others, `[n]`, or `[n, Q]` for a column of lists; NaN becomes null.
 
     Returns:
         [`~datasets.Dataset`]
     """
-    influence = columns[INFLUENCE]
-    carries_loss = ~np.isnan(influence)
-    order = np.argsort(influence[carries_loss], kind="stable")
-    ranks = np.empty(len(order), dtype=np.int64)
-    ranks[order] = np.arange(len(order))
-    rank_column: list[int | None] = [None] * len(influence)
-    for row, rank in zip(np.flatnonzero(carries_loss), ranks, strict=True):
-        rank_column[row] = int(rank)
-    for name, column in columns.items():
+    lists = {name: column for name, column in columns.items() if column.ndim == 2}
+    singles = {name: column for name, column in columns.items() if name not in lists}
+    ranks = [None if np.isnan(rank) else int(rank) for rank in rank_rows(columns[INFLUENCE])]
+    for name, column in singles.items():
         if column.dtype == np.int64:
             dataset = dataset.add_column(name, column, feature=Value("int64"))
             continue
         values = [None if np.isnan(value) else float(value) for value in column]
         dataset = dataset.add_column(name, values, feature=Value("float64"))
         if name == INFLUENCE:
-            record = json.dumps([*columns, RANK, *lists])
-            dataset = dataset.add_column(RANK, rank_column, feature=Value("int64", id=record))
+            record = json.dumps([*singles, RANK, *lists])
+            dataset = dataset.add_column(RANK, ranks, feature=Value("int64", id=record))
+    for name, column in lists.items():
+        dataset = add_list_column(dataset, name, column)
     return dataset
+
+
+def rank_rows(scores: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+    """Ranks of all scores or of those of `rows`, `[n]`: 0 = smallest, ties by position; NaN where there is none."""
+    rows = np.flatnonzero(~np.isnan(scores)) if rows is None else rows
+    ranks = np.full(len(scores), np.nan)
+    ranks[rows[np.argsort(scores[rows], kind="stable")]] = np.arange(len(rows))
+    return ranks
 
 
 def spread(values: np.ndarray, rows: np.ndarray, num_rows: int) -> np.ndarray:

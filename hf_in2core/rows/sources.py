@@ -8,16 +8,7 @@ from typing import Any
 
 import fsspec
 import pandas
-from datasets import (
-    Dataset,
-    DatasetDict,
-    Features,
-    List,
-    Value,
-    concatenate_datasets,
-    load_dataset,
-    load_from_disk,
-)
+from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets, load_dataset, load_from_disk
 
 from hf_in2core.names import VALIDATION
 
@@ -272,18 +263,16 @@ def _load_from_hub(source: str, revision: str | None) -> Dataset:
     return _take_split(load_dataset(name, config, revision=revision), None)
 
 
-def parse_named_sources(sources: list[str], what: str = VALIDATION) -> dict[str, str]:
+def parse_named_sources(sources: list[str]) -> dict[str, str]:
     """
     Read `--validation V`, `--validation name=V name2=V2` or `--validation V name2=V2`.
 
     Args:
         sources (`list[str]`):
             A single source, or several of which one at most has no name.
-        what (`str`, *optional*, defaults to `"validation"`):
-            Flag, named in errors.
 
     Returns:
-        `dict[str, str]`: source by name; a source without one is called `what`.
+        `dict[str, str]`: source by name; a source without one is called `validation`.
 
     Raises:
         ValueError: if several sources lack names, or a name is given twice.
@@ -291,14 +280,14 @@ def parse_named_sources(sources: list[str], what: str = VALIDATION) -> dict[str,
     named: dict[str, str] = {}
     for source in sources:
         match = None if Path(source).expanduser().exists() else NAMED_SOURCE.fullmatch(source)
-        name, value = (match.group(1), match.group(2)) if match else (what, source)
-        if not match and what in named:
+        name, value = (match.group(1), match.group(2)) if match else (VALIDATION, source)
+        if not match and VALIDATION in named:
             raise ValueError(
-                f"`--{what}` has {len(sources)} sources, and `{source}` is not the first without a name. Name "
-                f"them: `--{what} math=data/math.jsonl code=data/code.jsonl`."
+                f"`--validation` has {len(sources)} sources, and `{source}` is not the first without a name. Name "
+                "them: `--validation math=data/math.jsonl code=data/code.jsonl`."
             )
         if name in named:
-            raise ValueError(f"`--{what}` has the name `{name}` twice. Give each source a name of its own.")
+            raise ValueError(f"`--validation` has the name `{name}` twice. Give each source a name of its own.")
         named[name] = value
     return named
 

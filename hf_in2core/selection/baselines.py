@@ -34,7 +34,7 @@ from .similarities import (
     import_bm25s,
     load_encoder,
 )
-from .turns import take_round_robin
+from .turns import count_turns
 
 
 def add_loss(
@@ -77,7 +77,7 @@ def add_loss(
     dataset = _drop_clashes(dataset, ["loss"], overwrite)
     prepared = _prepare(dataset, preparation, "dataset", least=2)
     losses = compute_row_losses(model, prepared, tokens_per_batch, autocast, "Loss")
-    return _add_columns(dataset, prepared, {"loss": losses.nll / losses.num_loss_tokens})
+    return add_prepared_columns(dataset, prepared, {"loss": losses.nll / losses.num_loss_tokens})
 
 
 def add_ifd(
@@ -137,7 +137,7 @@ def add_ifd(
         for name, part in (("rows", prepared), ("answers alone", alone))
     )
     # A loss of 0 without any prompt: nothing is left for the prompt to take off.
-    return _add_columns(
+    return add_prepared_columns(
         dataset, prepared, {"ifd": np.divide(nll, answer_nll, out=np.ones_like(nll), where=answer_nll > 0)}
     )
 
@@ -352,14 +352,13 @@ def _add_similarities(
     # Hidden states of the same row differ in float32's last digits between batches.
     if np.ptp(similarities, axis=1).max() <= 1e-6 * np.abs(similarities).max():
         raise ValueError(f"All rows are equally similar to the validation set, so nothing ranks them: {reason}.")
-    num_rows = len(prepared)
-    turns = np.empty(num_rows, dtype=np.int64)
-    turns[take_round_robin(np.arange(num_rows), num_rows, -similarities)] = np.arange(num_rows)
-    columns = {f"{name}_similarity": similarities.mean(axis=0), f"{name}_rank": turns}
-    return _add_columns(dataset, prepared, columns)
+    turns = count_turns(-similarities).astype(np.int64)
+    return add_prepared_columns(
+        dataset, prepared, {f"{name}_similarity": similarities.mean(axis=0), f"{name}_rank": turns}
+    )
 
 
-def _add_columns(dataset: Dataset, prepared: Dataset, columns: dict[str, np.ndarray]) -> Dataset:
+def add_prepared_columns(dataset: Dataset, prepared: Dataset, columns: dict[str, np.ndarray]) -> Dataset:
     """Add columns of prepared rows to the raw ones; null where a row was not prepared."""
     rows = prepared.with_format("numpy")["row"][:]
     for name, values in columns.items():

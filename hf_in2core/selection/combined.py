@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from datasets import Dataset, Value
 
-from hf_in2core.rows.scored import read_scores
+from hf_in2core.rows.scored import rank_rows, read_scores
 
 
 # As in the paper of reciprocal rank fusion: the first few ranks do not decide alone.
@@ -35,7 +35,7 @@ def add_fused_rank(scored: Dataset, columns: Sequence[str], name: str = "fused_r
     if len(columns) < 2:
         raise ValueError(f"columns={list(columns)}: one rank alone is fused with nothing. Give at least two columns.")
     values = np.stack([read_scores(scored, column) for column in columns])
-    ranks = np.stack([_rank(np.where(np.isnan(values).any(axis=0), np.nan, column)) for column in values])
+    ranks = np.stack([rank_rows(np.where(np.isnan(values).any(axis=0), np.nan, column)) for column in values])
     return _add_rank(scored, -(1 / (FUSION_CONSTANT + ranks)).sum(axis=0), name)
 
 
@@ -65,20 +65,12 @@ def add_clean_rank(scored: Dataset, relevance: str, quality: str, name: str, wor
         ValueError: if a column is missing.
     """
     ranks, losses = read_scores(scored, relevance), read_scores(scored, quality)
-    ranks = _rank(np.where(np.isnan(losses), np.nan, ranks))
+    ranks = rank_rows(np.where(np.isnan(losses), np.nan, ranks))
     known = np.isfinite(ranks)
-    behind = _rank(np.where(known, losses, np.nan)) >= round((1 - worst) * known.sum())
+    behind = rank_rows(np.where(known, losses, np.nan)) >= round((1 - worst) * known.sum())
     return _add_rank(scored, ranks + len(ranks) * behind, name)
 
 
-def _rank(values: np.ndarray) -> np.ndarray:
-    """Ranks of the smallest first, float64 `[n]`, ties by position; NaN where there is no value."""
-    ranks = np.full(len(values), np.nan)
-    order = np.argsort(values, kind="stable")[: int(np.isfinite(values).sum())]
-    ranks[order] = np.arange(len(order))
-    return ranks
-
-
 def _add_rank(scored: Dataset, values: np.ndarray, name: str) -> Dataset:
-    ranks = [None if np.isnan(rank) else int(rank) for rank in _rank(values)]
+    ranks = [None if np.isnan(rank) else int(rank) for rank in rank_rows(values)]
     return scored.add_column(name, ranks, feature=Value("int64"))

@@ -11,13 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hf_in2core.engine.batches import (
-    TokenBatch,
-    choose_forward_tokens,
-    iterate_batches,
-    plan_batches,
-    read_token_rows,
-)
+from hf_in2core.engine.batches import TokenBatch, choose_forward_tokens, iterate_batches, plan_batches, read_token_rows
 from hf_in2core.engine.losses import frozen_eval_mode
 from hf_in2core.progress import get_bar_settings, make_bar
 

@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset
 
 from hf_in2core.names import INFLUENCE, METHODS, STRATEGIES_BY_ROW, VALIDATION, describe_set, name_set_column
-from hf_in2core.rows.scored import find_set_columns, read_query_scores, read_scores
+from hf_in2core.rows.scored import find_set_columns, rank_rows, read_query_scores, read_scores
 
 
 BEST_RANK = "best rank"
@@ -37,6 +37,19 @@ def take_round_robin(rows: np.ndarray, count: int, set_scores: np.ndarray) -> np
             row = next(row for row in queue if row not in taken)
             taken[row] = None
     return np.fromiter(taken, dtype=np.int64, count=count)
+
+
+def count_turns(set_scores: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+    """
+    The turn at which each row is taken when the queries of `[Q, n]` scores take their strongest proponents in turn.
+
+    Returns:
+        `numpy.ndarray` of shape `[n]`, float64: 0 = taken first; NaN for rows that are not among `rows`.
+    """
+    rows = np.arange(set_scores.shape[1]) if rows is None else rows
+    turns = np.full(set_scores.shape[1], np.nan)
+    turns[take_round_robin(rows, len(rows), set_scores)] = np.arange(len(rows))
+    return turns
 
 
 def read_taking_scores(scored: Dataset, strategy: str) -> tuple[np.ndarray | None, np.ndarray]:
@@ -159,10 +172,10 @@ def _read_score(scored: Dataset, strategy: str, column: str) -> DecidingScore:
     if takers is None:
         if column == INFLUENCE or strategy == "random":
             how = "at random" if strategy == "random" else "by influence"
-            return DecidingScore(influence, rank_rows(influence, rows), influence, how=how)
+            return DecidingScore(influence, rank_rows(influence), influence, how=how)
         end, sign, minus = ("largest", -1, "\N{MINUS SIGN}") if strategy == "bottom" else ("smallest", 1, "")
         values = sign * read_scores(scored, column)
-        ranks = rank_rows(values, np.flatnonzero(~np.isnan(values)))
+        ranks = rank_rows(values)
         words = "".join(f" ({method.words})" for method in METHODS.values() if method[:2] == (column, strategy))
         meaning = f"The {end} {column} is first in line; the influence on the mean chose nothing."
         name, how = f"{minus}{column}", f"by {column}{words}"
@@ -184,13 +197,6 @@ def _read_score(scored: Dataset, strategy: str, column: str) -> DecidingScore:
         meaning=f"Best rank: a row is ranked by its influence on each of {over}, and the smallest of its ranks counts "
         "(0 = the strongest proponent of one of them).",
     )
-
-
-def rank_rows(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Ranks of `rows` by their scores, 0 = smallest; NaN elsewhere."""
-    ranks = np.full(len(scores), np.nan)
-    ranks[rows[np.argsort(scores[rows], kind="stable")]] = np.arange(len(rows))
-    return ranks
 
 
 def find_ends(

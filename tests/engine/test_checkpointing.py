@@ -5,21 +5,11 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import (
-    add_trained_adapter,
-    assert_same,
-    make_config,
-    make_model,
-    make_prompt_completion,
-    make_tokenizer,
-    make_trainer,
-    prepare,
-)
+from helpers import add_trained_adapter, assert_same, make_model, make_prompt_completion, make_trainer, prepare
 from naive import compute_datainf, compute_gradients
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from hf_in2core import InfluenceTrainer
 from hf_in2core.analysis.layers import compute_layer_scores
 from hf_in2core.engine.batches import TokenBatch, read_token_rows
 from hf_in2core.engine.gradients import GradientRecorder
@@ -101,12 +91,13 @@ def test_a_model_without_checkpointable_layers_is_refused(tmp_path, pool, valida
     model = make_model()
     model.model.layers = nn.ModuleList(Unwrapped(layer) for layer in model.model.layers)
     with pytest.raises(ValueError, match="lower `tokens_per_batch`"):
-        InfluenceTrainer(
+        make_trainer(
+            tmp_path,
+            pool,
+            validation,
+            dtype=None,
             model=add_trained_adapter(model),
-            args=make_config(tmp_path, influence_activation_checkpointing=True),
-            train_dataset=pool,
-            eval_dataset=validation,
-            processing_class=make_tokenizer(),
+            influence_activation_checkpointing=True,
         )
 
 

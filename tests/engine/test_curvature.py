@@ -64,7 +64,7 @@ def test_no_damping_has_no_inverse() -> None:
 def fit_and_measure(trainer) -> float:
     """What a fit tells, which is what is measured from what it has left on the disk."""
     told = trainer.fit_influence().config.exact_agreement
-    job = trainer.make_passes(trainer.blocks, trainer._fingerprint)
+    job = trainer.make_passes(trainer.blocks, trainer.fingerprint)
     result = read_fit(job)
     assert result is not None and result.exact_agreement == told
     found = measure_curvature(job, trainer.prepared_pool, result, trainer.args.damping_scale, trainer.args.seed)

@@ -10,7 +10,6 @@ from helpers import (
     ON_GPU,
     add_trained_adapter,
     assert_same,
-    make_config,
     make_model,
     make_prompt_completion,
     make_tokenizer,
@@ -21,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from hf_in2core import InfluenceScorer, InfluenceTrainer
+from hf_in2core import InfluenceScorer
 
 
 PARTS = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.2", "model.norm", "model.rotary_emb"]
@@ -44,14 +43,7 @@ def test_hooks_stay_and_change_nothing(tmp_path, monkeypatch, validation, adapte
     else:
         hooked = add_trained_adapter(dispatch(make_model().double())).double()
         set_peft_model_state_dict(hooked, get_peft_model_state_dict(model))
-    trainer = InfluenceTrainer(
-        model=hooked,
-        # The default of TRL 1.14 cannot be laid over the hooks of a model without an adapter.
-        args=make_config(tmp_path / "b", loss_type="nll", **options),
-        train_dataset=rows,
-        eval_dataset=validation,
-        processing_class=make_tokenizer(),
-    )
+    trainer = make_trainer(tmp_path / "b", rows, validation, dtype=None, model=hooked, loss_type="nll", **options)
     adapters = [module for name, module in hooked.named_modules() if name.endswith("lora_A.default")]
     assert all(("_hf_hook" in module.__dict__) == (adapter_comes == "before") for module in adapters)
     calls: list[nn.Module] = []
@@ -84,12 +76,12 @@ def test_offloaded_weights_are_refused_by_name(tmp_path, pool, validation, model
         return AutoModelForCausalLM.from_pretrained(model_folder, device_map=device_map, offload_folder=str(tmp_path))
 
     with pytest.raises(ValueError, match="offloaded to the CPU or the disk.*layers.1"):
-        InfluenceTrainer(
+        make_trainer(
+            tmp_path / "b",
+            pool,
+            validation,
+            dtype=None,
             model=load(),
-            args=make_config(tmp_path / "b"),
-            train_dataset=pool,
-            eval_dataset=validation,
-            processing_class=make_tokenizer(),
             peft_config=LoraConfig(target_modules="all-linear"),
         )
     with pytest.raises(ValueError, match="offloaded to the CPU or the disk.*layers.1"):

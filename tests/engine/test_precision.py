@@ -38,7 +38,7 @@ def test_scores_do_not_hang_on_where_the_adapter_was_trained(tmp_path, dtype, pr
         before = vars(model).get("forward")
         scores.append(trainer.score_influence()["influence"][:])
         assert vars(model).get("forward") is before  # training goes on as it was
-        fingerprints.append(trainer._fingerprint)
+        fingerprints.append(trainer.fingerprint)
     assert scores[0] == scores[1] and fingerprints[0] == fingerprints[1]
 
 

@@ -7,16 +7,16 @@ import torch
 from helpers import (
     add_trained_adapter,
     assert_same,
-    make_config,
     make_model,
     make_prompt_completion,
     make_tokenizer,
+    make_trainer,
     prepare,
 )
 from naive import compute_datainf, compute_gradients
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hf_in2core import InfluenceScorer, InfluenceTrainer
+from hf_in2core import InfluenceScorer
 
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes quantises the base model, and is not installed")
@@ -48,12 +48,13 @@ def test_influence_through_a_quantised_base_equals_the_loop(
 ) -> None:
     rows = make_prompt_completion(12, seed=2)
     make_model(hidden_size=64).save_pretrained(tmp_path / "base")
-    trainer = InfluenceTrainer(
+    trainer = make_trainer(
+        tmp_path / "run",
+        rows,
+        validation,
+        dtype=None,
         model=add_trained_adapter(load_quantised(tmp_path / "base", bits)),
-        args=make_config(tmp_path / "run", tokens_per_batch=tokens_per_batch),
-        train_dataset=rows,
-        eval_dataset=validation,
-        processing_class=make_tokenizer(),
+        tokens_per_batch=tokens_per_batch,
     )
     assert {p.dtype for p in trainer.model.parameters()} >= {torch.uint8 if bits == 4 else torch.int8}
     for parameter in trainer.model.parameters():

@@ -14,8 +14,6 @@ from helpers import (
 )
 from peft import LoraConfig
 
-from hf_in2core import InfluenceTrainer
-
 
 USER, ASSISTANT = {"role": "user", "content": "the cat"}, {"role": "assistant", "content": " sat"}
 
@@ -100,12 +98,12 @@ def test_validation_rows_in_the_pool_are_counted(tmp_path, pool, validation, cap
 
 
 def test_no_adapter_and_an_untrained_one(tmp_path, pool, validation, caplog) -> None:
-    trainer = InfluenceTrainer(
+    trainer = make_trainer(
+        tmp_path,
+        pool,
+        validation,
+        dtype=None,
         model=make_model(),
-        args=make_config(tmp_path),
-        train_dataset=pool,
-        eval_dataset=validation,
-        processing_class=make_tokenizer(),
         peft_config=LoraConfig(target_modules=["q_proj", "v_proj"]),
     )
     scored = trainer.score_influence()

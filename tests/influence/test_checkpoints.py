@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, make_config, make_model, make_prompt_completion, make_tokenizer, make_trainer
+from helpers import assert_same, make_model, make_prompt_completion, make_trainer, train_reference
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_in2core import InfluenceTrainer
@@ -24,25 +24,7 @@ ADAPTER: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linea
 def run(tmp_path_factory):
     """A reference trained for six steps, with a checkpoint after each second one."""
     folder = tmp_path_factory.mktemp("run")
-    args = make_config(
-        folder,
-        max_steps=6,
-        save_strategy="steps",
-        save_steps=2,
-        logging_steps=1,
-        learning_rate=1e-2,
-        warmup_steps=3,
-        per_device_train_batch_size=4,
-    )
-    trainer = InfluenceTrainer(
-        model=make_model(),
-        args=args,
-        train_dataset=make_prompt_completion(23, seed=0),
-        eval_dataset=make_prompt_completion(5, seed=1),
-        processing_class=make_tokenizer(),
-        peft_config=LoraConfig(**ADAPTER),
-    )
-    trainer.train()
+    train_reference(folder, save_steps=2)
     return folder, [folder / f"checkpoint-{step}" for step in (2, 4, 6)]
 
 

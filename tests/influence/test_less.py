@@ -6,38 +6,17 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, make_config, make_model, make_prompt_completion, make_tokenizer, make_trainer
+from helpers import assert_same, make_model, make_prompt_completion, make_tokenizer, make_trainer, train_reference
 from naive import compute_gradients
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 
-from hf_in2core import InfluenceTrainer
 from hf_in2core.influence.cosines import compute_less
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 
 
 def train(folder, adapter=None, **options):
     """A reference trained for six steps, with a checkpoint after each third one; the checkpoints."""
-    args = make_config(
-        folder,
-        max_steps=6,
-        save_strategy="steps",
-        save_steps=3,
-        logging_steps=1,
-        learning_rate=1e-2,
-        warmup_steps=3,
-        weight_decay=0.1,
-        per_device_train_batch_size=4,
-        **options,
-    )
-    trainer = InfluenceTrainer(
-        model=make_model(),
-        args=args,
-        train_dataset=make_prompt_completion(23, seed=0),
-        eval_dataset=make_prompt_completion(5, seed=1),
-        processing_class=make_tokenizer(),
-        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **(adapter or {})),
-    )
-    trainer.train()
+    train_reference(folder, save_steps=3, adapter=adapter, weight_decay=0.1, **options)
     return [folder / f"checkpoint-{step}" for step in (3, 6)]
 
 

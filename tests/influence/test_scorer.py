@@ -17,7 +17,6 @@ from helpers import (
     CHAT_TEMPLATE,
     add_trained_adapter,
     assert_same,
-    make_config,
     make_model,
     make_prompt_completion,
     make_tokenizer,
@@ -118,12 +117,14 @@ def test_columns_and_chat_template_travel_with_the_scorer(tmp_path, model_folder
         ("pairs", renamed, ["prompt=question", "completion=answer"]),
         ("alpaca", [d.remove_columns(["question", "answer"]) for d in alpaca], ["alpaca"]),
     ):
-        trainer = InfluenceTrainer(
+        trainer = make_trainer(
+            tmp_path / name,
+            rows,
+            held_out,
+            dtype=None,
             model=add_trained_adapter(AutoModelForCausalLM.from_pretrained(model_folder)),
-            args=make_config(tmp_path / name, columns=columns),
-            train_dataset=rows,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
+            tokenizer=tokenizer,
+            columns=columns,
         )
         scored = trainer.score_influence()
         trainer.fit_influence().save_pretrained(tmp_path / f"{name}-scorer")

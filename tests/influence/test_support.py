@@ -101,13 +101,7 @@ REFUSED_ADAPTERS = {
 def test_refused_adapters_are_named_at_construction(tmp_path, pool, validation, variant) -> None:
     make_peft_config, name = REFUSED_ADAPTERS[variant]
     with pytest.raises(ValueError, match=name):
-        InfluenceTrainer(
-            model=get_peft_model(make_model(), make_peft_config()),
-            args=make_config(tmp_path),
-            train_dataset=pool,
-            eval_dataset=validation,
-            processing_class=make_tokenizer(),
-        )
+        make_trainer(tmp_path, pool, validation, dtype=None, model=get_peft_model(make_model(), make_peft_config()))
 
 
 REFUSED_SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -294,16 +288,9 @@ def test_what_cannot_be_told_apart_is_refused_before_training(tmp_path, pool, va
 
     model = make_model()
     model.model.layers[1].mlp = Mixing(model.model.layers[1].mlp)
-    options: dict[str, Any] = {"peft_config": LoraConfig(r=4, target_modules=["up_proj"])}
+    adapter = LoraConfig(r=4, target_modules=["up_proj"])
     with pytest.raises(ValueError, match=r"layers.1.mlp.inner.up_proj.lora_B.weight. differs from automatic"):
-        InfluenceTrainer(
-            model=model,
-            args=make_config(tmp_path),
-            train_dataset=pool,
-            eval_dataset=validation,
-            processing_class=make_tokenizer(),
-            **options,
-        )
+        make_trainer(tmp_path, pool, validation, dtype=None, model=model, peft_config=adapter)
 
 
 @pytest.mark.parametrize(

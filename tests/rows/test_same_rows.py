@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
-from helpers import CHAT_TEMPLATE, add_trained_adapter, make_config, make_model, make_tokenizer
+from helpers import CHAT_TEMPLATE, add_trained_adapter, make_model, make_tokenizer, make_trainer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trl import SFTConfig, SFTTrainer
 
-from hf_in2core import InfluenceTrainer
 from hf_in2core.rows.preparation import prepare_batch
 from hf_in2core.rows.sources import load_rows
 
@@ -150,12 +149,14 @@ def count_same(
             train_dataset=pool.remove_columns(["note"]),
             processing_class=tokenizer,
         ).train_dataset
-        trainer = InfluenceTrainer(
+        trainer = make_trainer(
+            folder / "influence",
+            pool,
+            pool.select(range(3)),
+            dtype=None,
             model=add_trained_adapter(make_model(num_layers=1, hidden_size=16)),
-            args=make_config(folder / "influence", **options),
-            train_dataset=pool,
-            eval_dataset=pool.select(range(3)),
-            processing_class=tokenizer,
+            tokenizer=tokenizer,
+            **options,
         )
         wanted = list_tokens(plain)
         assert list_tokens(trainer.prepared_pool) == wanted

@@ -14,14 +14,7 @@ from peft import PeftModel
 
 from hf_in2core import select_coreset
 from hf_in2core.rows.preparation import Preparation, prepare_rows
-from hf_in2core.selection.baselines import (
-    add_bm25,
-    add_encoder,
-    add_ifd,
-    add_loss,
-    add_rds,
-    select_length_matched,
-)
+from hf_in2core.selection.baselines import add_bm25, add_encoder, add_ifd, add_loss, add_rds, select_length_matched
 
 
 EMPTY = {"id": "empty", "prompt": "the cat " * 60, "completion": " mat"}  # its completion is cut off
