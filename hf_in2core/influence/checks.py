@@ -233,11 +233,7 @@ def warn_of_overlap(pool: CheckedRows, validation: Iterable[CheckedRows]) -> Non
 def check_model(
     model: PreTrainedModel | PeftModel, args: InfluenceConfig, aux_loss_enabled: bool, num_rows: int, num_sets: int
 ) -> None:
-    """
-    Refuse a model that settings, accelerator or memory do not fit, or with tensors that cannot be accounted for.
-
-    `num_rows` are those of the pool, `num_sets` the validation sets.
-    """
+    """Refuse a model that settings, accelerator or memory do not fit, or whose tensors cannot be accounted for."""
     kind = PartialState().distributed_type
     sharded = kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     if sharded and not is_sharding_launch():
