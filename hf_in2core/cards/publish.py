@@ -14,6 +14,7 @@ from datasets.utils.py_utils import convert_file_size_to_int
 from huggingface_hub import HfApi
 from huggingface_hub.utils import HfHubHTTPError
 
+from hf_in2core.evaluation.formats import get_object, read_object
 from hf_in2core.hub.checks import check_can_push, check_names, get_data_folder
 from hf_in2core.hub.commits import Head, Publication, is_main_process, list_folder, publish_files, refuse_secrets
 from hf_in2core.hub.state import call_with_retries, check_inside, get_status
@@ -257,10 +258,13 @@ def _list_scorer(scorer: SavesItself | str | Path | None, folder: Path, prefix: 
 
 
 def _find_own_folders(report: str | Path | None, command: str) -> list[str]:
-    """The folders of this machine that a run's configuration and commands name."""
-    config = Path(report) / REPLAY if report is not None else None
-    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config is not None and config.is_file() else None
-    return list_own_folders(settings if isinstance(settings, dict) else {}, command)
+    """The folders of this machine that a run's configuration, results and commands name."""
+    if report is None:
+        return list_own_folders({}, command)
+    config, results = Path(report) / REPLAY, Path(report) / RESULTS
+    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None
+    told = get_object(read_object(results.read_bytes() if results.is_file() else None), "config")
+    return list_own_folders({"told": told, "settings": settings}, command)
 
 
 def _list_report(

@@ -1,6 +1,9 @@
 """`compare_arms` does in Python what `in2core run` does once the pool is scored, and refuses what cannot work."""
 
+import html
 import json
+import subprocess
+import sys
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -8,6 +11,8 @@ from typing import Any
 import pytest
 from datasets import Dataset, load_dataset, load_from_disk
 from helpers import make_model
+from hub_client import make_env
+from loopback_hub import LoopbackHub
 from peft import LoraConfig
 from recipe_runs import read_results
 from trl import SFTConfig
@@ -107,3 +112,21 @@ def test_what_cannot_work_is_refused_before_any_training(
     with pytest.raises(ValueError, match=told):
         compare_arms(**make_arguments(finished, tmp_path) | changes)
     assert not (tmp_path / "arms").exists()
+
+
+@pytest.mark.slow
+def test_its_folder_is_published_like_that_of_a_run(compared, tmp_path: Path) -> None:
+    with LoopbackHub() as hub:
+        hub.add_user("hf_writing", "user")
+        command = "from hf_in2core.commands.main import main; main()"
+        subprocess.run(
+            [sys.executable, "-c", command, "publish", "--run", str(compared[0]), "--hub_id", "user/compared"],
+            env=make_env(hub, tmp_path / "home", "hf_writing"),
+            check=True,
+            timeout=300,
+        )
+        files = hub.repos["dataset", "user/compared"].files()
+    card = html.unescape(files["README.md"].decode())
+    assert "`coreset_25` | 15 | 25.0 %" in card and "> WARNING: nothing is concluded" in card
+    results = json.loads(files["results.json"])
+    assert results["config"]["model_name_or_path"] == "model" and str(compared[0]) not in card
