@@ -15,6 +15,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from hf_in2core import InfluenceConfig
 from hf_in2core.engine.sharding import save_adapter
+from hf_in2core.influence.checks import check_launcher
 from hf_in2core.names import ALL_ARMS, ARMS, BUDGETS, INFLUENCE, NUM_LOSS_TOKENS, PER_QUERY, POOL, VALIDATION
 from hf_in2core.report.terminal import print_verdict
 from hf_in2core.rows.checks import check_rows, refuse_bad_rows
@@ -125,6 +126,7 @@ def compare_arms(
             method, rows that cannot be trained on, values that cannot be, or a folder in which another is at work.
     """
     given = Comparison(list(arms), list(fractions), list(seeds), list(budgets))
+    check_launcher()
     check_inputs(model, args, scored, peft_config, given)
     run = Path(args.output_dir or "")
     lock_folder(run)
