@@ -165,11 +165,15 @@ def check(settings: Settings) -> Job:
         prepared_test = check_trainable(inputs.test, "test set", *models[1], inputs.pool)
         inputs.facts["test"]["loss_tokens"] = count_loss_tokens(prepared_test)["loss_tokens"]
 
-    check_model(reference_model, reference_args, for_influence=True)
+    reference_parameters = check_model(reference_model, reference_args, for_influence=True)
     parameters = check_model(target_model, target_args, for_influence=False)
     if args.reference_adapter is not None:
         check_adapter(args.reference_adapter, reference_model, reference_args)
-    check_disk(folder, inputs.pool, parameters, len(plan_arms(args)))
+    sets = inputs.validation.values()
+    queries = sum(map(len, sets)) if needs_queries(args.methods) else len(sets)
+    # Of some layers alone it is less, and how much less is not known yet.
+    directions = 0 if reference_args.influence_layers else queries * reference_parameters
+    check_disk(folder, inputs.pool, parameters, len(plan_arms(args)), directions)
     identities = inputs.hashes | {
         "reference model": hash_folder(reference_model.model_name_or_path or ""),
         "target model": hash_folder(target_model.model_name_or_path or ""),
@@ -224,20 +228,22 @@ def check_hub(args: In2CoreArguments, private: bool | None) -> PushCheck | None:
     return found
 
 
-def check_disk(folder: Path, pool: Dataset, adapter_parameters: int, num_arms: int) -> None:
+def check_disk(folder: Path, pool: Dataset, adapter_parameters: int, num_arms: int, directions: int) -> None:
     """
-    Check that the adapters and the annotated pool fit on the disk.
+    Check that the adapters, the annotated pool and the scorer with so many numbers in its directions fit on the disk.
 
     Raises:
         ValueError: if they do not.
     """
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
-    needed = estimate_disk(pool, adapter_parameters, num_arms)
+    needed = estimate_disk(pool, adapter_parameters, num_arms) + 4 * directions
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
-            f"{folder} needs about {needed / 1e9:.1f} GB ({num_arms} adapters and the annotated pool), but the disk "
-            f"has {free / 1e9:.1f} GB left. Give another --output_dir, or fewer --arms, --seeds or --fractions."
+            f"{folder} needs about {needed / 1e9:.1f} GB ({num_arms} adapters, the annotated pool, and "
+            f"{4 * directions / 1e9:.1f} GB of directions on which rows are scored), but the disk has "
+            f"{free / 1e9:.1f} GB left. Give another --output_dir, or fewer --arms, --seeds or --fractions; with "
+            "--strategy top all validation rows have one direction together."
         )
 
 

@@ -207,9 +207,10 @@ def test_a_full_disk(tmp_path: Path) -> None:
     from hf_in2core.pipeline.job import check_disk
 
     pool = Dataset.from_list(make_rows("copy", 5, seed=0))
-    check_disk(tmp_path / "new" / "run", pool, 1000, 3)
-    with pytest.raises(ValueError, match="GB left"):
-        check_disk(tmp_path / "new" / "run", pool, 10**15, 3)
+    check_disk(tmp_path / "new" / "run", pool, 1000, 3, 1000)
+    for too_much in ((10**15, 3, 0), (1000, 3, 10**15)):
+        with pytest.raises(ValueError, match="GB left"):
+            check_disk(tmp_path / "new" / "run", pool, *too_much)
 
 
 # --- other shapes of a run ---
