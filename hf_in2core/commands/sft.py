@@ -26,7 +26,6 @@ def make_parser() -> RecipeParser:
 def main(settings: Settings) -> None:
     """Check, train, judge, save and publish."""
     from accelerate import PartialState
-    from trl import ModelConfig
 
     from hf_in2core import InfluenceConfig, select_coreset
     from hf_in2core.evaluation.tasks import check_task_settings
@@ -48,7 +47,7 @@ def main(settings: Settings) -> None:
     private = settings.values["hub_private_repo"]
     if args.hub_id is not None and PartialState().is_main_process:
         check_can_push(args.hub_id, "model", private=private)
-    model_args = settings.make(ModelConfig, use_peft=True)
+    model_args = make_model_args(settings)
     training_args = settings.make(InfluenceConfig)
     check_model(model_args, training_args, for_influence=False)
     tokenizer = load_tokenizer(model_args, training_args)
@@ -99,6 +98,19 @@ def main(settings: Settings) -> None:
             say(f"published: {published.url}")
     PartialState().wait_for_everyone()
     say(f"{trained['rows']:,} rows, {trained['steps']:,} steps, {trained['seconds']:.0f} s: {args.output_dir}")
+
+
+def make_model_args(settings: Settings) -> Any:
+    """Model and LoRA settings; refused without LoRA."""
+    from trl import ModelConfig
+
+    model_args = settings.make(ModelConfig)
+    if not model_args.use_peft:
+        raise ValueError(
+            "`use_peft=False`: `in2core sft` trains an adapter, and its card tells of one. Leave it out, or train "
+            "with TRL's own `trl sft`."
+        )
+    return model_args
 
 
 def prepare_card(
