@@ -71,6 +71,7 @@ def render_target_model_card(
     split: str | None = None,
     dataset_revision: str | None = None,
     test_name: str = "test set",
+    lora: bool = True,
 ) -> str:
     """
     The card of a model that was fine-tuned on a coreset (or on an arm that a coreset is compared with).
@@ -95,6 +96,8 @@ def render_target_model_card(
             Commit of the dataset.
         test_name (`str`, *optional*, defaults to `"test set"`):
             Name of the rows that judged this model; a Hub id where they have one.
+        lora (`bool`, *optional*, defaults to `True`):
+            Whether it is an adapter, rather than a whole model.
 
     Returns:
         `str`: the whole card, with evaluation results in the form that the Hub renders.
@@ -119,7 +122,7 @@ def render_target_model_card(
     if _has_page(dataset_id):
         add_tags(data, "datasets", [dataset_id])
     add_tags(data, "tags", ["in2core", "coreset", "sft", "trl"])
-    data.setdefault("library_name", "peft")
+    data.setdefault("library_name", "peft" if lora else "transformers")
     data.setdefault("pipeline_tag", "text-generation")
     data |= {key: value for key, value in ours.items() if key == "model-index"}
     arguments = f'"{dataset_id}", split="{split}"'
@@ -127,6 +130,7 @@ def render_target_model_card(
     arm = str(run.get("arm"))
     section = render_template(
         "target_model.md",
+        lora=lora,
         title=_TITLES.get(arm, "Fine-tuned beside a coreset" if arm in ALL_ARMS else "Fine-tuned"),
         chosen=_say_rows(arm, results),
         rows=format_number(run.get("rows"), ",.0f"),

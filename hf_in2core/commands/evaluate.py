@@ -49,7 +49,7 @@ def main(settings: Settings) -> None:
     args: EvaluateArguments = settings.arguments
     join_processes(settings)
     check_launcher("`--tasks`" if args.tasks else None)
-    model_args, training_args = settings.make(ModelConfig, use_peft=True), settings.make(InfluenceConfig)
+    model_args, training_args = settings.make(ModelConfig), settings.make(InfluenceConfig)
     if args.tasks:
         check_task_settings(args.tasks, args.include_path, args.num_fewshot, args.limit)
     if args.run is not None:

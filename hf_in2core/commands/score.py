@@ -63,7 +63,7 @@ def main(settings: Settings) -> None:
         check_pool_columns(
             pool, validation, per_query=per_query, also=[*columns, *[PER_CHECKPOINT] * bool(args.checkpoints)]
         )
-        model_args, influence_args = settings.make(ModelConfig, use_peft=True), settings.make(InfluenceConfig)
+        model_args, influence_args = settings.make(ModelConfig), settings.make(InfluenceConfig)
         assert args.reference_adapter is not None
         check_adapter(args.reference_adapter, model_args, influence_args)
         tokenizer = load_tokenizer(model_args, influence_args)

@@ -50,7 +50,7 @@ def main(settings: Settings) -> None:
     private = settings.values["hub_private_repo"]
     if args.hub_id is not None and PartialState().is_main_process:
         check_can_push(args.hub_id, "model", private=private)
-    model_args = settings.make(ModelConfig, use_peft=True)
+    model_args = settings.make(ModelConfig)
     training_args = settings.make(InfluenceConfig)
     check_model(model_args, training_args, for_influence=False)
     tokenizer = load_tokenizer(model_args, training_args)
@@ -85,7 +85,7 @@ def main(settings: Settings) -> None:
         say(", ".join(f"{name} {value:.4f}" for name, value in describe_scores(trained["tasks"]).items()))
     if PartialState().is_main_process:
         folder = Path(training_args.output_dir or "")
-        render_card = prepare_card(args, trained, revision)
+        render_card = prepare_card(args, trained, revision, model_args.use_peft)
         # In place of PEFT's own card, which says nothing of this model.
         (folder / "README.md").write_text(render_card(None), encoding="utf-8")
         if args.hub_id is not None:
@@ -104,7 +104,7 @@ def main(settings: Settings) -> None:
 
 
 def prepare_card(
-    args: SftCoresetArguments, run: dict[str, Any], revision: str | None
+    args: SftCoresetArguments, run: dict[str, Any], revision: str | None, lora: bool
 ) -> Callable[[bytes | None], str]:
     """The model's card as a function of the one that is there, with the comparison published beside its rows."""
     from hf_in2core.cards.composer import RESULTS
@@ -138,6 +138,7 @@ def prepare_card(
         split=split,
         dataset_revision=revision if hub_id else None,
         test_name=find_hub_id(args.test or "") or "a test set of its own",
+        lora=lora,
     )
     tasks = run.get("tasks")
     return (lambda existing: add_task_results(render(existing), tasks, model_name)) if tasks else render

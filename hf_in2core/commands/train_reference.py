@@ -30,7 +30,7 @@ def main(settings: Settings) -> None:
 
     args: TrainReferenceArguments = settings.arguments
     join_processes(settings)
-    model_args = settings.make(ModelConfig, use_peft=True)
+    model_args = settings.make(ModelConfig)
     training_args = settings.make(InfluenceConfig)
     # Every trainable tensor must have per-example gradients, or the influence would leave it out.
     check_model(model_args, training_args, for_influence=True)

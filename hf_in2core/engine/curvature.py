@@ -28,6 +28,7 @@ from .validation import run_per_example_validation_pass
 CURVATURE_ROWS, MIN_CURVATURE_ROWS = 64, 32
 # Elements of their gradients in memory, or those of four adapters if more: as many blocks are looked at as fit.
 MAX_CURVATURE_ELEMENTS = 2**24
+CURVATURE_ADAPTERS = 4
 
 
 def compute_exact_ihvp(gradients: Tensor, v: Tensor, damping: float) -> Tensor:
@@ -105,7 +106,7 @@ def draw_curvature_sample(passes: Passes, num_rows: int, seed: int) -> GradientS
         return None
     count = min(CURVATURE_ROWS, num_rows)
     generator = np.random.default_rng(seed)
-    most = max(MAX_CURVATURE_ELEMENTS, 4 * count_elements(blocks))
+    most = max(MAX_CURVATURE_ELEMENTS, CURVATURE_ADAPTERS * count_elements(blocks))
     return GradientSample(draw_blocks(blocks, most // count, generator), count, generator)
 
 

@@ -189,7 +189,7 @@ def fit_directions(
             run_validation_pass(passes, rows, f"validation-{index}", f"Influence: {describe_set(name)} set")
             for index, (name, rows) in enumerate(validation.items())
         ]
-        v = {key: torch.stack([mean[key] for mean in means]) for key in passes.blocks}
+        v = {key: torch.stack([mean.pop(key) for mean in means]) for key in passes.blocks}
         results.append(precondition(v, "fit"))
     else:
         for index, (set_name, rows) in enumerate(validation.items()):

@@ -22,8 +22,8 @@ from .store import GradientStore, StoredChunk
 # float64 and those of a batch in float32, u in float64. A sample that grows has two halves, and what one is given.
 FIT_BYTES = 4 + 4 + 16 + 8 + 8
 SAMPLED_FIT_BYTES = FIT_BYTES + 2 * 16
-# Without curvature: the validation gradient in float64 and in float32.
-GRADIENT_BYTES = 8 + 4
+# And the mean of a validation set in float64, from which v comes.
+MEAN_BYTES = 8
 
 
 @dataclass
@@ -93,13 +93,13 @@ class GradientSample:
 
     def stack(self) -> dict[str, Tensor] | None:
         """
-        The gradients, `[rows, out * in]` per block, rows in the same order.
+        The gradients, `[rows, out * in]` per block, rows in the same order; they are not kept beside them.
 
         `None` if this process has not passed all of them: a part was read from disk, or was another process's.
         """
         if not self._wanted or any(len(kept) < len(self._wanted) for kept in self._kept.values()):
             return None
-        return {name: torch.stack([kept[row] for row in self._wanted]) for name, kept in self._kept.items()}
+        return {name: torch.stack([kept.pop(row) for row in self._wanted]) for name, kept in self._kept.items()}
 
 
 @dataclass

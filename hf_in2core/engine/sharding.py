@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -59,7 +60,7 @@ def scatter_like(tensor: Tensor, like: Tensor) -> Tensor:
 
 def gather_adapter(model: Any) -> dict[str, Tensor] | None:
     """The active adapter's tensors, whole and on the CPU, by the model's names; `None` where it is not sharded."""
-    if not is_sharded(model):
+    if not is_sharded(model) or not isinstance(model, PeftModel):
         return None
     reshard(model)
     part = f".{model.active_adapter}."
@@ -67,7 +68,7 @@ def gather_adapter(model: Any) -> dict[str, Tensor] | None:
 
 
 def save_adapter(model: Any, folder: str | os.PathLike) -> None:
-    """Write the active adapter; called on every process, the main one writes."""
+    """Write the active adapter, or a model that has none; called on every process, the main one writes."""
     state = gather_adapter(model)
     if PartialState().is_main_process:
         model.save_pretrained(str(folder), state_dict=state)

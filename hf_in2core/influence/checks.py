@@ -22,7 +22,8 @@ from hf_in2core.engine.blocks import (
     select_blocks,
 )
 from hf_in2core.engine.budget import read_free_memory
-from hf_in2core.engine.fit_sums import FIT_BYTES, GRADIENT_BYTES, SAMPLED_FIT_BYTES
+from hf_in2core.engine.curvature import CURVATURE_ADAPTERS
+from hf_in2core.engine.fit_sums import FIT_BYTES, MEAN_BYTES, SAMPLED_FIT_BYTES
 from hf_in2core.engine.forwards import find_checkpointable_layers
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.sample import is_sampled
@@ -285,11 +286,11 @@ def _check_special_blocks(blocks: Blocks, model: PreTrainedModel | PeftModel, ar
 def _check_memory(blocks: Blocks, args: InfluenceConfig, num_rows: int, num_sets: int) -> None:
     """Refuse to fit more trained elements than the device has memory for."""
     elements, device = count_elements(blocks), next(iter(blocks.values())).tensor.device
-    bytes_each = GRADIENT_BYTES
+    bytes_each = MEAN_BYTES
     if args.estimator == "datainf":
         sampled = args.fit_examples == "auto" and is_sampled(num_rows, args.gradient_store_gb > 0)
-        bytes_each = SAMPLED_FIT_BYTES if sampled else FIT_BYTES
-    needed, free = num_sets * elements * bytes_each, read_free_memory(device)
+        bytes_each += SAMPLED_FIT_BYTES if sampled else FIT_BYTES
+    needed, free = elements * (num_sets * bytes_each + CURVATURE_ADAPTERS * 4), read_free_memory(device)
     if needed > free:
         raise ValueError(
             f"{elements:,} trained elements need {needed / 1e9:.1f} GB for the sums of a fit ({num_sets} validation "

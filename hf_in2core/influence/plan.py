@@ -11,9 +11,10 @@ import torch
 from datasets import Dataset
 
 from hf_in2core.engine.batches import TokenBatch, TokenRows, plan_batches, read_token_rows
-from hf_in2core.engine.curvature import CURVATURE_ROWS, MIN_CURVATURE_ROWS
+from hf_in2core.engine.blocks import count_elements
+from hf_in2core.engine.curvature import CURVATURE_ROWS, MIN_CURVATURE_ROWS, draw_curvature_sample
 from hf_in2core.engine.fit import count_pilot_rows
-from hf_in2core.engine.fit_sums import FIT_BYTES, SAMPLED_FIT_BYTES
+from hf_in2core.engine.fit_sums import FIT_BYTES, MEAN_BYTES, SAMPLED_FIT_BYTES
 from hf_in2core.engine.gradients import GradientRecorder, accumulation_dtype
 from hf_in2core.engine.passes import Passes, finish_together, make_zeros, run_batches
 from hf_in2core.engine.reductions import FitDirections, compute_dots, compute_fit_terms, compute_gradient_sum
@@ -149,7 +150,7 @@ def plan_influence(
     pool, sets = trainer.prepared_pool, list(trainer.prepared_validation.values())
     args = trainer.args
     datainf = args.estimator == "datainf"
-    elements = sum(block.tensor.numel() for block in blocks.values())
+    elements = count_elements(blocks)
     itemsize = accumulation_dtype(next(iter(blocks.values())).tensor).itemsize
 
     # The queries that each fit pass and each run of the score pass carry.
@@ -179,6 +180,10 @@ def plan_influence(
     scores = len(pool) * queries * 8
     # The fit's sum, and beside it its slope.
     fitted = num_fits * at_once * elements * (8 + 8) if datainf else 0
+    # What the timed batches do without: the means in float64, and the sample of the curvature.
+    means = 0 if per_example else queries * elements * MEAN_BYTES
+    drawn = draw_curvature_sample(passes, len(pool), args.seed) if datainf else None
+    sample = 0 if drawn is None else drawn.num_rows * count_elements(drawn.blocks) * itemsize
     halves = 0
     if args.fit_examples == "auto" and is_sampled(len(pool), passes.store is not None):
         # Both halves lie in memory, and each step of both on the disk.
@@ -197,7 +202,7 @@ def plan_influence(
         num_processes=passes.world_size,
         passes=plans,
         timed_batches=timings.num_batches,
-        peak_memory=_peak_memory(passes) + halves + 2 * scores,
+        peak_memory=_peak_memory(passes) + halves + means + sample + 2 * scores,
         disk=passes.world_size * sums + queries * elements * itemsize + scores,
         store=0 if passes.store is None else len(pool) * passes.store.row_bytes,
         reduced=sums + scores if passes.world_size > 1 else 0,

@@ -55,6 +55,7 @@ def write_card(
         run=entry,
         results=results,
         test_name=find_hub_id(args.test or "") or "the test set of its run",
+        lora=bool(job.settings.values["use_peft"]),
     )
     tasks = entry.get("tasks")
     card = add_task_results(card, tasks, folder.name) if tasks else card

@@ -84,9 +84,9 @@ def evaluate_run(args: EvaluateArguments, batch_size: int) -> None:
     settings = make_run_parser().parse(["--config", str(run / "config.yaml")])
     run_args: In2CoreArguments = settings.arguments
     target = run_args.target_model_name_or_path or run_args.model_name_or_path
-    model_args = settings.make(ModelConfig, use_peft=True, model_name_or_path=target)
+    model_args = settings.make(ModelConfig, model_name_or_path=target)
     training_args = settings.make(InfluenceConfig, per_device_eval_batch_size=batch_size)
-    folders = find_folders(run, args, run_args, settings.values["max_steps"])
+    folders = find_folders(run, args, run_args, settings.values["max_steps"], model_args.use_peft)
     tokenizer = load_tokenizer(model_args, training_args)
     loaded = load_given_tasks(args)
     lock_folder(run)
@@ -117,9 +117,11 @@ def evaluate_run(args: EvaluateArguments, batch_size: int) -> None:
         print(f"Report: {write_report(run)}")
 
 
-def find_folders(run: Path, args: EvaluateArguments, run_args: In2CoreArguments, max_steps: int) -> dict[str, Path]:
+def find_folders(
+    run: Path, args: EvaluateArguments, run_args: In2CoreArguments, max_steps: int, use_peft: bool
+) -> dict[str, Path]:
     """
-    The adapters of the arms that are to be evaluated, by name.
+    The adapters (or models) of the arms that are to be evaluated, by name.
 
     Raises:
         ValueError: there is none of that kind, or one is missing.
@@ -138,7 +140,8 @@ def find_folders(run: Path, args: EvaluateArguments, run_args: In2CoreArguments,
     arms = [find_arm(entry, run_args, max_steps) for entry in entries]
     folders = {arm.name: arm.find_folder(run) for arm in arms}
     for folder in [run / "arms" / "base", *folders.values()]:
-        needed = "result.json" if folder.name == "base" else "adapter_config.json"
+        trained = "adapter_config.json" if use_peft else "config.json"
+        needed = "result.json" if folder.name == "base" else trained
         if not (folder / needed).is_file():
             raise ValueError(
                 f"{folder} holds no {needed}, so this arm cannot be evaluated. Start `in2core run` again into {run}: "

@@ -103,6 +103,8 @@ class Job:
         shaping = self.settings.select(ModelConfig, reference) | self.settings.select(config_type, reference) | instead
         if shaping.get("query_memory_gb", 4.0) is None:
             shaping["query_memory_gb"] = 4.0  # the default of the runs whose hashes have it; it changes no result
+        if shaping["use_peft"]:
+            del shaping["use_peft"]  # which was no setting once
         return hash_value([{name: value for name, value in shaping.items() if name not in HARMLESS}, *extra])
 
     def identify_target(self, *extra: Any) -> str:
@@ -124,9 +126,14 @@ def check(settings: Settings) -> Job:
     reference_args = settings.make(InfluenceConfig, reference=True)
     check_methods(args.methods, args.encoder, optim=OptimizerNames(reference_args.optim).value)
     target_args = settings.make(InfluenceConfig)
-    reference_model = settings.make(ModelConfig, reference=True, use_peft=True)
+    reference_model = settings.make(ModelConfig, reference=True)
+    if args.reference_checkpoints and not reference_model.use_peft:
+        raise ValueError(
+            f"`reference_checkpoints={args.reference_checkpoints}` keeps adapters, and with `use_peft=False` the "
+            "reference has none. Leave out one of them."
+        )
     target_name = args.target_model_name_or_path or args.model_name_or_path
-    target_model = settings.make(ModelConfig, use_peft=True, model_name_or_path=target_name)
+    target_model = settings.make(ModelConfig, model_name_or_path=target_name)
     validation_sources = parse_named_sources(args.validation or [])
     found = check_hub(args, settings.values["hub_private_repo"]) if args.hub_id is not None else None
 

@@ -2,10 +2,11 @@
 
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
@@ -73,15 +74,17 @@ def pin_day(tokenizer: PreTrainedTokenizerBase, training_args: SFTConfig, day: d
     return pinned
 
 
-def build_bare(model_args: ModelConfig, training_args: SFTConfig, peft_config: PeftConfig) -> PeftModel:
-    """A model with an adapter, both without weights."""
+def build_bare(model_args: ModelConfig, training_args: SFTConfig, peft_config: PeftConfig | None) -> Any:
+    """A model with an adapter, if it gets one, without weights."""
     name, trust = model_args.model_name_or_path or "", training_args.trust_remote_code
     with named_place("model", name, *MODEL_FOLDER):
         config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=trust)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        if peft_config is None:
+            return model
         try:
-            return get_peft_model(model, peft_config)  # type: ignore[return-value]
+            return get_peft_model(model, peft_config)
         except NoMatchingPeftModuleError as error:
             linear = sorted(
                 {path.split(".")[-1] for path, part in model.named_modules() if isinstance(part, nn.Linear)}
@@ -102,7 +105,7 @@ def build_bare(model_args: ModelConfig, training_args: SFTConfig, peft_config: P
 
 def check_model(model_args: ModelConfig, training_args: SFTConfig, for_influence: bool) -> int:
     """
-    Build the model without weights and put the adapter on, so that settings that cannot work fail at once.
+    Build the model without weights and put the adapter on, if any, so that settings that cannot work fail at once.
 
     Args:
         model_args ([`~trl.ModelConfig`]): Model and LoRA settings.
@@ -112,9 +115,7 @@ def check_model(model_args: ModelConfig, training_args: SFTConfig, for_influence
     Returns:
         `int`: trainable parameters.
     """
-    peft_config = get_peft_config(model_args)
-    assert peft_config is not None
-    model = build_bare(model_args, training_args, peft_config)
+    model = build_bare(model_args, training_args, get_peft_config(model_args))
     if for_influence:
         blocks, layers = find_blocks(model), getattr(training_args, "influence_layers", None)
         select_blocks(blocks, layers, model.config.get_text_config().num_hidden_layers)
@@ -124,11 +125,16 @@ def check_model(model_args: ModelConfig, training_args: SFTConfig, for_influence
 def check_adapter(adapter: str, model_args: ModelConfig, training_args: SFTConfig) -> None:
     """
     Check that an adapter can be found and has the shapes of the model's layers; warn if it was trained on another one.
+    Without LoRA, that it is a model.
 
     Raises:
         FileNotFoundError, ValueError: if it cannot be found, or does not fit.
     """
     model_name = model_args.model_name_or_path or ""
+    if not model_args.use_peft:
+        with named_place("trained model", adapter, *MODEL_FOLDER):
+            AutoConfig.from_pretrained(adapter, trust_remote_code=training_args.trust_remote_code)
+        return
     with named_place("adapter", adapter, *ADAPTER_FOLDER):
         config = PeftConfig.from_pretrained(adapter)
         weights = load_peft_weights(adapter, device="cpu")

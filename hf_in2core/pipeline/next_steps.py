@@ -16,8 +16,9 @@ from hf_in2core.selection.record import Coreset, describe_choice
 
 from .comparison import judge_run
 from .coreset_folders import write_coresets
+from .defaults import LEARNING_RATES
 from .job import Job
-from .parser import DEFAULTS, RecipeParser, Settings
+from .parser import RecipeParser, Settings
 from .run_folder import say
 from .stage_arguments import SftCoresetArguments
 
@@ -105,8 +106,9 @@ def change_run(undecided: FractionVerdict, settings: Settings) -> list[str]:
     if undecided.diverged or (gain is not None and gain.share <= 0):
         return ["--learning_rate", f"{values['learning_rate'] / 10:g}", *other_folder]
     if gain is not None and gain.share < gain.min_share:
-        if values["learning_rate"] < DEFAULTS["learning_rate"]:
-            return ["--learning_rate", f"{DEFAULTS['learning_rate']:g}", *other_folder]
+        advised = LEARNING_RATES[values["use_peft"]]
+        if values["learning_rate"] < advised:
+            return ["--learning_rate", f"{advised:g}", *other_folder]
         length = "max_steps" if values["max_steps"] > 0 else "num_train_epochs"
         return [f"--{length}", f"{LONGER * values[length]:g}", *other_folder]
     # What follows changes no result that is there, so the run goes on where it is.

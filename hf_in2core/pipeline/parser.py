@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 import yaml
 
 from .arguments import PRESETS, In2CoreArguments
+from .defaults import DEFAULTS, resolve_defaults
 from .refusals import explain
 
 
@@ -24,38 +25,29 @@ REFUSED = {
     "push_to_hub": "every trained adapter would be pushed. Use `--hub_id user/repo`, which pushes once, at the end",
     "hub_model_id": "use `--hub_id user/repo`",
     "resume_from_checkpoint": "the same command into the same `--output_dir` resumes",
-    "use_peft": "a LoRA adapter is always trained",
     "lora_task_type": "causal language models are trained",
     "eval_strategy": "each arm is evaluated at its end, on `--test`",
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "it does nothing here"),
     "local_rank": "the launcher sets it",
 }
-# Where our defaults differ from TRL's; `None` is settled by the machine. Its learning rate is that of full fine-tuning
-# and its target matrices are PEFT's, two of a Llama; but a command always trains LoRA, for which TRL advises ten times
-# the rate and every linear layer (its guide "LoRA Without Regret", the examples of its own `sft` script).
-DEFAULTS: dict[str, Any] = {
-    "save_strategy": "no",
-    "dataloader_pin_memory": None,
-    "learning_rate": 2e-4,
-    "lora_target_modules": ["all-linear"],
-}
-
 GROUPS = ("data", "reference", "influence", "selection", "targets", "output")
 # The flags of SFTConfig, ModelConfig and InfluenceConfig that people need first, told without importing them.
 LIBRARY_FLAGS = {
     "estimator": "How: `datainf`, `gradient_dot` or `gradient_cosine` (default: datainf).",
     "fit_examples": "Rows to fit on: `auto` (a sample whose halves agree), a number or `all` (default: auto).",
     "tokens_per_batch": "Tokens in a batch of the influence passes (default: what the device holds).",
-    "learning_rate": "Learning rate (default: 2e-4; what TRL advises for LoRA, ten times that of full fine-tuning).",
+    "learning_rate": "Learning rate (default: 2e-4, as TRL advises for LoRA; without it a tenth of that).",
     "num_train_epochs": "Epochs (default: 3).",
     "max_steps": "Optimiser steps, instead of epochs.",
     "per_device_train_batch_size": "Rows in a batch of a process (default: 8).",
     "per_device_eval_batch_size": "Questions of --tasks in a batch of a process (default: 8).",
     "max_length": "Tokens that rows are cut to (default: 1024).",
+    "use_peft": "LoRA (default: True); `--no_use_peft` trains the model's own weights, up to about a billion.",
     "lora_r": "Rank of the LoRA adapter (default: 16).",
     "lora_target_modules": "Its modules (default: all-linear; every linear layer but the output head).",
 }
-TRAINING = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "lora_r", "lora_target_modules")
+TRAINING: tuple[str, ...] = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "use_peft")
+TRAINING += ("lora_r", "lora_target_modules")
 MORE_HELP = "--help-all also shows every flag of {}."
 REFERENCE_HELP = """
 They hold for the targets and for the reference model. Where the reference differs, give them a prefix:
@@ -176,7 +168,7 @@ class RecipeParser:
         preset = PRESETS.get(getattr(given, "preset", ""), {})
         values = self._defaults | preset | {name: _to_plain(value) for name, value in vars(given).items()}
         if self.training:
-            _resolve_defaults(values)
+            resolve_defaults(values)
         own = {item.name: values[item.name] for item in fields(self.arguments_type)}
         try:
             return Settings(self.arguments_type(**own), values)
@@ -331,22 +323,6 @@ def make_run_parser(description: str | None = None, name: str = "run", config: P
     return RecipeParser(name, In2CoreArguments, description, reference=True, shown=shown, config=config)
 
 
-def _resolve_defaults(values: dict[str, Any]) -> None:
-    """Settle what depends on the machine or on another setting."""
-    import torch
-
-    if values["dataloader_pin_memory"] is None:
-        values["dataloader_pin_memory"] = torch.accelerator.is_available()
-    # SFTConfig trains in bf16 by default, which a CPU emulates slowly: on only where an accelerator has it.
-    if values["bf16"] is None:
-        values["bf16"] = not values["fp16"] and not values["use_cpu"] and _accelerator_has_bf16()
-    # Transformers warns of the old name, which SFTConfig still sets by default.
-    for prefix in ("", "reference_"):
-        old, new = f"{prefix}gradient_checkpointing", f"{prefix}activation_checkpointing"
-        if old in values and values.get(new) is None:
-            values[new] = values[old]
-
-
 def _without(config_types: list[type], refused: Iterable[str]) -> list[Any]:
     """The same fields as new dataclasses, each name once (the first class has it), without the refused names."""
     seen = set(refused)
@@ -389,11 +365,3 @@ def _show(value: Any) -> str:
 
 def _to_plain(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
-
-
-def _accelerator_has_bf16() -> bool:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return torch.xpu.is_available()

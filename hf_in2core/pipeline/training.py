@@ -51,18 +51,21 @@ def make_model_kwargs(model_args: ModelConfig, training_args: InfluenceConfig) -
 
 
 def load_model(model_args: ModelConfig, training_args: InfluenceConfig, adapter: str | None = None) -> Any:
-    """Load a model as SFTTrainer does, with a trained adapter or without one."""
+    """Load a model as SFTTrainer does; with a trained adapter, or as it was trained itself, or as it is."""
+    name = model_args.model_name_or_path or ""
     kwargs = make_model_kwargs(model_args, training_args) | {"trust_remote_code": training_args.trust_remote_code}
     if PartialState().num_processes > 1:
         kwargs["device_map"] = None
     quantization = get_quantization_config(model_args)
     if quantization is not None:
         kwargs["quantization_config"] = quantization
-    model = create_model_from_path(model_args.model_name_or_path or "", **kwargs)
+    if adapter is not None and not model_args.use_peft:
+        name, adapter, kwargs["revision"] = adapter, None, None
+    model = create_model_from_path(name, **kwargs)
     if quantization is None and not hasattr(model, "hf_device_map") and not is_sharding_launch():
         model = model.to(PartialState().device)
     # A loaded model does not tell which revision it is of, and a scorer names its base model's.
-    model.config._commit_hash = find_revision(model_args.model_name_or_path or "", kwargs["revision"])
+    model.config._commit_hash = find_revision(name, kwargs["revision"])
     return model if adapter is None else PeftModel.from_pretrained(model, adapter, is_trainable=True)
 
 
@@ -238,7 +241,7 @@ def train_and_save(trainer: Any, settings: Settings, label: str) -> dict[str, An
     """Train, write adapter, tokenizer, `config.yaml` and `training.json` into `output_dir`; returns as [`train`]."""
     folder = Path(trainer.args.output_dir or "")
     lock_folder(folder)
-    result = train(trainer, label, settings.make(ModelConfig, use_peft=True))
+    result = train(trainer, label, settings.make(ModelConfig))
     save_adapter(trainer.model, folder)
     if PartialState().is_main_process:
         trainer.processing_class.save_pretrained(str(folder))

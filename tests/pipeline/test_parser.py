@@ -113,7 +113,7 @@ def test_defaults_are_those_of_trl_but_for_the_stated_ones() -> None:
         and getattr(item.default, "value", item.default) != values[item.name]
     }
     stated = {"bf16", "save_strategy", "activation_checkpointing", "dataloader_pin_memory"}
-    stated |= {"learning_rate", "lora_target_modules"}  # for LoRA, which SFTConfig need not train
+    stated |= {"use_peft", "learning_rate", "lora_target_modules"}  # for LoRA, which SFTConfig need not train
     machine = {"bf16", "dataloader_pin_memory"}
     assert different - {"output_dir", "model_name_or_path"} - machine == stated - machine
     # Every other field can be set.
@@ -133,8 +133,20 @@ def test_lora_is_trained_as_trl_advises(command: str, needed: list[str]) -> None
     """Ten times the learning rate of full fine-tuning, which is SFTConfig's, on every linear layer."""
     settings = load_command(command).make_parser().parse(needed)
     assert settings.make(InfluenceConfig, bf16=False).learning_rate == pytest.approx(10 * SFTConfig.learning_rate)
-    config: Any = get_peft_config(settings.make(ModelConfig, use_peft=True))
+    config: Any = get_peft_config(settings.make(ModelConfig))
     assert config.target_modules == "all-linear"
+
+
+def test_without_lora_the_learning_rate_is_that_of_full_fine_tuning() -> None:
+    def rates(*flags: str) -> list[float]:
+        settings = parse(*NEEDED, *flags)
+        return [settings.make(InfluenceConfig, which, bf16=False).learning_rate for which in (True, False)]
+
+    full = SFTConfig.learning_rate
+    assert rates("--no_use_peft") == pytest.approx([full, full])
+    assert rates("--reference_use_peft", "false") == pytest.approx([full, 10 * full])
+    assert rates("--no_use_peft", "--reference_use_peft", "true") == pytest.approx([10 * full, full])
+    assert rates("--no_use_peft", "--learning_rate", "1e-3") == pytest.approx([1e-3, 1e-3])
 
 
 def test_settings_of_before_are_read_back(tmp_path: Path) -> None:
