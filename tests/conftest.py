@@ -14,6 +14,8 @@ from helpers import make_model, make_prompt_completion, make_tokenizer
 import pytest
 import torch
 from datasets import Dataset
+from hub_client import POOL, TOKEN, HubClient
+from loopback_hub import LoopbackHub
 from recipe_runs import make_inputs, run_command, write_config
 from transformers import PreTrainedTokenizerFast
 
@@ -60,6 +62,24 @@ def browser() -> Iterator[Any]:
             pytest.skip(f"no Chromium (apt-get install chromium, or playwright install chromium): {str(error)[:200]}")
         yield launched
         launched.close()
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[LoopbackHub]:
+    """A Hub of several users; tests of another one have a fixture of their own."""
+    with LoopbackHub(multipart_above=20_000) as hub:
+        hub.add_user(TOKEN, "ada", orgs=("lab",))
+        hub.add_user("hf_" + "R" * 34, "rita", role="read")
+        hub.add_user("hf_" + "B" * 34, "bob")
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def client(hub: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubClient]:
+    """A process of ada's that has a scored pool to publish."""
+    with HubClient(hub, tmp_path_factory.mktemp("home"), TOKEN) as client:
+        client.run(POOL + "\nfrom hf_in2core.cards.publish import push_influence_dataset as push", shared=True)
+        yield client
 
 
 @pytest.fixture

@@ -68,7 +68,25 @@ def push_all(cases):
     with ThreadPoolExecutor(min(len(cases), 40)) as threads:
         return list(threads.map(try_push, cases))
 """
-# With what tests/hub/conftest.py defines.
+# Rows to publish, and how, for the client of tests/conftest.py.
+POOL = """
+import numpy as np
+from datasets import Dataset
+
+def make_pool(rows=60, seed=0, word="row"):
+    generator = np.random.default_rng(seed)
+    influence = generator.normal(size=rows)
+    return Dataset.from_dict({
+        "prompt": [f"{word} {i} " + "x" * int(generator.integers(80)) for i in range(rows)],
+        "completion": [f" answer {i}" for i in range(rows)],
+        "influence": [None if i % 20 == 7 else float(v) for i, v in enumerate(influence)],
+        "num_loss_tokens": [0 if i % 20 == 7 else int(i % 9) + 1 for i in range(rows)],
+    })
+
+def make_core(pool, share):
+    from hf_in2core import select_coreset
+    return select_coreset(pool, fraction=share)
+"""
 PUSH = """
 pool = make_pool()
 publication = push(repo_id, pool, coresets={"coreset_50": make_core(pool, 0.5)})
