@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -316,20 +317,19 @@ def measure_queries(device: torch.device, quick: bool) -> dict[str, Any]:
 
 
 def measure_sharded(device: torch.device, quick: bool) -> dict[str, Any]:
-    """The launcher's own FSDP path, where there are two devices."""
+    """The launcher's own FSDP path, where there are two devices, and ZeRO-3's where DeepSpeed is installed."""
     if torch.cuda.device_count() < 2:
         return {"skipped": f"{torch.cuda.device_count()} GPU(s): `accelerate launch` with FSDP2 needs two"}
-    root = Path(__file__).resolve().parent.parent
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
-        command += [
-            "--config_file",
-            str(root / "recipes/accelerate_configs/fsdp.yaml"),
-            str(root / "recipes/in2core.py"),
-        ]
-        command += ["--config", str(root / "recipes/quickstart/in2core.yaml"), "--output_dir", folder]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root)
-    return {"returncode": done.returncode, "end": (done.stdout + done.stderr)[-2000:]}
+    root, found = Path(__file__).resolve().parent.parent, {}
+    for name in ("fsdp", *["zero3"] * (find_spec("deepspeed") is not None)):
+        config = root / "recipes" / "accelerate_configs" / f"{name}.yaml"
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+            command += ["--config_file", str(config), str(root / "recipes/in2core.py")]
+            command += ["--config", str(root / "recipes/quickstart/in2core.yaml"), "--output_dir", folder]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root)
+        found[name] = {"returncode": done.returncode, "end": (done.stdout + done.stderr)[-2000:]}
+    return found
 
 
 PARTS: dict[str, Callable[[torch.device, bool], dict[str, Any]]] = {

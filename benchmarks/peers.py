@@ -1,4 +1,4 @@
-"""hf_in2core beside Kronfluence, dattri and Bergson: the same adapter, rows and labels; CPU seconds, agreement.
+"""hf_in2core beside Kronfluence, dattri, dattri-LLM and Bergson: one adapter, one set of rows; CPU seconds, agreement.
 
 The peers want a virtual environment of their own (never the project's), made from the repository root by:
 
@@ -25,6 +25,11 @@ What each peer is given, meant to be fast where it lets its user choose (batch s
   mean of ours, because its default of 0 gives NaN. Its attention runs row by row under `vmap`, which was still faster
   than eager attention. Its mean over the queries: the mean of the columns of its matrix (with one averaged query it
   would go through the training rows one by one, since it takes them in batches as large as the batch of queries).
+- dattri-LLM: its live attributors on batches of 32 rows, all queries in one batch, our own loss (logits at labelled
+  positions only), its forward without the weight gradients of hooked layers (`invasive_linear_io`), factors or whole
+  gradients as its cost rule says (`capture_style="auto"`). EK-FAC passes the model once and keeps the captures in
+  memory (`gradient_cache_residency`); its damping is a tenth of the mean eigenvalue, as Kronfluence's. Its mean over
+  the queries: the mean of the columns of its matrix.
 - Bergson: gradients of the queries in memory, rows scored as they stream by, the same token budget as ours. Of
   the model only the first norm weight is trainable (Bergson wants one such tensor, by default all embeddings), so that
   autograd computes next to nothing beside what Bergson's hooks do.
@@ -49,6 +54,8 @@ from common import make_parser, report
 from datasets import Dataset, disable_progress_bars
 from dattri.algorithm.influence_function import IFAttributorDataInf
 from dattri.task import AttributionTask
+from dattri_llm import AttributionArguments, EKFACAttributor, HookManagerConfig, TracInAttributor
+from dattri_llm import AttributionTask as LLMTask
 from kronfluence import Analyzer, FactorArguments, ScoreArguments, Task, prepare_model
 from kronfluence.utils.dataset import DataLoaderKwargs
 from peft import PeftModel
@@ -233,6 +240,34 @@ def run_dattri(task: AttributionTask, train: Dataset, queries: Dataset, mean: bo
     return scores.mean(1, keepdims=True) if mean else scores
 
 
+# dattri-LLM
+
+
+def run_dattri_llm(model: PeftModel, train: Dataset, queries: Dataset, mean: bool, ekfac: bool) -> np.ndarray:
+    """dattri-LLM's gradient dot or EK-FAC, `[n, Q]` or `[n, 1]`."""
+    all_rows = read_token_rows(Dataset.from_list([*train, *queries]))
+
+    def compute_loss(model: torch.nn.Module, indices: Tensor) -> Tensor:
+        batch = collate(all_rows, indices.numpy())
+        nll, _ = compute_token_nll(model, batch)
+        return (nll * compute_token_weights(batch, "mean", nll)).sum()
+
+    hooks = HookManagerConfig(invasive_linear_io=["lora_[AB]"], capture_style="auto")
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = AttributionArguments(
+            folder,
+            per_device_train_batch_size=BATCH_SIZE,
+            per_device_eval_batch_size=len(queries),
+            use_cpu=True,
+        )
+        attributor = (EKFACAttributor if ekfac else TracInAttributor)(arguments, task=LLMTask(compute_loss, model))
+        options = {"gradient_cache_residency": "memory", "damping": 0.1, "relative_damping": True} if ekfac else {}
+        rows = range(len(train)), range(len(train), len(all_rows))
+        _, scores = attributor.attribute(*rows, hook_config=hooks, **options).agnostic_matrix()
+    scores = -scores.double().numpy()
+    return scores.mean(1, keepdims=True) if mean else scores
+
+
 # Bergson
 
 
@@ -301,6 +336,7 @@ def compare(mean: bool, quick: bool) -> list[dict[str, object]]:
     damping = compute_mean_damping(passes, train, queries)
     kronfluence = prepare_kronfluence(make())
     dattri = prepare_dattri(make())
+    dattri_llm = make().eval()
     bergson = prepare_bergson(make())
 
     runs: dict[str, Callable[[], np.ndarray]] = {
@@ -310,6 +346,8 @@ def compare(mean: bool, quick: bool) -> list[dict[str, object]]:
         "Kronfluence 1.0.1, EK-FAC": partial(run_kronfluence, *kronfluence, train, queries, mean, "ekfac"),
         "Kronfluence 1.0.1, identity": partial(run_kronfluence, *kronfluence, train, queries, mean, "identity"),
         "dattri 0.3.0, DataInf": partial(run_dattri, dattri, train, queries, mean, damping),
+        "dattri-LLM 0.1.0, EK-FAC": partial(run_dattri_llm, dattri_llm, train, queries, mean, True),
+        "dattri-LLM 0.1.0, gradient dot": partial(run_dattri_llm, dattri_llm, train, queries, mean, False),
         "Bergson 2.5.1, gradient dot": partial(run_bergson, bergson, train, queries, mean),
     }
     scores: dict[str, np.ndarray] = {}
@@ -322,12 +360,12 @@ def compare(mean: bool, quick: bool) -> list[dict[str, object]]:
     seconds = time_interleaved({name: partial(keep, name) for name in runs}, repetitions)
     at_their_damping = run_datainf_with_damping(passes, train, queries, damping)
     at_their_damping = at_their_damping.mean(1, keepdims=True) if mean else at_their_damping
-    expected = {
-        "Kronfluence 1.0.1, EK-FAC": mean_spearman(scores["Kronfluence 1.0.1, EK-FAC"], scores["ours, DataInf"]),
+    ekfacs = ("Kronfluence 1.0.1, EK-FAC", "dattri-LLM 0.1.0, EK-FAC")
+    expected = {name: mean_spearman(scores[name], scores["ours, DataInf"]) for name in ekfacs} | {
         "dattri 0.3.0, DataInf": relative_difference(scores["dattri 0.3.0, DataInf"], at_their_damping)
         + " at its one damping",
     }
-    for name in ("Kronfluence 1.0.1, identity", "Bergson 2.5.1, gradient dot"):
+    for name in ("Kronfluence 1.0.1, identity", "dattri-LLM 0.1.0, gradient dot", "Bergson 2.5.1, gradient dot"):
         expected[name] = relative_difference(scores[name], scores["ours, gradient dot"]) + " gradient dot"
     expected["ours, DataInf with store"] = relative_difference(
         scores["ours, DataInf with store"], scores["ours, DataInf"]
@@ -338,6 +376,7 @@ def compare(mean: bool, quick: bool) -> list[dict[str, object]]:
     leaves_out = {
         "Kronfluence 1.0.1, identity": "curvature",
         "dattri 0.3.0, DataInf": "a damping per tensor",
+        "dattri-LLM 0.1.0, gradient dot": "curvature",
         "Bergson 2.5.1, gradient dot": "curvature",
         "ours, gradient dot": "curvature",
     }

@@ -254,6 +254,8 @@ def list_values(value: Any) -> Iterator[float]:
             yield from list_values(child)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield abs(value)
+    elif isinstance(value, str):  # "Spearman 0.75 with our DataInf"
+        yield from map(float, re.findall(r"(?<![\w.])\d*\.\d+(?![\w.])", value))
 
 
 def find_wrong_in_results(text: str) -> list[str]:

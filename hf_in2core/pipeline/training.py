@@ -62,7 +62,8 @@ def load_model(model_args: ModelConfig, training_args: InfluenceConfig, adapter:
     if adapter is not None and not model_args.use_peft:
         name, adapter, kwargs["revision"] = adapter, None, None
     model = create_model_from_path(name, **kwargs)
-    if quantization is None and not hasattr(model, "hf_device_map") and not is_sharding_launch():
+    shared_out = is_sharding_launch() or is_zero_launch()
+    if quantization is None and not hasattr(model, "hf_device_map") and not shared_out:
         model = model.to(PartialState().device)
     # A loaded model does not tell which revision it is of, and a scorer names its base model's.
     model.config._commit_hash = find_revision(name, kwargs["revision"])
@@ -91,7 +92,9 @@ def make_trainer(
     if adapter is not None:
         args.model_init_kwargs = None
         model = load_model(model_args, training_args, adapter)
-        return SFTTrainer(model=model, args=args, train_dataset=tokens, processing_class=tokenizer)
+        trainer = SFTTrainer(model=model, args=args, train_dataset=tokens, processing_class=tokenizer)
+        args.model_init_kwargs = training_args.model_init_kwargs  # of use to who loads the model anew
+        return trainer
     args.model_init_kwargs = make_model_kwargs(model_args, training_args)
     return SFTTrainer(
         model=model_args.model_name_or_path or "",

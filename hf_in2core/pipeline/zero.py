@@ -44,6 +44,8 @@ def shard_beside_zero() -> None:
             "CPU are not where the rows are. Set `offload_param_device: none`, as --accelerate_config zero3 does."
         )
     os.environ[ZERO_VARIABLE] = "true"
+    # That of the training arguments holds: DeepSpeed refuses another one, after the model has been loaded.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     say_fsdp()
 
 

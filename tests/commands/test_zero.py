@@ -76,8 +76,9 @@ def test_a_process_that_ends_stops_the_other_and_the_training_goes_on(
 ) -> None:
     settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 4}
     config = {name: inputs[1][name] for name in TRAINING} | settings | {"output_dir": str(tmp_path / "zero")}
-    written = write_config(tmp_path, config)
-    command = (*WATCHED, str(tmp_path / "notes"), "recipes/train_reference.py", "--config", written)
+    # The training's own precision holds, whatever the launcher's is.
+    command: tuple[str, ...] = ("--mixed_precision", "bf16", *WATCHED, str(tmp_path / "notes"))
+    command = (*command, "recipes/train_reference.py", "--config", write_config(tmp_path, config))
     monkeypatch.setenv("STOP_AT", "5")
     stopped = launch(*command, processes=2, config="zero3.yaml", check=False)
     assert stopped.returncode != 0 and "exitcode  : 9" in stopped.stderr
