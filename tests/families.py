@@ -190,11 +190,12 @@ def write_page(show: Callable[[str], object] = print) -> None:
         show(lines[-1])
     text = f"""# Model families
 
-{len(lines)} families of Transformers as tiny random models with a LoRA adapter and without one, each trained for a step and
-scored. *Equal*: the influence of every row is that of a loop over single rows with plain automatic differentiation (to
-1e-6 in float64, 1e-4 in float32). A mixture of experts needs `router_aux_loss_coef=0.0`. What is refused without an
-adapter has trained tensors of other kinds than linear layers, norms, input embedding and head. Llama 4 is missing,
-which TRL does not train. `python tests/families.py` writes this page, and a test holds the package to it.
+{len(lines)} families of Transformers as tiny random models with a LoRA adapter and without one, each trained
+for a step and scored. *Equal*: the influence of every row is that of a loop over single rows with plain
+automatic differentiation (to 1e-6 in float64, 1e-4 in float32). A mixture of experts needs
+`router_aux_loss_coef=0.0`. What is refused without an adapter has trained tensors of other kinds than linear
+layers, norms, input embedding and head. Llama 4 is missing, which TRL does not train. `python
+tests/families.py` writes this page, and a test holds the package to it.
 
 | `model_type` | `target_modules="all-linear"` | otherwise | without an adapter |
 |---|---|---|---|

@@ -46,8 +46,10 @@ LIBRARY_FLAGS = {
     "lora_r": "Rank of the LoRA adapter (default: 16).",
     "lora_target_modules": "Its modules (default: all-linear; every linear layer but the output head).",
 }
-TRAINING: tuple[str, ...] = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "use_peft")
-TRAINING += ("lora_r", "lora_target_modules")
+TRAINING = (
+    *("learning_rate", "num_train_epochs", "per_device_train_batch_size"),
+    *("use_peft", "lora_r", "lora_target_modules"),
+)
 MORE_HELP = "--help-all also shows every flag of {}."
 REFERENCE_HELP = """
 They hold for the targets and for the reference model. Where the reference differs, give them a prefix:
