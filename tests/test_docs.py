@@ -116,6 +116,9 @@ def test_every_flag_of_a_command_exists(name: str, flags: str, tmp_path: Path, m
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     yaml = next(block for block in read_blocks(ROOT / "docs" / "quick_start.md") if block.language == "yaml")
     (tmp_path / "my_run.yaml").write_text(yaml.text, encoding="utf-8")
+    # As a run writes it.
+    (tmp_path / "runs" / "my_run").mkdir(parents=True)
+    (tmp_path / "runs" / "my_run" / "sft.yaml").write_text("model_name_or_path: my_model\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     settings = split_flags(resolve_config(flags.split()), launch_command_parser())[1]
     load_command(name.replace("-", "_")).make_parser().parse(settings)

@@ -290,6 +290,7 @@ def find_differences(job: Job) -> list[str]:
     now = job.settings.values
     # What was fitted on all rows is what a sample of them stands for.
     before |= {name: now.get(name) for name in before if name.endswith("fit_examples") and before[name] is None}
+    before.setdefault("use_peft", True)  # which was no setting once
     different = [
         f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
