@@ -63,7 +63,10 @@ def test_nothing_of_a_finished_run_is_computed_again(legacy: Path) -> None:
     assert {"run/selection.json", "run/arms/steps-coreset-0.25-1/result.json"} <= set(before)
     run_command("run", "--config", "inputs/settings.yaml", "--strategy", "top")  # the default of then
     after = stamp(legacy)
-    assert {name: after[name] for name in before} == before
+    # The models get cards, which they did not have.
+    assert {name for name in before if after[name] != before[name]} == {
+        name for name in before if name.endswith("README.md") and name.startswith(("run/arms/", "run/reference/"))
+    }
     assert {path.name for path in (legacy / "run" / "arms").iterdir()} == {
         Path(name).parts[2] for name in before if "/arms/" in name
     }
