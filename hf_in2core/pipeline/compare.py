@@ -113,7 +113,7 @@ def compare_arms(
         selection (`Mapping[str, Any]`, *optional*):
             What selecting cost, for the verdict: `seconds` of the influence, `reference_seconds` of training the
             reference.
-        quantization_config (*optional*):
+        quantization_config (`transformers.BitsAndBytesConfig`, *optional*):
             As of [`~trl.SFTTrainer`].
 
     Returns:

@@ -143,7 +143,7 @@ def test_the_card_tells_all_of_it(hub, repo) -> None:
     assert "<code>select_coreset&#40;" not in body  # parentheses need no escape
     for name, fraction in (("coreset_50", 0.5), ("coreset_25", 0.25)):
         row = next(line for line in body.splitlines() if line.startswith(f"| `{name}` |"))
-        assert "the strongest proponents" in row and f"fraction={fraction}" in row and "strategy=" in row, row
+        assert "the smallest `cosine_rank` first" in row and f"fraction={fraction}" in row and "strategy=" in row, row
     assert "[report.html](report.html)" in body and files["report.html"].startswith(b"<!")
     made = r"Command that made `train`, `coreset_50`, `coreset_25`:\n\n```bash\n(.*?)\n```"
     (command,) = re.findall(made, body, flags=re.DOTALL)
@@ -207,3 +207,24 @@ def test_a_target_is_fine_tuned_on_the_coreset_from_the_hub(hub, repo, tmp_path)
     assert f'load_dataset("ada/out", split="coreset_50", revision="{repo.resolve("main").oid}")' in card
     assert "name: ada/test" in card and "base_model: ada/tiny" in card
     assert f"> {json.loads(repo.files()['results.json'])['verdict']['text']}" in html.unescape(card)
+
+
+def test_ranks_that_new_rows_cannot_have_are_refused_before_scoring(hub, repo, tmp_path) -> None:
+    head = repo.resolve("main").oid
+    (tmp_path / "more.jsonl").write_text(
+        json.dumps(
+            {"prompt": "red mat :", "completion": " mat red", "id": "new", "task": "reverse", "is_wrong": False}
+        )
+    )
+    command = ["-m", "hf_in2core.commands", "grow", "--hub_id", "ada/out", "--rows", "more.jsonl"]
+    refused = subprocess.run(
+        [sys.executable, *command],
+        cwd=tmp_path,
+        env=make_env(hub, tmp_path / "hf", TOKEN) | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert refused.returncode == 2, refused.stderr[-2000:]
+    assert "was chosen by cosine_rank" in refused.stderr and "--strategy top" in refused.stderr
+    assert repo.resolve("main").oid == head
