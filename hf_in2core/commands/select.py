@@ -1,7 +1,8 @@
-"""Select a coreset from a scored pool, the strongest proponents by default.
+"""Select a coreset from a scored pool.
 
     in2core select --scored runs/influence/scored --fraction 0.25 --output runs/coreset
 
+From the pool of a run (RUN/scored) it chooses as the run did, from any other the strongest proponents by default.
 `--output` is a folder of `save_to_disk`, or a .jsonl or .parquet file.
 """
 
@@ -19,12 +20,18 @@ def make_parser() -> RecipeParser:
 def main(settings: Settings) -> None:
     """Select and write."""
     from hf_in2core import select_coreset
+    from hf_in2core.names import INFLUENCE
     from hf_in2core.rows.sources import load_rows
+    from hf_in2core.selection.coreset import find_column
+    from hf_in2core.selection.record import read_choice
 
     # All others are arguments of `select_coreset` by its names.
     options = dict(vars(settings.arguments))
-    scored, output = load_rows(options.pop("scored"), "scored pool"), Path(options.pop("output"))
-    coreset = select_coreset(scored, **options)
+    source, output = options.pop("scored"), Path(options.pop("output"))
+    is_open = options["strategy"] is None and options["column"] == INFLUENCE and options["group_column"] is None
+    chosen_before = read_choice(source) if is_open and not options["proponents_only"] else {}
+    options |= {"strategy": options["strategy"] or "top"} | chosen_before
+    coreset = select_coreset(load_rows(source, "scored pool"), **options)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".jsonl":
         coreset.to_json(output)
@@ -32,4 +39,6 @@ def main(settings: Settings) -> None:
         coreset.to_parquet(output)
     else:
         coreset.save_to_disk(str(output))
-    print(f"{len(coreset):,} rows: {output}")
+    strategy, column = find_column(options["strategy"], options["column"])
+    as_run = ", as the run of this pool chose" if chosen_before else ""
+    print(f"{len(coreset):,} rows by `{column}` (strategy `{strategy}`{as_run}): {output}")

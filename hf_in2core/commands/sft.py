@@ -4,8 +4,8 @@
         --split coreset_25 --columns alpaca --output_dir runs/target
 
 An ordinary TRL SFT with LoRA; `output_dir` then holds the adapter, its card, config.yaml and training.json. With a
-scored pool (`--dataset_name RUN/scored`), `--fraction` selects the strongest proponents. `--test` and `--tasks` (of
-lm-eval) judge the model, `--hub_id user/repo` publishes it.
+scored pool, `--fraction` selects: from `RUN/scored` as the run did, from others the strongest proponents. `--test` and
+`--tasks` (of lm-eval) judge the model, `--hub_id user/repo` publishes it.
 """
 
 from collections.abc import Callable
@@ -41,6 +41,7 @@ def main(settings: Settings) -> None:
     from hf_in2core.rows.masks import compare_masks
     from hf_in2core.rows.preparation import Preparation
     from hf_in2core.rows.sources import find_hub_id, load_raw_rows
+    from hf_in2core.selection.record import read_choice
 
     args: SftCoresetArguments = settings.arguments
     join_processes(settings)
@@ -64,7 +65,8 @@ def main(settings: Settings) -> None:
     rows = load_raw_rows(source, "coreset", args.columns, revision)
     rows = keep_good_rows(rows, "coreset", Preparation.from_args(training_args, tokenizer, rows), args.bad_rows)
     if args.fraction is not None:
-        rows = select_coreset(rows, fraction=args.fraction)
+        # In the order in which a run's arms have them: the same seed then trains the same model.
+        rows = select_coreset(rows, fraction=args.fraction, order="original", **read_choice(args.dataset_name))
     prepared_test = None
     if args.test is not None:
         test = load_raw_rows(args.test, "test set", args.columns)

@@ -2,13 +2,15 @@
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
+from trl import SFTConfig
 
+from hf_in2core import InfluenceConfig
 from hf_in2core.evaluation.verdict import FractionVerdict, Verdict
 from hf_in2core.names import BUDGETS
 from hf_in2core.report.terminal import print_verdict
@@ -19,12 +21,16 @@ from .coreset_folders import write_coresets
 from .defaults import LEARNING_RATES
 from .job import Job
 from .parser import RecipeParser, Settings
-from .run_folder import say
+from .run_folder import find_command, say
 from .stage_arguments import SftCoresetArguments
 
 
-# What of a run is no setting of a single training.
-NOT_OF_SFT = ("output_dir", "hub_id", "run_name", "overwrite_output_dir")
+# What of a run is no setting of a single training: its places, and all of influence but how rows are read and batched.
+NOT_OF_SFT = {"output_dir", "hub_id", "run_name", "overwrite_output_dir"} | (
+    {entry.name for entry in fields(InfluenceConfig)}
+    - {entry.name for entry in fields(SFTConfig)}
+    - {"columns", "tokens_per_batch"}
+)
 SHOWN_AS_GOOD = ("better", "no worse")
 LONGER = 3
 
@@ -131,7 +137,7 @@ def say_next(job: Job, results: Mapping[str, Any], scored: Dataset, coresets: Ma
         scored ([`~datasets.Dataset`]): The scored pool.
         coresets (`Mapping[str, Coreset]`): Those of the record.
     """
-    args, run, several = job.args, job.folder, PartialState().num_processes
+    args, run, several, command = job.args, job.folder, PartialState().num_processes, find_command()
     processes = ["--num_processes", str(several)] if several > 1 else []
     verdict = judge_run(results["arms"], results["selection"], results["base"], args.fractions)
     chosen = recommend(verdict)
@@ -150,10 +156,10 @@ def say_next(job: Job, results: Mapping[str, Any], scored: Dataset, coresets: Ma
     lines = [f"Recommended: {name}, {chosen.reason}.", f"It lies in {folder}."]
     if chosen.undecided is not None:
         again = ["--config", str(run / "config.yaml"), *change_run(chosen.undecided, job.settings)]
-        lines.append(f"Run again: {shlex.join(['in2core', 'run', *processes, *again])}")
-    lines.append(f"Train on it: {shlex.join(['in2core', 'sft', *processes, *train])}")
+        lines.append(f"Run again: {shlex.join([command, 'run', *processes, *again])}")
+    lines.append(f"Train on it: {shlex.join([command, 'sft', *processes, *train])}")
     if args.hub_id is None:
-        publish = ["in2core", "publish", "--run", str(run), "--hub_id", f"USER/{run.resolve().name}"]
+        publish = [command, "publish", "--run", str(run), "--hub_id", f"USER/{run.resolve().name}"]
         lines.append(f"Publish the run (USER is your name on the Hub): {shlex.join(publish)}")
     for line in lines:
         say(line)

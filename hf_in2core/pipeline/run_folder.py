@@ -60,6 +60,14 @@ def join_processes(settings: Settings) -> None:
         )
 
 
+def find_command() -> str:
+    """`in2core` where a shell finds this environment's, else its path: the environment need not be active."""
+    beside, found = Path(sys.executable).with_name("in2core"), shutil.which("in2core")
+    if not beside.exists() or (found is not None and os.path.samefile(found, beside)):
+        return "in2core"
+    return str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside)
+
+
 def check_output_dir(folder: Path) -> None:
     """
     Check that a folder is one, or can be made, and can be written into.

@@ -79,10 +79,15 @@ class ScoreInfluenceArguments(DataArguments):
 class SelectCoresetArguments:
     """Keep the rows of a scored pool that are worth training on."""
 
-    scored: str | None = flag("data", "Scored pool: folder, Hub id[:split] or file.")
+    scored: str | None = flag("data", "Scored pool: folder (such as RUN/scored), Hub id[:split] or file.")
     fraction: float | None = flag("selection", "Fraction of the rows that carry loss, in (0, 1].")
     size: int | None = flag("selection", "Number of rows, instead of a fraction.")
-    strategy: str = flag("selection", "How rows are chosen.", "top", choices=STRATEGIES)
+    strategy: str | None = flag(
+        "selection",
+        "How rows are chosen, or a method whose column the pool has. By default as the run chose whose pool it is, "
+        "else `top`.",
+        choices=(*STRATEGIES, *METHODS),
+    )
     column: str = flag(
         "selection",
         "Column to choose by, the smallest values first (the largest with `bottom`), such as `rds_rank` or `loss`.",
@@ -128,7 +133,10 @@ class SftCoresetArguments(DataArguments, TaskArguments):
         "data", "Branch, tag or commit of the dataset on the Hub. The newest by default.", first=False
     )
     test: str | None = flag("data", "Rows that judge the model at the end, for its card.")
-    fraction: float | None = flag("selection", "Keep this fraction of a scored dataset, strongest proponents first.")
+    fraction: float | None = flag(
+        "selection",
+        "Keep this fraction of a scored dataset: of RUN/scored as the run chose, else the strongest proponents.",
+    )
     model_name_or_path: str | None = flag("targets", "Model to fine-tune: folder or Hub id.")
     hub_id: str | None = flag("output", "Model repository to publish the adapter and its card to (user/name).")
 

@@ -26,7 +26,7 @@ from .inputs import take_fraction
 from .job import Job, find_sources
 from .methods import needs_queries
 from .models import load_tokenizer
-from .run_folder import agree, quiet_loading, read_tasks, say, warn, write_json, written_folder
+from .run_folder import agree, find_command, quiet_loading, read_tasks, say, warn, write_json, written_folder
 from .training import (
     compute_influence,
     compute_losses,
@@ -331,7 +331,7 @@ def publish(job: Job, scored: Dataset, coresets: dict[str, Coreset]) -> None:
         except Exception:
             warn(
                 f"The run is complete in {job.folder}, but it is not published. What arrived is not sent again: "
-                f"in2core publish --run {job.folder} --hub_id {args.hub_id}"
+                f"{find_command()} publish --run {job.folder} --hub_id {args.hub_id}"
             )
             raise
     PartialState().wait_for_everyone()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 
-from hf_in2core.names import GROUP_QUOTAS, INFLUENCE, STRATEGIES
+from hf_in2core.names import GROUP_QUOTAS, INFLUENCE, METHODS, STRATEGIES
 from hf_in2core.rows.scored import read_column, read_scores
 
 from .greedy import take_greedy
@@ -97,6 +97,8 @@ def select_coreset(
             - `"greedy"`: likewise, but each takes the row that helps it most given all rows taken before, so that
               copies and paraphrases of a chosen row count for less ([`greedy.take_greedy`] has the equations). For
               pools that repeat themselves. With another size it may choose other rows altogether.
+            - The methods that are arms of a run, such as `"cosine"` or `"rds"`: short for the column that each ranks
+              by (`cosine_rank`, `rds_rank`) and its strategy.
         column (`str`, *optional*, defaults to `"influence"`):
             Numeric column to select by in place of `influence`, such as those of [`baselines`]. Whatever it holds,
             `"top"` takes its smallest values first and `"bottom"` its largest, and null or NaN marks rows that are
@@ -131,6 +133,7 @@ def select_coreset(
         `ValueError`: a missing column, an option that does not exist or that needs influence where `column` is
             another, a fraction outside (0, 1], more rows asked for than carry loss, or nothing to select from.
     """
+    strategy, column = find_column(strategy, column)
     positions = select_positions(
         scored,
         fraction=fraction,
@@ -144,6 +147,24 @@ def select_coreset(
         seed=seed,
     )
     return scored.select(positions)
+
+
+def find_column(strategy: str, column: str = INFLUENCE) -> tuple[str, str]:
+    """
+    The strategy and the column that a strategy stands for, where it is the name of a method; else those given.
+
+    Raises:
+        ValueError: if a column is given with a method, which has its own.
+    """
+    if strategy not in METHODS:
+        return strategy, column
+    method = METHODS[strategy]
+    if column not in (INFLUENCE, method.column):
+        raise ValueError(
+            f"strategy={strategy!r} ranks by the column {method.column!r}, but column={column!r} is given. Leave out "
+            "one of the two."
+        )
+    return method.strategy, method.column
 
 
 def select_positions(scored: Dataset, *, order: str = "influence", **options: Any) -> np.ndarray:

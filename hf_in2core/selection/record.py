@@ -6,6 +6,7 @@ arguments of [`select_coreset`], the positions of the rows in the pool, and what
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from hf_in2core.names import INFLUENCE, LENGTH_MATCHED, METHODS, name_coreset
+from hf_in2core.names import INFLUENCE, LENGTH_MATCHED, METHODS, name_coreset, parse_coreset
 from hf_in2core.rows.scored import hash_scores, read_scores
 
-from .coreset import choose_positions
+from .coreset import choose_positions, find_column
 from .lengths import match_lengths
 from .turns import name_taker
 
@@ -102,8 +103,7 @@ def describe_choice(
 
 
 def _describe_strategy(strategy: str, fraction: float, groups: Mapping[str, str] | None) -> dict[str, Any]:
-    method = METHODS.get(strategy)
-    strategy, column = (strategy, INFLUENCE) if method is None else (method.strategy, method.column)
+    strategy, column = find_column(strategy)
     seed = {"seed": OWN_SEED} if strategy == "random" else {}
     return {"strategy": strategy, "column": column, "fraction": fraction, **seed, **(groups or {})}
 
@@ -196,6 +196,21 @@ def read_record(path: Path, num_rows: int) -> tuple[str, dict[str, Coreset]]:
         return content["scores"], coresets if valid else {}
     except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         return "", {}
+
+
+def read_choice(scored: str | Path) -> dict[str, Any]:
+    """
+    By which arguments of [`select_coreset`], the fraction aside, a run chose the coreset from its pool.
+
+    Args:
+        scored (`str` or `Path`): The pool as it was given, such as `RUN/scored`.
+
+    Returns:
+        `dict`: empty where no run has chosen from it.
+    """
+    _, recorded = read_record(Path(scored).parent / RECORD, sys.maxsize)
+    chosen = [coreset.arguments for name, coreset in recorded.items() if parse_coreset(name)[0] == "coreset"]
+    return {name: value for name, value in chosen[-1].items() if name != "fraction"} if chosen else {}
 
 
 def _is_valid(coreset: Coreset, num_rows: int) -> bool:

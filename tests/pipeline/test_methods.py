@@ -13,7 +13,9 @@ from datasets import load_from_disk
 from helpers import assert_same, make_model, make_tokenizer
 from naive import compute_datainf, compute_gradients
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from recipe_runs import read_results, run_command, stamp, write_config
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_in2core import select_coreset
@@ -89,7 +91,9 @@ def test_the_same_command_computes_no_column_again(compared: Path) -> None:
     assert read_results(compared)["selection"] == results["selection"]
 
 
-def test_the_coreset_may_be_that_of_a_method(compared: Path, tmp_path: Path) -> None:
+def test_the_coreset_may_be_that_of_a_method(
+    compared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = yaml.safe_load((compared / "settings.yaml").read_text(encoding="utf-8"))
     config |= {"output_dir": str(tmp_path / "run"), "strategy": "rds", "arms": ["coreset", "rds"], "seeds": [0]}
     run_command("run", "--config", write_config(tmp_path, config))
@@ -99,6 +103,23 @@ def test_the_coreset_may_be_that_of_a_method(compared: Path, tmp_path: Path) -> 
         tmp_path / "run" / "coresets.json", len(load_from_disk(str(tmp_path / "run" / "scored")))
     )
     assert coresets["coreset_25"].arguments == {"strategy": "top", "column": "rds_rank", "fraction": 0.25}
+    # So do the commands that select from its pool, where nothing else is said.
+    pool, ours = str(tmp_path / "run" / "scored"), load_from_disk(str(tmp_path / "run" / "coresets" / "coreset_25"))
+    flags = ["--scored", pool, "--fraction", "0.25"]
+    run_command("select", *flags, "--output", str(tmp_path / "again"))
+    assert set(load_from_disk(str(tmp_path / "again"))["id"]) == set(ours["id"])
+    assert "by `rds_rank` (strategy `top`, as the run of this pool chose)" in capsys.readouterr().out
+    run_command("select", *flags, "--strategy", "mean", "--output", str(tmp_path / "mean"))
+    assert set(load_from_disk(str(tmp_path / "mean"))["id"]) != set(ours["id"])
+    assert "by `influence` (strategy `top`)" in capsys.readouterr().out
+    flags = ["--config", str(tmp_path / "run" / "sft.yaml"), "--dataset_name", pool, "--fraction", "0.25"]
+    steps = str(read_results(tmp_path)["base"]["steps"])
+    run_command("sft", *flags, "--max_steps", steps, "--output_dir", str(tmp_path / "target"))
+    trained, expected = (
+        load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+        for folder in (tmp_path / "target", tmp_path / "run" / "arms" / "coreset_25-steps-seed0")
+    )
+    assert all(trained[name].equal(expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from helpers import ROOT
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from recipe_runs import read_results, run_command, write_config
@@ -17,8 +18,9 @@ from safetensors.torch import load_file
 
 from hf_in2core.evaluation.judge import judge
 from hf_in2core.evaluation.verdict import Verdict
-from hf_in2core.pipeline.next_steps import change_run, recommend
+from hf_in2core.pipeline.next_steps import change_run, recommend, write_sft_settings
 from hf_in2core.pipeline.parser import make_run_parser
+from hf_in2core.pipeline.run_folder import find_command
 
 
 # A full pool, random rows and opponents of these mean losses; the seeds differ by noise that is the same in all arms.
@@ -131,7 +133,33 @@ def test_the_printed_command_trains_the_arm_again(
 
 def train(*command: str) -> None:
     """A command line as it was printed, in a process of its own."""
-    assert command[:2] == ("in2core", "sft")
-    started = [sys.executable, "-c", "from hf_in2core.commands.main import main; main()", *command[1:]]
+    assert command[1] == "sft"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(started, env=environment, check=True, timeout=500)
+    subprocess.run(command, env=environment, check=True, timeout=500)
+
+
+def test_the_printed_command_is_one_that_the_shell_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of this environment, active or not, and not another installation's that comes first."""
+    scripts, others = tmp_path / "venv" / "bin", tmp_path / "others"
+    for folder in (scripts, others):
+        folder.mkdir(parents=True)
+        (folder / "in2core").touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(scripts / "python"))
+    monkeypatch.setenv("PATH", str(scripts))
+    assert find_command() == "in2core"
+    monkeypatch.setenv("PATH", str(others))
+    assert find_command() == str(scripts / "in2core")
+    monkeypatch.chdir(tmp_path)
+    assert find_command() == "venv/bin/in2core"
+    (scripts / "in2core").unlink()
+    assert find_command() == "in2core"
+
+
+def test_the_settings_of_a_training_hold_nothing_of_influence(tmp_path: Path) -> None:
+    given = {"model_name_or_path": "m", "pool": "p", "validation": ["v"], "test": "t", "output_dir": "run"}
+    given |= {"fit_examples": "all", "damping_scale": 0.2, "learning_rate": 3e-4, "columns": "alpaca"}
+    settings = make_run_parser().parse(["--config", write_config(tmp_path, given)])
+    write_sft_settings(settings, tmp_path / "sft.yaml", max_steps=7)
+    written = yaml.safe_load((tmp_path / "sft.yaml").read_text(encoding="utf-8"))
+    assert written.pop("columns") == ["alpaca"]
+    assert written == {"model_name_or_path": "m", "test": "t", "learning_rate": 3e-4, "max_steps": 7}
