@@ -156,7 +156,9 @@ def test_the_printed_command_is_one_that_the_shell_finds(tmp_path: Path, monkeyp
 
 
 def test_the_settings_of_a_training_hold_nothing_of_influence(tmp_path: Path) -> None:
-    given = {"model_name_or_path": "m", "pool": "p", "validation": ["v"], "test": "t", "output_dir": "run"}
+    given: dict[str, Any] = {
+        "model_name_or_path": "m", "pool": "p", "validation": ["v"], "test": "t", "output_dir": "run"
+    }  # fmt: skip
     given |= {"fit_examples": "all", "damping_scale": 0.2, "learning_rate": 3e-4, "columns": "alpaca"}
     settings = make_run_parser().parse(["--config", write_config(tmp_path, given)])
     write_sft_settings(settings, tmp_path / "sft.yaml", max_steps=7)
