@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from hf_in2core.engine.passes import Transform
 from hf_in2core.engine.scoring import Scores, run_score_pass
 from hf_in2core.engine.state import hash_json, open_state
+from hf_in2core.selection.baselines import add_prepared_columns
+from hf_in2core.selection.turns import count_turns
 
 from .checkpoints import compute_checkpoint_weights, kept_adapter, read_checkpoints
 
@@ -34,6 +37,74 @@ if TYPE_CHECKING:
 
 OPTIMIZER = "optimizer.pt"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def add_cosine(scored: Dataset, trainer: "InfluenceTrainer") -> Dataset:
+    r"""
+    Add `cosine_rank`: the turn at which a row is taken when each validation row in turn takes that of largest cosine.
+
+    The cosine is between the row's gradient `g_k` and `u_q`, the validation row's gradient preconditioned by DataInf
+    (arXiv 2310.00902): `influence / (|g_k| |u_q|)`, so that a row with a large gradient does not come first for its
+    size alone. It is what `in2core run` chooses by (`--strategy cosine`).
+
+    ```python
+    >>> from hf_in2core.influence.cosines import add_cosine
+    >>> scored = add_cosine(trainer.score_influence(), trainer)
+    >>> coreset = select_coreset(scored, fraction=0.25, strategy="cosine")
+    ```
+
+    Args:
+        scored ([`~datasets.Dataset`]):
+            The trainer's pool, scored or not, in its order.
+        trainer ([`InfluenceTrainer`]):
+            Trainer of a trained reference. Validation rows are queries of its own afterwards.
+
+    Returns:
+        [`~datasets.Dataset`]: the rows with `cosine_rank` (int64, 0 = taken first; null where a row carries no loss).
+        The same on every process.
+
+    Raises:
+        ValueError: if these are not as many rows as the trainer's pool has, or as
+            [`~hf_in2core.InfluenceTrainer.fit_influence`].
+    """
+    _check_pool(scored, trainer)
+    cosines = compute_cosines(trainer, "Influence: cosines").per_query
+    assert cosines is not None
+    turns = count_turns(cosines.T).astype("int64")
+    return add_prepared_columns(scored, trainer.prepared_pool, {"cosine_rank": turns})
+
+
+def add_less(scored: Dataset, trainer: "InfluenceTrainer", checkpoints: Sequence[str | PathLike]) -> Dataset:
+    """
+    Add `less`: the score of LESS (arXiv 2402.04333) at checkpoints of the reference, with its sign turned.
+
+    Args:
+        scored ([`~datasets.Dataset`]):
+            The trainer's pool, scored or not, in its order.
+        trainer ([`InfluenceTrainer`]):
+            Trainer of the reference, with `estimator="gradient_dot"`: LESS takes the plain gradients of validation
+            rows. Its adapter is put back as it was.
+        checkpoints (`Sequence[str or os.PathLike]`):
+            Folders that the reference's trainer saved, with their optimizer.
+
+    Returns:
+        [`~datasets.Dataset`]: the rows with `less` (float64 in [-1, 1], negative = proponent; null where a row carries
+        no loss).
+
+    Raises:
+        ValueError: if these are not as many rows as the trainer's pool has, or if a folder is no checkpoint of the
+            reference, or holds no moments of Adam.
+    """
+    _check_pool(scored, trainer)
+    return add_prepared_columns(scored, trainer.prepared_pool, {"less": compute_less(trainer, checkpoints)})
+
+
+def _check_pool(scored: Dataset, trainer: "InfluenceTrainer") -> None:
+    if len(scored) != len(trainer.pool):
+        raise ValueError(
+            f"{len(scored):,} rows are to get a column, but the trainer's pool has {len(trainer.pool):,}. Give the "
+            "pool as `trainer.score_influence()` returns it, whole and in its order."
+        )
 
 
 def compute_cosines(

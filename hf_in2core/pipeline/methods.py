@@ -11,13 +11,12 @@ from trl import ModelConfig
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.influence.checks import check_launcher
-from hf_in2core.influence.cosines import check_moments, compute_cosines, compute_less, make_gradient_dot
+from hf_in2core.influence.cosines import add_cosine, add_less, check_moments, make_gradient_dot
 from hf_in2core.names import METHODS, STRATEGIES_BY_ROW
 from hf_in2core.rows.preparation import Preparation
-from hf_in2core.selection.baselines import add_bm25, add_encoder, add_ifd, add_loss, add_prepared_columns, add_rds
+from hf_in2core.selection.baselines import add_bm25, add_encoder, add_ifd, add_loss, add_rds
 from hf_in2core.selection.combined import add_clean_rank, add_fused_rank
 from hf_in2core.selection.similarities import ENCODER, import_bm25s, load_encoder
-from hf_in2core.selection.turns import count_turns
 
 from .run_folder import quiet_loading
 from .training import load_model, make_influence_trainer
@@ -164,23 +163,11 @@ def _add_encoder(scored: Dataset, reference: Reference) -> Dataset:
 
 
 def _add_cosine(scored: Dataset, reference: Reference) -> Dataset:
-    """
-    Add `cosine_rank`: the turn at which a row is taken when each validation row takes the row of the largest cosine.
-
-    The cosine is between the row's gradient and `u`, the validation row's gradient preconditioned by DataInf: a row
-    with a large gradient does not come first for its size alone.
-    """
-    trainer = _make_trainer(reference, reference.args)
-    cosines = compute_cosines(trainer, "Influence: cosines").per_query
-    assert cosines is not None
-    turns = count_turns(cosines.T).astype("int64")
-    return add_prepared_columns(scored, trainer.prepared_pool, {"cosine_rank": turns})
+    return add_cosine(scored, _make_trainer(reference, reference.args))
 
 
 def _add_less(scored: Dataset, reference: Reference) -> Dataset:
-    """Add `less`, the score of LESS at the reference's checkpoints; negative = proponent."""
-    trainer = _make_trainer(reference, make_gradient_dot(reference.args))
-    return add_prepared_columns(scored, trainer.prepared_pool, {"less": compute_less(trainer, reference.checkpoints)})
+    return add_less(scored, _make_trainer(reference, make_gradient_dot(reference.args)), reference.checkpoints)
 
 
 def _make_trainer(reference: Reference, args: InfluenceConfig) -> InfluenceTrainer:

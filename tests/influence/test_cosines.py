@@ -1,4 +1,4 @@
-"""LESS against a loop over rows and checkpoints with an optimizer that takes each step; and its refusals."""
+"""Columns of cosines against loops: in turn, and LESS with an optimizer that takes each step; and their refusals."""
 
 import copy
 import json
@@ -6,11 +6,20 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, make_model, make_prompt_completion, make_tokenizer, make_trainer, train_reference
-from naive import compute_gradients
+from helpers import (
+    assert_same,
+    make_model,
+    make_prompt_completion,
+    make_tokenizer,
+    make_trainer,
+    prepare,
+    train_reference,
+)
+from naive import compute_datainf, compute_gradients
 from peft import PeftModel
 
-from hf_in2core.influence.cosines import compute_less
+from hf_in2core import select_coreset
+from hf_in2core.influence.cosines import add_cosine, add_less, compute_less
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 
 
@@ -23,6 +32,25 @@ def train(folder, adapter=None, **options):
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     return train(tmp_path_factory.mktemp("run"))
+
+
+def test_cosines_in_turn_in_python(tmp_path, pool, validation) -> None:
+    """The turns of a loop over the rows; the pool keeps its order, and another pool is refused."""
+    trainer = make_trainer(tmp_path, pool, validation)
+    train, queries = (compute_gradients(trainer.model, prepare(rows)) for rows in (pool, validation))
+    norms = np.array([float(sum(g.square().sum() for g in row.values())) ** 0.5 for row in train])
+    cosines = [compute_datainf(train, [query]).numpy() / norms for query in queries]
+    expected: list[int] = []
+    while len(expected) < len(pool):
+        best = np.argsort(cosines[len(expected) % len(queries)], kind="stable")
+        expected.append(next(int(row) for row in best if row not in expected))
+    scored = add_cosine(pool, trainer)
+    assert [scored["cosine_rank"][row] for row in expected] == list(range(len(pool)))
+    chosen = select_coreset(scored, size=5, strategy="cosine")
+    assert chosen.remove_columns("cosine_rank")[:] == pool.select(expected[:5])[:]
+    for add, more in ((add_cosine, ()), (add_less, ([],))):
+        with pytest.raises(ValueError, match=f"4 rows are to get a column, but the trainer's pool has {len(pool)}"):
+            add(pool.select(range(4)), trainer, *more)
 
 
 def load(folder, checkpoint, pool, sets, **options):
