@@ -65,7 +65,7 @@ def verify_gradients(passes: Passes, prepared: Dataset) -> None:
     dtypes |= {torch.int8} & {parameter.dtype for parameter in passes.model.parameters()}
     for index, row in enumerate(chosen):
         alone = collate(rows, np.array([row])).to(device)
-        expected = _differentiate(passes, alone.input_ids, alone.targets, alone.positions, loss_reduction)
+        expected = differentiate(passes, alone.input_ids, alone.targets, alone.positions, loss_reduction)
         total_norm = torch.stack([gradient.norm().double().cpu() for gradient in expected.values()]).norm()
         for name, gradient in expected.items():
             found = recorded[name][index]
@@ -90,7 +90,7 @@ def _model_dtype(passes: Passes) -> torch.dtype:
     return next(passes.model.parameters()).dtype if passes.model.dtype is None else passes.model.dtype  # type: ignore[return-value]
 
 
-def _differentiate(
+def differentiate(
     passes: Passes, input_ids: Tensor, targets: Tensor, positions: Tensor, loss_reduction: str
 ) -> dict[str, Tensor]:
     """Gradient of the loss of one unpadded row for every block, by the model's own forward with full logits."""

@@ -94,3 +94,25 @@ def format_difference(interval: Mapping[str, Any]) -> tuple[str, str]:
     half_width = abs(high - low) / 2  # type: ignore[operator]
     decimals = 3 if half_width < 1e-6 else max(3, 1 - math.floor(math.log10(half_width)))
     return format_number(mean, f"+.{decimals}f"), f"{low:+.{decimals}f} to {high:+.{decimals}f}"
+
+
+def describe_calibration(calibration: Any) -> str:
+    """How influence stands to the change of the validation loss by one more step; empty where that is not known."""
+    names = ("nats_per_influence", "error", "spearman", "rows")
+    scale, error, spearman, rows = (get_value(calibration, name) for name in names)
+    if isinstance(refused := get_value(calibration, "refused"), str):
+        return f"not taken: {refused}"
+    if not all(map(is_number, (scale, error, spearman, rows))):
+        return ""
+    seen = f"(Spearman {spearman:.2f} on {rows:,} rows)"
+    if get_value(calibration, "agrees") is not True:
+        return f"what it changes the validation loss by does not follow influence {seen}, so nothing is told in nats"
+    return f"{scale:.2g} nats of the validation loss for an influence of 1, within {error:.1g} on average {seen}"
+
+
+def show_step(calibration: Any, influence: Any) -> str:
+    """The change of the validation loss by one more step on a row of this influence; empty where that is not told."""
+    scale, error = get_value(calibration, "nats_per_influence"), get_value(calibration, "error")
+    if get_value(calibration, "agrees") is not True or not all(map(is_number, (scale, error, influence))):
+        return ""
+    return f"{scale * influence:+.1g} ± {error:.1g} nats by one more step on it"

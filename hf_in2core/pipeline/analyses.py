@@ -1,4 +1,4 @@
-"""What `--analyses` adds to a run: how few layers would rank the pool alike, and how well it covers the test rows."""
+"""What `--analyses` adds to a run: how few layers rank the pool alike, how well it covers the test rows, and nats."""
 
 import shutil
 import time
@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer
+from hf_in2core.analysis.calibration import NUM_ROWS, calibrate_influence
 from hf_in2core.analysis.coverage import compute_coverage, correlate_coverage
 from hf_in2core.analysis.layers import choose_layers, compute_layer_scores
+from hf_in2core.evaluation.formats import describe_calibration
 from hf_in2core.evaluation.intervals import MIN_PAIRS
 from hf_in2core.names import POOL, describe_set
 from hf_in2core.rows.columns import apply_columns
@@ -47,19 +49,20 @@ def analyse_run(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, 
         reference (`dict[str, Any]`): How it was trained, with its `identity`.
 
     Returns:
-        `dict`: `layers` and `coverage` of `results.json`, where they were computed: the figures and `seconds`, or
-        `refused`.
+        `dict`: `layers`, `coverage` and `calibration` of `results.json`, where they were computed: the figures and
+        `seconds`, or `refused`.
     """
     computed: dict[str, Callable[[Job, InfluenceTrainer], dict[str, Any]]] = {
         "layers": analyse_layers,
         "coverage": analyse_coverage,
+        "calibration": analyse_calibration,
     }
+    sizes = {"layers": (PILOT_ROWS, LAYER_BUDGET), "coverage": (MAX_TEST_ROWS, TOP_K), "calibration": NUM_ROWS}
     findings: dict[str, Any] = {}
     for name in ANALYSES:
         judges = ["test"] if name == "coverage" else map(describe_set, job.inputs.validation)
         inputs = {key: job.identities[key] for key in [POOL, *judges]}
-        sizes = (PILOT_ROWS, LAYER_BUDGET) if name == "layers" else (MAX_TEST_ROWS, TOP_K)
-        shaping = (reference["identity"], inputs, name, sizes)
+        shaping = (reference["identity"], inputs, name, sizes[name])
         identity = job.identify(True, InfluenceConfig, *shaping)
         path = job.folder / "analyses" / f"{name}.json"
         result = agree(partial(read_result, path, identity))
@@ -145,6 +148,14 @@ def analyse_coverage(job: Job, trainer: InfluenceTrainer) -> dict[str, Any]:
         "points": {"row": rows.tolist(), "coverage": values.tolist(), "loss": losses.tolist()},
         "least_covered": list_least_covered(job, coverage, rows),
     }
+
+
+def analyse_calibration(job: Job, trainer: InfluenceTrainer) -> dict[str, Any]:
+    """What one more step on a row changes the validation loss by, for an influence of 1."""
+    calibration = asdict(calibrate_influence(trainer, load_from_disk(str(job.folder / "scored"))))
+    release(trainer)
+    say(f"One more step on a row: {describe_calibration(calibration)}.")
+    return calibration
 
 
 def list_least_covered(job: Job, coverage: Dataset, rows: np.ndarray) -> list[dict[str, Any]]:

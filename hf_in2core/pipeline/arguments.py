@@ -12,7 +12,7 @@ from typing import Any
 from hf_in2core.names import ALL_ARMS, ARMS, AUTO, BUDGETS, CANDIDATES, GROUP_QUOTAS, METHODS, STRATEGIES
 
 
-ANALYSES = ("layers", "coverage")
+ANALYSES = ("layers", "coverage", "calibration")
 BAD_ROWS = ("refuse", "drop")
 COMPARED_STRATEGIES = (*(strategy for strategy in STRATEGIES if strategy not in ("bottom", "random")), *METHODS, AUTO)
 # What `--preset` sets where it differs from the defaults; what is given beside it holds. In2Core: arXiv 2408.03560.
@@ -108,7 +108,8 @@ class In2CoreArguments(DataArguments):
     analyses: list[str] = flag(
         "influence",
         "What to add to the results and the report: `layers`, how few decoder layers would rank the pool alike (a "
-        "pilot sample); `coverage`, how well the pool covers the test rows (each a query over the pool).",
+        "pilot sample); `coverage`, how well the pool covers the test rows (each a query over the pool); "
+        "`calibration`, what one more step on a row changes the validation loss by, in nats (steps on 16 rows).",
         [],
         first=False,
         choices=ANALYSES,

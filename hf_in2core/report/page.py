@@ -31,6 +31,7 @@ from hf_in2core.evaluation.arms import (
     tabulate_tasks,
     tabulate_tournament,
 )
+from hf_in2core.evaluation.formats import show_step
 from hf_in2core.evaluation.leakage import list_near_copies, say_judge
 from hf_in2core.names import INFLUENCE, list_added_columns
 from hf_in2core.rows.scored import find_set_columns, read_numbers
@@ -299,6 +300,7 @@ def _collect_rows(
         "percentile": _to_list(pool.deciding.percentiles[rows]),
         "standing": [pool.deciding.describe(row, sets_of_rows) for row in rows.tolist()],
         "taken": [taken.get(row) for row in rows.tolist()],
+        "steps": [show_step(run.get("calibration"), value) for value in pool.influence[rows].tolist()],
         "choice": {
             "inTurn": pool.deciding.takers is not None,
             "score": pool.deciding.name,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from hf_in2core.evaluation.arms import describe_data
-from hf_in2core.evaluation.formats import get_value, is_number, list_objects
+from hf_in2core.evaluation.formats import describe_calibration, get_value, is_number, list_objects
 from hf_in2core.names import BUDGETS, LIBRARIES, LOSS_REDUCTIONS
 
 from .run import Run
@@ -73,6 +73,7 @@ def show_provenance(run: Run) -> list[tuple[str, str]]:
         ("Agreement of two halves of them", get_value(run.scorer, "fit_agreement")),
         ("Agreement with the exact inverse", _show_agreement(get_value(run.scorer, "exact_agreement"))),
         ("Agreement of halves of the validation", _join(_show_agreements(run.get("agreement", "agreement")))),
+        ("One more step on a row", describe_calibration(run.get("calibration"))),
         ("Machine", ", ".join(str(part) for part in hardware if part) if machine else ""),
         ("Libraries", ", ".join(libraries)),
         ("Command", run.get("command")),

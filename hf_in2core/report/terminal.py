@@ -23,7 +23,7 @@ from hf_in2core.evaluation.arms import (
     tabulate_tasks,
     tabulate_tournament,
 )
-from hf_in2core.evaluation.formats import DASH
+from hf_in2core.evaluation.formats import DASH, show_step
 from hf_in2core.names import INFLUENCE, RANK
 from hf_in2core.rows.text import CUT, render_line
 
@@ -61,6 +61,7 @@ def print_results(results: Mapping[str, Any]) -> None:
             - `auc` (`dict[str, dict[str, float | None]]`): for each kind of row looked for, the AUC by score, such as
               `{"tasks of interest": {"influence": 0.97, "loss": 0.61}}`.
             - `choice` (`dict`): what chose the coreset: `how`, `score` and its `meaning`.
+            - `calibration` (`dict`): of [`~hf_in2core.analysis.calibration.Calibration`]; influence is told in nats.
             - `examples` (`dict[str, list[dict]]`): `proponents` and `opponents`, strongest first, each row with
               `influence`, `text` and optionally `influence_rank`; or `standing` and `taken`, which say it in words.
 
@@ -105,7 +106,7 @@ def print_tables(results: Mapping[str, Any]) -> None:
         if examples.get(kind):
             by = f" by {choice['score']}" if in_turn else ""
             _write(console, f"Strongest {kind}{by} ({sign})", style="bold")
-            _print_examples(console, examples[kind], in_turn)
+            _print_examples(console, examples[kind], in_turn, results.get("calibration"))
 
 
 def print_tasks(results: Mapping[str, Any], console: Console | None = None) -> None:
@@ -151,12 +152,13 @@ def _print_table(console: Console, names: Sequence[str], lines: Sequence[Sequenc
     console.print()
 
 
-def _print_examples(console: Console, examples: Sequence[Mapping[str, Any]], in_turn: bool) -> None:
+def _print_examples(console: Console, examples: Sequence[Mapping[str, Any]], in_turn: bool, calibration: Any) -> None:
     for number, example in enumerate(examples, 1):
         rank = "" if example.get(RANK) is None else f"rank {example[RANK]:,}, "
         standing = example.get("standing", f"{rank}influence {example['influence']:+.3g}")
         said = [standing, *([example["taken"]] if "taken" in example else [])]
         said += [f"mean influence {example['influence']:+.3g}"] if in_turn else []
+        said += [step] if (step := show_step(calibration, example["influence"])) else []
         _write(console, f"{number:>2}. {'; '.join(said)}", style="cyan")
         _write(console, render_line(str(example.get("text", "")), MAX_TEXT_CHARACTERS), indent=4)
     console.print()

@@ -25,6 +25,8 @@ from report_runs import Page
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer
+from hf_in2core.evaluation.formats import describe_calibration
+from hf_in2core.report.terminal import print_results
 from hf_in2core.rows.sources import load_rows
 
 
@@ -35,10 +37,10 @@ def config(finished: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def analysed(finished: Path, config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, and both analyses added by a rerun."""
+    """The same run, and all analyses added by a rerun."""
     folder = tmp_path_factory.mktemp("analysed")
     shutil.copytree(finished / "run", folder / "run", symlinks=True)
-    changed = config | {"output_dir": str(folder / "run"), "analyses": ["layers", "coverage"]}
+    changed = config | {"output_dir": str(folder / "run"), "analyses": ["layers", "coverage", "calibration"]}
     run_command("run", "--config", write_config(folder, changed))
     return folder
 
@@ -46,8 +48,9 @@ def analysed(finished: Path, config: dict[str, Any], tmp_path_factory: pytest.Te
 def test_analyses_are_added_to_a_finished_run(finished: Path, analysed: Path) -> None:
     assert stamp(analysed) == stamp(finished)
     before, after = read_results(finished), read_results(analysed)
-    assert after["arms"] == before["arms"] and not {"layers", "coverage"} & before.keys()
-    assert sorted(path.name for path in (analysed / "run" / "analyses").iterdir()) == ["coverage.json", "layers.json"]
+    assert after["arms"] == before["arms"] and not {"layers", "coverage", "calibration"} & before.keys()
+    names = sorted(path.stem for path in (analysed / "run" / "analyses").iterdir())
+    assert names == ["calibration", "coverage", "layers"]
     words = Page(analysed / "run" / "report.html").words
     assert "Least covered test rows" in words and "layers rank 60 rows of a pilot sample most like" in words
 
@@ -60,6 +63,23 @@ def test_layers_are_chosen_under_half_of_the_memory(analysed: Path) -> None:
     assert layers["layers"] in ([0], [1]) and layers["memory"] == pytest.approx(0.5)
     assert layers["spearman"] == max(candidates[0,]["spearman"], candidates[1,]["spearman"])
     assert 0 <= layers["overlap"] <= 1 and layers["low"] < layers["spearman"] < layers["high"]
+
+
+def test_influence_is_told_in_nats_where_steps_follow_it(analysed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = read_results(analysed)
+    page = Page(analysed / "run" / "report.html")
+    assert describe_calibration(results["calibration"]) in page.words and results["calibration"]["rows"] == 16
+    told = {"nats_per_influence": 1e-3, "error": 0.02, "spearman": 0.9, "rows": 16, "agrees": True}
+    path = analysed / "told"
+    shutil.copytree(analysed / "run", path, symlinks=True)
+    (path / "results.json").write_text(json.dumps(results | {"calibration": told}), encoding="utf-8")
+    run_command("report", "--run", str(path))
+    page = Page(path / "report.html")
+    first = page.data["influence"][0]
+    assert page.data["steps"][0] == f"{first * 1e-3:+.1g} ± 0.02 nats by one more step on it"
+    print_results(results | {"calibration": told})
+    strongest = results["examples"]["proponents"][0]["influence"]
+    assert f"{strongest * 1e-3:+.1g} ± 0.02 nats" in " ".join(capsys.readouterr().out.split())
 
 
 def test_coverage_is_of_the_test_rows(finished: Path, config: dict[str, Any], analysed: Path, tmp_path: Path) -> None:

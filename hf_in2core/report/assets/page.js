@@ -376,6 +376,7 @@
     if (inTurn) add("decided by", visible(data.standing[index]));
     else add("rank", data.rank[index] === null ? "none" : `${showCount(data.rank[index])} (${data.choice.score === "influence" ? `0 = strongest proponent; percentile ${data.percentile[index].toFixed(1)}` : visible(data.standing[index])})`);
     add(inTurn ? "mean influence" : "influence", value === null ? kind : `${showInfluence(value)} (${kind})`);
+    if (data.steps[index]) add("validation loss", data.steps[index]);
     add("loss tokens", showCount(data.tokens[index]));
     for (const [name, values] of Object.entries(data.sets)) add(name, showInfluence(values[index]));
     const long = [];
