@@ -61,7 +61,8 @@ def encode(gradients: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype is not torch.int8:
         return gradients.to(dtype).contiguous().view(torch.uint8)
     num_elements = gradients.shape[1]
-    groups = F.pad(gradients, (0, -num_elements % GROUP)).float().unflatten(1, (-1, GROUP))
+    size = min(GROUP, num_elements)
+    groups = F.pad(gradients, (0, -num_elements % size)).float().unflatten(1, (-1, size))
     scales = groups.abs().amax(2) / 127
     steps = torch.where(scales > 0, scales, torch.ones_like(scales))
     values = (groups / steps[..., None]).round().clamp(-127, 127).to(torch.int8).flatten(1)[:, :num_elements]
@@ -72,6 +73,7 @@ def decode(data: Tensor, num_elements: int, dtype: torch.dtype) -> Tensor:
     """The gradients `[B, num_elements]` that [`encode`] made `data` of; float32 from 8 bits, else in `dtype`."""
     if dtype is not torch.int8:
         return data.view(dtype)
+    size = min(GROUP, num_elements)
     scales = data[:, : count_bytes(num_elements, dtype) - num_elements].contiguous().view(torch.float32)
-    values = F.pad(data[:, -num_elements:].view(torch.int8).float(), (0, -num_elements % GROUP))
-    return (values.unflatten(1, (-1, GROUP)) * scales[..., None]).flatten(1)[:, :num_elements]
+    values = F.pad(data[:, -num_elements:].view(torch.int8).float(), (0, -num_elements % size))
+    return (values.unflatten(1, (-1, size)) * scales[..., None]).flatten(1)[:, :num_elements]

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import os
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
@@ -63,19 +65,33 @@ def open_store(
 
 
 def make_index_folder(index: GradientStore) -> None:
-    """Make the folder of an index, and tell where others beside it are of something else."""
+    """Make the folder of an index, and tell in what the one beside it that is most like it differs."""
     if not index.folder.is_dir():
-        for path in sorted(index.folder.parent.glob("*/identity.json")):
-            other = json.loads(path.read_text(encoding="utf-8"))
-            different = [name for name, value in index.identity.items() if other.get(name) != value]
+        different = {}
+        for path in index.folder.parent.glob("*/identity.json"):
+            other = read_identity(path)
+            different[path.parent] = [name for name, value in index.identity.items() if other.get(name) != value]
+        if different:
+            nearest = min(different, key=lambda folder: (len(different[folder]), folder))
             logger.warning(
-                "%s is an index of other gradients (another %s) and is not used: a new one is made beside it. Remove "
-                "it if nobody needs it any more.",
-                *(path.parent, ", another ".join(name.replace("_", " ") for name in different)),
+                "%s is an index of other gradients (another %s) and is not used: a new one is made beside it.",
+                *(nearest, ", another ".join(name.replace("_", " ") for name in different[nearest])),
             )
     index.folder.mkdir(parents=True, exist_ok=True)
-    (index.folder / "identity.json").write_text(json.dumps(index.identity, indent=2), encoding="utf-8")
     index.sweep()
+    path = index.folder / "identity.json"
+    if read_identity(path) != index.identity:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(index.identity, indent=2), encoding="utf-8")
+        temporary.replace(path)
+
+
+def read_identity(path: Path) -> dict[str, Any]:
+    """What the index of a folder is of; nothing where that cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def prepare_store(passes: Passes, pool: Dataset, args: InfluenceConfig) -> None:
@@ -90,7 +106,7 @@ def prepare_store(passes: Passes, pool: Dataset, args: InfluenceConfig) -> None:
     verify_gradients(passes, pool)
     if passes.store is None or not passes.store.kept:
         return
-    if passes.rank == 0:
+    if passes.accelerator is None or passes.accelerator.is_local_main_process:
         make_index_folder(passes.store)
     if passes.accelerator is not None:
         passes.accelerator.wait_for_everyone()
