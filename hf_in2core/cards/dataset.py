@@ -282,6 +282,8 @@ def list_provenance(scorer: Mapping[str, Any]) -> list[tuple[str, Markdown]]:
         "num_fit_examples": "Rows in the fit pass",
         "fit_agreement": "Agreement of the two halves of the fitted sample (Spearman)",
         "exact_agreement": "Agreement with the exact inverse, on a sample (Spearman)",
+        "store_error": "Error of products of its stored gradients, of their norm",
+        "store_agreement": "Agreement of those products with exact ones (Spearman)",
         "autocast": "Mixed precision",
         "tokens_per_batch": "Tokens per batch",
     }

@@ -20,6 +20,7 @@ from torch import Tensor
 from .blocks import VOCABULARY_KINDS, Blocks, count_elements
 from .datainf import compute_damping
 from .fit_sums import FitResult, GradientSample
+from .gradients import accumulation_dtype
 from .passes import Passes
 from .validation import run_per_example_validation_pass
 
@@ -114,7 +115,8 @@ def take_curvature_sample(
     passes: Passes, prepared: Dataset, seed: int, sample: GradientSample | None
 ) -> dict[str, Tensor] | None:
     """
-    Gradients of the sample's rows: as a fit has kept them, or of a pass over as many; all processes have to call.
+    Gradients of the sample's rows: as a fit has kept them, as they stand in an index, or of a pass over as many; all
+    processes have to call.
 
     Returns:
         `dict[str, torch.Tensor]` or `None`: `[rows, ...]` per block; `None` where nothing can be concluded.
@@ -126,6 +128,10 @@ def take_curvature_sample(
     if drawn is None:
         return None
     rows = np.sort(np.random.default_rng(seed).choice(len(prepared), drawn.num_rows, replace=False))
+    indexed = passes.find_indexed(rows)
+    if indexed is not None:
+        tensors = {name: block.tensor for name, block in drawn.blocks.items()}
+        return {name: indexed.read_all(name, t.device, accumulation_dtype(t)) for name, t in tensors.items()}
     silent = replace(passes, blocks=drawn.blocks, folder=None, store=None)
     return run_per_example_validation_pass(silent, prepared.select(rows), "Influence: sample of the pool")
 

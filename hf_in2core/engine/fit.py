@@ -75,7 +75,7 @@ def run_fit_pass(
     """
     generator = np.random.default_rng(seed)
     pilot = np.sort(generator.choice(len(prepared), count_pilot_rows(len(prepared)), replace=False))
-    inner = _compute_pilot_damping(passes, prepared.select(pilot), damping_scale)
+    inner = _compute_pilot_damping(passes, prepared, pilot, damping_scale)
     positions = None
     if fit_examples == "auto" and is_sampled(len(prepared), passes.store is not None):
         order = generator.permutation(len(prepared))
@@ -106,15 +106,23 @@ def count_pilot_rows(num_rows: int) -> int:
     return min(max(num_rows // 100, PILOT_ROWS), MAX_PILOT_ROWS, num_rows)
 
 
-def _compute_pilot_damping(passes: Passes, pilot: Dataset, damping_scale: float) -> dict[str, float]:
+def _compute_pilot_damping(
+    passes: Passes, prepared: Dataset, pilot: np.ndarray, damping_scale: float
+) -> dict[str, float]:
     totals = np.zeros(len(passes.blocks))
-    with GradientRecorder(passes.model, passes.blocks, passes.autocast) as recorder:
+    indexed = passes.find_indexed(pilot)
+    if indexed is not None:
+        for index, (key, block) in enumerate(passes.blocks.items()):
+            for _, gradients in indexed.read(key, block.tensor.device, accumulation_dtype(block.tensor)):
+                totals[index] += float(torch.linalg.vector_norm(gradients, dim=1).double().square().sum())
+    else:
+        with GradientRecorder(passes.model, passes.blocks, passes.autocast) as recorder:
 
-        def step(batch: TokenBatch) -> None:
-            nonlocal totals
-            totals += compute_square_norms(recorder, batch, passes.loss_reduction).sum(axis=0)
+            def step(batch: TokenBatch) -> None:
+                nonlocal totals
+                totals += compute_square_norms(recorder, batch, passes.loss_reduction).sum(axis=0)
 
-        run_batches(passes, read_token_rows(pilot), step)
+            run_batches(passes, read_token_rows(prepared.select(pilot)), step)
     return {
         key: compute_damping(float(total) / len(pilot), block.tensor.numel(), damping_scale)
         for (key, block), total in zip(passes.blocks.items(), totals, strict=True)
@@ -219,6 +227,8 @@ def write_fit(passes: Passes, result: FitResult) -> None:
         "agreement": json.dumps(result.agreement),
         "exact_agreement": json.dumps(result.exact_agreement),
         "validation_agreement": json.dumps(result.validation_agreement),
+        "store_error": json.dumps(result.store_error),
+        "store_agreement": json.dumps(result.store_agreement),
     }
     write_tensors(passes.folder / FITTED_FILE, result.ihvp, metadata)  # type: ignore[operator]
 
@@ -237,4 +247,6 @@ def read_fit(passes: Passes) -> FitResult | None:
         agreement=json.loads(metadata["agreement"]),
         exact_agreement=json.loads(metadata["exact_agreement"]),
         validation_agreement=json.loads(metadata["validation_agreement"]),
+        store_error=json.loads(metadata["store_error"]),
+        store_agreement=json.loads(metadata["store_agreement"]),
     )

@@ -15,7 +15,7 @@ from .datainf import compute_damping, compute_ihvp, compute_inner_damping_error,
 from .gradients import GradientRecorder, accumulation_dtype
 from .passes import Passes, accumulate, make_zeros
 from .reductions import FitDirections, FitTerms, compute_fit_terms
-from .store import GradientStore, StoredChunk
+from .store import GradientStore, StoredRows
 
 
 # Bytes that a fit holds per query and element of the adapter: v and its columns in float32, the sum and its slope in
@@ -48,6 +48,9 @@ class FitResult:
             Rank correlation with the exact damped inverse, see [`measure_curvature`]; `None` where unknown.
         validation_agreement (`dict[str, float]`):
             How far halves of each validation set rank the pool alike, see [`measure_halves`], where measured.
+        store_error, store_agreement (`float`, *optional*):
+            What rounding did to the gradients of the index that it comes from, see [`StoreError`]; `None` where there
+            is no index, or one in full precision.
     """
 
     ihvp: dict[str, Tensor]
@@ -57,6 +60,8 @@ class FitResult:
     agreement: float | None = None
     exact_agreement: float | None = None
     validation_agreement: dict[str, float] = field(default_factory=dict)
+    store_error: float | None = None
+    store_agreement: float | None = None
 
 
 class GradientSample:
@@ -189,12 +194,14 @@ def sum_fit_terms(
     for key, block in passes.blocks.items():
         sums[key] = make_zeros(block.tensor, (2, num_queries))  # the weighted sum, and minus its slope
     directions = FitDirections({key: value.to(dtype) for key, value in validation_gradients.items()}, inner_damping)
-    store = passes.store if positions is None else None
+    # What a store of this run's own holds is whole, what an index holds is what was asked for.
+    indexed = passes.store is not None and passes.store.kept
+    store = passes.store if positions is None or indexed else None
     keepers: list[Callable[[str, TokenBatch, Tensor], None]] = []
     if sample is not None:
         sample.draw(prepared, positions)
         keepers.append(sample.keep)
-    if store is not None:
+    if store is not None and not indexed:
         keepers.append(partial(_keep, store))
 
     def add(block_sums: dict[str, Tensor], terms: FitTerms) -> None:
@@ -213,12 +220,12 @@ def sum_fit_terms(
 
         return step
 
-    def add_stored(chunk: StoredChunk) -> None:
+    def add_stored(rows: StoredRows) -> None:
         norms, dots = [], []
         for key, block in passes.blocks.items():
             parts = [
-                directions.compute_block_sums(key, gradients.to(block.tensor.device, dtype))
-                for _, gradients in chunk.read(key)
+                directions.compute_block_sums(key, gradients)
+                for _, gradients in rows.read(key, block.tensor.device, dtype)
             ]
             block_sums, block_norms, block_dots = zip(*parts, strict=True)
             for value in block_sums:
@@ -236,7 +243,7 @@ def sum_fit_terms(
         sums,
         make_step,
         store,
-        add_stored if is_stored else None,
+        add_stored if is_stored or indexed else None,
     )
     return FitSums(sums, len(prepared) if positions is None else len(positions))
 

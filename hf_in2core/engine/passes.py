@@ -36,7 +36,7 @@ from .gradients import GradientRecorder, Gradients, ScaleTooLargeError, Transfor
 from .losses import find_max_loss_tokens
 from .sharding import is_sharded
 from .state import read_tensors, write_tensors
-from .store import GradientStore, StoredChunk
+from .store import GradientStore, StoredRows
 
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Passes:
         show_progress (`bool`):
             Whether to show progress bars (on the main process, unless the libraries' switches are off).
         store ([`GradientStore`], *optional*):
-            Where the fit pass keeps the gradients of the whole pool.
+            Where the gradients of the whole pool are kept: by the fit pass, or in an index that is filled before it.
         transform (`Callable`, *optional*):
             What the score pass makes of the rows' gradients first, as of [`~gradients.GradientRecorder`].
     """
@@ -128,6 +128,13 @@ class Passes:
     def sum_over_processes(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sum named tensors over all processes; every process gets the result."""
         return tensors if self.world_size == 1 else self.accelerator.reduce(tensors, "sum")  # type: ignore[union-attr]
+
+    def find_indexed(self, positions: np.ndarray) -> StoredRows | None:
+        """The rows of the pool at sorted `positions` in the gradient index, if every process finds them in one."""
+        if self.store is None or not self.store.kept:
+            return None
+        found = self.store.find(positions)
+        return found if self.everywhere(found is not None) else None
 
     @property
     def device(self) -> torch.device:
@@ -269,7 +276,7 @@ def accumulate(
     sums: dict[str, Tensor],
     make_step: Callable[[GradientRecorder], Callable[[TokenBatch], None]],
     store: GradientStore | None = None,
-    add_stored: Callable[[StoredChunk], None] | None = None,
+    add_stored: Callable[[StoredRows], None] | None = None,
 ) -> dict[str, Tensor]:
     """
     Run a pass that only adds to sums, chunk by chunk, keeping them on disk after each chunk.
@@ -292,7 +299,7 @@ def accumulate(
         store ([`GradientStore`], *optional*):
             Written to by the work on each batch, or read with `add_stored`.
         add_stored (`Callable`, *optional*):
-            Adds a stored chunk to `sums`. Chunks that are not in the store run through the model.
+            Adds stored rows to `sums`. Chunks that are not in the store run through the model.
 
     Returns:
         `dict[str, torch.Tensor]`: the sums over all rows and all processes.
@@ -334,9 +341,10 @@ def accumulate(
             while next_row < end:
                 # Chunk borders are counted from the shard's start, so that a resumed run makes the same batches.
                 chunk_end = min(start + ((next_row - start) // passes.chunk_size + 1) * passes.chunk_size, end)
-                chunk = store.read(next_row, chunk_end) if store is not None and add_stored is not None else None
-                if chunk is not None:
-                    add_stored(chunk)  # type: ignore[misc]
+                rows = np.arange(next_row, chunk_end) if positions is None else positions[next_row:chunk_end]
+                found = store.find(rows) if store is not None and add_stored is not None else None
+                if found is not None:
+                    add_stored(found)  # type: ignore[misc]
                     bar.update(chunk_end - next_row)
                     next_row = chunk_end
                     save()

@@ -13,7 +13,7 @@ from .gradients import GradientRecorder
 from .passes import Passes, finish_together, run_batches
 from .reductions import compute_dots
 from .state import read_tensors, write_tensors
-from .store import StoredChunk
+from .store import StoredRows
 
 
 Directions = dict[str, Tensor]
@@ -77,18 +77,27 @@ def score_token_rows(
     return influence
 
 
-def score_stored_rows(chunk: StoredChunk, token_rows: TokenRows, directions: Directions, passes: Passes) -> np.ndarray:
+def score_stored_rows(
+    stored: StoredRows, token_rows: TokenRows, directions: Directions, cosine: bool, passes: Passes
+) -> np.ndarray:
     """
-    Influence of the rows of a stored chunk, from their gradients on disk instead of the model.
+    Influence of stored rows, from their gradients on disk instead of the model.
 
     Returns:
         `numpy.ndarray` of shape `[n, Q]`, float64; negative = proponent, NaN for a row without a loss token.
     """
     influence = np.zeros((len(token_rows), count_queries(directions)))
+    square_norms, direction_norms = np.zeros(len(token_rows)), np.zeros(count_queries(directions))
     for name, tensor in directions.items():
         u = tensor.to(passes.blocks[name].tensor.device).flatten(1)
-        for rows, gradients in chunk.read(name):
-            influence[rows] -= (gradients.to(u.device, u.dtype) @ u.T).double().cpu().numpy()
+        direction_norms += u.double().square().sum(1).cpu().numpy()
+        for places, gradients in stored.read(name, u.device, u.dtype):
+            influence[places] -= (gradients @ u.T).double().cpu().numpy()
+            if cosine:
+                square_norms[places] += torch.linalg.vector_norm(gradients, dim=1).square().double().cpu().numpy()
+    if cosine:
+        norms = np.sqrt(square_norms)[:, None] * np.sqrt(direction_norms)
+        influence /= np.maximum(norms, np.finfo(np.float64).tiny)
     influence[token_rows.num_loss_tokens == 0] = np.nan
     return influence
 
@@ -222,9 +231,9 @@ def run_score_pass(
             if done[first:last].all():
                 continue
             token_rows = read_token_rows(prepared, first, last)
-            chunk = passes.store.read(first, last) if passes.store is not None else None
-            if chunk is not None:
-                scores = score_stored_rows(chunk, token_rows, directions, passes)
+            stored = passes.store.find(np.arange(first, last)) if passes.store is not None else None
+            if stored is not None:
+                scores = score_stored_rows(stored, token_rows, directions, cosine, passes)
                 bar.update(len(token_rows))
             else:
                 scores = score_token_rows(

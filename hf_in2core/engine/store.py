@@ -1,113 +1,137 @@
-"""Per-example gradients of the fit pass on disk: the passes after it read them instead of running the model."""
+"""Per-example gradients of the pool on disk: passes read them instead of running the model."""
 
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .encoding import count_bytes, decode, encode
 from .state import logger
 
 
-# Bytes read at a time.
+# Bytes read at a time, as they are in float32.
 READ_BYTES = 2**28
-DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16"}
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "U8"}
+# What a file of an index says of itself beside its fingerprint, and in how many characters.
+NOTES = {"digest": 32, "error": 12, "agreement": 12}
 
 
-def choose_store_dtype(budget_gb: float, num_rows: int, num_elements: int, full: torch.dtype) -> torch.dtype | None:
-    """
-    The precision in which the gradients of all rows fit into a budget of disk.
+class StoredPart(NamedTuple):
+    """Some of the rows that were asked for: in one file, at `rows` of it, and where in the answer they belong."""
 
-    Args:
-        budget_gb (`float`):
-            Budget in GB (10^9 bytes).
-        num_rows, num_elements (`int`):
-            Rows, and elements of the gradient of each.
-        full (`torch.dtype`):
-            Precision in which they are computed.
-
-    Returns:
-        `torch.dtype` or `None`: `full` where that fits, else bfloat16, else `None`.
-    """
-    for dtype in (full, torch.bfloat16):
-        if num_rows * num_elements * dtype.itemsize <= budget_gb * 1e9:
-            return dtype
-    return None
+    path: Path
+    offsets: dict[str, int]
+    rows: np.ndarray
+    places: np.ndarray
 
 
 @dataclass
-class StoredChunk:
+class StoredRows:
     """
-    Gradients of consecutive rows in a finished file, row by row in their order; zeros for a row without a loss token.
+    Gradients of some rows in finished files; zeros for a row without a loss token.
 
     Attributes:
-        path (`pathlib.Path`):
-            The file.
+        parts (`list[StoredPart]`):
+            Where they are.
         num_rows (`int`):
-            Rows in it.
+            How many.
         dtype (`torch.dtype`):
             Precision in which they are stored.
-        offsets, elements (`dict[str, int]`):
-            Where each block begins in the file, in bytes, and its elements per row.
+        elements (`dict[str, int]`):
+            Elements of each block per row.
     """
 
-    path: Path
+    parts: list[StoredPart]
     num_rows: int
     dtype: torch.dtype
-    offsets: dict[str, int]
     elements: dict[str, int]
 
-    def read(self, name: str) -> Iterator[tuple[slice, Tensor]]:
-        """Rows and their gradients of one block, `[m, elements]`, as many rows at a time as fit into a buffer."""
-        row_bytes = self.elements[name] * self.dtype.itemsize
-        step = max(READ_BYTES // row_bytes, 1)
-        with open(self.path, "rb") as file:
-            for start in range(0, self.num_rows, step):
-                end = min(start + step, self.num_rows)
-                # In memory as torch aligns it: products of the same numbers elsewhere can differ in the last bits.
-                data = torch.empty((end - start) * row_bytes, dtype=torch.uint8)
-                file.seek(self.offsets[name] + start * row_bytes)
-                if file.readinto(data.numpy().data) != len(data):
-                    raise OSError(f"{self.path} ends before its last row.")
-                yield slice(start, end), data.view(self.dtype).view(end - start, -1)
+    def read(self, name: str, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Places of rows and their gradients of one block, `[m, elements]`, as many as fit into a buffer at a time."""
+        row_bytes = count_bytes(self.elements[name], self.dtype)
+        step = max(READ_BYTES // (self.elements[name] * max(self.dtype.itemsize, 4)), 1)
+        for part in self.parts:
+            with open(part.path, "rb") as file:
+                for start in range(0, len(part.rows), step):
+                    rows = part.rows[start : start + step]
+                    # In memory as torch aligns it: products of the same numbers elsewhere can differ in the last bits.
+                    data = torch.empty(len(rows) * row_bytes, dtype=torch.uint8)
+                    position = 0
+                    for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
+                        size = len(run) * row_bytes
+                        file.seek(part.offsets[name] + int(run[0]) * row_bytes)
+                        if file.readinto(data.numpy()[position : position + size].data) != size:
+                            raise OSError(f"{part.path} ends before its last row.")
+                        position += size
+                    found = decode(data.view(len(rows), -1).to(device), self.elements[name], self.dtype)
+                    yield part.places[start : start + step], found.to(dtype)
+
+    def read_all(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Gradients of one block of all the rows together, `[num_rows, elements]`."""
+        gradients = torch.empty(self.num_rows, self.elements[name], device=device, dtype=dtype)
+        for places, found in self.read(name, device, dtype):
+            gradients[torch.from_numpy(places).to(device)] = found
+        return gradients
 
 
 @dataclass
 class GradientStore:
     """
-    Files of per-example gradients beside the other state of a run, one for each chunk of rows.
+    Files of per-example gradients, one for each chunk of rows: of one run, or an index that is kept for others.
 
-    A file is in the safetensors format (a tensor `[rows, elements]` for every block). It is written under a temporary
-    name and renamed when the chunk is complete, so that a killed run leaves whole chunks or none.
+    A file is in the safetensors format: for every block a tensor `[rows, elements]`, or `[rows, bytes]` of uint8 as
+    [`encode`] makes them in 8 bits. It is written under a temporary name and renamed when the chunk is complete, so
+    that a killed run leaves whole chunks or none. Files of an index carry a digest of their content.
 
     Attributes:
         folder (`pathlib.Path`):
-            Folder of the run's state.
+            Where the files are.
         fingerprint (`str`):
-            Identity of the run.
+            Identity of the run, or of what the gradients of an index are of.
         elements (`dict[str, int]`):
             Elements of each block.
         dtype (`torch.dtype`):
-            Precision in which gradients are stored.
+            Precision in which gradients are stored; `torch.int8` for 8 bits.
+        kept (`bool`):
+            Whether it is an index: filled before any other pass over the pool, which all read it then.
+        identity (`dict[str, Any]`):
+            What the fingerprint of an index is the hash of.
     """
 
     folder: Path
     fingerprint: str
     elements: dict[str, int]
     dtype: torch.dtype
+    kept: bool = False
+    identity: dict[str, Any] = field(default_factory=dict)
     _keep: Callable[[str, np.ndarray, Tensor], None] | None = field(default=None, init=False)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return sum(self.elements.values()) * self.dtype.itemsize
+        return sum(count_bytes(count, self.dtype) for count in self.elements.values())
+
+    def list_files(self) -> list[tuple[int, int, Path]]:
+        """Finished files, by their first row and one past their last."""
+        found = []
+        for path in self.folder.glob("gradients-*.safetensors"):
+            with suppress(ValueError):
+                first, last = map(int, path.stem.split("-")[1:])
+                found.append((first, last, path))
+        return sorted(found)
 
     def check_disk(self, num_rows: int) -> None:
         """
@@ -116,26 +140,25 @@ class GradientStore:
         Raises:
             ValueError: if they do not, with what they need and what there is.
         """
-        existing = sum(path.stat().st_size for path in self.folder.glob("gradients-*.safetensors"))
+        existing = sum(path.stat().st_size for _, _, path in self.list_files())
         needed = num_rows * self.row_bytes - existing
-        free = shutil.disk_usage(self.folder).free
+        place = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(place).free
         if needed > free:
             raise ValueError(
                 f"The gradient store of {num_rows:,} rows needs {needed / 1e9:.2f} GB in {self.folder}, but the disk "
                 f"has {free / 1e9:.2f} GB left. Set `gradient_store_gb=0` (the model then runs in every pass), or "
-                "give another `output_dir`."
+                f"give another `{'gradient_store_dir' if self.kept else 'output_dir'}`."
             )
 
-    def _path(self, first: int, last: int) -> Path:
-        return self.folder / f"gradients-{first:09d}-{last:09d}.safetensors"
-
-    def _layout(self, num_rows: int) -> tuple[bytes, dict[str, int], int]:
+    def _layout(self, num_rows: int, notes: dict[str, str]) -> tuple[bytes, dict[str, int], int]:
         """Header of a file, where each block begins, and the size of the whole file."""
-        entries: dict[str, object] = {"__metadata__": {"fingerprint": self.fingerprint}}
+        entries: dict[str, object] = {"__metadata__": {"fingerprint": self.fingerprint, **notes}}
         offsets, position = {}, 0
         for name, elements in self.elements.items():
-            end = position + num_rows * elements * self.dtype.itemsize
-            shape = [num_rows, elements]
+            row_bytes = count_bytes(elements, self.dtype)
+            end = position + num_rows * row_bytes
+            shape = [num_rows, row_bytes if self.dtype is torch.int8 else elements]
             entries[name] = {"dtype": DTYPE_NAMES[self.dtype], "shape": shape, "data_offsets": [position, end]}
             offsets[name], position = position, end
         text = json.dumps(entries).encode()
@@ -145,25 +168,35 @@ class GradientStore:
         return header, offsets, len(header) + position
 
     @contextmanager
-    def write(self, first: int, last: int) -> Iterator[None]:
-        """Let [`keep`] write the gradients of rows `first:last`; the file appears when that ends without error."""
-        header, offsets, size = self._layout(last - first)
-        path = self._path(first, last)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    def write(self, first: int, last: int) -> Iterator[dict[str, float]]:
+        """
+        Let [`keep`] write the gradients of rows `first:last`; the file appears when that ends without error.
+
+        Yields:
+            `dict[str, float]`: for the `error` and `agreement` of an index's file, as of [`StoreError`].
+        """
+        header, offsets, size = self._layout(last - first, _make_notes() if self.kept else {})
+        path = self.folder / f"gradients-{first:09d}-{last:09d}.safetensors"
+        temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
 
         def keep(name: str, indices: np.ndarray, gradients: Tensor) -> None:
-            rows = gradients.detach().flatten(1).to(self.dtype).cpu().contiguous().view(torch.uint8).numpy()
+            rows = encode(gradients.detach().flatten(1), self.dtype).cpu().numpy()
             for index, row in zip(indices, rows, strict=True):
                 position = offsets[name] + int(index) * len(row)
                 if os.pwrite(handle, row.data, position) != len(row):
                     raise OSError(f"{temporary} could not be written whole: the disk may be full.")
 
+        found: dict[str, float] = {}
         try:
             os.ftruncate(handle, size)
-            os.pwrite(handle, header, 0)
             self._keep = keep
-            yield
+            yield found
+            if self.kept:
+                notes = _make_notes(**found)
+                notes["digest"] = _digest(handle, len(header), notes)
+                header, _, _ = self._layout(last - first, notes)
+            os.pwrite(handle, header, 0)
             os.fsync(handle)
             os.replace(temporary, path)
         finally:
@@ -176,24 +209,107 @@ class GradientStore:
         if self._keep is not None:
             self._keep(name, indices, gradients)
 
-    def read(self, first: int, last: int) -> StoredChunk | None:
-        """The finished chunk of rows `first:last`; `None` where there is none, with a warning where it is damaged."""
-        path = self._path(first, last)
-        if not path.exists():
-            return None
-        header, offsets, size = self._layout(last - first)
+    def find(self, positions: np.ndarray) -> StoredRows | None:
+        """
+        The rows at sorted `positions` of the pool in intact files, whatever chunks they were written in.
+
+        Returns:
+            [`StoredRows`] or `None`: `None` where not all of them are there, with a warning for each file that is
+            damaged or another run's.
+        """
+        parts, missing = [], np.ones(len(positions), dtype=bool)
+        for first, last, path in self.list_files():
+            start, end = np.searchsorted(positions, [first, last])
+            places = start + np.flatnonzero(missing[start:end])
+            if len(places) and (offsets := self._check(path, last - first)) is not None:
+                parts.append(StoredPart(path, offsets, positions[places] - first, places))
+                missing[places] = False
+        return None if missing.any() else StoredRows(parts, len(positions), self.dtype, self.elements)
+
+    def list_missing(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Runs of rows between `start` and `end` that are in no intact file."""
+        missing = np.ones(end - start, dtype=bool)
+        for first, last, path in self.list_files():
+            part = missing[max(first - start, 0) : max(last - start, 0)]
+            if part.any() and self._check(path, last - first) is not None:
+                part[:] = False
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], missing, [False]]).astype(int))) + start
+        return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+    def _check(self, path: Path, num_rows: int) -> dict[str, int] | None:
+        """Where each block begins in a file; `None`, with a warning, where it cannot be used."""
         try:
-            with safe_open(path, framework="pt"), open(path, "rb") as file:
-                intact = file.read(len(header)) == header and path.stat().st_size == size
-        except (SafetensorError, OSError) as error:
-            logger.warning("%s is damaged (%s) and is not used; the model runs instead.", path, error)
+            stat = path.stat()
+            notes, damage = _inspect(path, stat.st_mtime_ns, stat.st_size)
+        except FileNotFoundError:  # replaced or taken away meanwhile
             return None
-        if not intact:
+        header, offsets, size = self._layout(num_rows, {name: notes[name] for name in NOTES if name in notes})
+        if damage is None and notes.get("fingerprint") != self.fingerprint:
             logger.warning("%s belongs to another run and is not used; the model runs instead.", path)
             return None
-        return StoredChunk(path, last - first, self.dtype, offsets, self.elements)
+        with open(path, "rb") as file:
+            if damage is None and (file.read(len(header)) != header or stat.st_size != size):
+                damage = "its layout is not that of these gradients"
+        if damage is not None:
+            logger.warning("%s is damaged (%s) and is not used; the model runs instead.", path, damage)
+            return None
+        return offsets
+
+    def read_error(self) -> tuple[float, float] | None:
+        """What rounding has done to an index, `(error, agreement)` as of [`StoreError`]: means over its files."""
+        found = []
+        for first, last, path in self.list_files():
+            if self._check(path, last - first) is not None:
+                notes = _inspect(path, path.stat().st_mtime_ns, path.stat().st_size)[0]
+                found.append((last - first, float(notes["error"]), float(notes["agreement"])))
+        weights, errors, agreements = np.array(found or np.zeros((0, 3))).T
+        known = np.isfinite(errors) & np.isfinite(agreements)
+        if not known.any():
+            return None
+        weights = weights[known] / weights[known].sum()
+        return float(np.sqrt(weights @ errors[known] ** 2)), float(weights @ agreements[known])
+
+    def sweep(self) -> None:
+        """Remove what processes of this machine that are no more have left half written."""
+        for path in self.folder.glob(f".gradients-*.{platform.node()}.*.tmp"):
+            process = path.name.split(".")[-2]
+            if process.isdigit() and not psutil.pid_exists(int(process)):
+                path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Remove all files of the store."""
-        for path in self.folder.glob("gradients-*.safetensors"):
+        for _, _, path in self.list_files():
             path.unlink(missing_ok=True)
+
+
+def _make_notes(error: float = float("nan"), agreement: float = float("nan")) -> dict[str, str]:
+    """Notes of a file, as long whatever they say."""
+    return {"digest": "0" * NOTES["digest"], "error": f"{error:12.5e}", "agreement": f"{agreement:12.5e}"}
+
+
+def _digest(handle: int, start: int, notes: dict[str, str]) -> str:
+    """Hash of a file's notes and of what it holds from byte `start` on."""
+    digest = xxhash.xxh3_128(json.dumps([notes.get(name) for name in NOTES if name != "digest"]).encode())
+    while data := os.pread(handle, 2**24, start):
+        digest.update(data)
+        start += len(data)
+    return digest.hexdigest()
+
+
+@cache
+def _inspect(path: Path, modified: int, size: int) -> tuple[dict[str, str], str | None]:
+    """Metadata of a file as it was then, and what is wrong with its content, if anything."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        return {}, str(error)
+    if "digest" in notes:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            start = 8 + int.from_bytes(os.pread(handle, 8, 0), "little")
+            if _digest(handle, start, notes) != notes["digest"]:
+                return notes, "its content is not what was written"
+        finally:
+            os.close(handle)
+    return notes, None

@@ -59,10 +59,6 @@ def verify_gradients(passes: Passes, prepared: Dataset) -> None:
                     recorder.run(batch, loss_reduction, reduce)
                     break
         device = recorder.device
-    # The coarsest precision counts. TRL keeps the adapter of a quantised model in bfloat16, and weights in 8 bits
-    # round their inputs to as many.
-    dtypes = {passes.autocast or _model_dtype(passes)}
-    dtypes |= {torch.int8} & {parameter.dtype for parameter in passes.model.parameters()}
     for index, row in enumerate(chosen):
         alone = collate(rows, np.array([row])).to(device)
         expected = differentiate(passes, alone.input_ids, alone.targets, alone.positions, loss_reduction)
@@ -74,7 +70,7 @@ def verify_gradients(passes: Passes, prepared: Dataset) -> None:
                 difference -= found.x
             else:
                 difference.index_add_(0, found.tokens, found.x, alpha=-1)
-            tolerance = max(TOLERANCES[dtype] for dtype in (*dtypes, passes.blocks[name].tensor.dtype))
+            tolerance = find_tolerance(passes, name)
             # A block with hardly any gradient is all rounding, and adds as little to the influence.
             error = difference.norm()
             if not float(error) <= tolerance * max(float(gradient.norm()), 0.01 * float(total_norm)):
@@ -84,6 +80,15 @@ def verify_gradients(passes: Passes, prepared: Dataset) -> None:
                     "is accepted): this model or adapter uses the module in a way that cannot be recorded. Leave it "
                     "out of `target_modules`."
                 )
+
+
+def find_tolerance(passes: Passes, name: str) -> float:
+    """Relative error accepted between two ways of computing a gradient of a block."""
+    # The coarsest precision counts. TRL keeps the adapter of a quantised model in bfloat16, and weights in 8 bits
+    # round their inputs to as many.
+    dtypes = {passes.autocast or _model_dtype(passes), passes.blocks[name].tensor.dtype}
+    dtypes |= {torch.int8} & {parameter.dtype for parameter in passes.model.parameters()}
+    return max(TOLERANCES[dtype] for dtype in dtypes)
 
 
 def _model_dtype(passes: Passes) -> torch.dtype:

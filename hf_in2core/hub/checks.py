@@ -4,9 +4,10 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, resolve_revision
 from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError, validate_repo_id
 
@@ -259,3 +260,19 @@ def _read_license(api: HfApi, source: str) -> str | None:
     card = getattr(info, "card_data", None)
     stated = card.get("license") if card is not None else None
     return ", ".join(map(str, stated)) if isinstance(stated, list) else stated
+
+
+def find_revision(name: str, revision: str | None = None) -> str | None:
+    """
+    Commit on the Hub that a model was loaded from, as the local cache has it, by its id or folder and the branch or
+    commit that was asked for.
+
+    Returns:
+        `str` or `None`: the commit; `None` for a folder, and for what was never loaded from the Hub.
+    """
+    if not name or Path(name).exists():
+        return None
+    try:
+        return resolve_revision(name, revision=revision, local_files_only=True).resolved
+    except (OSError, ValueError):  # not in the cache, or no id at all
+        return None

@@ -25,7 +25,6 @@ from hf_in2core.engine.budget import read_free_memory
 from hf_in2core.engine.curvature import CURVATURE_ADAPTERS
 from hf_in2core.engine.fit_sums import FIT_BYTES, MEAN_BYTES, SAMPLED_FIT_BYTES
 from hf_in2core.engine.forwards import find_checkpointable_layers
-from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.sample import is_sampled
 from hf_in2core.engine.sharding import is_sharded, is_sharding_launch
 from hf_in2core.names import POOL, RESERVED_SET_NAMES, VALIDATION, describe_set
@@ -349,26 +348,6 @@ def check_added_columns(pool: Dataset, names: list[str], overwrite: bool) -> lis
             "rename them."
         )
     return clashes
-
-
-def check_store(passes: Passes, num_rows: int, budget_gb: float) -> None:
-    """
-    Check that the gradient store fits on the disk; warn where one was asked for and none is kept.
-
-    Raises:
-        ValueError: if the disk has too little room for it.
-    """
-    if passes.store is not None:
-        passes.store.check_disk(num_rows)
-    elif budget_gb > 0 and passes.rank == 0:
-        needed = num_rows * count_elements(passes.blocks) * 2 / 1e9
-        logger.warning(
-            "No gradients are stored (`gradient_store_gb=%s`): %s. The model runs in every pass.",
-            budget_gb,
-            "`fit_examples` fits a sample, and scoring needs the whole pool"
-            if needed <= budget_gb
-            else f"{num_rows:,} rows take {needed:.3g} GB even in bfloat16",
-        )
 
 
 def check_zero_blocks(damping: dict[str, float], blocks: Blocks, warn: bool) -> None:

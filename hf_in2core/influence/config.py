@@ -86,6 +86,13 @@ class InfluenceConfig(SFTConfig):
             The score pass, and the fit passes of further blocks of queries, read them instead of running the model.
             They lie beside the other state under `output_dir` and are removed when `score_influence` is done. 0 stores
             nothing.
+        gradient_store_dir (`str`, *optional*):
+            Folder in which the gradients are kept as an index, for any estimator and for any number of rows to fit. It
+            is filled once for a pool and an adapter, and every later run with both, whatever its validation sets,
+            estimator or damping, fits and scores from it: no row of the pool passes the model but four in checks.
+            Within `gradient_store_gb` in float32, else in bfloat16, else in 8 bits (`store_error` and
+            `store_agreement` of the scorer say what that did); an error where not even those fit. Nothing in the
+            folder is ever removed; each adapter of `score_influence(checkpoints=...)` has an index of its own.
 
     > [!NOTE]
     > A negative influence marks a proponent (training on the row lowers the validation loss), a positive one an
@@ -141,6 +148,13 @@ class InfluenceConfig(SFTConfig):
     gradient_store_gb: float = field(
         default=0.0, metadata={"help": "Disk budget (GB) for keeping the gradients of the fit pass. 0 stores nothing."}
     )
+    gradient_store_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that keeps the gradients, within `gradient_store_gb`, for later validation sets: they are "
+            "fitted and scored without passing the pool again."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,10 +174,16 @@ class InfluenceConfig(SFTConfig):
             raise ValueError(f"`query_memory_gb={self.query_memory_gb}` holds no query. Give a positive value.")
         if self.gradient_store_gb < 0:
             raise ValueError(f"`gradient_store_gb={self.gradient_store_gb}` is negative. Give 0 to store nothing.")
-        if self.gradient_store_gb > 0 and self.estimator != "datainf":
+        if self.gradient_store_dir is not None and self.gradient_store_gb == 0:
+            raise ValueError(
+                f"`gradient_store_dir={self.gradient_store_dir!r}` is to keep gradients, for which "
+                "`gradient_store_gb=0` leaves no room. Give the GB that they may take, or leave out the folder."
+            )
+        if self.gradient_store_gb > 0 and self.estimator != "datainf" and self.gradient_store_dir is None:
             raise ValueError(
                 f"`gradient_store_gb={self.gradient_store_gb}` keeps the gradients of the fit pass, which "
-                f"`estimator={self.estimator!r}` does not have. Leave it at 0, or use `estimator='datainf'`."
+                f"`estimator={self.estimator!r}` does not have. Leave it at 0, use `estimator='datainf'`, or give a "
+                "`gradient_store_dir`, which keeps them for later runs."
             )
         if self.hub_token is not None:
             raise ValueError(

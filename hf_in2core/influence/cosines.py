@@ -129,7 +129,9 @@ def compute_cosines(
     scorer = trainer.fit_influence(per_example=True)
     identity = {"cosines of": trainer.fingerprint} | ({"transform": state} if transform is not None else {})
     passes = trainer.make_passes(trainer.blocks, hash_json(identity))
-    passes.store, passes.transform = None, transform
+    passes.transform = transform
+    if passes.store is not None and (transform is not None or not passes.store.kept):
+        passes.store = None  # what an index holds are the gradients as they are
     if trainer.is_world_process_zero():
         open_state(passes.folder, identity)  # type: ignore[arg-type]
     trainer.accelerator.wait_for_everyone()

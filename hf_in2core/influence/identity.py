@@ -1,8 +1,9 @@
-"""What identifies a run: everything that shapes its directions and scores. Its hash is the run's fingerprint."""
+"""What identifies a run, and the gradients of a pool: all that shapes them. Its hash is their fingerprint."""
 
 import hashlib
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from hf_in2core.engine import (
     batches,
     blocks,
     datainf,
+    encoding,
     experts,
     fit,
     fit_sums,
     forwards,
     gradients,
+    index,
     losses,
     passes,
     recorded,
@@ -29,29 +32,50 @@ from hf_in2core.engine import (
     validation,
     vocabulary,
 )
-from hf_in2core.engine.blocks import Blocks, count_elements, read_adapter_settings
+from hf_in2core.engine.blocks import Blocks, read_adapter_settings
+from hf_in2core.engine.encoding import choose_store_dtype, count_bytes
 from hf_in2core.engine.gradients import accumulation_dtype
 from hf_in2core.engine.sample import is_sampled
 from hf_in2core.engine.state import hash_adapter, hash_base
-from hf_in2core.engine.store import choose_store_dtype
 from hf_in2core.names import LIBRARIES
 
 from .config import InfluenceConfig
 
 
-# A change in any of these may change a score, so their source is part of a run's fingerprint.
-ENGINE = (
-    *(batches, blocks, datainf, experts, fit, fit_sums, forwards, gradients, losses, passes, recorded, reductions),
-    *(sample, scoring, store, validation, vocabulary),
-)
+# A change in any of these may change a gradient or its bytes, so their source is part of an index's fingerprint ...
+RECORDING = (batches, blocks, encoding, experts, forwards, gradients, index, losses, recorded, store, vocabulary)
+# ... and in any of these a score, and so of a run's.
+ENGINE = (*RECORDING, datainf, fit, fit_sums, passes, reductions, sample, scoring, validation)
+
+
+def hash_source(modules: tuple[ModuleType, ...]) -> str:
+    """Hash of the source of modules."""
+    return hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)).hexdigest()
 
 
 def find_store_dtype(args: InfluenceConfig, num_rows: int, blocks: Blocks) -> torch.dtype | None:
-    """Precision of the gradient store of a pool, `None` without one."""
-    if args.gradient_store_gb == 0 or (isinstance(args.fit_examples, int) and args.fit_examples < num_rows):
+    """
+    Precision of the gradient store of a pool, `None` without one.
+
+    Raises:
+        ValueError: if an index was asked for that does not fit into its budget even in 8 bits.
+    """
+    kept = args.gradient_store_dir is not None
+    sampled = isinstance(args.fit_examples, int) and args.fit_examples < num_rows
+    if args.gradient_store_gb == 0 or (sampled and not kept):
         return None
     full = accumulation_dtype(next(iter(blocks.values())).tensor)
-    return choose_store_dtype(args.gradient_store_gb, num_rows, count_elements(blocks), full)
+    elements = {name: block.tensor.numel() for name, block in blocks.items()}
+    precisions = [full, torch.bfloat16, *[torch.int8] * kept]
+    found = choose_store_dtype(args.gradient_store_gb, num_rows, elements, precisions)
+    if found is None and kept:
+        needed = num_rows * sum(count_bytes(count, torch.int8) for count in elements.values()) / 1e9
+        raise ValueError(
+            f"`gradient_store_gb={args.gradient_store_gb}` is too little for an index in `gradient_store_dir`: the "
+            f"gradients of {num_rows:,} rows take {needed:.3g} GB in 8 bits. Give as much, count fewer layers "
+            "(`influence_layers`), or leave out the folder: the model then runs in every pass."
+        )
+    return found
 
 
 def find_fit_examples(args: InfluenceConfig, num_rows: int, store_dtype: torch.dtype | None) -> int | str | None:
@@ -94,10 +118,11 @@ def identify_run(
         `dict[str, Any]`, ready for JSON. Where base weights are sharded, all processes have to call together.
     """
     store_dtype = find_store_dtype(args, num_rows, blocks)
-    source = b"".join(Path(str(module.__file__)).read_bytes() for module in ENGINE)
+    rounded = store_dtype in (torch.bfloat16, torch.int8)
+    kept = "index " * (args.gradient_store_dir is not None)  # which rounds before the fit, and not after it
     return {
         "version": __version__,
-        "source": hashlib.sha256(source).hexdigest(),
+        "source": hash_source(ENGINE),
         "libraries": {library: version(library) for library in LIBRARIES},
         "data": data,
         "adapter": hash_adapter(model),
@@ -112,5 +137,5 @@ def identify_run(
         "seed": args.seed,
         "per_example": per_example,
         # In float32 a store changes nothing but rounding.
-        "gradient_store": "bfloat16" if store_dtype is torch.bfloat16 else None,
+        "gradient_store": kept + str(store_dtype).removeprefix("torch.") if rounded else None,
     }

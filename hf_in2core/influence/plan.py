@@ -60,6 +60,9 @@ class InfluencePlan:
             Bytes under `output_dir/influence/` at the end, without the gradient store.
         store (`int`):
             Bytes of the gradient store while it exists; 0 without one.
+        index (`str`):
+            Where they are kept for later runs, and how many rows are; empty without an index. The fit and the score
+            pass then read the disk alone, which is in none of the times.
         reduced (`int`):
             Bytes that each process hands to sums over processes; 0 for one process.
     """
@@ -76,6 +79,7 @@ class InfluencePlan:
     disk: int
     store: int
     reduced: int
+    index: str = ""
 
     @property
     def seconds(self) -> float:
@@ -98,8 +102,11 @@ class InfluencePlan:
             ),
             f"Time: about {show_seconds(self.seconds)} on this machine, without loading and tokenising.",
             f"Peak memory of a process: about {self.peak_memory / 1e9:.2f} GB.",
-            f"Disk: {self.disk / 1e9:.3f} GB of state, {self.store / 1e9:.3f} GB of stored gradients until scored.",
+            f"Disk: {self.disk / 1e9:.3f} GB of state, {self.store / 1e9:.3f} GB of stored gradients"
+            f"{'' if self.index else ' until scored'}.",
         ]
+        if self.index:
+            lines.append(f"Gradient index: {self.index}; fit and score read it, in times that are not counted here.")
         if self.num_processes > 1:
             lines.append(f"Summed over processes: {self.reduced / 1e9:.3f} GB handed in by each.")
         return "\n".join(lines)
@@ -145,8 +152,9 @@ def plan_influence(
         [`InfluencePlan`]
     """
     blocks = trainer.blocks
-    passes = trainer.make_passes(blocks, "")
+    passes = trainer.make_passes(blocks, "plan")  # nothing of which is made
     passes.folder = None
+    indexed = passes.store is not None and passes.store.kept
     pool, sets = trainer.prepared_pool, list(trainer.prepared_validation.values())
     args = trainer.args
     datainf = args.estimator == "datainf"
@@ -166,16 +174,17 @@ def plan_influence(
         PassPlan("validation", found.shard_rows, found.padded_tokens, seconds * found.padded_tokens)
         for found, seconds in zip(shapes[1:], timings.validation, strict=True)
     ]
-    share = 1.0 if args.fit_examples is None else _guess_share(args.fit_examples, len(pool), passes.store is not None)
-    pilot = count_pilot_rows(len(pool))
-    rows, tokens = int(share * shape.shard_rows) + pilot, int(share * shape.padded_tokens + pilot * shape.mean_width)
-    plans += [PassPlan("fit", rows, tokens, timings.fit * tokens)] * (num_fits if datainf else 0)
-    rows = min(CURVATURE_ROWS, len(pool))
-    if datainf and rows >= MIN_CURVATURE_ROWS and passes.world_size > 1:  # one process keeps them from its fit
+    index = ""
+    if indexed:
+        start, end = passes.shard(pool)
+        missing = passes.store.list_missing(start, end)  # type: ignore[union-attr]
+        rows = sum(last - first for first, last in missing)
         tokens = int(rows * shape.mean_width)
-        plans.append(PassPlan("check", rows, tokens, timings.fit * tokens))
-    rows, tokens = shape.shard_rows, shape.padded_tokens
-    plans += [PassPlan("score", rows, tokens, timings.score * tokens)] * num_scores
+        plans.append(PassPlan("index", rows, tokens, (timings.fit if datainf else timings.score) * tokens))
+        known = len(pool) - sum(passes.gather_objects([rows]))
+        index = f"{known:,} of {len(pool):,} rows are in {args.gradient_store_dir}"
+    else:
+        plans += _plan_pool(passes, len(pool), shape, timings, args.fit_examples, num_fits * datainf, num_scores)
 
     scores = len(pool) * queries * 8
     # The fit's sum, and beside it its slope.
@@ -206,7 +215,30 @@ def plan_influence(
         disk=passes.world_size * sums + queries * elements * itemsize + scores,
         store=0 if passes.store is None else len(pool) * passes.store.row_bytes,
         reduced=sums + scores if passes.world_size > 1 else 0,
+        index=index,
     )
+
+
+def _plan_pool(
+    passes: Passes,
+    num_rows: int,
+    shape: "_Shape",
+    timings: "_Timings",
+    fit_examples: int | str | None,
+    num_fits: int,
+    num_scores: int,
+) -> list[PassPlan]:
+    """The passes of the pool through the model, where no index holds it."""
+    share = 1.0 if fit_examples is None else _guess_share(fit_examples, num_rows, passes.store is not None)
+    pilot = count_pilot_rows(num_rows)
+    rows, tokens = int(share * shape.shard_rows) + pilot, int(share * shape.padded_tokens + pilot * shape.mean_width)
+    plans = [PassPlan("fit", rows, tokens, timings.fit * tokens)] * num_fits
+    rows = min(CURVATURE_ROWS, num_rows)
+    if num_fits and rows >= MIN_CURVATURE_ROWS and passes.world_size > 1:  # one process keeps them from its fit
+        tokens = int(rows * shape.mean_width)
+        plans.append(PassPlan("check", rows, tokens, timings.fit * tokens))
+    rows, tokens = shape.shard_rows, shape.padded_tokens
+    return [*plans, *[PassPlan("score", rows, tokens, timings.score * tokens)] * num_scores]
 
 
 def _guess_share(fit_examples: int | str, num_rows: int, is_stored: bool) -> float:

@@ -27,12 +27,14 @@ def measure_fit(
     per_example: bool,
 ) -> None:
     """
-    Fill in `exact_agreement` and `validation_agreement` of a fit, and warn where halves of a validation set rank the
-    pool differently; all processes have to call.
+    Fill in `exact_agreement` and `validation_agreement` of a fit and what rounding did to its index; warn where halves
+    of a validation set rank the pool differently. All processes have to call.
 
     Halves are not measured where every validation row is a query: `measure_agreement` reads them off the scored pool,
     all rows of it, and such rows may choose in turn. Nor are they for cosines, which are no sums over rows.
     """
+    if passes.store is not None and passes.store.kept and (told := passes.store.read_error()) is not None:
+        result.store_error, result.store_agreement = told
     datainf = args.estimator == "datainf"
     halves = not per_example and args.estimator != "gradient_cosine"
     if not datainf and not halves:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import resolve_revision, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.utils import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,7 @@ from hf_in2core import __version__
 from hf_in2core.engine.blocks import Blocks
 from hf_in2core.engine.fit_sums import FitResult
 from hf_in2core.engine.state import hash_adapter, hash_base
+from hf_in2core.hub.checks import find_revision
 from hf_in2core.hub.silence import limited_silence
 from hf_in2core.names import LOSS_REDUCTIONS
 from hf_in2core.rows.hashes import hash_template, hash_tokenizer
@@ -39,7 +40,8 @@ ADAPTER_FILE = f"{ADAPTER_FOLDER}/adapter_model.safetensors"
 SCORER_PATTERNS = [CONFIG_FILE, DIRECTIONS_FILE, ADAPTER_FILE, f"{ADAPTER_FOLDER}/*.json", f"{TOKENIZER_FOLDER}/*"]
 SCORER_PATTERNS += [f"{MODEL_FOLDER}/*.json", f"{MODEL_FOLDER}/*.safetensors"]
 # What a fit was found to be worth; version 0.1 wrote none of it.
-MEASURED = ("fit_agreement", "exact_agreement", "validation_agreement")
+INDEXED = ("store_error", "store_agreement")
+MEASURED = ("fit_agreement", "exact_agreement", "validation_agreement", *INDEXED)
 _BASE_DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -59,6 +61,8 @@ class ScorerConfig:
             Training rows that the fit pass saw (0 for estimators without one); of a sample, how its halves agree.
         exact_agreement (`float`, *optional*), validation_agreement (`dict[str, float]`):
             Of [`FitResult`]: rank correlations with the exact inverse, and between halves of each validation set.
+        store_error, store_agreement (`float`, *optional*):
+            What rounding did to products of gradients of its index: relative error, and Spearman with exact ones.
         damping (`dict[str, float]`):
             Damping of each block.
         inner_damping_error (`float`):
@@ -105,20 +109,23 @@ class ScorerConfig:
     fit_agreement: float | None = None
     exact_agreement: float | None = None
     validation_agreement: dict[str, float] = field(default_factory=dict)
+    store_error: float | None = None
+    store_agreement: float | None = None
     format_version: int = FORMAT_VERSION
 
 
 def identify(config: ScorerConfig) -> dict[str, Any]:
     """What of a configuration makes a scorer another one."""
-    left_out = {"tokens_per_batch", "exact_agreement", "validation_agreement"}
-    left_out |= {"fit_agreement"} if config.fit_agreement is None else set()
+    left_out = {"tokens_per_batch", *MEASURED} - ({"fit_agreement"} if config.fit_agreement is not None else set())
     return {name: value for name, value in vars(config).items() if name not in left_out}
 
 
 def write_scorer_config(path: Path, config: ScorerConfig) -> None:
     """Write `config.json` of a scorer's folder, whole or not at all."""
     temporary = path / f".{CONFIG_FILE}.tmp"
-    temporary.write_text(json.dumps(vars(config), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # Where there was no index, an earlier version can read it.
+    values = {name: value for name, value in vars(config).items() if not (name in INDEXED and value is None)}
+    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(path / CONFIG_FILE)
 
 
@@ -180,7 +187,7 @@ def _check_values(config: ScorerConfig) -> dict[str, bool]:
         "base_model_dtype": config.base_model_dtype in _BASE_DTYPES,
         "base_model_revision": config.base_model_revision is None or isinstance(config.base_model_revision, str),
         "libraries": isinstance(config.libraries, dict),
-        **{name: isinstance(getattr(config, name), float | None) for name in ("fit_agreement", "exact_agreement")},
+        **{name: isinstance(getattr(config, name), float | None) for name in {*MEASURED} - {"validation_agreement"}},
         "validation_agreement": isinstance(config.validation_agreement, dict)
         and all(isinstance(value, float) for value in config.validation_agreement.values()),
         **{name: isinstance(getattr(config, name), str) for name in names},
@@ -362,6 +369,8 @@ def describe_fit(
         fit_agreement=result.agreement,
         exact_agreement=result.exact_agreement,
         validation_agreement=result.validation_agreement,
+        store_error=result.store_error,
+        store_agreement=result.store_agreement,
         damping=result.damping,
         inner_damping_error=result.inner_damping_error,
         preparation=preparation.to_dict(),
@@ -377,19 +386,3 @@ def describe_fit(
         pool_hash=identity["data"]["pool"],
         libraries={"hf_in2core": __version__, **identity["libraries"]},
     )
-
-
-def find_revision(name: str, revision: str | None = None) -> str | None:
-    """
-    Commit on the Hub that a model was loaded from, as the local cache has it, by its id or folder and the branch or
-    commit that was asked for.
-
-    Returns:
-        `str` or `None`: the commit; `None` for a folder, and for what was never loaded from the Hub.
-    """
-    if not name or Path(name).exists():
-        return None
-    try:
-        return resolve_revision(name, revision=revision, local_files_only=True).resolved
-    except (OSError, ValueError):  # not in the cache, or no id at all
-        return None

@@ -49,8 +49,12 @@ def summarize_influence(columns: Mapping[str, np.ndarray], num_loss_tokens: np.n
 
 def summarize_fit(result: FitResult, validation_rows: int, seconds: float) -> dict[str, float]:
     """Figures of a fit: `influence/fit_rows`, `fit_agreement` of a sampled one, `inner_damping_error` and others."""
-    agreement = {} if result.agreement is None else {"influence/fit_agreement": result.agreement}
-    return agreement | {
+    measured = {
+        "influence/fit_agreement": result.agreement,
+        "influence/store_error": result.store_error,
+        "influence/store_agreement": result.store_agreement,
+    }
+    return {name: value for name, value in measured.items() if value is not None} | {
         "influence/fit_rows": float(result.num_examples),
         "influence/validation_rows": float(validation_rows),
         "influence/inner_damping_error": result.inner_damping_error,

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from copy import copy
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +26,6 @@ from hf_in2core.engine.sample import is_sampled
 from hf_in2core.engine.scoring import run_score_pass
 from hf_in2core.engine.sharding import shard_model
 from hf_in2core.engine.state import hash_json, hash_prepared, open_state
-from hf_in2core.engine.store import GradientStore
 from hf_in2core.engine.verification import verify_gradients
 from hf_in2core.names import NUM_LOSS_TOKENS, PER_QUERY, POOL, VALIDATION, list_added_columns, list_score_columns
 from hf_in2core.rows.preparation import Preparation
@@ -39,7 +39,6 @@ from .checks import (
     check_datasets,
     check_model,
     check_settings,
-    check_store,
     check_tokenizer,
     check_top_k,
     check_zero_blocks,
@@ -48,10 +47,11 @@ from .checks import (
     stand_in_template,
 )
 from .config import AUTOCAST_DTYPES, InfluenceConfig, choose_autocast
-from .identity import find_store_dtype, identify_run
+from .identity import identify_run
 from .quality import measure_fit
 from .scorer import InfluenceScorer
 from .scorer_files import describe_fit
+from .store import open_store, prepare_store, release_store
 from .tracking import report, summarize_fit, summarize_influence
 
 
@@ -157,7 +157,6 @@ class InfluenceTrainer(SFTTrainer):
             for name, rows in mapped.items()
         }
         self._scorer: InfluenceScorer | None = None
-        self._hashes: dict[str, Any] | None = None
         self._last_passes: Passes | None = None
         # Before any training: whether rows can be told apart hangs on the model, not on what it has learnt.
         verify_gradients(self.make_passes(self.blocks, ""), self.prepared_pool)
@@ -187,11 +186,13 @@ class InfluenceTrainer(SFTTrainer):
         """Mixed precision of the influence passes: `"no"`, `"bf16"` or `"fp16"`."""
         return choose_autocast(self.args, self.model.dtype)
 
+    @cached_property
+    def _hashes(self) -> dict[str, Any]:
+        sets = {name: hash_prepared(prepared) for name, prepared in self.prepared_validation.items()}
+        return {POOL: hash_prepared(self.prepared_pool), "validation": sets}
+
     def _identify(self, blocks: Blocks, per_example: bool) -> dict[str, Any]:
         """Everything that shapes u and the scores; their fingerprint is its hash."""
-        if self._hashes is None:
-            sets = {name: hash_prepared(prepared) for name, prepared in self.prepared_validation.items()}
-            self._hashes = {POOL: hash_prepared(self.prepared_pool), "validation": sets}
         return identify_run(
             self.model,
             blocks,
@@ -205,8 +206,6 @@ class InfluenceTrainer(SFTTrainer):
     def make_passes(self, blocks: Blocks, fingerprint: str) -> Passes:
         """Passes through some blocks, whose state is kept under the fingerprint; with what is known of the memory."""
         folder = Path(str(self.args.output_dir)) / "influence" / fingerprint
-        elements = {name: block.tensor.numel() for name, block in blocks.items()}
-        store_dtype = find_store_dtype(self.args, len(self.prepared_pool), blocks)
         # What an earlier pass learnt about the memory is not learnt again.
         last = self._last_passes
         tokens_per_batch, checkpointed_tokens = self.args.tokens_per_batch or GPU_TOKENS, None
@@ -227,7 +226,13 @@ class InfluenceTrainer(SFTTrainer):
             folder=folder,
             fingerprint=fingerprint,
             show_progress=not self.args.disable_tqdm,
-            store=None if store_dtype is None else GradientStore(folder, fingerprint, elements, store_dtype),
+            store=open_store(
+                *(self.model, blocks, self.args, self._hashes[POOL] if fingerprint else ""),
+                num_rows=len(self.prepared_pool),
+                autocast=self.autocast,
+                folder=folder,
+                fingerprint=fingerprint,
+            ),
         )
         if last is None:
             sets, given = len(self.prepared_validation), self.args.query_memory_gb
@@ -268,8 +273,7 @@ class InfluenceTrainer(SFTTrainer):
         seconds = None
         if result is None:
             started = time.perf_counter()
-            check_store(job, len(self.prepared_pool), self.args.gradient_store_gb)
-            verify_gradients(job, self.prepared_pool)
+            prepare_store(job, self.prepared_pool, self.args)
             sample = draw_curvature_sample(job, len(self.prepared_pool), self.args.seed)
             result = fit_directions(
                 job,
@@ -361,10 +365,7 @@ class InfluenceTrainer(SFTTrainer):
             queries_per_block=self.count_queries_per_block(blocks) if per_example else None,
             top_k=top_k,
         )
-        if job.store is not None:
-            self.accelerator.wait_for_everyone()  # nobody reads them any more
-            if self.accelerator.is_local_main_process:
-                job.store.remove()
+        release_store(job)
         rows, num_loss_tokens = prepared.with_format("numpy")["row"][:], count_loss_tokens(prepared, len(pool))
         columns = scorer.make_columns(spread(scores.influence, rows, len(pool)), num_loss_tokens)
         lists = {} if scores.per_query is None else {PER_QUERY: spread(scores.per_query, rows, len(pool))}

@@ -61,7 +61,7 @@ HARMLESS = {
     *("save_strategy", "save_steps", "save_total_limit", "save_only_model", "tokens_per_batch", "chunk_size"),
     *("dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
     *("dataloader_prefetch_factor", "per_device_eval_batch_size", "ddp_timeout", "gradient_store_gb"),
-    "influence_activation_checkpointing",
+    *("gradient_store_dir", "influence_activation_checkpointing"),
 }
 
 

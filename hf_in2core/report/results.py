@@ -72,6 +72,7 @@ def show_provenance(run: Run) -> list[tuple[str, str]]:
         ("Rows the scorer was fitted on", get_value(run.scorer, "num_fit_examples")),
         ("Agreement of two halves of them", get_value(run.scorer, "fit_agreement")),
         ("Agreement with the exact inverse", _show_agreement(get_value(run.scorer, "exact_agreement"))),
+        ("Rounding of the gradient index", _show_rounding(run.scorer)),
         ("Agreement of halves of the validation", _join(_show_agreements(run.get("agreement", "agreement")))),
         ("One more step on a row", describe_calibration(run.get("calibration"))),
         ("Machine", ", ".join(str(part) for part in hardware if part) if machine else ""),
@@ -84,6 +85,14 @@ def show_provenance(run: Run) -> list[tuple[str, str]]:
 def _show_agreement(value: Any) -> str:
     """How far DataInf ranks a sample of the pool as the exact damped inverse does; a low value is the rule."""
     return f"{value:.2f} (Spearman of DataInf's ranking, on a sample of the pool)" if is_number(value) else ""
+
+
+def _show_rounding(scorer: Any) -> str:
+    """What keeping gradients in less than full precision did to their products."""
+    error, agreement = get_value(scorer, "store_error"), get_value(scorer, "store_agreement")
+    if not is_number(error) or not is_number(agreement):
+        return ""
+    return f"products of gradients off by {error:.1e} of their norm, Spearman {agreement:.4f} with the exact ones"
 
 
 def _show_agreements(value: Any) -> dict[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from peft import PeftModel
 from recipe_runs import read_results, run_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -59,6 +59,33 @@ def test_stage_recipes_do_what_the_pipeline_does(
     again = load_from_disk(f"{target}/scored")
     assert again["influence"][:] == pytest.approx(rows["influence"][:], rel=1e-5)
     assert again["influence_rank"][:] == rows["influence_rank"][:]
+
+
+def test_another_validation_set_is_scored_from_the_index_of_the_first(finished: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
+    index = tmp_path / "index"
+    flags = ["--model_name_or_path", config["model_name_or_path"], "--activation_checkpointing", "false"]
+    flags += ["--reference_adapter", str(finished / "run" / "reference"), "--pool", config["pool"]]
+    keep = ["--gradient_store_dir", str(index), "--gradient_store_gb", "1"]
+
+    def score(name: str, validation: str, *more: str) -> Dataset:
+        run_command("score", *flags, "--validation", validation, "--output_dir", str(tmp_path / name), *more)
+        return load_from_disk(str(tmp_path / name / "scored"))
+
+    score("first", config["validation"][0], *keep)
+    files = {path: path.stat().st_mtime_ns for path in index.rglob("gradients-*")}
+    assert files
+    # Rows of another kind, and every one of them a query.
+    anew, indexed = (
+        score(name, config["test"], "--methods", "turns", "cosine", *more)
+        for name, more in (("anew", []), ("indexed", keep))
+    )
+    for name in ("influence", "influence_per_query"):
+        np.testing.assert_allclose(indexed[name][:], anew[name][:], rtol=1e-4, atol=1e-6)
+    assert {path: path.stat().st_mtime_ns for path in index.rglob("gradients-*")} == files
+    assert indexed["cosine_rank"][:] == anew["cosine_rank"][:]
+    with pytest.raises(ValueError, match="8 bits"):
+        score("small", config["test"], "--gradient_store_dir", str(index), "--gradient_store_gb", "0.000001")
 
 
 def test_a_scorer_of_single_validation_rows_keeps_its_column(finished: Path, tmp_path: Path) -> None:

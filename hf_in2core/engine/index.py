@@ -1,0 +1,195 @@
+"""The gradient index: per-example gradients of a whole pool, kept on disk for this and any later validation set."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from datasets import Dataset
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from .batches import TokenBatch, read_token_rows
+from .blocks import Blocks
+from .curvature import MAX_CURVATURE_ELEMENTS, draw_blocks
+from .encoding import decode, encode
+from .gradients import GradientRecorder, Gradients, accumulation_dtype, check_finite, form_gradients
+from .passes import Passes, finish_together, run_batches
+from .reductions import stack_on
+from .state import logger
+from .store import GradientStore
+from .validation import run_per_example_validation_pass
+from .verification import find_tolerance
+
+
+# Rows of a chunk whose products with each other are compared before and after rounding.
+MEASURED_ROWS = 32
+# What rounding may do to the gradient of a row, of its norm; beside what two batches of the same row differ by.
+ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2**-8, torch.int8: 0.05}
+
+
+class StoreError:
+    """
+    What rounding does to the products of rows' gradients, measured on a few rows of a chunk.
+
+    Influence is such a product, each block of it over its damping, which goes with the block's mean squared norm: so
+    do the products here. They are taken of blocks that are drawn, as many as fit into memory.
+
+    Args:
+        blocks (`dict[str, Block]`):
+            All blocks.
+        dtype (`torch.dtype`):
+            Precision of the store.
+        num_rows (`int`):
+            Rows of the chunk.
+        seed (`int`):
+            Draws rows and blocks.
+    """
+
+    def __init__(self, blocks: Blocks, dtype: torch.dtype, num_rows: int, seed: int) -> None:
+        generator = np.random.default_rng(seed)
+        count = min(MEASURED_ROWS, num_rows)
+        self.dtype = dtype
+        self.rows = np.sort(generator.choice(num_rows, count, replace=False))
+        chosen = draw_blocks(blocks, MAX_CURVATURE_ELEMENTS // count, generator)
+        self._kept: dict[str, Tensor] = {}
+        if dtype in (torch.bfloat16, torch.int8):
+            full = accumulation_dtype(next(iter(blocks.values())).tensor)
+            self._kept = {name: torch.zeros(count, block.tensor.numel(), dtype=full) for name, block in chosen.items()}
+
+    def keep(self, name: str, indices: np.ndarray, gradients: Tensor) -> None:
+        """Keep those of the gradients `[B, elements]` of a block that were drawn, by their `indices` in the chunk."""
+        if name in self._kept:
+            for index in np.flatnonzero(np.isin(indices, self.rows)):
+                self._kept[name][np.searchsorted(self.rows, indices[index])] = gradients[index].cpu()
+
+    def measure(self) -> dict[str, float]:
+        """
+        Compare the products of different rows in full precision and as stored.
+
+        Returns:
+            `dict[str, float]`: `error`, the norm of their differences over their own norm; `agreement`, the mean over
+            the rows of the rank correlation of the others' products with it. Empty where nothing is rounded, or where
+            there are fewer than three rows.
+        """
+        count = len(self.rows)
+        if not self._kept or count < 3:
+            return {}
+        full, stored = torch.zeros(2, count, count, dtype=torch.float64)
+        for gradients in self._kept.values():
+            weight = gradients.double().square().sum(1).mean() / gradients.shape[1]
+            if weight > 0:
+                rounded = decode(encode(gradients, self.dtype), gradients.shape[1], self.dtype).double()
+                full += gradients.double() @ gradients.double().T / weight
+                stored += rounded @ rounded.T / weight
+        others = ~np.eye(count, dtype=bool)
+        expected, found = (products.numpy()[others].reshape(count, -1) for products in (full, stored))
+        varied = [pair for pair in zip(expected, found, strict=True) if np.ptp(pair[0]) > 0 and np.ptp(pair[1]) > 0]
+        if not varied:
+            return {}
+        error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+        return {"error": error, "agreement": float(np.mean([spearmanr(*pair).statistic for pair in varied]))}
+
+
+def fill_index(passes: Passes, prepared: Dataset) -> None:
+    """
+    Pass the rows of the pool that the index lacks through the model, chunk by chunk, and keep their gradients.
+
+    Every process fills its shard; all processes have to call. A run that was stopped goes on where it was.
+
+    Args:
+        passes ([`Passes`]):
+            The pass, whose `store` is an index.
+        prepared (`datasets.Dataset`):
+            Prepared pool.
+
+    Raises:
+        ValueError: if a loss or gradient is not finite, naming the rows.
+    """
+    store: GradientStore = passes.store  # type: ignore[assignment]
+    start, end = passes.shard(prepared)
+    missing = store.list_missing(start, end)
+    count = sum(last - first for first, last in missing)
+    lacking = sum(passes.gather_objects([count]))
+    if passes.rank == 0:
+        logger.info(
+            "Gradient index %s: %d of %d rows are in it, in %s (%.3g GB in all).",
+            *(store.folder, len(prepared) - lacking, len(prepared), str(store.dtype).removeprefix("torch.")),
+            len(prepared) * store.row_bytes / 1e9,
+        )
+    if lacking == 0:
+        return
+    chunks = [
+        (first, min(first + passes.chunk_size, last))
+        for run_first, last in missing
+        for first in range(run_first, last, passes.chunk_size)
+    ]
+    with (
+        GradientRecorder(passes.model, passes.blocks, passes.autocast) as recorder,
+        passes.progress(end - start, "Influence: gradient index", initial=end - start - count) as bar,
+    ):
+        for first, last in chunks:
+            error = StoreError(passes.blocks, store.dtype, last - first, first)
+
+            def step(batch: TokenBatch, error: StoreError = error) -> None:
+                norms: list[Tensor] = []
+
+                def reduce(name: str, found: Gradients) -> None:
+                    gradients = form_gradients(found, recorder.accumulation_dtype).flatten(1)
+                    store.keep(name, batch.indices, gradients)
+                    error.keep(name, batch.indices, gradients)
+                    norms.append(torch.linalg.vector_norm(gradients, dim=1))
+
+                losses = recorder.run(batch, passes.loss_reduction, reduce)
+                check_finite(losses, stack_on(norms, losses.device).T, batch)
+                bar.update(len(batch.rows))
+
+            with store.write(first, last) as notes:
+                run_batches(passes, read_token_rows(prepared, first, last), step)
+                notes |= error.measure()
+        finish_together(passes, recorder)
+    if passes.world_size > 1:
+        passes.accelerator.wait_for_everyone()  # type: ignore[union-attr]
+
+
+def check_index(passes: Passes, prepared: Dataset, seed: int) -> None:
+    """
+    Compare two rows of the index with the gradients that the model gives now.
+
+    The base model's part of an index's fingerprint is a hash of some of its values, which a change of others would
+    not move.
+
+    Args:
+        passes ([`Passes`]):
+            The pass, whose `store` is a filled index.
+        prepared (`datasets.Dataset`):
+            Prepared pool.
+        seed (`int`):
+            Draws the rows.
+
+    Raises:
+        ValueError: naming the index, the row and the difference, if it is more than rounding.
+    """
+    # Which token is the hardest may hang on rounding, which differs between batches.
+    if passes.loss_reduction == "max":
+        return
+    rows = np.sort(np.random.default_rng(seed).choice(len(prepared), min(2, len(prepared)), replace=False))
+    stored = passes.find_indexed(rows)
+    if stored is None:
+        return
+    store: GradientStore = passes.store  # type: ignore[assignment]
+    silent = replace(passes, folder=None, store=None, show_progress=False)
+    squares = torch.zeros(2, len(rows), dtype=torch.float64)
+    for name, found in run_per_example_validation_pass(silent, prepared.select(rows), "").items():
+        now = found.flatten(1).double()
+        difference = stored.read_all(name, now.device, torch.float64) - now
+        squares += torch.stack([difference, now]).square().sum(2).cpu()
+    errors = (squares[0] / squares[1].clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
+    worst = int(errors.argmax())
+    accepted = max(find_tolerance(passes, name) for name in passes.blocks) + ROUNDING[store.dtype]
+    if not float(errors[worst]) <= accepted:
+        raise ValueError(
+            f"The gradient index in {store.folder} does not fit the model: the gradient of row "
+            f"{prepared[int(rows[worst])]['row']} differs by {float(errors[worst]):.1e} of its norm (at most "
+            f"{accepted:.1e} is accepted). The base model or the files were changed. Give the model that it was made "
+            "with, or remove this folder, and it is made anew."
+        )

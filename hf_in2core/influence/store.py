@@ -1,0 +1,143 @@
+"""Where a run keeps gradients: a store of its own, or an index that later runs read too."""
+
+import json
+import logging
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from hf_in2core.engine.blocks import Blocks, count_elements, read_adapter_settings
+from hf_in2core.engine.index import check_index, fill_index
+from hf_in2core.engine.passes import Passes
+from hf_in2core.engine.state import hash_adapter, hash_base, hash_json
+from hf_in2core.engine.store import GradientStore
+from hf_in2core.engine.verification import verify_gradients
+
+from .config import InfluenceConfig
+from .identity import RECORDING, find_store_dtype, hash_source
+
+
+logger = logging.getLogger(__name__)
+
+
+def open_store(
+    model: PreTrainedModel | PeftModel,
+    blocks: Blocks,
+    args: InfluenceConfig,
+    pool_hash: str,
+    *,
+    num_rows: int,
+    autocast: str,
+    folder: Path,
+    fingerprint: str,
+) -> GradientStore | None:
+    """
+    The gradient store of a run, or the index under `gradient_store_dir` that fits its pool and model; nothing of it is
+    made yet. Where base weights are sharded, all processes have to call together.
+    """
+    dtype = find_store_dtype(args, num_rows, blocks)
+    if dtype is None:
+        return None
+    elements = {name: block.tensor.numel() for name, block in blocks.items()}
+    # A pass without a state keeps nothing, and reads nothing.
+    if args.gradient_store_dir is None or not fingerprint:
+        return GradientStore(folder, fingerprint, elements, dtype, kept=args.gradient_store_dir is not None)
+    identity = {
+        "source": hash_source(RECORDING),
+        "libraries": {library: version(library) for library in ("torch", "transformers", "peft")},
+        "pool": pool_hash,
+        "adapter": hash_adapter(model),
+        "adapter_settings": read_adapter_settings(model),
+        "base_model": hash_base(model),
+        "blocks": list(blocks),
+        "autocast": autocast,
+        "loss_reduction": args.loss_reduction,
+        "precision": str(dtype).removeprefix("torch."),
+    }
+    fingerprint = hash_json(identity)
+    folder = Path(args.gradient_store_dir).expanduser() / fingerprint
+    return GradientStore(folder, fingerprint, elements, dtype, kept=True, identity=identity)
+
+
+def make_index_folder(index: GradientStore) -> None:
+    """Make the folder of an index, and tell in what the one beside it that is most like it differs."""
+    if not index.folder.is_dir():
+        different = {}
+        for path in index.folder.parent.glob("*/identity.json"):
+            other = read_identity(path)
+            different[path.parent] = [name for name, value in index.identity.items() if other.get(name) != value]
+        if different:
+            nearest = min(different, key=lambda folder: (len(different[folder]), folder))
+            logger.warning(
+                "%s is an index of other gradients (another %s) and is not used: a new one is made beside it.",
+                *(nearest, ", another ".join(name.replace("_", " ") for name in different[nearest])),
+            )
+    index.folder.mkdir(parents=True, exist_ok=True)
+    index.sweep()
+    path = index.folder / "identity.json"
+    if read_identity(path) != index.identity:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(index.identity, indent=2), encoding="utf-8")
+        temporary.replace(path)
+
+
+def read_identity(path: Path) -> dict[str, Any]:
+    """What the index of a folder is of; nothing where that cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def prepare_store(passes: Passes, pool: Dataset, args: InfluenceConfig) -> None:
+    """
+    Before a fit: look at two rows' gradients and at the room for the store, and fill the index, if there is one.
+
+    Raises:
+        ValueError: if gradients cannot be recorded, if the disk has too little room, or if an index does not fit the
+            model.
+    """
+    _check_store(passes, len(pool), args.gradient_store_gb)
+    verify_gradients(passes, pool)
+    if passes.store is None or not passes.store.kept:
+        return
+    if passes.accelerator is None or passes.accelerator.is_local_main_process:
+        make_index_folder(passes.store)
+    if passes.accelerator is not None:
+        passes.accelerator.wait_for_everyone()
+    fill_index(passes, pool)
+    check_index(passes, pool, args.seed)
+
+
+def release_store(passes: Passes) -> None:
+    """After scoring: remove a run's own store; an index stays."""
+    if passes.store is not None and not passes.store.kept:
+        if passes.accelerator is not None:
+            passes.accelerator.wait_for_everyone()  # nobody reads them any more
+        if passes.accelerator is None or passes.accelerator.is_local_main_process:
+            passes.store.remove()
+
+
+def _check_store(passes: Passes, num_rows: int, budget_gb: float) -> None:
+    """
+    Check that the gradient store fits on the disk; warn where one was asked for and none is kept.
+
+    Raises:
+        ValueError: if the disk has too little room for it.
+    """
+    if passes.store is not None:
+        passes.store.check_disk(num_rows)
+    elif budget_gb > 0 and passes.rank == 0:
+        needed = num_rows * count_elements(passes.blocks) * 2 / 1e9
+        logger.warning(
+            "No gradients are stored (`gradient_store_gb=%s`): %s. The model runs in every pass.",
+            budget_gb,
+            "`fit_examples` fits a sample, and scoring needs the whole pool"
+            if needed <= budget_gb
+            else f"{num_rows:,} rows take {needed:.3g} GB even in bfloat16",
+        )
