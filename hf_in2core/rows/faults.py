@@ -1,7 +1,9 @@
 """What is wrong with a file that cannot be read, by file and line: the readers' own words name neither."""
 
+import csv
 import json
 import lzma
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from zlib import error as ZlibError
@@ -115,3 +117,34 @@ def find_other_separator(file: Path, header: list[str], separator: str) -> str |
         f"of a {'.tsv' if separator != ',' else '.csv'} file are to be by {SEPARATORS[separator]}. Save it with "
         f"those, or {remedy}."
     )
+
+
+def find_uneven_line(file: Path, separator: str) -> str | None:
+    """
+    What is wrong with a CSV or TSV file of which a line has more or fewer cells than the header.
+
+    The reader shifts the cells of a longer one by a column, and leaves those of a shorter one blank, without a word.
+
+    Args:
+        file (`Path`): The file, packed or not.
+        separator (`str`): What its cells are apart by.
+    """
+    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    try:
+        with fsspec.open(str(file), "rt", encoding="utf-8-sig", newline="", compression="infer") as opened:
+            lines = csv.reader(opened, delimiter=separator)
+            width = len(next(lines, []))
+            end = lines.line_num
+            for cells in lines:
+                if len(cells) not in (0, width):
+                    return (
+                        f"`{file}`, line {end + 1} has {len(cells)} cells, and the header {width}: which cell belongs "
+                        "to which column is a guess. Write cells with commas, quotes or line ends in them in double "
+                        "quotes, or save the rows as JSON lines."
+                    )
+                end = lines.line_num
+    except csv.Error:
+        return None  # the reader's own words
+    finally:
+        csv.field_size_limit(limit)
+    return None
