@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Value
 
 from hf_in2core.progress import make_bar
 
@@ -19,9 +19,12 @@ from .columns import (
     read_sources,
     resolve_columns,
 )
+from .doubts import MASKS, Doubts, note_doubts
 from .masks import describe_kind, describe_mask
+from .media import list_media
 from .overlap import hash_content
-from .presets import OTHER_CONTENTS, RowError, count_silent_turns, describe_value, read_tools, read_turns
+from .presets import OTHER_CONTENTS, RowError, describe_value, read_tools, read_turns
+from .tokens import check_tokens
 
 
 if TYPE_CHECKING:
@@ -60,7 +63,7 @@ class CheckedRows:
         bad (`list[BadRow]`): Malformed rows.
         without_label (`list[int]`): Positions of well-formed rows that no label can be made for: no assistant turn
             under `assistant_only_loss`, or none that is trained on.
-        silent_turns (`int`): Turns with `weight` 0 that carry loss, because SFT has no mask for them.
+        doubts ([`~hf_in2core.rows.doubts.Doubts`]): What SFT would make of its rows without a word.
         format (`str`): The columns of TRL's format that its rows are in.
         mask (`str`): Which tokens carry loss, in words.
         hashes (`list[str]`): [`~hf_in2core.rows.overlap.hash_content`] of each row; empty where it is malformed.
@@ -70,7 +73,7 @@ class CheckedRows:
     num_rows: int
     bad: list[BadRow] = field(default_factory=list)
     without_label: list[int] = field(default_factory=list)
-    silent_turns: int = 0
+    doubts: Doubts = field(default_factory=Doubts)
     format: str = ""
     mask: str = ""
     hashes: list[str] = field(default_factory=list)
@@ -106,12 +109,17 @@ def check_rows(dataset: Dataset, preparation: "Preparation", what: str) -> Check
     columns = resolve_columns(dataset.column_names, preparation.columns)
     found = CheckedRows(what, len(dataset))
     id_column = next((name for name in ID_COLUMNS if name in dataset.column_names), None)
-    read = dataset.with_format(None).select_columns(list_read_columns(dataset.column_names, columns))
+    names = list_read_columns(dataset.column_names, columns)
+    preset, pairs = get_preset(columns), bool(read_sources(columns))
+    read = dataset.with_format(None).select_columns(names)
+    with_media = {} if pairs else list_media(dataset)
     ids: Any = dataset.with_format(None).select_columns([id_column]) if id_column is not None else None
     kind: str | None = None
     with make_bar(len(dataset), f"Checking the {what}", brief=True) as bar:
         for position, row in enumerate(read):
             try:
+                if position in with_media:
+                    raise with_media[position]
                 mapped, has_label = check_row(row, preparation)
                 this_kind = describe_kind(mapped)
                 if kind is not None and this_kind != kind:
@@ -119,7 +127,7 @@ def check_rows(dataset: Dataset, preparation: "Preparation", what: str) -> Check
                 kind = kind or this_kind
                 if not has_label:
                     found.without_label.append(position)
-                found.silent_turns += count_silent_turns(row, columns)
+                note_doubts(found.doubts, row, mapped, preset, preparation)
                 found.mask = found.mask or describe_mask(mapped, preparation)
                 found.format = found.format or "/".join(name for name in mapped if name in FORMAT_COLUMNS)
                 found.hashes.append(hash_content(mapped))
@@ -129,7 +137,17 @@ def check_rows(dataset: Dataset, preparation: "Preparation", what: str) -> Check
                 found.bad.append(BadRow(position, bad_id, column, error.reason))
                 found.hashes.append("")
             bar.update()
+    _note_columns(found, dataset, preparation)
     return found
+
+
+def _note_columns(found: CheckedRows, dataset: Dataset, preparation: "Preparation") -> None:
+    """Add what columns beside those that are read say of a set."""
+    names = dataset.column_names
+    if found.format == "prompt/completion" and dataset.features.get("label") == Value("bool"):
+        found.doubts.undesired = dataset.with_format(None)["label"][:].count(False)
+    if found.format == "input_ids" and not preparation.completion_only_loss:
+        found.doubts.mask = next((name for name in MASKS if name in names), "")
 
 
 def check_row(row: Mapping[str, Any], preparation: "Preparation") -> tuple[dict[str, Any], bool]:
@@ -150,7 +168,7 @@ def check_row(row: Mapping[str, Any], preparation: "Preparation") -> tuple[dict[
     """
     mapped = map_row(row, preparation.columns, bool(preparation.processing_class.chat_template))
     if "input_ids" in mapped:
-        _check_tokens(mapped, len(preparation.processing_class))
+        check_tokens(mapped, row, len(preparation.processing_class))
         return mapped, True
     if "text" in mapped:
         _check_text(mapped["text"], "text")
@@ -182,20 +200,6 @@ def check_row(row: Mapping[str, Any], preparation: "Preparation") -> tuple[dict[
             _check_turns(read_turns(mapped, name), name, preparation)
     _check_template(mapped, names[0], prompt, preparation, add_generation_prompt=True)
     return mapped, _check_template(mapped, names[1], prompt + completion, preparation)
-
-
-def _check_tokens(mapped: Mapping[str, Any], num_tokens: int) -> None:
-    tokens = mapped["input_ids"]
-    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
-        raise RowError("input_ids", f"is {describe_value(tokens)}, not a list of token ids")
-    if tokens and not 0 <= min(tokens) <= max(tokens) < num_tokens:
-        wrong = min(tokens) if min(tokens) < 0 else max(tokens)
-        raise RowError("input_ids", f"has the token {wrong}, but the tokenizer's are 0 to {num_tokens - 1}")
-    for name in set(mapped) - {"input_ids"}:
-        values = mapped[name]
-        if not isinstance(values, list) or len(values) != len(tokens) or None in values:
-            length = f"{len(values)} values" if isinstance(values, list) else describe_value(values)
-            raise RowError(name, f"has {length} for {len(tokens)} tokens")
 
 
 def _check_text(value: Any, column: str) -> None:

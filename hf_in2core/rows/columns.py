@@ -1,12 +1,14 @@
 """Raw columns as people have them, mapped to TRL's formats (`messages`, `prompt`/`completion`, `text`)."""
 
 import difflib
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from datasets import Dataset, IterableDataset
 
 from .presets import PRESETS, describe_mapped, from_conversations
+from .tokens import SIGNS
 
 
 if TYPE_CHECKING:
@@ -20,6 +22,16 @@ EXAMPLE = "`--columns prompt=instruction completion=output`"
 # Everything TRL's preparation reads; any other column is left out of it (a stray `text` beside `prompt` changes what
 # TRL does with a row).
 FORMAT_COLUMNS = ["input_ids", "labels", "messages", "conversations", "prompt", "completion", "text"]
+# What people call columns of these formats, the likelier first; also in other cases and with spaces.
+LIKELY_PAIRS = [
+    {"messages": "messages"},
+    {"prompt": "prompt", "completion": "completion"},
+    *({"prompt": asked, "completion": said} for asked, said in (("question", "answer"), ("query", "response"))),
+    *({"prompt": asked, "completion": said} for asked, said in (("prompt", "response"), ("instruction", "response"))),
+    {"prompt": "input", "completion": "output"},
+    {"messages": "conversation"},
+    {"text": "text"},
+]
 EXTRA_COLUMNS = ["completion_mask", "assistant_masks", "tools", "chat_template_kwargs"]
 
 
@@ -112,6 +124,12 @@ def list_format_columns(names: Iterable[str]) -> list[str]:
     names = list(names)
     if "input_ids" in names:
         kept = ["input_ids", "labels", "completion_mask", "assistant_masks"]
+    elif "messages" in names and {"prompt", "completion"} <= set(names):
+        raise ValueError(
+            "The dataset has `messages` beside `prompt` and `completion`: TRL would train on the completions, and "
+            "which of them is meant is a guess. Say it: `--columns messages=messages`, or `--columns prompt=prompt "
+            "completion=completion`."
+        )
     elif "messages" in names or "conversations" in names:
         kept = ["messages" if "messages" in names else "conversations", "tools", "chat_template_kwargs"]
     elif "prompt" in names and "completion" in names:
@@ -125,15 +143,38 @@ def list_format_columns(names: Iterable[str]) -> list[str]:
     elif "text" in names:
         kept = ["text"]
     else:
-        pictures = (
-            " It has pictures, but only text can be trained on here." if {"image", "images"} & set(names) else ""
-        )
         raise ValueError(
-            f"The dataset's columns ({', '.join(names)}) are in none of TRL's formats. It needs `messages`, "
-            "`prompt` and `completion`, or `text`: name them with `columns`, for example "
-            f"`--columns prompt=question completion=answer`, or use a preset ({', '.join(PRESETS)}).{pictures}"
+            f"The dataset's columns ({', '.join(names)}) are in none of TRL's formats: `messages`, `prompt` and "
+            f"`completion`, or `text`. {_find_remedy(names)}"
         )
     return [name for name in kept if name in names]
+
+
+def _find_remedy(names: list[str]) -> str:
+    """What to do about columns that fit no format: the mapping that they seem to want, where there is one."""
+    spelled = {name.strip().lower(): name for name in names}
+    if {"chosen", "rejected"} & set(names):
+        return (
+            "They are pairs of preferences, and SFT trains on one answer: `--columns prompt=prompt "
+            "completion=chosen`, or `--columns messages=chosen` where `chosen` is a whole conversation."
+        )
+    if "segments" in names:
+        return (
+            "Axolotl's segments have a mask of their own, which SFT has not: give `prompt` and `completion`, or "
+            "tokens as `input_ids` and `labels`."
+        )
+    for name, preset in PRESETS.items():
+        if set(preset.needed) <= set(names):
+            return f"They are those of a preset: `--columns {name}`."
+    pairs = [[f"{new}={spelled[old]}" for new, old in way.items() if old in spelled] for way in LIKELY_PAIRS]
+    likely = next((found for found, way in zip(pairs, LIKELY_PAIRS, strict=True) if len(found) == len(way)), None)
+    if likely is not None:
+        return f"If it is these, say so: `--columns {' '.join(shlex.quote(item) for item in likely)}`."
+    pictures = " It has pictures, but only text can be trained on here." if {"image", "images"} & set(names) else ""
+    return (
+        "Name them with `columns`, for example `--columns prompt=question completion=answer`, or use a preset "
+        f"({', '.join(PRESETS)}).{pictures}"
+    )
 
 
 def list_read_columns(names: Iterable[str], columns: list[str] | None) -> list[str]:
@@ -144,6 +185,7 @@ def list_read_columns(names: Iterable[str], columns: list[str] | None) -> list[s
         read = {*PRESETS[preset].needed, *PRESETS[preset].optional}
     else:
         read = set(read_sources(columns).values() or list_format_columns(names))
+        read |= set(SIGNS) if "input_ids" in read else set()
     return [name for name in names if name in read]
 
 

@@ -24,6 +24,8 @@ SPEAKERS = {
     # What the assistant says is the call, as text.
     "function_call": "assistant",
 }
+# How a turn says that it is not trained on: OpenAI's key, Axolotl's two, ms-swift's and torchtune's.
+MARKS = {"weight": False, "train": False, "training": False, "loss": False, "masked": True}
 # A turn may say what it has to say in these instead of `content`.
 OTHER_CONTENTS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal")
 TURNS = List({"role": Value("string"), "content": Value("string")})
@@ -156,15 +158,48 @@ def from_openai(row: Mapping[str, Any], conversational: bool = True) -> dict[str
     """
     `messages` of OpenAI's fine-tuning files: the completion begins with the first assistant turn that is trained on.
 
-    A turn of `weight` 0 before it carries no loss with the prompt. One after it can only be masked with the others of
-    the completion; see [`count_silent_turns`]. A row in which no turn is trained on has an empty completion.
+    A turn of `weight` 0 (or another of [`MARKS`]) before it carries no loss with the prompt. One after it can only be
+    masked with the others of the completion; see [`doubts.Doubts`]. A row in which no turn is trained on has an empty
+    completion. Arguments of tool calls, JSON as text in these files, become the objects that chat templates expect.
     """
-    turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in read_turns(row, "messages")]
-    trained = [number for number, turn in enumerate(row["messages"]) if _is_answer(turn) and not _is_silent(turn)]
+    if row.get("functions"):
+        raise RowError(
+            "functions", 'is the older form of `tools`, which is not read; write {"type": "function", "function": …}'
+        )
+    given = read_turns(row, "messages")
+    turns = [_parse_calls(turn, number) for number, turn in enumerate(given)]
+    trained = [number for number, turn in enumerate(given) if _is_trained(turn)]
     start = trained[0] if trained else len(turns)
     if start == 0 and turns:
         raise RowError("messages", "begins with an assistant turn that is trained on, so that nothing is its prompt")
     return {"prompt": turns[:start], "completion": turns[start:], **take_tools(row)}
+
+
+def _parse_calls(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A turn of OpenAI's without its mark, and with the arguments of its calls as objects."""
+    if turn.get("function_call"):
+        raise RowError(
+            "messages", f"has a `function_call` in turn {number}, the older form of `tool_calls`; write those"
+        )
+    kept = {key: value for key, value in turn.items() if key not in MARKS}
+    calls = kept.get("tool_calls")
+    if not isinstance(calls, list):
+        return kept
+    parsed = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
+            text = function["arguments"]
+            try:
+                arguments = json.loads(text) if text.strip() else {}
+            except ValueError:
+                raise RowError(
+                    "messages",
+                    f"has arguments of a tool call in turn {number} that are no JSON: {describe_value(text)}",
+                ) from None
+            call = {**call, "function": {**function, "arguments": arguments}}
+        parsed.append(call)
+    return {**kept, "tool_calls": parsed}
 
 
 def from_conversations(row: Mapping[str, Any], conversational: bool = True) -> dict[str, Any]:
@@ -175,25 +210,18 @@ def from_conversations(row: Mapping[str, Any], conversational: bool = True) -> d
     return {"messages": turns, **kept}
 
 
-def count_silent_turns(row: Mapping[str, Any], columns: list[str] | None) -> int:
-    """Assistant turns with `weight` 0 that carry loss all the same, because SFT has no mask for them."""
-    turns = row.get("messages")
-    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        return 0
-    silent = [number for number, turn in enumerate(turns) if _is_answer(turn) and _is_silent(turn)]
-    if columns != ["openai"]:
-        return len(silent)
-    trained = [number for number, turn in enumerate(turns) if _is_answer(turn) and not _is_silent(turn)]
-    return sum(number > trained[0] for number in silent) if trained else 0
+def find_silent_mark(turn: Mapping[str, Any]) -> str | None:
+    """How a turn says that it is not trained on, in words; `None` where it does not."""
+    for key, silent in MARKS.items():
+        value = turn.get(key)
+        if isinstance(value, bool | int | float) and bool(value) is silent:
+            shown = "0" if key == "weight" else str(silent).lower()
+            return f"`{key}` {shown}"
+    return None
 
 
-def _is_answer(turn: Mapping[str, Any]) -> bool:
-    return turn.get("role") == "assistant"
-
-
-def _is_silent(turn: Mapping[str, Any]) -> bool:
-    weight = turn.get("weight")
-    return weight is not None and weight == 0
+def _is_trained(turn: Mapping[str, Any]) -> bool:
+    return turn.get("role") == "assistant" and find_silent_mark(turn) is None
 
 
 class Preset(NamedTuple):
@@ -207,7 +235,7 @@ class Preset(NamedTuple):
 PRESETS = {
     "alpaca": Preset(from_alpaca, ("instruction", "output"), ("input", "system", "history", "tools")),
     "sharegpt": Preset(from_sharegpt, ("conversations",), ("system", "tools")),
-    "openai": Preset(from_openai, ("messages",), ("tools",)),
+    "openai": Preset(from_openai, ("messages",), ("tools", "functions")),
 }
 
 
@@ -226,7 +254,9 @@ def describe_mapped(features: Mapping[str, Any], preset: str | None, conversatio
     if preset == "sharegpt":
         return Features({"messages": TURNS, **tools})
     if preset == "openai":
-        turns = _describe_turns(features["messages"], lambda key: None if key == "weight" else key)
+        turns = _describe_turns(features["messages"], lambda key: None if key in MARKS else key)
+        if isinstance(turns.feature, Mapping) and "tool_calls" in turns.feature:
+            turns = List({**turns.feature, "tool_calls": List(Json())})
         return Features({"prompt": turns, "completion": turns, **tools})
     names = {"from": "role", "value": "content"}
     return Features({"messages": _describe_turns(features["conversations"], lambda key: names.get(key, key)), **kept})

@@ -192,3 +192,16 @@ def test_sets_that_cannot_be_masked_alike_are_refused(inputs: Inputs, tmp_path: 
     assert not (tmp_path / "run").exists()
     start(inputs, tmp_path, write, "--completion_only_loss", "false")
     assert read_results(tmp_path)["complete"]
+
+
+def test_what_sft_takes_without_a_word_is_told_before_any_work(inputs: Inputs, tmp_path: Path, capsys: Any) -> None:
+    """Axolotl's marks on turns, in pool, validation and test set."""
+    turns = as_lines(lambda rows: [{"messages": [*make_turns(row, train=False), *make_turns(row)]} for row in rows])
+    start(inputs, tmp_path, turns, "--dry_run", assistant_only_loss=True)
+    told = capsys.readouterr().err
+    for what, count in (("pool", 24), ("validation my-set set", 5), ("test set", 6)):
+        assert f"{count} assistant turns of the {what} have `train` false, but carry loss" in told
+    assert not list((tmp_path / "run").glob("*"))
+    pictures = as_lines(lambda rows: [row | {"image": "a.png"} for row in rows])
+    with pytest.raises(ValueError, match=r"24 of 24 rows of the pool:\n  - row 0 .*: `image` is not empty"):
+        start(inputs, tmp_path, pictures)

@@ -206,7 +206,7 @@ def test_half_characters_and_damaged_pictures_in_a_stream(tmp_path: Path) -> Non
     batch: dict[str, list] = {
         "prompt": ["the", "cat \ud800", "a"],
         "completion": [" sat"] * 3,
-        "image": [b"no picture"] * 3,
+        "photo": [b"no picture"] * 3,
     }
     assert np.isnan(scorer(batch)["influence"]).tolist() == [False, True, False]
 

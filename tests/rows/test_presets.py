@@ -10,7 +10,7 @@ from helpers import CHAT_TEMPLATE, make_tokenizer, make_trainer
 
 from hf_in2core.rows.checks import check_rows
 from hf_in2core.rows.columns import apply_columns, check_columns, map_row
-from hf_in2core.rows.masks import say_silent_turns
+from hf_in2core.rows.doubts import say_doubts
 from hf_in2core.rows.preparation import Preparation, prepare_batch
 from hf_in2core.rows.presets import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 from hf_in2core.rows.sources import load_rows
@@ -125,7 +125,7 @@ def test_openai_turns_of_no_weight_carry_no_loss(weights: list[int | None], trai
     assert text == "".join(f"{answer}</s>" for answer in trained)
     assert refused == ({} if trained else {0: "no token of it carries loss"})
     checked = check_rows(Dataset.from_list(rows), preparation, "pool")
-    assert checked.silent_turns == left and bool(say_silent_turns(checked)) == bool(left)
+    assert checked.doubts.silent_turns == left and bool(say_doubts(checked)) == bool(left)
 
 
 def test_a_weight_without_the_preset_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
