@@ -17,6 +17,7 @@ from .columns import (
     list_read_columns,
     map_row,
     read_sources,
+    read_template,
     resolve_columns,
 )
 from .doubts import MASKS, Doubts, note_doubts
@@ -105,6 +106,12 @@ def check_rows(dataset: Dataset, preparation: "Preparation", what: str) -> Check
     Raises:
         ValueError: if the set lacks columns or fits no format.
     """
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            f"The {what} is seen through a transform (`with_transform`, `set_transform`), which may give other rows "
+            "each time it is read, so that what is scored need not be what was trained on. Make its rows once: "
+            "`dataset.with_format(None).map(...)`."
+        )
     check_sources(dataset.column_names, preparation.columns)
     columns = resolve_columns(dataset.column_names, preparation.columns)
     found = CheckedRows(what, len(dataset))
@@ -166,7 +173,7 @@ def check_row(row: Mapping[str, Any], preparation: "Preparation") -> tuple[dict[
     Raises:
         RowError: if it cannot be trained on.
     """
-    mapped = map_row(row, preparation.columns, bool(preparation.processing_class.chat_template))
+    mapped = map_row(row, preparation.columns, read_template(preparation.processing_class))
     if "input_ids" in mapped:
         check_tokens(mapped, row, len(preparation.processing_class))
         return mapped, True

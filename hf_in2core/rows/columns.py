@@ -213,7 +213,12 @@ def check_sources(names: Iterable[str], columns: list[str] | None) -> None:
         list_format_columns(sources or names)
 
 
-def map_row(row: Mapping[str, Any], columns: list[str] | None, conversational: bool) -> dict[str, Any]:
+def read_template(processing_class: "PreTrainedTokenizerBase") -> str:
+    """The chat template of a tokenizer as text, several by name as one; empty where it has none."""
+    return str(processing_class.chat_template or "")
+
+
+def map_row(row: Mapping[str, Any], columns: list[str] | None, template: str) -> dict[str, Any]:
     """
     A raw row as the columns that TRL's preparation reads, and nothing else; a function of the row alone.
 
@@ -222,15 +227,15 @@ def map_row(row: Mapping[str, Any], columns: list[str] | None, conversational: b
             Raw values by column, which [`check_sources`] has checked.
         columns (`list[str]`, *optional*):
             As of [`apply_columns`].
-        conversational (`bool`):
-            Whether the tokenizer has a chat template.
+        template (`str`):
+            The tokenizer's chat template, as of [`read_template`]; empty where it has none.
 
     Raises:
         RowError: if a cell is not what its preset needs.
     """
     columns = resolve_columns(row, columns)
     if (preset := get_preset(columns)) is not None:
-        return PRESETS[preset].read(row, conversational)
+        return PRESETS[preset].read(row, template)
     sources = read_sources(columns)
     mapped = {target: row[source] for target, source in sources.items()} if sources else row
     kept = {name: mapped[name] for name in list_format_columns(mapped)}
@@ -264,8 +269,8 @@ def apply_columns(
     names = get_column_names(dataset)
     check_sources(names, columns)
     columns = resolve_columns(names, columns)
-    conversational = bool(processing_class.chat_template)
-    settings: dict[str, Any] = {"columns": columns, "conversational": conversational}
+    template = read_template(processing_class)
+    settings: dict[str, Any] = {"columns": columns, "template": template}
     if isinstance(dataset, IterableDataset):
         return dataset.map(map_row, fn_kwargs=settings, remove_columns=names)
     dataset, preset, sources = dataset.with_format(None), get_preset(columns), read_sources(columns)
@@ -279,5 +284,5 @@ def apply_columns(
         map_row,
         fn_kwargs=settings | {"columns": columns if preset else None},
         remove_columns=dataset.column_names,
-        features=describe_mapped(dataset.features, preset, conversational),
+        features=describe_mapped(dataset.features, preset, template),
     )

@@ -77,7 +77,10 @@ def _find_fault_of_line(file: Path, number: int, line: str) -> str | None:
         return None
     shown = line.strip() if len(line.strip()) <= SHOWN_LENGTH else line.strip()[:SHOWN_LENGTH] + "…"
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_refuse_twins)
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return f"`{file}`, line {number} has half a character (a lone surrogate): {shown} Mend or remove the line."
     except ValueError as error:
         reason = (
             f"is no JSON ({error.msg}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
@@ -86,6 +89,15 @@ def _find_fault_of_line(file: Path, number: int, line: str) -> str | None:
     if isinstance(row, dict):
         return None
     return f"`{file}`, line {number} is no JSON object: {shown} Each line is to be one, with the columns as its keys."
+
+
+def _refuse_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of JSON, with no key twice."""
+    keys = [key for key, _ in pairs]
+    twin = next((key for key in keys if keys.count(key) > 1), None)
+    if twin is not None:
+        raise ValueError(f"has the key `{twin}` twice in one object")
+    return dict(pairs)
 
 
 def _find_fault_of_list(file: Path, text: str) -> str | None:

@@ -18,7 +18,7 @@ from hf_in2core.engine.batches import read_token_rows
 from hf_in2core.names import POOL
 
 from .checks import CheckedRows, check_row, check_rows, describe_kind, refuse_bad_rows
-from .columns import apply_columns, check_sources, get_column_names, list_read_columns, map_row
+from .columns import apply_columns, check_sources, get_column_names, list_read_columns, map_row, read_template
 from .presets import RowError
 
 
@@ -143,7 +143,7 @@ def find_first_row(
     first: dict[str, Any] | None = None
     for row in dataset.with_format(None).select_columns(list_read_columns(names, columns)):
         try:
-            mapped = map_row(row, columns, bool(processing_class.chat_template))
+            mapped = map_row(row, columns, read_template(processing_class))
         except RowError:
             continue
         first = mapped if first is None else first

@@ -1,6 +1,7 @@
 """Rows of known formats as the columns that TRL's preparation reads; each a function of the row alone."""
 
 import datetime
+import decimal
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -21,7 +22,6 @@ ALPACA_WITHOUT_INPUT = (
 SPEAKERS = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"},
     **{"chatgpt": "assistant", "model": "assistant", "observation": "tool", "tool": "tool"},
-    # What the assistant says is the call, as text.
     "function_call": "assistant",
 }
 # How a turn says that it is not trained on: OpenAI's key, Axolotl's two, ms-swift's and torchtune's.
@@ -54,6 +54,8 @@ def describe_value(value: Any) -> str:
         ((int, float), f"a number ({shown})"),
         ((datetime.date, datetime.time), f"a date ({value})"),
         (str, f"text ({shown})"),
+        ((bytes, bytearray), "bytes"),
+        (decimal.Decimal, f"a decimal number ({value})"),
         (list, "a list"),
         (Mapping, "an object"),
     )
@@ -75,7 +77,7 @@ def read_text(row: Mapping[str, Any], column: str, optional: bool = False) -> st
     raise RowError(column, f"is {describe_value(value)}, not text")
 
 
-def from_alpaca(row: Mapping[str, Any], conversational: bool) -> dict[str, Any]:
+def from_alpaca(row: Mapping[str, Any], template: str) -> dict[str, Any]:
     """
     `instruction`, `input` and `output`, with LLaMA-Factory's `system`, `history` and `tools`.
 
@@ -86,7 +88,7 @@ def from_alpaca(row: Mapping[str, Any], conversational: bool) -> dict[str, Any]:
     history = row.get("history") or []
     if not isinstance(history, list) or not all(_is_exchange(exchange) for exchange in history):
         raise RowError("history", "is no list of pairs of texts")
-    if conversational:
+    if template:
         turns = [{"role": "system", "content": system}] if system.strip() else []
         for question, answer in history:
             turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -112,8 +114,13 @@ def take_tools(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"tools": None if isinstance(tools, str) and not tools.strip() else tools}
 
 
-def from_sharegpt(row: Mapping[str, Any], conversational: bool = True) -> dict[str, Any]:
-    """`conversations` with `from` and `value` (or `role` and `content`), with LLaMA-Factory's `system` and `tools`."""
+def from_sharegpt(row: Mapping[str, Any], template: str) -> dict[str, Any]:
+    """
+    `conversations` with `from` and `value` (or `role` and `content`), with LLaMA-Factory's `system` and `tools`.
+
+    What `function_call` says becomes tool calls, which a chat template writes in its own form, as it does in
+    LLaMA-Factory; where the template knows none, it stays the assistant's text.
+    """
     messages = []
     for number, turn in enumerate(read_turns(row, "conversations")):
         speaker = turn.get("from") if turn.get("from") is not None else turn.get("role")
@@ -125,11 +132,33 @@ def from_sharegpt(row: Mapping[str, Any], conversational: bool = True) -> dict[s
             )
         if not isinstance(said, str):
             raise RowError("conversations", f"has {describe_value(said)} as the text of turn {number}")
-        messages.append({"role": role, "content": said})
+        calls = _read_calls(said) if speaker == "function_call" and _writes_calls(template) else []
+        messages.append(
+            {"role": role, "content": "", "tool_calls": calls} if calls else {"role": role, "content": said}
+        )
     system = read_text(row, "system", optional=True)
     if system.strip() and not (messages and messages[0]["role"] == "system"):
         messages.insert(0, {"role": "system", "content": system})
     return {"messages": messages, **take_tools(row)}
+
+
+def _writes_calls(template: str) -> bool:
+    return "tool_calls" in template
+
+
+def _read_calls(text: str) -> list[dict[str, Any]]:
+    """The calls that a text is, one or a list of them; none where it is anything else."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return []
+    calls = found if isinstance(found, list) else [found]
+    if not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
+        return []
+    return [
+        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
+        for call in calls
+    ]
 
 
 def read_turns(row: Mapping[str, Any], column: str) -> list[Mapping[str, Any]]:
@@ -146,15 +175,24 @@ def read_turns(row: Mapping[str, Any], column: str) -> list[Mapping[str, Any]]:
                 raise RowError(column, f"has {describe_value(turn)} as turn {number}, not an object with a role")
         return turns
     if isinstance(turns, str) and turns.lstrip()[:1] in ("[", "{"):
+        kind, parser = ("JSON", "json.loads") if _is_json(turns) else ("a list of Python's", "ast.literal_eval")
         raise RowError(
             column,
-            "is JSON as text, not a list of turns; parse it first: "
-            f'`dataset.map(lambda row: {{"{column}": json.loads(row["{column}"])}})`',
+            f"is {kind} as text, not a list of turns; parse it first: "
+            f'`dataset.map(lambda row: {{"{column}": {parser}(row["{column}"])}})`',
         )
     raise RowError(column, f"is {describe_value(turns)}, not a list of turns")
 
 
-def from_openai(row: Mapping[str, Any], conversational: bool = True) -> dict[str, Any]:
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def from_openai(row: Mapping[str, Any], template: str = "") -> dict[str, Any]:
     """
     `messages` of OpenAI's fine-tuning files: the completion begins with the first assistant turn that is trained on.
 
@@ -202,7 +240,7 @@ def _parse_calls(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
     return {**kept, "tool_calls": parsed}
 
 
-def from_conversations(row: Mapping[str, Any], conversational: bool = True) -> dict[str, Any]:
+def from_conversations(row: Mapping[str, Any], template: str = "") -> dict[str, Any]:
     """`conversations` without a preset: the keys `from` and `value` renamed, as TRL does, and no role changed."""
     names = {"from": "role", "value": "content"}
     turns = [{names.get(key, key): value for key, value in turn.items()} for turn in read_turns(row, "conversations")]
@@ -225,9 +263,9 @@ def _is_trained(turn: Mapping[str, Any]) -> bool:
 
 
 class Preset(NamedTuple):
-    """How a known format is read, by `read(row, conversational)`: the columns that it needs, and that it may have."""
+    """How a known format is read, by `read(row, template)`: the columns that it needs, and that it may have."""
 
-    read: Callable[[Mapping[str, Any], bool], dict[str, Any]]
+    read: Callable[[Mapping[str, Any], str], dict[str, Any]]
     needed: tuple[str, ...]
     optional: tuple[str, ...]
 
@@ -239,7 +277,7 @@ PRESETS = {
 }
 
 
-def describe_mapped(features: Mapping[str, Any], preset: str | None, conversational: bool) -> Features:
+def describe_mapped(features: Mapping[str, Any], preset: str | None, template: str) -> Features:
     """
     The types of what a preset makes of rows (`None`: of `conversations`), so that none is inferred from some rows.
 
@@ -248,11 +286,11 @@ def describe_mapped(features: Mapping[str, Any], preset: str | None, conversatio
     kept = {name: features[name] for name in ("tools", "chat_template_kwargs") if name in features}
     tools = {name: value for name, value in kept.items() if name == "tools"}
     if preset == "alpaca":
-        if not conversational:
+        if not template:
             return Features({"prompt": Value("string"), "completion": Value("string")})
         return Features({"prompt": TURNS, "completion": TURNS, **tools})
     if preset == "sharegpt":
-        return Features({"messages": TURNS, **tools})
+        return Features({"messages": List(Json()) if _writes_calls(template) else TURNS, **tools})
     if preset == "openai":
         turns = _describe_turns(features["messages"], lambda key: None if key in MARKS else key)
         if isinstance(turns.feature, Mapping) and "tool_calls" in turns.feature:

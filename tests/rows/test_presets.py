@@ -92,6 +92,28 @@ def test_sharegpt_speakers_system_and_tools() -> None:
     assert map_all(own, "sharegpt")[0]["messages"][0]["content"] == "y"
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_sharegpt_calls_are_written_as_the_template_writes_them(many: bool) -> None:
+    """As in LLaMA-Factory; where a template knows no calls they are the assistant's text, and so is what is none."""
+    call = {"name": "look", "arguments": {"at": "it"}}
+    row = {
+        "conversations": [
+            {"from": "human", "value": "a?"},
+            {"from": "function_call", "value": json.dumps([call, call] if many else call)},
+            {"from": "observation", "value": "b"},
+            {"from": "function_call", "value": "no call"},
+        ]
+    }
+    tokenizer = make_chat_tokenizer()
+    text = map_all([row], "sharegpt", tokenizer)[0]["messages"]
+    assert text[1] == {"role": "assistant", "content": row["conversations"][1]["value"]}
+    tokenizer.chat_template += "{{ messages[1].tool_calls }}"
+    asked, called, seen, said = map_all([row], "sharegpt", tokenizer)[0]["messages"]
+    assert [turn["function"] for turn in called["tool_calls"]] == [call] * (2 if many else 1)
+    assert called["role"] == "assistant" and not called["content"] and "tool_calls" not in asked | seen | said
+    assert said == {"role": "assistant", "content": "no call"}
+
+
 def make_turns(*weights: int | None) -> list[dict[str, Any]]:
     turns = []
     for number, weight in enumerate(weights):
@@ -182,7 +204,7 @@ def test_sets_of_different_formats(tokenizer) -> None:
         rows = Dataset.from_list([row] * 3)
         expected = apply_columns(rows, None if alone is None else list(alone), tokenizer)
         assert apply_columns(rows, both, tokenizer).to_list() == expected.to_list()
-        assert map_row(row, both, conversational=False) == expected[0]
+        assert map_row(row, both, template="") == expected[0]
     with pytest.raises(ValueError, match=r"columns \(q, a\) fit none of `--columns alpaca or .* or trl`"):
         apply_columns(Dataset.from_list([{"q": "a", "a": "b"}]), both, tokenizer)
     with pytest.raises(ValueError, match="Did you mean `sharegpt`"):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
+from hf_in2core.rows.columns import check_sources
 from hf_in2core.rows.hashes import find_shared_rows, hash_rows
 from hf_in2core.rows.sources import find_hub_id, load_rows, parse_named_sources
 
@@ -291,3 +292,35 @@ def test_a_pattern_of_names_and_a_packed_parquet(tmp_path: Path) -> None:
     for source, told in (("*.jsonl", "patterns of names are not expanded"), ("rows.parquet.gz", "this one in `.gz`")):
         with pytest.raises(ValueError, match=told):
             load_rows(str(tmp_path / source))
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"prompt": "a", "completion": "\\ud800"}', "line 2 has half a character"),
+        ('{"prompt": "a", "prompt": "b", "completion": "c"}', "line 2 has the key `prompt` twice"),
+    ],
+)
+def test_lines_that_the_reader_refuses_are_named(tmp_path: Path, line: str, told: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=told):
+        load_rows(str(path))
+
+
+@pytest.mark.parametrize(
+    ("names", "remedy"),
+    [
+        (["instruction", "input", "output"], "--columns alpaca`"),
+        (["query", "response"], "--columns prompt=query completion=response`"),
+        (["Prompt", "Completion"], "--columns prompt=Prompt completion=Completion`"),
+        (["prompt", " completion"], "--columns prompt=prompt 'completion= completion'`"),
+        (["prompt", "chosen", "rejected"], "completion=chosen`, or `--columns messages=chosen`"),
+        (["segments"], "`input_ids` and `labels`"),
+        (["a", "b"], r"use a preset \(alpaca"),
+        (["messages", "prompt", "completion"], "--columns messages=messages`"),
+    ],
+)
+def test_columns_of_no_format_are_answered_with_a_mapping(names: list[str], remedy: str) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        check_sources(names, None)
