@@ -16,11 +16,12 @@ from .columns import (
     get_preset,
     list_read_columns,
     map_row,
+    name_columns,
     read_sources,
     read_template,
     resolve_columns,
 )
-from .doubts import MASKS, Doubts, note_doubts
+from .doubts import MASKS, UNREAD, Doubts, note_doubts
 from .masks import describe_kind, describe_mask
 from .media import list_media
 from .overlap import hash_content
@@ -117,9 +118,10 @@ def check_rows(dataset: Dataset, preparation: "Preparation", what: str) -> Check
     found = CheckedRows(what, len(dataset))
     id_column = next((name for name in ID_COLUMNS if name in dataset.column_names), None)
     names = list_read_columns(dataset.column_names, columns)
-    preset, pairs = get_preset(columns), bool(read_sources(columns))
+    preset = get_preset(columns)
+    is_named = preset is None and bool(read_sources(columns))
     read = dataset.with_format(None).select_columns(names)
-    with_media = {} if pairs else list_media(dataset)
+    with_media = {} if is_named else list_media(dataset)
     ids: Any = dataset.with_format(None).select_columns([id_column]) if id_column is not None else None
     kind: str | None = None
     with make_bar(len(dataset), f"Checking the {what}", brief=True) as bar:
@@ -134,7 +136,7 @@ def check_rows(dataset: Dataset, preparation: "Preparation", what: str) -> Check
                 kind = kind or this_kind
                 if not has_label:
                     found.without_label.append(position)
-                note_doubts(found.doubts, row, mapped, preset, preparation)
+                note_doubts(found.doubts, name_columns(row, columns), mapped, preset, preparation)
                 found.mask = found.mask or describe_mask(mapped, preparation)
                 found.format = found.format or "/".join(name for name in mapped if name in FORMAT_COLUMNS)
                 found.hashes.append(hash_content(mapped))
@@ -144,17 +146,28 @@ def check_rows(dataset: Dataset, preparation: "Preparation", what: str) -> Check
                 found.bad.append(BadRow(position, bad_id, column, error.reason))
                 found.hashes.append("")
             bar.update()
-    _note_columns(found, dataset, preparation)
+    _note_columns(found, dataset, preparation, columns)
     return found
 
 
-def _note_columns(found: CheckedRows, dataset: Dataset, preparation: "Preparation") -> None:
+def _note_columns(found: CheckedRows, dataset: Dataset, preparation: "Preparation", columns: list[str] | None) -> None:
     """Add what columns beside those that are read say of a set."""
     names = dataset.column_names
     if found.format == "prompt/completion" and dataset.features.get("label") == Value("bool"):
         found.doubts.undesired = dataset.with_format(None)["label"][:].count(False)
+    if columns is None and "input_ids" not in names:
+        read = list_read_columns(names, None)
+        found.doubts.unread = [
+            name for name in UNREAD if name in names and name not in read and _is_used(dataset, name)
+        ]
     if found.format == "input_ids" and not preparation.completion_only_loss:
         found.doubts.mask = next((name for name in MASKS if name in names), "")
+
+
+def _is_used(dataset: Dataset, column: str) -> bool:
+    """Whether a column of few meanings says anything in any row."""
+    values = dataset.with_format(None).select_columns([column])
+    return any(row[column] not in (None, [], {}) and str(row[column]).strip() not in ("", "[]") for row in values)
 
 
 def check_row(row: Mapping[str, Any], preparation: "Preparation") -> tuple[dict[str, Any], bool]:
@@ -181,7 +194,9 @@ def check_row(row: Mapping[str, Any], preparation: "Preparation") -> tuple[dict[
         _check_text(mapped["text"], "text")
         return mapped, True
     if "messages" in mapped:
-        raw = "conversations" if "messages" not in row and "conversations" in row else "messages"
+        sources = read_sources(resolve_columns(row, preparation.columns))
+        raw = next((sources[name] for name in ("messages", "conversations") if name in sources), "messages")
+        raw = "conversations" if raw not in row and "conversations" in row else raw
         _check_turns(read_turns({raw: mapped["messages"]}, raw), raw, preparation)
         return mapped, _check_template(mapped, raw, mapped["messages"], preparation)
     prompt, completion = mapped["prompt"], mapped["completion"]
@@ -230,10 +245,12 @@ def _check_turns(turns: list[Mapping[str, Any]], column: str, preparation: "Prep
         if not isinstance(role, str):
             hint = ""
             if "from" in turn and "value" in turn:
-                hint = "; rows with `from` and `value` are read by `--columns sharegpt`"
+                hint = f"; rows with `from` and `value` are read by `--columns sharegpt{_rename(column)}`"
             raise RowError(column, f"has no role in turn {number}{hint}")
         if role not in ROLES and not _spells_out(preparation, role):
-            hint = "; rows of `human` and `gpt` are read by `--columns sharegpt`" if role in ("human", "gpt") else ""
+            hint = ""
+            if role in ("human", "gpt"):
+                hint = f"; rows of `human` and `gpt` are read by `--columns sharegpt{_rename(column)}`"
             raise RowError(column, f"has the unknown role {role!r} in turn {number}{hint}")
         content = turn.get("content")
         if isinstance(content, list):
@@ -246,6 +263,10 @@ def _check_turns(turns: list[Mapping[str, Any]], column: str, preparation: "Prep
             raise RowError(column, f"has {describe_value(content)} as the content of turn {number} ({role}), not text")
         else:
             _check_unicode(content, column)
+
+
+def _rename(column: str) -> str:
+    return "" if column == "conversations" else f" conversations={column}"
 
 
 def _spells_out(preparation: "Preparation", role: str) -> bool:

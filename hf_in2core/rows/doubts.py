@@ -18,6 +18,9 @@ PROBED_ROWS = 20
 REASONING = ("reasoning_content", "reasoning", "thinking")
 CALLS = ("tool_calls", "function_call")
 PARTS = "contents that are lists of parts"
+# Every other role answers: some templates call the assistant by another name.
+ASKING = ("system", "developer", "user", "tool", "function", "ipython", "environment")
+UNREAD = ("system", "history", "tools", "functions")
 MASKS = ("completion_mask", "loss_mask")
 
 
@@ -34,8 +37,10 @@ class Doubts:
         unanswered (`int`): Conversations without an assistant turn of which every token carries loss.
         empty (`int`): Rows with nothing but the end to learn.
         quoted (`int`): Rows whose tool calls have arguments that are JSON as text, which the template quotes again.
+        begun (`int`): Texts that begin with the token that the tokenizer puts before every text.
         undesired (`int`): Rows whose column `label` is false, as that of KTO's bad answers.
         mask (`str`): A column of masks that is not read.
+        unread (`list[str]`): Columns that say something in other formats, and are not read in this one.
         had (`Counter`): Rows by what they have that a template may leave out.
         probed (`Counter`): Rows by it that were rendered without it.
         read (`set[str]`): What of it the template reads.
@@ -47,8 +52,10 @@ class Doubts:
     unanswered: int = 0
     empty: int = 0
     quoted: int = 0
+    begun: int = 0
     undesired: int = 0
     mask: str = ""
+    unread: list[str] = field(default_factory=list)
     had: Counter[str] = field(default_factory=Counter)
     probed: Counter[str] = field(default_factory=Counter)
     read: set[str] = field(default_factory=set)
@@ -69,10 +76,18 @@ def note_doubts(
     answer = mapped.get("completion", mapped.get("text"))
     if isinstance(answer, str):
         doubts.empty += not answer.strip()
+        first = preparation.processing_class.bos_token
+        text = mapped.get("prompt", answer)
+        if (
+            first
+            and text.startswith(first)
+            and preparation.processing_class(text)["input_ids"][:2] == 2 * [preparation.processing_class.bos_token_id]
+        ):
+            doubts.begun += 1
     if isinstance(mapped.get("messages"), list):
         turns = learnt = mapped["messages"]
         masked = preparation.assistant_only_loss
-        doubts.unanswered += not masked and not any(turn.get("role") == "assistant" for turn in turns)
+        doubts.unanswered += not masked and all(turn.get("role") in ASKING for turn in turns)
     elif isinstance(answer, list):
         turns, masked = mapped["prompt"] + answer, preparation.assistant_only_loss
         learnt = answer if preparation.completion_only_loss else turns
@@ -205,6 +220,16 @@ def say_doubts(checked: "CheckedRows") -> list[str]:
         said.append(
             f"{doubts.empty} rows of the {what} have nothing to learn but the end: an empty answer or text. Take them "
             "out unless that is meant."
+        )
+    if doubts.begun:
+        said.append(
+            f"{doubts.begun} texts of the {what} begin with the token that the tokenizer puts before every text, so "
+            "that they begin with two. Take it off the rows."
+        )
+    for name in doubts.unread:
+        said.append(
+            f"The column `{name}` of the {what} is not empty, and not read: rows of {checked.format} have none. "
+            "Write it into the rows, or read them by a preset that has it (`alpaca`, `sharegpt`)."
         )
     if doubts.undesired:
         said.append(

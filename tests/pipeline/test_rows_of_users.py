@@ -62,6 +62,19 @@ def share(rows: Rows) -> Rows:
     ]
 
 
+def rename(rows: Rows) -> Rows:
+    return [{"instruction": row["prompt"], "context": "", "response": row["completion"]} for row in rows]
+
+
+def call_in_text(rows: Rows) -> Rows:
+    call = {"from": "function_call", "value": json.dumps({"name": "f", "arguments": {"a": 1}})}
+    made = share(rows)
+    return [
+        {"items": [row["conversations"][0], call, {"from": "observation", "value": "ok"}, row["conversations"][1]]}
+        for row in made
+    ]
+
+
 def write_openai(folder: Path, name: str, rows: Rows) -> str:
     made = [{"messages": [*make_turns(row, weight=0), *make_turns(row)]} for row in rows]
     path = folder / f"{name}.jsonl.gz"
@@ -95,6 +108,11 @@ GOOD: dict[str, tuple[Callable[[Path, str, Rows], str], dict[str, Any]]] = {
     "parts": (as_lines(use_parts, ".JSONL"), {}),
     "alpaca as CSV": (write_alpaca, {"columns": ["alpaca"]}),
     "ShareGPT": (as_lines(share), {"columns": ["sharegpt"]}),
+    "Dolly": (as_lines(rename), {"columns": ["alpaca", "input=context", "output=response"]}),
+    "calls in ShareGPT": (
+        as_lines(call_in_text),
+        {"columns": ["sharegpt", "conversations=items"], "assistant_only_loss": True},
+    ),
     "OpenAI, packed": (write_openai, {"columns": ["openai"], "assistant_only_loss": True}),
     "rows without an answer": (as_lines(leave_some_unanswered, ".ndjson"), {"assistant_only_loss": True}),
     "a folder of splits": (write_splits, {}),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from helpers import CHAT_TEMPLATE, make_tokenizer, make_trainer
+from tokenizers.processors import TemplateProcessing
 
 from hf_in2core.rows.checks import check_rows
 from hf_in2core.rows.doubts import say_doubts
@@ -113,6 +114,33 @@ def test_answers_that_are_missing_empty_or_bad() -> None:
     (said,) = tell([{"prompt": "a", "completion": "b", "label": number > 0} for number in range(3)])
     assert "1 rows of the pool have a `label` that is false" in said
     assert tell([{"text": "a", "label": 0}]) == []
+
+
+def test_texts_that_begin_twice() -> None:
+    tokenizer = make_tokenizer()
+    texts = [{"text": "<s>the cat"}, {"text": "the cat"}]
+    assert say_doubts(check_rows(Dataset.from_list(texts), Preparation(tokenizer), "pool")) == []
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    for rows in (texts, [{"prompt": row["text"], "completion": " sat"} for row in texts]):
+        (said,) = say_doubts(check_rows(Dataset.from_list(rows), Preparation(tokenizer), "pool"))
+        assert "1 texts of the pool begin with the token" in said
+
+
+@pytest.mark.parametrize("row", [{"prompt": "a", "completion": "b"}, {"messages": [ask(), answer()]}])
+def test_columns_that_say_something_and_are_not_read(row: dict[str, Any]) -> None:
+    used = {"system": "Be kind.", "history": [["a", "b"]], "note": "x"}
+    said = tell([row | used, row | {"system": "", "history": []}])
+    assert [text.split("`")[1] for text in said] == ["system", "history"]
+    assert tell([row | {"system": " ", "history": [], "functions": None}]) == []
+    names = {name: name for name in row}
+    assert tell([row | used], columns=[f"{new}={old}" for new, old in names.items()]) == []
+
+
+def test_roles_that_answer_by_another_name() -> None:
+    template = CHAT_TEMPLATE + "{% if 'model' %}{% endif %}"
+    assert tell([{"messages": [ask(), ask("on a mat", "model")]}], template) == []
 
 
 LEFT_OUT: dict[str, dict[str, Any]] = {

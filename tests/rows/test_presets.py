@@ -192,6 +192,42 @@ def test_extra_keys_of_turns_stay_apart(tmp_path: Path) -> None:
     assert row["messages"][1] == {"role": "assistant", "content": "b", "name": "x"}
 
 
+@pytest.mark.parametrize(
+    ("preset", "names", "row"),
+    [
+        (
+            "alpaca",
+            {"input": "context", "output": "response"},
+            {"instruction": "do", "input": "it", "output": "done", "system": "Be kind."},
+        ),
+        ("sharegpt", {"conversations": "items"}, {"conversations": [{"from": "human", "value": "a"}], "system": "s"}),
+        ("openai", {"messages": "chat"}, {"messages": make_turns(0, 1, 0)}),
+    ],
+)
+def test_a_preset_reads_columns_of_other_names(preset: str, names: dict[str, str], row: dict[str, Any]) -> None:
+    """As it reads its own, in a set, in a batch, and in what is counted and named."""
+    tokenizer = make_chat_tokenizer()
+    renamed = {names.get(name, name): value for name, value in row.items()} | {
+        "input" if preset != "alpaca" else "x": 3
+    }
+    columns = [preset, *(f"{new}={old}" for new, old in names.items())]
+    (expected,) = map_all([row], preset, tokenizer)
+    rows = Dataset.from_list([renamed])
+    assert apply_columns(rows, columns, tokenizer).to_list() == [expected]
+    assert list(apply_columns(rows.to_iterable_dataset(), columns, tokenizer)) == [expected]
+    settings: dict[str, Any] = {"completion_only_loss": True, "assistant_only_loss": True}
+    checked = check_rows(rows, Preparation(tokenizer, columns, **settings), "pool")
+    own = check_rows(Dataset.from_list([row]), Preparation(tokenizer, [preset], **settings), "pool")
+    assert checked.doubts == own.doubts and checked.hashes == own.hashes
+    source = next(iter(names.values()))
+    (bad,) = check_rows(Dataset.from_list([renamed | {source: 3}]), Preparation(tokenizer, columns), "pool").bad
+    assert bad.column == source
+    with pytest.raises(ValueError, match=f"needs the column.s. .*{source}, but"):
+        check_rows(Dataset.from_list([row]), Preparation(tokenizer, columns), "pool")
+    with pytest.raises(ValueError, match="with a target among .*, system|with a target among messages"):
+        check_columns([preset, "completion=x"])
+
+
 def test_sets_of_different_formats(tokenizer) -> None:
     """Each set is read by the first of several ways that its columns fit, and as it would be by that one alone."""
     both = ["alpaca", "or", "prompt=question", "completion=answer", "or", "trl"]

@@ -312,6 +312,7 @@ def test_lines_that_the_reader_refuses_are_named(tmp_path: Path, line: str, told
     ("names", "remedy"),
     [
         (["instruction", "input", "output"], "--columns alpaca`"),
+        (["instruction", "context", "response"], "--columns alpaca input=context output=response`"),
         (["query", "response"], "--columns prompt=query completion=response`"),
         (["Prompt", "Completion"], "--columns prompt=Prompt completion=Completion`"),
         (["prompt", " completion"], "--columns prompt=prompt 'completion= completion'`"),
