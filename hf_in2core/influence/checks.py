@@ -29,7 +29,8 @@ from hf_in2core.engine.sample import is_sampled
 from hf_in2core.engine.sharding import is_sharded, is_sharding_launch
 from hf_in2core.names import POOL, RESERVED_SET_NAMES, VALIDATION, describe_set
 from hf_in2core.rows.checks import CheckedRows, check_rows, refuse_bad_rows
-from hf_in2core.rows.masks import compare_masks, say_silent_turns
+from hf_in2core.rows.doubts import say_doubts
+from hf_in2core.rows.masks import compare_masks
 from hf_in2core.rows.overlap import find_overlap
 from hf_in2core.rows.preparation import Preparation, map_trainable
 from hf_in2core.rows.scored import find_mean_columns, read_record
@@ -182,11 +183,6 @@ def check_datasets(
             raise ValueError(f"{name} is a {type(dataset).__name__}; pass a `datasets.Dataset`.")
         if len(dataset) == 0:
             raise ValueError(f"{name} is empty: it has no rows. Check its source or the split's name.")
-        if columns is None and (pictures := {"image", "images"} & set(dataset.column_names)):
-            raise ValueError(
-                f"{name} has images (`{', '.join(sorted(pictures))}`): vision models are not supported. Remove the "
-                "column, or name the columns of text with `columns`, which leaves all others alone."
-            )
     reserved = set(RESERVED_SET_NAMES) & set(validation)
     if reserved:
         raise ValueError(f"A validation set is named {sorted(reserved)}, which is reserved. Give it another name.")
@@ -209,9 +205,8 @@ def map_sets(
     checked = [check_rows(rows, preparation, what) for what, rows in sets.items()]
     refuse_bad_rows(checked)
     warn = logger.warning if PartialState().is_main_process else logger.debug
-    for message in compare_masks(checked[0], checked[1:], args.completion_only_loss is not None):
-        warn(message)
-    for message in filter(None, map(say_silent_turns, checked)):
+    said = compare_masks(checked[0], checked[1:], args.completion_only_loss is not None)
+    for message in sum(map(say_doubts, checked), said):
         warn(message)
     warn_of_overlap(checked[0], checked[1:])
     mapped, *rest = (

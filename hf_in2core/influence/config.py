@@ -54,7 +54,8 @@ class InfluenceConfig(SFTConfig):
             Decoder layers whose adapter tensors count: all by default, `"last:8"`, `"first:8"` or a list of indices.
         columns (`list[str]` or `str`, *optional*):
             How raw columns become TRL's: `["alpaca"]`, `["sharegpt"]`, `["openai"]` or `["prompt=instruction",
-            "completion=output"]`; a string is cut at its spaces. Saved with the scorer.
+            "completion=output"]`; after a preset, pairs rename what it reads. A string is cut at its spaces. Saved
+            with the scorer.
 
         > Parameters that control the passes
 

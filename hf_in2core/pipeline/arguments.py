@@ -55,7 +55,8 @@ class DataArguments:
     columns: list[str] | None = flag(
         "data",
         "How raw columns become TRL's: `alpaca`, `sharegpt`, `openai`, or pairs such as `prompt=instruction "
-        "completion=output`; several with `or` between them where sets differ (`alpaca or trl`). Not needed for "
+        "completion=output` (after a preset they rename what it reads); several with "
+        "`or` between them where sets differ (`alpaca or trl`). Not needed for "
         "`messages`, `prompt`/`completion` or `text`.",
     )
     bad_rows: str = flag(

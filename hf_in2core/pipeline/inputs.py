@@ -13,8 +13,9 @@ from trl import SFTConfig
 from hf_in2core.names import POOL, describe_set, list_added_columns
 from hf_in2core.rows.checks import CheckedRows, check_rows, refuse_bad_rows
 from hf_in2core.rows.columns import get_column_names
+from hf_in2core.rows.doubts import say_doubts
 from hf_in2core.rows.hashes import hash_rows, hash_tokenization, hash_value
-from hf_in2core.rows.masks import compare_masks, say_silent_turns
+from hf_in2core.rows.masks import compare_masks
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.rows.sources import load_raw_rows
 
@@ -82,7 +83,7 @@ def load_inputs(
     for name, rows in raw.items():
         warn_of_bad_rows(checked[name])
         facts[name] = describe_checked(checked[name])
-        if message := say_silent_turns(checked[name]):
+        for message in say_doubts(checked[name]):
             warn(message)
         if len(kept[name]) < len(rows):
             raw[name] = rows.select(kept[name])
@@ -136,6 +137,8 @@ def check_inputs(
         for name in (POOL, "test"):
             known = {row.position for row in checked[name].bad}
             also = check_rows(sets[name], second, what[name])
+            for message in set(say_doubts(also)) - set(say_doubts(checked[name])):
+                warn(f"For the target model: {message}")
             checked[name].bad += [
                 replace(row, reason=f"{row.reason} (for the target model)")
                 for row in also.bad
@@ -169,7 +172,7 @@ def keep_good_rows(rows: Dataset, what: str, preparation: Preparation, bad_rows:
     checked = check_rows(rows, preparation, what)
     if bad_rows != "drop":
         refuse_bad_rows([checked])
-    if message := say_silent_turns(checked):
+    for message in say_doubts(checked):
         warn(message)
     warn_of_bad_rows(checked)
     return rows.select(checked.list_good()) if checked.bad else rows

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_in2core.names import POOL
 from hf_in2core.rows.checks import CheckedRows
-from hf_in2core.rows.columns import list_read_columns, map_row
+from hf_in2core.rows.columns import list_read_columns, map_row, read_template
 from hf_in2core.rows.overlap import find_near_copies, find_overlap, hash_content, list_words
 from hf_in2core.rows.text import render_row
 
@@ -124,11 +124,11 @@ def _find_pairs(
     def read(name: str) -> Any:
         rows = sets[name].with_format(None)
         rows = rows.select_columns(list_read_columns(rows.column_names, columns))
-        return (map_row(row, columns, bool(tokenizer.chat_template)) for row in rows)
+        return (map_row(row, columns, read_template(tokenizer)) for row in rows)
 
     def show(name: str, row: int) -> str:
         raw = sets[name].with_format(None)[row]
-        return render_row(map_row(raw, columns, bool(tokenizer.chat_template)), LONGEST_TEXT, tokenizer)
+        return render_row(map_row(raw, columns, read_template(tokenizer)), LONGEST_TEXT, tokenizer)
 
     names = [name for name in sets if name != POOL]
     words = {name: [[] if hash_content(row) in known else list_words(row) for row in read(name)] for name in names}

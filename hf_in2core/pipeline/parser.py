@@ -309,7 +309,8 @@ class RecipeParser:
 
     def _refuse(self, name: str | None, token: str, what: str) -> NoReturn:
         if name is None:
-            self.error(f"unexpected value `{token}`")
+            hint = " Several files of rows are given as the folder that they lie in." if Path(token).exists() else ""
+            self.error(f"unexpected value `{token}`.{hint}")
         name = name.replace("-", "_")
         reason = REFUSED.get(name.removeprefix("reference_"))
         if reason is not None:

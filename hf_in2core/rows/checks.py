@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Value
 
 from hf_in2core.progress import make_bar
 
@@ -16,12 +16,17 @@ from .columns import (
     get_preset,
     list_read_columns,
     map_row,
+    name_columns,
     read_sources,
+    read_template,
     resolve_columns,
 )
+from .doubts import MASKS, UNREAD, Doubts, note_doubts
 from .masks import describe_kind, describe_mask
+from .media import list_media
 from .overlap import hash_content
-from .presets import OTHER_CONTENTS, RowError, count_silent_turns, describe_value, read_tools, read_turns
+from .presets import OTHER_CONTENTS, RowError, describe_value, read_tools, read_turns
+from .tokens import check_tokens
 
 
 if TYPE_CHECKING:
@@ -60,7 +65,7 @@ class CheckedRows:
         bad (`list[BadRow]`): Malformed rows.
         without_label (`list[int]`): Positions of well-formed rows that no label can be made for: no assistant turn
             under `assistant_only_loss`, or none that is trained on.
-        silent_turns (`int`): Turns with `weight` 0 that carry loss, because SFT has no mask for them.
+        doubts ([`~hf_in2core.rows.doubts.Doubts`]): What SFT would make of its rows without a word.
         format (`str`): The columns of TRL's format that its rows are in.
         mask (`str`): Which tokens carry loss, in words.
         hashes (`list[str]`): [`~hf_in2core.rows.overlap.hash_content`] of each row; empty where it is malformed.
@@ -70,7 +75,7 @@ class CheckedRows:
     num_rows: int
     bad: list[BadRow] = field(default_factory=list)
     without_label: list[int] = field(default_factory=list)
-    silent_turns: int = 0
+    doubts: Doubts = field(default_factory=Doubts)
     format: str = ""
     mask: str = ""
     hashes: list[str] = field(default_factory=list)
@@ -102,16 +107,28 @@ def check_rows(dataset: Dataset, preparation: "Preparation", what: str) -> Check
     Raises:
         ValueError: if the set lacks columns or fits no format.
     """
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            f"The {what} is seen through a transform (`with_transform`, `set_transform`), which may give other rows "
+            "each time it is read, so that what is scored need not be what was trained on. Make its rows once: "
+            "`dataset.with_format(None).map(...)`."
+        )
     check_sources(dataset.column_names, preparation.columns)
     columns = resolve_columns(dataset.column_names, preparation.columns)
     found = CheckedRows(what, len(dataset))
     id_column = next((name for name in ID_COLUMNS if name in dataset.column_names), None)
-    read = dataset.with_format(None).select_columns(list_read_columns(dataset.column_names, columns))
+    names = list_read_columns(dataset.column_names, columns)
+    preset = get_preset(columns)
+    is_named = preset is None and bool(read_sources(columns))
+    read = dataset.with_format(None).select_columns(names)
+    with_media = {} if is_named else list_media(dataset)
     ids: Any = dataset.with_format(None).select_columns([id_column]) if id_column is not None else None
     kind: str | None = None
     with make_bar(len(dataset), f"Checking the {what}", brief=True) as bar:
         for position, row in enumerate(read):
             try:
+                if position in with_media:
+                    raise with_media[position]
                 mapped, has_label = check_row(row, preparation)
                 this_kind = describe_kind(mapped)
                 if kind is not None and this_kind != kind:
@@ -119,7 +136,7 @@ def check_rows(dataset: Dataset, preparation: "Preparation", what: str) -> Check
                 kind = kind or this_kind
                 if not has_label:
                     found.without_label.append(position)
-                found.silent_turns += count_silent_turns(row, columns)
+                note_doubts(found.doubts, name_columns(row, columns), mapped, preset, preparation)
                 found.mask = found.mask or describe_mask(mapped, preparation)
                 found.format = found.format or "/".join(name for name in mapped if name in FORMAT_COLUMNS)
                 found.hashes.append(hash_content(mapped))
@@ -129,7 +146,28 @@ def check_rows(dataset: Dataset, preparation: "Preparation", what: str) -> Check
                 found.bad.append(BadRow(position, bad_id, column, error.reason))
                 found.hashes.append("")
             bar.update()
+    _note_columns(found, dataset, preparation, columns)
     return found
+
+
+def _note_columns(found: CheckedRows, dataset: Dataset, preparation: "Preparation", columns: list[str] | None) -> None:
+    """Add what columns beside those that are read say of a set."""
+    names = dataset.column_names
+    if found.format == "prompt/completion" and dataset.features.get("label") == Value("bool"):
+        found.doubts.undesired = dataset.with_format(None)["label"][:].count(False)
+    if columns is None and "input_ids" not in names:
+        read = list_read_columns(names, None)
+        found.doubts.unread = [
+            name for name in UNREAD if name in names and name not in read and _is_used(dataset, name)
+        ]
+    if found.format == "input_ids" and not preparation.completion_only_loss:
+        found.doubts.mask = next((name for name in MASKS if name in names), "")
+
+
+def _is_used(dataset: Dataset, column: str) -> bool:
+    """Whether a column of few meanings says anything in any row."""
+    values = dataset.with_format(None).select_columns([column])
+    return any(row[column] not in (None, [], {}) and str(row[column]).strip() not in ("", "[]") for row in values)
 
 
 def check_row(row: Mapping[str, Any], preparation: "Preparation") -> tuple[dict[str, Any], bool]:
@@ -148,15 +186,17 @@ def check_row(row: Mapping[str, Any], preparation: "Preparation") -> tuple[dict[
     Raises:
         RowError: if it cannot be trained on.
     """
-    mapped = map_row(row, preparation.columns, bool(preparation.processing_class.chat_template))
+    mapped = map_row(row, preparation.columns, read_template(preparation.processing_class))
     if "input_ids" in mapped:
-        _check_tokens(mapped, len(preparation.processing_class))
+        check_tokens(mapped, row, len(preparation.processing_class))
         return mapped, True
     if "text" in mapped:
         _check_text(mapped["text"], "text")
         return mapped, True
     if "messages" in mapped:
-        raw = "conversations" if "messages" not in row and "conversations" in row else "messages"
+        sources = read_sources(resolve_columns(row, preparation.columns))
+        raw = next((sources[name] for name in ("messages", "conversations") if name in sources), "messages")
+        raw = "conversations" if raw not in row and "conversations" in row else raw
         _check_turns(read_turns({raw: mapped["messages"]}, raw), raw, preparation)
         return mapped, _check_template(mapped, raw, mapped["messages"], preparation)
     prompt, completion = mapped["prompt"], mapped["completion"]
@@ -184,20 +224,6 @@ def check_row(row: Mapping[str, Any], preparation: "Preparation") -> tuple[dict[
     return mapped, _check_template(mapped, names[1], prompt + completion, preparation)
 
 
-def _check_tokens(mapped: Mapping[str, Any], num_tokens: int) -> None:
-    tokens = mapped["input_ids"]
-    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
-        raise RowError("input_ids", f"is {describe_value(tokens)}, not a list of token ids")
-    if tokens and not 0 <= min(tokens) <= max(tokens) < num_tokens:
-        wrong = min(tokens) if min(tokens) < 0 else max(tokens)
-        raise RowError("input_ids", f"has the token {wrong}, but the tokenizer's are 0 to {num_tokens - 1}")
-    for name in set(mapped) - {"input_ids"}:
-        values = mapped[name]
-        if not isinstance(values, list) or len(values) != len(tokens) or None in values:
-            length = f"{len(values)} values" if isinstance(values, list) else describe_value(values)
-            raise RowError(name, f"has {length} for {len(tokens)} tokens")
-
-
 def _check_text(value: Any, column: str) -> None:
     if not isinstance(value, str):
         raise RowError(column, f"is {describe_value(value)}, not text")
@@ -219,10 +245,12 @@ def _check_turns(turns: list[Mapping[str, Any]], column: str, preparation: "Prep
         if not isinstance(role, str):
             hint = ""
             if "from" in turn and "value" in turn:
-                hint = "; rows with `from` and `value` are read by `--columns sharegpt`"
+                hint = f"; rows with `from` and `value` are read by `--columns sharegpt{_rename(column)}`"
             raise RowError(column, f"has no role in turn {number}{hint}")
         if role not in ROLES and not _spells_out(preparation, role):
-            hint = "; rows of `human` and `gpt` are read by `--columns sharegpt`" if role in ("human", "gpt") else ""
+            hint = ""
+            if role in ("human", "gpt"):
+                hint = f"; rows of `human` and `gpt` are read by `--columns sharegpt{_rename(column)}`"
             raise RowError(column, f"has the unknown role {role!r} in turn {number}{hint}")
         content = turn.get("content")
         if isinstance(content, list):
@@ -235,6 +263,10 @@ def _check_turns(turns: list[Mapping[str, Any]], column: str, preparation: "Prep
             raise RowError(column, f"has {describe_value(content)} as the content of turn {number} ({role}), not text")
         else:
             _check_unicode(content, column)
+
+
+def _rename(column: str) -> str:
+    return "" if column == "conversations" else f" conversations={column}"
 
 
 def _spells_out(preparation: "Preparation", role: str) -> bool:

@@ -1,12 +1,14 @@
 """Raw columns as people have them, mapped to TRL's formats (`messages`, `prompt`/`completion`, `text`)."""
 
 import difflib
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from datasets import Dataset, IterableDataset
 
 from .presets import PRESETS, describe_mapped, from_conversations
+from .tokens import SIGNS
 
 
 if TYPE_CHECKING:
@@ -16,10 +18,27 @@ AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
 # Between mappings of which each set takes the first that fits; and that of rows in one of TRL's formats.
 OR, AS_IS = "or", "trl"
-EXAMPLE = "`--columns prompt=instruction completion=output`"
+EXAMPLE = "prompt=question completion=answer"
+# Of a preset whose columns have other names.
+EXAMPLES = {
+    "alpaca": "alpaca input=context output=response",
+    "sharegpt": "sharegpt conversations=items",
+    "openai": "openai messages=chat",
+}
 # Everything TRL's preparation reads; any other column is left out of it (a stray `text` beside `prompt` changes what
 # TRL does with a row).
 FORMAT_COLUMNS = ["input_ids", "labels", "messages", "conversations", "prompt", "completion", "text"]
+# What people call columns of these formats, the likelier first; also in other cases and with spaces.
+LIKELY_PAIRS = [
+    {"messages": "messages"},
+    {"prompt": "prompt", "completion": "completion"},
+    {"instruction": "instruction", "input": "context", "output": "response"},
+    *({"prompt": asked, "completion": said} for asked, said in (("question", "answer"), ("query", "response"))),
+    *({"prompt": asked, "completion": said} for asked, said in (("prompt", "response"), ("instruction", "response"))),
+    {"prompt": "input", "completion": "output"},
+    {"messages": "conversation"},
+    {"text": "text"},
+]
 EXTRA_COLUMNS = ["completion_mask", "assistant_masks", "tools", "chat_template_kwargs"]
 
 
@@ -31,15 +50,14 @@ def get_column_names(dataset: Dataset | IterableDataset) -> list[str]:
 
 
 def get_preset(columns: list[str] | None) -> str | None:
-    """The preset that a column mapping names; `None` for any other mapping and for none."""
-    return columns[0] if columns is not None and len(columns) == 1 and columns[0] in PRESETS else None
+    """The preset that a column mapping begins with; `None` for any other mapping and for none."""
+    return columns[0] if columns and columns[0] in PRESETS else None
 
 
 def read_sources(columns: list[str] | None) -> dict[str, str]:
-    """Raw column by TRL's column of a mapping `target=source`; empty for a preset and for none."""
-    if columns is None or get_preset(columns) is not None:
-        return {}
-    return {target: source for target, _, source in (item.partition("=") for item in columns)}
+    """Raw column by TRL's column, or a preset's, of a mapping's pairs `target=source`; empty where it has none."""
+    pairs = (columns or [])[1:] if get_preset(columns) is not None else columns or []
+    return {target: source for target, _, source in (item.partition("=") for item in pairs)}
 
 
 def resolve_columns(names: Iterable[str], columns: list[str] | None) -> list[str] | None:
@@ -83,23 +101,29 @@ def check_columns(columns: list[str] | None) -> None:
             these with `or` between them.
     """
     for way in _split_ways(columns):
-        if way is None or get_preset(way) is not None:
+        if way is None:
             continue
+        preset = get_preset(way)
+        known = FORMAT_COLUMNS + EXTRA_COLUMNS if preset is None else _list_preset_columns(preset)
         targets, sources = [], []
-        for item in way or [""]:
+        for item in (way or [""]) if preset is None else way[1:]:
             target, equals, source = item.partition("=")
-            if not equals or not source or target not in FORMAT_COLUMNS + EXTRA_COLUMNS:
+            if not equals or not source or target not in known:
                 close = difflib.get_close_matches(item, PRESETS, n=1)
-                hint = f"Did you mean `{close[0]}`?" if close else f"Write for example {EXAMPLE}."
+                hint = f"Did you mean `{close[0]}`?" if close else f"Write for example `--columns {EXAMPLE}`."
                 raise ValueError(
                     f"`columns` has {item!r}, which is neither a preset ({', '.join(PRESETS)}) nor `target=source` "
-                    f"with a target among {', '.join(FORMAT_COLUMNS + EXTRA_COLUMNS)}. {hint}"
+                    f"with a target among {', '.join(known)}. {hint}"
                 )
             targets.append(target)
             sources.append(source)
         for what, names in (("target", targets), ("source", sources)):
             if len(set(names)) != len(names):
                 raise ValueError(f"`columns` maps a {what} twice: {way}. Give each target one source of its own.")
+
+
+def _list_preset_columns(preset: str) -> list[str]:
+    return [*PRESETS[preset].needed, *PRESETS[preset].optional]
 
 
 def list_format_columns(names: Iterable[str]) -> list[str]:
@@ -112,6 +136,12 @@ def list_format_columns(names: Iterable[str]) -> list[str]:
     names = list(names)
     if "input_ids" in names:
         kept = ["input_ids", "labels", "completion_mask", "assistant_masks"]
+    elif "messages" in names and {"prompt", "completion"} <= set(names):
+        raise ValueError(
+            "The dataset has `messages` beside `prompt` and `completion`: TRL would train on the completions, and "
+            "which of them is meant is a guess. Say it: `--columns messages=messages`, or `--columns prompt=prompt "
+            "completion=completion`."
+        )
     elif "messages" in names or "conversations" in names:
         kept = ["messages" if "messages" in names else "conversations", "tools", "chat_template_kwargs"]
     elif "prompt" in names and "completion" in names:
@@ -125,15 +155,41 @@ def list_format_columns(names: Iterable[str]) -> list[str]:
     elif "text" in names:
         kept = ["text"]
     else:
-        pictures = (
-            " It has pictures, but only text can be trained on here." if {"image", "images"} & set(names) else ""
-        )
         raise ValueError(
-            f"The dataset's columns ({', '.join(names)}) are in none of TRL's formats. It needs `messages`, "
-            "`prompt` and `completion`, or `text`: name them with `columns`, for example "
-            f"`--columns prompt=question completion=answer`, or use a preset ({', '.join(PRESETS)}).{pictures}"
+            f"The dataset's columns ({', '.join(names)}) are in none of TRL's formats: `messages`, `prompt` and "
+            f"`completion`, or `text`. {_find_remedy(names)}"
         )
     return [name for name in kept if name in names]
+
+
+def _find_remedy(names: list[str]) -> str:
+    """What to do about columns that fit no format: the mapping that they seem to want, where there is one."""
+    spelled = {name.strip().lower(): name for name in names}
+    if {"chosen", "rejected"} & set(names):
+        return (
+            "They are pairs of preferences, and SFT trains on one answer: `--columns prompt=prompt "
+            "completion=chosen`, or `--columns messages=chosen` where `chosen` is a whole conversation."
+        )
+    if "segments" in names:
+        return (
+            "Axolotl's segments have a mask of their own, which SFT has not: give `prompt` and `completion`, or "
+            "tokens as `input_ids` and `labels`."
+        )
+    for name, preset in PRESETS.items():
+        if set(preset.needed) <= set(names):
+            return f"They are those of a preset: `--columns {name}`."
+    for way in LIKELY_PAIRS:
+        if all(old in spelled for old in way.values()):
+            named = "alpaca " if "output" in way else ""
+            pairs = " ".join(
+                shlex.quote(f"{new}={spelled[old]}") for new, old in way.items() if not named or new != old
+            )
+            return f"If it is these, say so: `--columns {named}{pairs}`."
+    pictures = " It has pictures, but only text can be trained on here." if {"image", "images"} & set(names) else ""
+    return (
+        "Name them with `columns`, for example `--columns prompt=question completion=answer`, or use a preset "
+        f"({', '.join(PRESETS)}).{pictures}"
+    )
 
 
 def list_read_columns(names: Iterable[str], columns: list[str] | None) -> list[str]:
@@ -141,9 +197,11 @@ def list_read_columns(names: Iterable[str], columns: list[str] | None) -> list[s
     names = list(names)
     columns = resolve_columns(names, columns)
     if (preset := get_preset(columns)) is not None:
-        read = {*PRESETS[preset].needed, *PRESETS[preset].optional}
+        sources = read_sources(columns)
+        read = {sources.get(name, name) for name in _list_preset_columns(preset)}
     else:
         read = set(read_sources(columns).values() or list_format_columns(names))
+        read |= set(SIGNS) if "input_ids" in read else set()
     return [name for name in names if name in read]
 
 
@@ -159,19 +217,25 @@ def check_sources(names: Iterable[str], columns: list[str] | None) -> None:
     columns = resolve_columns(names, columns)
     preset = get_preset(columns)
     sources = read_sources(columns)
-    needed = list(PRESETS[preset].needed if preset else sources.values())
+    needed = [sources.get(name, name) for name in PRESETS[preset].needed] if preset else []
+    needed += [source for source in sources.values() if source not in needed]
     missing = [name for name in needed if name not in names]
     if missing:
         raise ValueError(
             f"{f'The preset `{preset}`' if preset else f'`columns={columns}`'} needs the column(s) "
             f"{', '.join(missing)}, but the dataset has: {', '.join(names)}. Name the right columns with `columns`, "
-            "for example `--columns prompt=question completion=answer`."
+            f"for example `--columns {EXAMPLES.get(preset or '', EXAMPLE)}`."
         )
     if preset is None:
         list_format_columns(sources or names)
 
 
-def map_row(row: Mapping[str, Any], columns: list[str] | None, conversational: bool) -> dict[str, Any]:
+def read_template(processing_class: "PreTrainedTokenizerBase") -> str:
+    """The chat template of a tokenizer as text, several by name as one; empty where it has none."""
+    return str(processing_class.chat_template or "")
+
+
+def map_row(row: Mapping[str, Any], columns: list[str] | None, template: str) -> dict[str, Any]:
     """
     A raw row as the columns that TRL's preparation reads, and nothing else; a function of the row alone.
 
@@ -180,19 +244,25 @@ def map_row(row: Mapping[str, Any], columns: list[str] | None, conversational: b
             Raw values by column, which [`check_sources`] has checked.
         columns (`list[str]`, *optional*):
             As of [`apply_columns`].
-        conversational (`bool`):
-            Whether the tokenizer has a chat template.
+        template (`str`):
+            The tokenizer's chat template, as of [`read_template`]; empty where it has none.
 
     Raises:
         RowError: if a cell is not what its preset needs.
     """
     columns = resolve_columns(row, columns)
     if (preset := get_preset(columns)) is not None:
-        return PRESETS[preset].read(row, conversational)
+        return PRESETS[preset].read(name_columns(row, columns), template)
     sources = read_sources(columns)
     mapped = {target: row[source] for target, source in sources.items()} if sources else row
     kept = {name: mapped[name] for name in list_format_columns(mapped)}
     return from_conversations(kept) if "conversations" in kept else kept
+
+
+def name_columns(row: Mapping[str, Any], columns: list[str] | None) -> Mapping[str, Any]:
+    """A row of one set with the names that a preset reads beside its own."""
+    sources = read_sources(columns) if get_preset(columns) is not None else {}
+    return {**row, **{target: row[source] for target, source in sources.items()}} if sources else row
 
 
 def apply_columns(
@@ -207,8 +277,9 @@ def apply_columns(
         columns (`list[str]` or `None`):
             `None` (rows are in one of TRL's formats already), `["alpaca"]` (`instruction`, `input`, `output`),
             `["sharegpt"]` (`conversations` with `from` and `value`), `["openai"]` (`messages` with `weight`), or
-            `["prompt=instruction", "completion=output"]`. Several with `"or"` between them are for sets of different
-            formats, each of which is read by the first that fits; `"trl"` among them is for rows in TRL's formats.
+            `["prompt=instruction", "completion=output"]`; after a preset, pairs rename what it reads
+            (`["alpaca", "input=context", "output=response"]`). Several with `"or"` between them are for sets of
+            different formats, each of which is read by the first that fits; `"trl"` is for rows in TRL's formats.
         processing_class (`transformers.PreTrainedTokenizerBase`):
             Tokenizer: with a chat template the Alpaca preset gives conversational rows, without one Alpaca's own text.
 
@@ -222,12 +293,12 @@ def apply_columns(
     names = get_column_names(dataset)
     check_sources(names, columns)
     columns = resolve_columns(names, columns)
-    conversational = bool(processing_class.chat_template)
-    settings: dict[str, Any] = {"columns": columns, "conversational": conversational}
+    template = read_template(processing_class)
+    settings: dict[str, Any] = {"columns": columns, "template": template}
     if isinstance(dataset, IterableDataset):
         return dataset.map(map_row, fn_kwargs=settings, remove_columns=names)
     dataset, preset, sources = dataset.with_format(None), get_preset(columns), read_sources(columns)
-    if sources:
+    if sources and preset is None:
         dataset = dataset.select_columns(list(sources.values()))
         dataset = dataset.rename_columns({source: target for target, source in sources.items()})
     kept = dataset.column_names if preset else list_format_columns(dataset.column_names)
@@ -237,5 +308,5 @@ def apply_columns(
         map_row,
         fn_kwargs=settings | {"columns": columns if preset else None},
         remove_columns=dataset.column_names,
-        features=describe_mapped(dataset.features, preset, conversational),
+        features=describe_mapped(name_columns(dataset.features, columns if preset else None), preset, template),
     )

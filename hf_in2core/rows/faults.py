@@ -1,7 +1,9 @@
 """What is wrong with a file that cannot be read, by file and line: the readers' own words name neither."""
 
+import csv
 import json
 import lzma
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from zlib import error as ZlibError
@@ -75,7 +77,10 @@ def _find_fault_of_line(file: Path, number: int, line: str) -> str | None:
         return None
     shown = line.strip() if len(line.strip()) <= SHOWN_LENGTH else line.strip()[:SHOWN_LENGTH] + "…"
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_refuse_twins)
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return f"`{file}`, line {number} has half a character (a lone surrogate): {shown} Mend or remove the line."
     except ValueError as error:
         reason = (
             f"is no JSON ({error.msg}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else error
@@ -84,6 +89,15 @@ def _find_fault_of_line(file: Path, number: int, line: str) -> str | None:
     if isinstance(row, dict):
         return None
     return f"`{file}`, line {number} is no JSON object: {shown} Each line is to be one, with the columns as its keys."
+
+
+def _refuse_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of JSON, with no key twice."""
+    keys = [key for key, _ in pairs]
+    twin = next((key for key in keys if keys.count(key) > 1), None)
+    if twin is not None:
+        raise ValueError(f"has the key `{twin}` twice in one object")
+    return dict(pairs)
 
 
 def _find_fault_of_list(file: Path, text: str) -> str | None:
@@ -115,3 +129,34 @@ def find_other_separator(file: Path, header: list[str], separator: str) -> str |
         f"of a {'.tsv' if separator != ',' else '.csv'} file are to be by {SEPARATORS[separator]}. Save it with "
         f"those, or {remedy}."
     )
+
+
+def find_uneven_line(file: Path, separator: str) -> str | None:
+    """
+    What is wrong with a CSV or TSV file of which a line has more or fewer cells than the header.
+
+    The reader shifts the cells of a longer one by a column, and leaves those of a shorter one blank, without a word.
+
+    Args:
+        file (`Path`): The file, packed or not.
+        separator (`str`): What its cells are apart by.
+    """
+    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    try:
+        with fsspec.open(str(file), "rt", encoding="utf-8-sig", newline="", compression="infer") as opened:
+            lines = csv.reader(opened, delimiter=separator)
+            width = len(next(lines, []))
+            end = lines.line_num
+            for cells in lines:
+                if len(cells) not in (0, width):
+                    return (
+                        f"`{file}`, line {end + 1} has {len(cells)} cells, and the header {width}: which cell belongs "
+                        "to which column is a guess. Write cells with commas, quotes or line ends in them in double "
+                        "quotes, or save the rows as JSON lines."
+                    )
+                end = lines.line_num
+    except csv.Error:
+        return None  # the reader's own words
+    finally:
+        csv.field_size_limit(limit)
+    return None

@@ -68,17 +68,3 @@ def compare_masks(pool: "CheckedRows", others: Iterable["CheckedRows"], is_chose
                 "use `assistant_only_loss`."
             )
     return said
-
-
-def say_silent_turns(checked: "CheckedRows") -> str:
-    """What to know of turns with `weight` 0 that carry loss; empty where there are none."""
-    if not checked.silent_turns:
-        return ""
-    return (
-        f"{checked.silent_turns} assistant turns of the {checked.what} have `weight` 0, but carry loss all the same: "
-        + (
-            "they stand after a turn that is trained on, and SFT has no mask for a single turn."
-            if checked.format == "prompt/completion"
-            else "SFT does not read `weight`. The preset `--columns openai` does, where SFT has a mask for it."
-        )
-    )

@@ -18,7 +18,7 @@ from hf_in2core.engine.batches import read_token_rows
 from hf_in2core.names import POOL
 
 from .checks import CheckedRows, check_row, check_rows, describe_kind, refuse_bad_rows
-from .columns import apply_columns, check_sources, get_column_names, list_read_columns, map_row
+from .columns import apply_columns, check_sources, get_column_names, list_read_columns, map_row, read_template
 from .presets import RowError
 
 
@@ -97,9 +97,23 @@ class Preparation:
                 f"`assistant_only_loss=True` needs conversations, but the rows have the columns {', '.join(first)}. "
                 "Use `completion_only_loss` on `prompt`/`completion` rows, or leave it unset."
             )
+        if args.completion_only_loss and "input_ids" in first and not {"labels", "completion_mask"} & set(first):
+            raise ValueError(
+                "`completion_only_loss=True` does nothing on rows of `input_ids` alone: nothing in them says where a "
+                "completion begins, and TRL would train on every token. Give `labels` or a `completion_mask` beside "
+                "them, or leave `completion_only_loss` unset."
+            )
         chat_template = None
         if args.assistant_only_loss and not has_generation_markers(processing_class.chat_template):
-            chat_template = get_training_chat_template(processing_class)
+            try:
+                chat_template = get_training_chat_template(processing_class)
+            except ValueError as error:
+                raise ValueError(
+                    "`assistant_only_loss=True` needs a chat template that marks what the assistant says, and this "
+                    "one neither does nor is one of those that TRL knows how to mark. Put `{% generation %}` and "
+                    "`{% endgeneration %}` around the assistant's turns, their end included, and give the template by "
+                    "`chat_template_path`; or give `prompt` and `completion`, whose loss is on completions."
+                ) from error
         return cls(
             processing_class=processing_class,
             columns=columns,
@@ -129,7 +143,7 @@ def find_first_row(
     first: dict[str, Any] | None = None
     for row in dataset.with_format(None).select_columns(list_read_columns(names, columns)):
         try:
-            mapped = map_row(row, columns, bool(processing_class.chat_template))
+            mapped = map_row(row, columns, read_template(processing_class))
         except RowError:
             continue
         first = mapped if first is None else first

@@ -1,6 +1,7 @@
 """Rows of known formats as the columns that TRL's preparation reads; each a function of the row alone."""
 
 import datetime
+import decimal
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -21,9 +22,10 @@ ALPACA_WITHOUT_INPUT = (
 SPEAKERS = {
     **{"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"},
     **{"chatgpt": "assistant", "model": "assistant", "observation": "tool", "tool": "tool"},
-    # What the assistant says is the call, as text.
     "function_call": "assistant",
 }
+# How a turn says that it is not trained on: OpenAI's key, Axolotl's two, ms-swift's and torchtune's.
+MARKS = {"weight": False, "train": False, "training": False, "loss": False, "masked": True}
 # A turn may say what it has to say in these instead of `content`.
 OTHER_CONTENTS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal")
 TURNS = List({"role": Value("string"), "content": Value("string")})
@@ -52,6 +54,8 @@ def describe_value(value: Any) -> str:
         ((int, float), f"a number ({shown})"),
         ((datetime.date, datetime.time), f"a date ({value})"),
         (str, f"text ({shown})"),
+        ((bytes, bytearray), "bytes"),
+        (decimal.Decimal, f"a decimal number ({value})"),
         (list, "a list"),
         (Mapping, "an object"),
     )
@@ -73,7 +77,7 @@ def read_text(row: Mapping[str, Any], column: str, optional: bool = False) -> st
     raise RowError(column, f"is {describe_value(value)}, not text")
 
 
-def from_alpaca(row: Mapping[str, Any], conversational: bool) -> dict[str, Any]:
+def from_alpaca(row: Mapping[str, Any], template: str) -> dict[str, Any]:
     """
     `instruction`, `input` and `output`, with LLaMA-Factory's `system`, `history` and `tools`.
 
@@ -84,7 +88,7 @@ def from_alpaca(row: Mapping[str, Any], conversational: bool) -> dict[str, Any]:
     history = row.get("history") or []
     if not isinstance(history, list) or not all(_is_exchange(exchange) for exchange in history):
         raise RowError("history", "is no list of pairs of texts")
-    if conversational:
+    if template:
         turns = [{"role": "system", "content": system}] if system.strip() else []
         for question, answer in history:
             turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -110,8 +114,13 @@ def take_tools(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"tools": None if isinstance(tools, str) and not tools.strip() else tools}
 
 
-def from_sharegpt(row: Mapping[str, Any], conversational: bool = True) -> dict[str, Any]:
-    """`conversations` with `from` and `value` (or `role` and `content`), with LLaMA-Factory's `system` and `tools`."""
+def from_sharegpt(row: Mapping[str, Any], template: str) -> dict[str, Any]:
+    """
+    `conversations` with `from` and `value` (or `role` and `content`), with LLaMA-Factory's `system` and `tools`.
+
+    What `function_call` says becomes tool calls, which a chat template writes in its own form, as it does in
+    LLaMA-Factory; where the template knows none, it stays the assistant's text.
+    """
     messages = []
     for number, turn in enumerate(read_turns(row, "conversations")):
         speaker = turn.get("from") if turn.get("from") is not None else turn.get("role")
@@ -123,11 +132,33 @@ def from_sharegpt(row: Mapping[str, Any], conversational: bool = True) -> dict[s
             )
         if not isinstance(said, str):
             raise RowError("conversations", f"has {describe_value(said)} as the text of turn {number}")
-        messages.append({"role": role, "content": said})
+        calls = _read_calls(said) if speaker == "function_call" and _writes_calls(template) else []
+        messages.append(
+            {"role": role, "content": "", "tool_calls": calls} if calls else {"role": role, "content": said}
+        )
     system = read_text(row, "system", optional=True)
     if system.strip() and not (messages and messages[0]["role"] == "system"):
         messages.insert(0, {"role": "system", "content": system})
     return {"messages": messages, **take_tools(row)}
+
+
+def _writes_calls(template: str) -> bool:
+    return "tool_calls" in template
+
+
+def _read_calls(text: str) -> list[dict[str, Any]]:
+    """The calls that a text is, one or a list of them; none where it is anything else."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return []
+    calls = found if isinstance(found, list) else [found]
+    if not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
+        return []
+    return [
+        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
+        for call in calls
+    ]
 
 
 def read_turns(row: Mapping[str, Any], column: str) -> list[Mapping[str, Any]]:
@@ -144,30 +175,72 @@ def read_turns(row: Mapping[str, Any], column: str) -> list[Mapping[str, Any]]:
                 raise RowError(column, f"has {describe_value(turn)} as turn {number}, not an object with a role")
         return turns
     if isinstance(turns, str) and turns.lstrip()[:1] in ("[", "{"):
+        kind, parser = ("JSON", "json.loads") if _is_json(turns) else ("a list of Python's", "ast.literal_eval")
         raise RowError(
             column,
-            "is JSON as text, not a list of turns; parse it first: "
-            f'`dataset.map(lambda row: {{"{column}": json.loads(row["{column}"])}})`',
+            f"is {kind} as text, not a list of turns; parse it first: "
+            f'`dataset.map(lambda row: {{"{column}": {parser}(row["{column}"])}})`',
         )
     raise RowError(column, f"is {describe_value(turns)}, not a list of turns")
 
 
-def from_openai(row: Mapping[str, Any], conversational: bool = True) -> dict[str, Any]:
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def from_openai(row: Mapping[str, Any], template: str = "") -> dict[str, Any]:
     """
     `messages` of OpenAI's fine-tuning files: the completion begins with the first assistant turn that is trained on.
 
-    A turn of `weight` 0 before it carries no loss with the prompt. One after it can only be masked with the others of
-    the completion; see [`count_silent_turns`]. A row in which no turn is trained on has an empty completion.
+    A turn of `weight` 0 (or another of [`MARKS`]) before it carries no loss with the prompt. One after it can only be
+    masked with the others of the completion; see [`doubts.Doubts`]. A row in which no turn is trained on has an empty
+    completion. Arguments of tool calls, JSON as text in these files, become the objects that chat templates expect.
     """
-    turns = [{key: value for key, value in turn.items() if key != "weight"} for turn in read_turns(row, "messages")]
-    trained = [number for number, turn in enumerate(row["messages"]) if _is_answer(turn) and not _is_silent(turn)]
+    if row.get("functions"):
+        raise RowError(
+            "functions", 'is the older form of `tools`, which is not read; write {"type": "function", "function": …}'
+        )
+    given = read_turns(row, "messages")
+    turns = [_parse_calls(turn, number) for number, turn in enumerate(given)]
+    trained = [number for number, turn in enumerate(given) if _is_trained(turn)]
     start = trained[0] if trained else len(turns)
     if start == 0 and turns:
         raise RowError("messages", "begins with an assistant turn that is trained on, so that nothing is its prompt")
     return {"prompt": turns[:start], "completion": turns[start:], **take_tools(row)}
 
 
-def from_conversations(row: Mapping[str, Any], conversational: bool = True) -> dict[str, Any]:
+def _parse_calls(turn: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A turn of OpenAI's without its mark, and with the arguments of its calls as objects."""
+    if turn.get("function_call"):
+        raise RowError(
+            "messages", f"has a `function_call` in turn {number}, the older form of `tool_calls`; write those"
+        )
+    kept = {key: value for key, value in turn.items() if key not in MARKS}
+    calls = kept.get("tool_calls")
+    if not isinstance(calls, list):
+        return kept
+    parsed = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
+            text = function["arguments"]
+            try:
+                arguments = json.loads(text) if text.strip() else {}
+            except ValueError:
+                raise RowError(
+                    "messages",
+                    f"has arguments of a tool call in turn {number} that are no JSON: {describe_value(text)}",
+                ) from None
+            call = {**call, "function": {**function, "arguments": arguments}}
+        parsed.append(call)
+    return {**kept, "tool_calls": parsed}
+
+
+def from_conversations(row: Mapping[str, Any], template: str = "") -> dict[str, Any]:
     """`conversations` without a preset: the keys `from` and `value` renamed, as TRL does, and no role changed."""
     names = {"from": "role", "value": "content"}
     turns = [{names.get(key, key): value for key, value in turn.items()} for turn in read_turns(row, "conversations")]
@@ -175,31 +248,24 @@ def from_conversations(row: Mapping[str, Any], conversational: bool = True) -> d
     return {"messages": turns, **kept}
 
 
-def count_silent_turns(row: Mapping[str, Any], columns: list[str] | None) -> int:
-    """Assistant turns with `weight` 0 that carry loss all the same, because SFT has no mask for them."""
-    turns = row.get("messages")
-    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        return 0
-    silent = [number for number, turn in enumerate(turns) if _is_answer(turn) and _is_silent(turn)]
-    if columns != ["openai"]:
-        return len(silent)
-    trained = [number for number, turn in enumerate(turns) if _is_answer(turn) and not _is_silent(turn)]
-    return sum(number > trained[0] for number in silent) if trained else 0
+def find_silent_mark(turn: Mapping[str, Any]) -> str | None:
+    """How a turn says that it is not trained on, in words; `None` where it does not."""
+    for key, silent in MARKS.items():
+        value = turn.get(key)
+        if isinstance(value, bool | int | float) and bool(value) is silent:
+            shown = "0" if key == "weight" else str(silent).lower()
+            return f"`{key}` {shown}"
+    return None
 
 
-def _is_answer(turn: Mapping[str, Any]) -> bool:
-    return turn.get("role") == "assistant"
-
-
-def _is_silent(turn: Mapping[str, Any]) -> bool:
-    weight = turn.get("weight")
-    return weight is not None and weight == 0
+def _is_trained(turn: Mapping[str, Any]) -> bool:
+    return turn.get("role") == "assistant" and find_silent_mark(turn) is None
 
 
 class Preset(NamedTuple):
-    """How a known format is read, by `read(row, conversational)`: the columns that it needs, and that it may have."""
+    """How a known format is read, by `read(row, template)`: the columns that it needs, and that it may have."""
 
-    read: Callable[[Mapping[str, Any], bool], dict[str, Any]]
+    read: Callable[[Mapping[str, Any], str], dict[str, Any]]
     needed: tuple[str, ...]
     optional: tuple[str, ...]
 
@@ -207,11 +273,11 @@ class Preset(NamedTuple):
 PRESETS = {
     "alpaca": Preset(from_alpaca, ("instruction", "output"), ("input", "system", "history", "tools")),
     "sharegpt": Preset(from_sharegpt, ("conversations",), ("system", "tools")),
-    "openai": Preset(from_openai, ("messages",), ("tools",)),
+    "openai": Preset(from_openai, ("messages",), ("tools", "functions")),
 }
 
 
-def describe_mapped(features: Mapping[str, Any], preset: str | None, conversational: bool) -> Features:
+def describe_mapped(features: Mapping[str, Any], preset: str | None, template: str) -> Features:
     """
     The types of what a preset makes of rows (`None`: of `conversations`), so that none is inferred from some rows.
 
@@ -220,13 +286,15 @@ def describe_mapped(features: Mapping[str, Any], preset: str | None, conversatio
     kept = {name: features[name] for name in ("tools", "chat_template_kwargs") if name in features}
     tools = {name: value for name, value in kept.items() if name == "tools"}
     if preset == "alpaca":
-        if not conversational:
+        if not template:
             return Features({"prompt": Value("string"), "completion": Value("string")})
         return Features({"prompt": TURNS, "completion": TURNS, **tools})
     if preset == "sharegpt":
-        return Features({"messages": TURNS, **tools})
+        return Features({"messages": List(Json()) if _writes_calls(template) else TURNS, **tools})
     if preset == "openai":
-        turns = _describe_turns(features["messages"], lambda key: None if key == "weight" else key)
+        turns = _describe_turns(features["messages"], lambda key: None if key in MARKS else key)
+        if isinstance(turns.feature, Mapping) and "tool_calls" in turns.feature:
+            turns = List({**turns.feature, "tool_calls": List(Json())})
         return Features({"prompt": turns, "completion": turns, **tools})
     names = {"from": "role", "value": "content"}
     return Features({"messages": _describe_turns(features["conversations"], lambda key: names.get(key, key)), **kept})

@@ -8,12 +8,23 @@ from typing import Any
 
 import fsspec
 import pandas
-from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    List,
+    ReadInstruction,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 
 from hf_in2core.names import VALIDATION
 
 from .columns import check_sources
-from .faults import find_fault, find_other_separator
+from .faults import find_fault, find_other_separator, find_uneven_line
 from .places import describe_missing, is_hub_id
 
 
@@ -41,6 +52,10 @@ MISSING = (
 NAMED_SOURCE = re.compile(r"([A-Za-z][\w.-]*)=(.+)", re.DOTALL)
 # A colon that is not inside the brackets of a slice such as `train[:10%]`.
 COLON = re.compile(r":(?![^\[]*\])")
+# A part of a split, or several.
+PART = re.compile(r"[\[+]")
+# Where a folder's README says which files are which split.
+DECLARED_SPLITS = re.compile(r"\A---\n(?:.*\n)*?configs:")
 
 
 def load_rows(
@@ -53,8 +68,9 @@ def load_rows(
         source (`str`):
             Hub id (`user/name`, `user/name:split`, `user/name:config:split`), a folder (of `save_to_disk`, or one that
             `load_dataset` reads, such as one of parts; `folder:split`), or a `.jsonl`, `.ndjson`, `.json`, `.csv`,
-            `.tsv` or `.parquet` file, those of text also compressed. A split may be sliced:
-            `user/name:train[:1000]`. Without a split: `train`, or the only one there is.
+            `.tsv` or `.parquet` file, those of text also compressed. A split may be sliced and joined to others:
+            `user/name:train[:1000]`, `folder:train+test`. Without a split: `train`, or the only one there is; a folder
+            of which a file would be in no split is refused.
         what (`str`, *optional*, defaults to `"dataset"`):
             What the rows are for, named in errors.
         revision (`str`, *optional*):
@@ -117,8 +133,30 @@ def _explain(source: str, reason: str) -> str:
     path, _ = _split_local(source)
     if path is None:
         return f"{describe_missing(COLON.split(source)[0])} As a Hub id: {reason}"
-    fault = find_fault(_list_parts(path) if path.is_dir() else [path])
+    parts = _list_parts(path) if path.is_dir() else [path]
+    fault = find_fault(parts)
+    if fault is None and "column names don't match" in reason:
+        fault = _compare_columns(parts)
     return fault or f"{reason} Give a Hub id with an optional `:split`, a folder, or a {ACCEPTED}."
+
+
+def _compare_columns(parts: list[Path]) -> str | None:
+    """Which of some files has other columns than the first; `None` where none has."""
+    columns = {part.name: ", ".join(_read_header(part)) for part in parts}
+    first = parts[0].name
+    other = next((name for name, told in columns.items() if told != columns[first]), None)
+    return other and (
+        f"its files have different columns: {first} has {columns[first]}, and {other} has {columns[other]}. Give all "
+        "of them the same, null where there is nothing, or take out those that are no rows of this set."
+    )
+
+
+def _read_header(file: Path) -> list[str]:
+    """The columns of the first row of a file."""
+    builder = _get_format(file)
+    assert builder is not None
+    separator = {"sep": "\t"} if ".tsv" in file.name.lower() else {}
+    return sorted(next(iter(load_dataset(builder, data_files=str(file), split="train", streaming=True, **separator))))
 
 
 def _split_local(source: str) -> tuple[Path | None, str | None]:
@@ -132,6 +170,8 @@ def _split_local(source: str) -> tuple[Path | None, str | None]:
         return path, parts[1]
     if len(parts) == 2 and path.is_file():
         raise _SourceError(f"it is a file, which has no splits. Leave out `:{parts[1]}`.")
+    if "*" in source:
+        raise _SourceError("patterns of names are not expanded. Give a folder: every file of rows in it is read.")
     if _get_format(path) is not None or not is_hub_id(parts[0]):
         raise FileNotFoundError(f"{describe_missing(parts[0])} It is no Hub id either.")
     return None, None
@@ -140,9 +180,11 @@ def _split_local(source: str) -> tuple[Path | None, str | None]:
 def _get_format(path: Path) -> str | None:
     """The builder that reads a file, by its ending; `None` where none does."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSED:
+    packed = bool(suffixes) and suffixes[-1] in COMPRESSED
+    if packed:
         suffixes.pop()
-    return FILE_FORMATS.get(suffixes[-1]) if suffixes else None
+    found = FILE_FORMATS.get(suffixes[-1]) if suffixes else None
+    return None if packed and found == "parquet" else found
 
 
 def _load_local(path: Path, split: str | None, texts: set[str]) -> Dataset:
@@ -159,6 +201,11 @@ def _load_local(path: Path, split: str | None, texts: set[str]) -> Dataset:
             return loaded
         loaded.data.validate(full=True)  # Arrow reads bytes that are no text without a word
         return _keep_texts(loaded, [path], texts)
+    return _load_folder(path, split, texts)
+
+
+def _load_folder(path: Path, split: str | None, texts: set[str]) -> Dataset:
+    """A folder of `save_to_disk`, or one of files."""
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = load_from_disk(str(path))
         if isinstance(saved, DatasetDict):
@@ -171,9 +218,11 @@ def _load_local(path: Path, split: str | None, texts: set[str]) -> Dataset:
         raise _SourceError("the folder has no files in it. Give one with rows, or a file.")
     builders = {_get_format(part) for part in parts}
     options = _get_options("csv", parts, texts) if builders == {"csv"} else {}
-    if split is not None and "[" in split:
+    if split is not None and PART.search(split):
         return load_dataset(str(path), split=split, **options)
     splits = load_dataset(str(path), **options)
+    if split is None:
+        _refuse_left_out(path, parts, options)
     loaded = _take_split(splits, split)
     if builders != {"json"} or not _find_dates(loaded, texts):
         return loaded
@@ -185,9 +234,29 @@ def _load_local(path: Path, split: str | None, texts: set[str]) -> Dataset:
     return _keep_texts(ordered, parts, texts)
 
 
+def _refuse_left_out(folder: Path, parts: list[Path], options: dict[str, Any]) -> None:
+    """Refuse a folder of which `load_dataset` leaves out files: it takes those named after splits, of one format."""
+    readme = folder / "README.md"
+    if readme.is_file() and DECLARED_SPLITS.match(readme.read_text(encoding="utf-8", errors="replace")):
+        return
+    files = load_dataset_builder(str(folder), **options).config.data_files
+    read = {name: [Path(file) for file in listed] for name, listed in files.items()}
+    known = {file.resolve() for listed in read.values() for file in listed}
+    left = [str(part.relative_to(folder)) for part in parts if part.resolve() not in known]
+    if left:
+        splits = ", ".join(f"`{name}` ({listed[0].name})" for name, listed in read.items())
+        raise _SourceError(
+            f"its files would be read as {splits}, by their names and the commonest format, and of "
+            f"{', '.join(left[:3])}{' and others' if len(left) > 3 else ''} nothing would be read. Give the file that "
+            "is meant, or a folder with the files of this set alone, in one format and named like part-0.jsonl. Where "
+            f"one of those splits is meant, name it, such as `{folder}:{next(iter(read))}`."
+        )
+
+
 def _list_parts(folder: Path) -> list[Path]:
-    """The files of rows in a folder and those below it, in our order."""
-    return sorted(part for part in folder.rglob("*") if part.is_file() and _get_format(part) is not None)
+    """The files of rows in a folder and those below it, in our order; hidden ones are none."""
+    files = (part for part in folder.rglob("*") if part.is_file() and _get_format(part) is not None)
+    return sorted(part for part in files if not re.search(r"(^|/)(\.|__)", part.relative_to(folder).as_posix()))
 
 
 def _get_options(builder: str, files: list[Path], texts: set[str]) -> dict[str, Any]:
@@ -198,7 +267,7 @@ def _get_options(builder: str, files: list[Path], texts: set[str]) -> dict[str, 
     names = set()
     for file in files:
         header = [str(name) for name in pandas.read_csv(file, sep=separator, nrows=0).columns]
-        if told := find_other_separator(file, header, separator):
+        if told := find_other_separator(file, header, separator) or find_uneven_line(file, separator):
             raise _SourceError(told)
         names |= set(header)
     return {
@@ -245,6 +314,13 @@ def _read_json(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _take_split(splits: DatasetDict, split: str | None) -> Dataset:
+    if split is not None and PART.search(split):
+        rows = {name: len(found) for name, found in splits.items()}
+        try:
+            parts = ReadInstruction.from_spec(split).to_absolute(rows)
+        except ValueError as error:  # an unknown split, or one that is cut outside of its rows
+            raise _SourceError(f"{str(error).rstrip('.')}.") from error
+        return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
     name = split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
     if name not in splits:
         raise _SourceError(

@@ -62,6 +62,19 @@ def share(rows: Rows) -> Rows:
     ]
 
 
+def rename(rows: Rows) -> Rows:
+    return [{"instruction": row["prompt"], "context": "", "response": row["completion"]} for row in rows]
+
+
+def call_in_text(rows: Rows) -> Rows:
+    call = {"from": "function_call", "value": json.dumps({"name": "f", "arguments": {"a": 1}})}
+    made = share(rows)
+    return [
+        {"items": [row["conversations"][0], call, {"from": "observation", "value": "ok"}, row["conversations"][1]]}
+        for row in made
+    ]
+
+
 def write_openai(folder: Path, name: str, rows: Rows) -> str:
     made = [{"messages": [*make_turns(row, weight=0), *make_turns(row)]} for row in rows]
     path = folder / f"{name}.jsonl.gz"
@@ -95,6 +108,11 @@ GOOD: dict[str, tuple[Callable[[Path, str, Rows], str], dict[str, Any]]] = {
     "parts": (as_lines(use_parts, ".JSONL"), {}),
     "alpaca as CSV": (write_alpaca, {"columns": ["alpaca"]}),
     "ShareGPT": (as_lines(share), {"columns": ["sharegpt"]}),
+    "Dolly": (as_lines(rename), {"columns": ["alpaca", "input=context", "output=response"]}),
+    "calls in ShareGPT": (
+        as_lines(call_in_text),
+        {"columns": ["sharegpt", "conversations=items"], "assistant_only_loss": True},
+    ),
     "OpenAI, packed": (write_openai, {"columns": ["openai"], "assistant_only_loss": True}),
     "rows without an answer": (as_lines(leave_some_unanswered, ".ndjson"), {"assistant_only_loss": True}),
     "a folder of splits": (write_splits, {}),
@@ -192,3 +210,16 @@ def test_sets_that_cannot_be_masked_alike_are_refused(inputs: Inputs, tmp_path: 
     assert not (tmp_path / "run").exists()
     start(inputs, tmp_path, write, "--completion_only_loss", "false")
     assert read_results(tmp_path)["complete"]
+
+
+def test_what_sft_takes_without_a_word_is_told_before_any_work(inputs: Inputs, tmp_path: Path, capsys: Any) -> None:
+    """Axolotl's marks on turns, in pool, validation and test set."""
+    turns = as_lines(lambda rows: [{"messages": [*make_turns(row, train=False), *make_turns(row)]} for row in rows])
+    start(inputs, tmp_path, turns, "--dry_run", assistant_only_loss=True)
+    told = capsys.readouterr().err
+    for what, count in (("pool", 24), ("validation my-set set", 5), ("test set", 6)):
+        assert f"{count} assistant turns of the {what} have `train` false, but carry loss" in told
+    assert not list((tmp_path / "run").glob("*"))
+    pictures = as_lines(lambda rows: [row | {"image": "a.png"} for row in rows])
+    with pytest.raises(ValueError, match=r"24 of 24 rows of the pool:\n  - row 0 .*: `image` is not empty"):
+        start(inputs, tmp_path, pictures)

@@ -100,6 +100,7 @@ def test_a_bad_row_is_named(name: str, tmp_path: Path) -> None:
         ([True, False], r"`completion` is a truth value \(True\)"),
         ([datetime.date(2024, 5, 1)] * 2, r"`completion` is a date \(2024-05-01\)"),
         ([{"a": 1}] * 2, "`completion` is an object"),
+        ([b"a"] * 2, "`completion` is bytes"),
     ],
 )
 def test_cells_of_another_type(values: list[Any], reason: str, tmp_path: Path) -> None:
@@ -113,6 +114,27 @@ def test_conversations_as_json_text_say_how_to_parse_them(tmp_path: Path) -> Non
     rows = Dataset.from_list([{"messages": json.dumps(GOOD["messages"])}] * 2)
     with pytest.raises(ValueError, match=r"JSON as text.*json\.loads"):
         make_trainer(tmp_path, rows, rows)
+    rows = Dataset.from_list([{"messages": str(GOOD["messages"])}] * 2)
+    with pytest.raises(ValueError, match=r"list of Python's as text.*ast\.literal_eval"):
+        make_trainer(tmp_path, rows, rows)
+
+
+def test_rows_seen_through_a_transform_are_refused(tmp_path: Path) -> None:
+    rows = Dataset.from_list([PLAIN] * 2)
+    seen = rows.with_transform(lambda batch: {name: [text.upper() for text in batch[name]] for name in PLAIN})
+    for sets in ((seen, rows), (rows, seen)):
+        with pytest.raises(ValueError, match=r"(pool|validation set) is seen through a transform .*\.map"):
+            make_trainer(tmp_path, *sets)
+    # Whatever else a format does, it changes no row.
+    make_trainer(tmp_path, rows.with_format("numpy"), rows.with_format(None, columns=["prompt"]))
+
+
+def test_a_template_without_marks_says_what_to_do(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    rows = Dataset.from_list([GOOD])
+    with pytest.raises(ValueError, match=r"marks what the assistant says.*generation.*chat_template_path"):
+        make_trainer(tmp_path, rows, rows, tokenizer=tokenizer, assistant_only_loss=True)
 
 
 def test_the_first_five_are_named_and_all_counted(tmp_path: Path) -> None:
@@ -206,7 +228,7 @@ def test_half_characters_and_damaged_pictures_in_a_stream(tmp_path: Path) -> Non
     batch: dict[str, list] = {
         "prompt": ["the", "cat \ud800", "a"],
         "completion": [" sat"] * 3,
-        "image": [b"no picture"] * 3,
+        "photo": [b"no picture"] * 3,
     }
     assert np.isnan(scorer(batch)["influence"]).tolist() == [False, True, False]
 

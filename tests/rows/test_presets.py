@@ -10,7 +10,7 @@ from helpers import CHAT_TEMPLATE, make_tokenizer, make_trainer
 
 from hf_in2core.rows.checks import check_rows
 from hf_in2core.rows.columns import apply_columns, check_columns, map_row
-from hf_in2core.rows.masks import say_silent_turns
+from hf_in2core.rows.doubts import say_doubts
 from hf_in2core.rows.preparation import Preparation, prepare_batch
 from hf_in2core.rows.presets import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 from hf_in2core.rows.sources import load_rows
@@ -92,6 +92,28 @@ def test_sharegpt_speakers_system_and_tools() -> None:
     assert map_all(own, "sharegpt")[0]["messages"][0]["content"] == "y"
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_sharegpt_calls_are_written_as_the_template_writes_them(many: bool) -> None:
+    """As in LLaMA-Factory; where a template knows no calls they are the assistant's text, and so is what is none."""
+    call = {"name": "look", "arguments": {"at": "it"}}
+    row = {
+        "conversations": [
+            {"from": "human", "value": "a?"},
+            {"from": "function_call", "value": json.dumps([call, call] if many else call)},
+            {"from": "observation", "value": "b"},
+            {"from": "function_call", "value": "no call"},
+        ]
+    }
+    tokenizer = make_chat_tokenizer()
+    text = map_all([row], "sharegpt", tokenizer)[0]["messages"]
+    assert text[1] == {"role": "assistant", "content": row["conversations"][1]["value"]}
+    tokenizer.chat_template += "{{ messages[1].tool_calls }}"
+    asked, called, seen, said = map_all([row], "sharegpt", tokenizer)[0]["messages"]
+    assert [turn["function"] for turn in called["tool_calls"]] == [call] * (2 if many else 1)
+    assert called["role"] == "assistant" and not called["content"] and "tool_calls" not in asked | seen | said
+    assert said == {"role": "assistant", "content": "no call"}
+
+
 def make_turns(*weights: int | None) -> list[dict[str, Any]]:
     turns = []
     for number, weight in enumerate(weights):
@@ -125,7 +147,7 @@ def test_openai_turns_of_no_weight_carry_no_loss(weights: list[int | None], trai
     assert text == "".join(f"{answer}</s>" for answer in trained)
     assert refused == ({} if trained else {0: "no token of it carries loss"})
     checked = check_rows(Dataset.from_list(rows), preparation, "pool")
-    assert checked.silent_turns == left and bool(say_silent_turns(checked)) == bool(left)
+    assert checked.doubts.silent_turns == left and bool(say_doubts(checked)) == bool(left)
 
 
 def test_a_weight_without_the_preset_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -170,6 +192,42 @@ def test_extra_keys_of_turns_stay_apart(tmp_path: Path) -> None:
     assert row["messages"][1] == {"role": "assistant", "content": "b", "name": "x"}
 
 
+@pytest.mark.parametrize(
+    ("preset", "names", "row"),
+    [
+        (
+            "alpaca",
+            {"input": "context", "output": "response"},
+            {"instruction": "do", "input": "it", "output": "done", "system": "Be kind."},
+        ),
+        ("sharegpt", {"conversations": "items"}, {"conversations": [{"from": "human", "value": "a"}], "system": "s"}),
+        ("openai", {"messages": "chat"}, {"messages": make_turns(0, 1, 0)}),
+    ],
+)
+def test_a_preset_reads_columns_of_other_names(preset: str, names: dict[str, str], row: dict[str, Any]) -> None:
+    """As it reads its own, in a set, in a batch, and in what is counted and named."""
+    tokenizer = make_chat_tokenizer()
+    renamed = {names.get(name, name): value for name, value in row.items()} | {
+        "input" if preset != "alpaca" else "x": 3
+    }
+    columns = [preset, *(f"{new}={old}" for new, old in names.items())]
+    (expected,) = map_all([row], preset, tokenizer)
+    rows = Dataset.from_list([renamed])
+    assert apply_columns(rows, columns, tokenizer).to_list() == [expected]
+    assert list(apply_columns(rows.to_iterable_dataset(), columns, tokenizer)) == [expected]
+    settings: dict[str, Any] = {"completion_only_loss": True, "assistant_only_loss": True}
+    checked = check_rows(rows, Preparation(tokenizer, columns, **settings), "pool")
+    own = check_rows(Dataset.from_list([row]), Preparation(tokenizer, [preset], **settings), "pool")
+    assert checked.doubts == own.doubts and checked.hashes == own.hashes
+    source = next(iter(names.values()))
+    (bad,) = check_rows(Dataset.from_list([renamed | {source: 3}]), Preparation(tokenizer, columns), "pool").bad
+    assert bad.column == source
+    with pytest.raises(ValueError, match=f"needs the column.s. .*{source}, but"):
+        check_rows(Dataset.from_list([row]), Preparation(tokenizer, columns), "pool")
+    with pytest.raises(ValueError, match="with a target among .*, system|with a target among messages"):
+        check_columns([preset, "completion=x"])
+
+
 def test_sets_of_different_formats(tokenizer) -> None:
     """Each set is read by the first of several ways that its columns fit, and as it would be by that one alone."""
     both = ["alpaca", "or", "prompt=question", "completion=answer", "or", "trl"]
@@ -182,7 +240,7 @@ def test_sets_of_different_formats(tokenizer) -> None:
         rows = Dataset.from_list([row] * 3)
         expected = apply_columns(rows, None if alone is None else list(alone), tokenizer)
         assert apply_columns(rows, both, tokenizer).to_list() == expected.to_list()
-        assert map_row(row, both, conversational=False) == expected[0]
+        assert map_row(row, both, template="") == expected[0]
     with pytest.raises(ValueError, match=r"columns \(q, a\) fit none of `--columns alpaca or .* or trl`"):
         apply_columns(Dataset.from_list([{"q": "a", "a": "b"}]), both, tokenizer)
     with pytest.raises(ValueError, match="Did you mean `sharegpt`"):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
+from hf_in2core.rows.columns import check_sources
 from hf_in2core.rows.hashes import find_shared_rows, hash_rows
 from hf_in2core.rows.sources import find_hub_id, load_rows, parse_named_sources
 
@@ -225,3 +226,102 @@ def test_hash_of_conversations_ignores_fields_that_are_null() -> None:
     assert hash_rows(Dataset.from_list([{"messages": turns}])) == hash_rows(
         Dataset.from_list([{"messages": with_null}])
     )
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.mark.parametrize("left", ["pool.jsonl", "more/pool.jsonl", "a.csv"])
+def test_a_folder_of_which_files_would_be_left_out_is_refused(tmp_path: Path, left: str) -> None:
+    """Files named after splits hide the others from `load_dataset`, and so do those of the commonest format."""
+    taken = "validation.jsonl" if left.endswith("pool.jsonl") else "part.jsonl"
+    write_lines(tmp_path / taken, ROWS[3:])
+    if left.endswith(".csv"):
+        Dataset.from_list(ROWS[:3]).to_csv(tmp_path / left)
+    else:
+        write_lines(tmp_path / left, ROWS[:3])
+    with pytest.raises(ValueError, match=rf"\({taken}\), by their names .* and of {left} nothing would be read"):
+        load_rows(str(tmp_path), "pool")
+    split = "validation" if taken.startswith("validation") else "train"
+    assert load_rows(f"{tmp_path}:{split}").to_list() == ROWS[3:]
+    # A README that says what is read, and hidden files, are no accident.
+    card = f"---\nconfigs:\n- config_name: default\n  data_files: {taken}\n---\nRows.\n"
+    (tmp_path / "README.md").write_text(card)
+    assert load_rows(str(tmp_path)).to_list() == ROWS[3:]
+    (tmp_path / "README.md").unlink()
+    (tmp_path / left).rename(tmp_path / ("." + Path(left).name))
+    assert load_rows(str(tmp_path)).to_list() == ROWS[3:]
+
+
+@pytest.mark.parametrize("form", ["-splits", "-files"])
+def test_slices_and_sums_of_splits(tmp_path: Path, form: str) -> None:
+    source = write(tmp_path, form)
+    assert load_rows(f"{source}:train[1:3]+test").to_list() == [*ROWS[1:3], ROWS[4]]
+    assert load_rows(f"{source}:train[:40%]").to_list() == ROWS[:2]
+    with pytest.raises(ValueError, match='Unknown split "dev"'):
+        load_rows(f"{source}:dev[:2]")
+
+
+@pytest.mark.parametrize(("ending", "separator"), [(".csv", ","), (".tsv", "\t")])
+@pytest.mark.parametrize(("lines", "number", "cells"), [(["a,b", '"c\nd",e,f'], 3, 3), (['a,"b\nc"', "d"], 4, 1)])
+def test_cells_that_would_move_to_another_column(
+    tmp_path: Path, lines: list[str], number: int, cells: int, ending: str, separator: str
+) -> None:
+    """The reader takes the first cell of a longer line for an index, and leaves those of a shorter one blank."""
+    path = tmp_path / f"rows{ending}"
+    text = "\n".join(["prompt,completion", *lines, ""]).replace(",", separator)
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"line {number} has {cells} cells, and the header 2"):
+        load_rows(str(path))
+    path.write_text(text.replace(f"{separator}f\n", "\n").replace("\nd\n", f"\nd{separator}\n\n"), encoding="utf-8")
+    assert len(load_rows(str(path))) == 2
+
+
+def test_parts_of_different_columns_are_named(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", ROWS[:3])
+    write_lines(tmp_path / "b.jsonl", [row | {"id": 1} for row in ROWS[3:]])
+    with pytest.raises(ValueError, match=r"a\.jsonl has completion, prompt, and b\.jsonl has completion, id, prompt"):
+        load_rows(str(tmp_path))
+
+
+def test_a_pattern_of_names_and_a_packed_parquet(tmp_path: Path) -> None:
+    write(tmp_path, ".parquet")
+    (tmp_path / "rows.parquet").rename(tmp_path / "rows.parquet.gz")
+    for source, told in (("*.jsonl", "patterns of names are not expanded"), ("rows.parquet.gz", "this one in `.gz`")):
+        with pytest.raises(ValueError, match=told):
+            load_rows(str(tmp_path / source))
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"prompt": "a", "completion": "\\ud800"}', "line 2 has half a character"),
+        ('{"prompt": "a", "prompt": "b", "completion": "c"}', "line 2 has the key `prompt` twice"),
+    ],
+)
+def test_lines_that_the_reader_refuses_are_named(tmp_path: Path, line: str, told: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=told):
+        load_rows(str(path))
+
+
+@pytest.mark.parametrize(
+    ("names", "remedy"),
+    [
+        (["instruction", "input", "output"], "--columns alpaca`"),
+        (["instruction", "context", "response"], "--columns alpaca input=context output=response`"),
+        (["query", "response"], "--columns prompt=query completion=response`"),
+        (["Prompt", "Completion"], "--columns prompt=Prompt completion=Completion`"),
+        (["prompt", " completion"], "--columns prompt=prompt 'completion= completion'`"),
+        (["prompt", "chosen", "rejected"], "completion=chosen`, or `--columns messages=chosen`"),
+        (["segments"], "`input_ids` and `labels`"),
+        (["a", "b"], r"use a preset \(alpaca"),
+        (["messages", "prompt", "completion"], "--columns messages=messages`"),
+    ],
+)
+def test_columns_of_no_format_are_answered_with_a_mapping(names: list[str], remedy: str) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        check_sources(names, None)
