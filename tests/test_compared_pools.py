@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import yaml
 from datasets import Dataset
 from helpers import ROOT
+from recipe_runs import make_inputs, write_rows
 
 from benchmarks.pools.generated import GENERATED
 from benchmarks.pools.make import POOLS, main, make_pool
@@ -231,3 +234,95 @@ def test_the_readme_shows_the_record():
     for cells, row in zip(shown, record, strict=True):
         for name, value in row.items():
             assert cells[name] == (f"{value:.3g}" if isinstance(value, float) else str(value)), (row["pool"], name)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where the pool `demo` is a small one, with a reference to be trained."""
+    folder = tmp_path_factory.mktemp("small")
+    pool = folder / "runs" / "pools" / "demo"
+    pool.mkdir(parents=True)
+    inputs = make_inputs(pool)
+    kinds = {"reverse": USEFUL, "copy": HARMFUL}
+    for path in (inputs["pool"], inputs["validation"][0]):
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        write_rows(Path(path), [row | {"kind": kinds[row["task"]]} for row in rows])
+    inputs |= {"max_steps": 70, "task_column": "kind", "wrong_column": None, "warmup_steps": 0}
+    (pool / "in2core.yaml").write_text(yaml.safe_dump(inputs), encoding="utf-8")
+    return folder
+
+
+def compare(folder: Path, *flags: str) -> str:
+    """`compare.py` on that pool, as one types it; what it prints."""
+    command = [sys.executable, str(ROOT / "benchmarks/pools/compare.py"), "--pools", "demo", *flags]
+    command += ["--output", str(folder / "records"), "--figures", str(folder)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def copy_record(folder: Path, name: str) -> tuple[Path, dict]:
+    """The record of the repository in that folder; of its pools those that stay."""
+    path = folder / "records" / name
+    record = json.loads((ROOT / "benchmarks/records" / name).read_text(encoding="utf-8"))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record), encoding="utf-8")
+    return path, {pool: found for pool, found in record["pools"].items() if pool != "demo"}
+
+
+def read_pools(path: Path) -> tuple[dict, dict]:
+    """What a record says of `demo`, and of the others."""
+    pools = json.loads(path.read_text(encoding="utf-8"))["pools"]
+    return pools["demo"], {pool: found for pool, found in pools.items() if pool != "demo"}
+
+
+@pytest.mark.slow
+def test_a_new_ranking_replaces_its_own_alone(small: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("bm25s")
+    path, others = copy_record(small, "pools_ranked.json")
+    table = compare(small, "--rank", "--methods", "loss", "less")
+    found, kept = read_pools(path)
+    assert kept == others and list(kept) == list(others)
+    # The record was of other rows.
+    assert (found["rows"], list(found["methods"])) == (60, ["loss", "less"])
+    lines = [line for line in table.splitlines() if line.startswith("| `")]
+    assert len(lines) == 1 + len(others)
+    compare(small, "--rank", "--methods", "bm25")
+    again, kept = read_pools(path)
+    assert kept == others and list(again["methods"]) == ["bm25", "loss", "less"]
+    assert all(again["methods"][name] == found["methods"][name] for name in ("loss", "less"))
+    # A method that is ranked anew takes the place of what was there.
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["pools"]["demo"]["methods"]["bm25"][USEFUL] = 2.0
+    path.write_text(json.dumps(record), encoding="utf-8")
+    compare(small, "--rank", "--methods", "bm25")
+    assert read_pools(path)[0] == again
+
+
+@pytest.mark.slow
+def test_new_targets_replace_their_own_alone(small: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path, others = copy_record(small, "pools_trained.json")
+    flags = ["--train", "--seeds", "0", "--arms"]
+    compare(small, *flags, "loss")
+    found, kept = read_pools(path)
+    assert kept == others and list(kept) == list(others)
+    # The arms of the record were trained beside other random rows.
+    assert set(found["losses"]) == {"random", "coreset", "loss"} == set(found["commits"])
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["pools"]["demo"]["commits"] = dict.fromkeys(found["commits"], "before")
+    path.write_text(json.dumps(record), encoding="utf-8")
+    compare(small, *flags, "mean")
+    again, kept = read_pools(path)
+    assert kept == others and set(again["losses"]) == {*found["losses"], "mean"}
+    assert all(again["losses"][arm] == found["losses"][arm] for arm in found["losses"])
+    assert [arm for arm, commit in again["commits"].items() if commit == "before"] == ["loss"]
+    assert set(again["means"]) == set(again["losses"])
+    assert {"loss_minus_random", "mean_minus_random"} <= set(again["intervals"])
+    # Where random rows end elsewhere, by a digit, arms of before do not stand beside them.
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["pools"]["demo"]["losses"]["random"]["0"] += 1e-12
+    path.write_text(json.dumps(record), encoding="utf-8")
+    compare(small, *flags, "mean")
+    assert set(read_pools(path)[0]["losses"]) == {"random", "coreset", "mean"}

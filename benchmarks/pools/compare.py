@@ -1,12 +1,12 @@
 """Every selector on every pool: how it ranks the useful and the harmful rows, and which of them a run takes by itself.
 
-    python benchmarks/pools/compare.py --rank [--pools unlike …] [--pool_seeds 0]
+    python benchmarks/pools/compare.py --rank [--pools unlike …] [--pool_seeds 0] [--methods encoder less]
     python benchmarks/pools/compare.py --train [--pools unlike …] [--pool_seeds 0 1] [--arms full bm25 rds cosine]
 
 `--rank` scores each pool by every method and prints, of the rows chosen by it, the share of useful and harmful
 rows: `pools_ranked.json`. `--train` runs `in2core run --strategy auto` on it, with some arms beside the choice:
-`pools_trained.json`. What the records say of other pools stays, and of arms that were measured before; the same
-command resumes.
+`pools_trained.json`. What the records say of other pools stays, and of methods and arms that were measured before; the
+same command resumes.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import yaml
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -59,39 +59,55 @@ def call(command: Any, folder: Path, name: str, settings: dict[str, Any]) -> Non
     command.main(command.make_parser().parse(["--config", str(path)]))
 
 
-def rank_pool(folder: Path) -> dict[str, Any]:
+def rank_pool(folder: Path, names: list[str], before: dict[str, Any]) -> dict[str, Any]:
     """
-    Score a pool by every method: the share of useful and of harmful rows in what each chooses.
+    Score a pool by some methods: the share of useful and of harmful rows in what each chooses.
 
-    And how many equally frequent answers would be as mixed as theirs, and as those of as many random rows.
+    And how many equally frequent answers would be as mixed as theirs, and as those of as many random rows. Other
+    methods of the record `before` stay where it is of the same rows.
     """
     settings = yaml.safe_load((folder / "in2core.yaml").read_text(encoding="utf-8"))
     kept = {name: settings[name] for name in SETTINGS if name in settings}
-    reference, scores, averaged = folder / "reference", folder / "scores", folder / "averaged"
+    reference = folder / "reference"
     if not (reference / "training.json").is_file():
         epochs = {"num_train_epochs": settings.get("reference_num_train_epochs", settings.get("num_train_epochs", 1))}
         call(train_reference, folder, "reference", kept | epochs | make_saving(4) | {"output_dir": str(reference)})
     kept |= {"reference_adapter": str(reference), "validation": settings["validation"]}
-    if not (scores / "scored").is_dir():
-        methods = [name for name in METHODS if name != "less"]
-        call(score_command, folder, "score", kept | {"methods": methods, "output_dir": str(scores)})
-    if not (averaged / "scored").is_dir():
-        # Apart, for what is averaged over checkpoints is another influence than that of the other methods.
-        more = {"methods": ["less"], "checkpoints": sorted(map(str, reference.glob("checkpoint-*")))}
-        call(score_command, folder, "averaged", kept | more | {"output_dir": str(averaged)})
-    scored = load_from_disk(str(scores / "scored"))
-    scored = scored.add_column("less", load_from_disk(str(averaged / "scored"))["less"][:])
-    kinds = np.array(scored["kind"])
-    found: dict[str, Any] = {"rows": len(scored), "useful": float(np.mean(kinds == USEFUL)), "methods": {}}
+    # `less` apart, for what is averaged over checkpoints is another influence than that of the other methods.
+    parts = {"scores": [name for name in names if name != "less"], "averaged": ["less"] * ("less" in names)}
+    scored = {name: dataset for part, methods in parts.items() for name, dataset in score(folder, part, methods, kept)}
+    kinds = np.array(next(iter(scored.values()))["kind"])
+    fraction = settings["fractions"][0]
+    found: dict[str, Any] = {"rows": len(kinds), "useful": float(np.mean(kinds == USEFUL)), "methods": {}}
     found["harmful"] = float(np.mean(kinds == HARMFUL))
-    for name, method in METHODS.items():
-        options = {"column": method.column, "strategy": method.strategy, "order": "original"}
-        positions = select_positions(scored, fraction=settings["fractions"][0], **options)
+    for name, dataset in scored.items():
+        options = {"column": METHODS[name].column, "strategy": METHODS[name].strategy, "order": "original"}
+        positions = select_positions(dataset, fraction=fraction, **options)
         found["methods"][name] = {kind: float(np.mean(kinds[positions] == kind)) for kind in (USEFUL, HARMFUL)}
-        answers = compare_answers(scored["completion"][:], positions)
+        answers = compare_answers(dataset["completion"][:], positions)
         found["methods"][name] |= {"answers": answers.coreset_kinds, "collapsed": answers.warning is not None}
         found["answers"] = answers.expected_kinds
+    if all(before.get(name) == value for name, value in found.items() if name != "methods"):
+        known = before["methods"] | found["methods"]
+        found["methods"] = {name: known[name] for name in METHODS if name in known}
     return found
+
+
+def score(folder: Path, part: str, methods: list[str], settings: dict[str, Any]) -> list[tuple[str, Dataset]]:
+    """The pool scored by each of some methods, with one command; what is there already is taken."""
+    if not methods:
+        return []
+    output = folder / "-".join([part, *methods])
+    if not (output / "scored").is_dir():
+        more: dict[str, Any] = {"methods": methods, "output_dir": str(output)}
+        if not {"mean", "turns"} & set(methods):
+            # No other method reads what the fit would be for.
+            more["estimator"] = "gradient_dot"
+        if part == "averaged":
+            more["checkpoints"] = sorted(map(str, Path(settings["reference_adapter"]).glob("checkpoint-*")))
+        call(score_command, folder, output.name, settings | more)
+    scored = load_from_disk(str(output / "scored"))
+    return [(name, scored) for name in methods]
 
 
 def train_pool(
@@ -184,7 +200,8 @@ def show_trained(found: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--pools", nargs="+", choices=list(POOLS), default=list(POOLS))
-    parser.add_argument("--rank", action="store_true", help="Rank the rows of each pool by every method.")
+    parser.add_argument("--rank", action="store_true", help="Rank the rows of each pool.")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="Those of --rank.")
     parser.add_argument("--train", action="store_true", help="Train targets beside a tournament.")
     parser.add_argument(
         "--arms",
@@ -197,6 +214,7 @@ def main() -> None:
     parser.add_argument("--auto_budget", type=float, default=2.0)
     parser.add_argument("--shared", type=Path, default=Path("../shared/data"), help="Data outside the project.")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/records")
+    parser.add_argument("--figures", type=Path, default=ROOT / "docs/benchmarks/figures")
     args = parser.parse_args()
     for kind, wanted in (("ranked", args.rank), ("trained", args.train)):
         path = args.output / f"pools_{kind}.json"
@@ -206,21 +224,16 @@ def main() -> None:
                 folder = find_pool(name, seed, args.shared)
                 before = known["pools"].get(folder.name, {})
                 found = (
-                    rank_pool(folder)
+                    rank_pool(folder, args.methods, before)
                     if kind == "ranked"
                     else train_pool(folder, args.arms, args.seeds, args.auto_budget, before)
                 )
                 known["pools"][folder.name] = found
                 write_results(path, **known)
-        if wanted and kind == "ranked":
-            # A record of before a method was there has no line for it.
-            known["pools"] = {
-                name: pool for name, pool in known["pools"].items() if METHODS.keys() <= pool["methods"].keys()
-            }
         if wanted:
             (show_ranked if kind == "ranked" else show_trained)(known["pools"])
         if wanted and kind == "ranked":
-            draw_ranked(known["pools"], ROOT / "docs/benchmarks/figures/pools_ranked.png")
+            draw_ranked(known["pools"], args.figures / "pools_ranked.png")
 
 
 if __name__ == "__main__":
