@@ -19,6 +19,8 @@ from benchmarks.pools.make import POOLS, main, make_pool
 from benchmarks.pools.pool import HARMFUL, OTHER, USEFUL, Pool, check_disjoint, make_row, write_pool
 from benchmarks.pools.shared_data import FROM_SHARED
 from hf_in2core.evaluation.judge import compute_auc
+from hf_in2core.evaluation.tournament import CONTROLS, run_tournament
+from hf_in2core.names import COSTS
 from hf_in2core.pipeline.parser import make_run_parser
 from hf_in2core.rows.preparation import Preparation
 from hf_in2core.rows.sources import load_rows
@@ -236,6 +238,43 @@ def test_the_readme_shows_the_record():
             assert cells[name] == (f"{value:.3g}" if isinstance(value, float) else str(value)), (row["pool"], name)
 
 
+def read_trained() -> dict:
+    return json.loads((ROOT / "benchmarks/records/pools_trained.json").read_text(encoding="utf-8"))["pools"]
+
+
+def test_outcomes_of_the_record_are_those_of_its_losses():
+    for name, pool in read_trained().items():
+        found, losses = pool["tournament"], pool["tournament"]["losses"]
+        candidates = [method for method in losses if method not in CONTROLS]
+        budget = found["steps"] * found["num_runs"]
+        costs = {method: COSTS.index(method) for method in candidates}
+        again = run_tournament(
+            lambda method, seed, _, losses=losses: losses[method][str(seed)], candidates, budget, found["steps"], costs
+        )
+        assert (again.outcome, again.winner) == (found["outcome"], found["winner"]), name
+        assert {method: {str(seed) for seed in again.losses[method]} for method in losses} == {
+            method: set(by_seed) for method, by_seed in losses.items()
+        }
+
+
+def test_what_is_missed_of_the_best_gain():
+    pytest.importorskip("matplotlib")
+    from benchmarks.pools.compare import find_missed
+
+    random = {"0": 2.0, "1": 2.1, "2": 1.9}
+    losses = {"random": random} | {
+        arm: {seed: loss - gain for seed, loss in random.items()}
+        for arm, gain in (("full", 1.5), ("coreset", 0.6), ("rds", 0.8), ("bm25", -0.5))
+    }
+    # Beside random rows with the same seeds each difference is the same, but for rounding.
+    assert find_missed(losses) == {"best": "rds", "share": pytest.approx(0.25)}
+    assert find_missed({arm: losses[arm] for arm in ("random", "coreset", "bm25")}) == {"best": "coreset", "share": 0}
+    noisy = {"0": 1.0, "1": 2.5, "2": 1.9}
+    assert find_missed({"random": random, "coreset": noisy}) is None
+    for pool in read_trained().values():
+        assert pool["missed"] == find_missed(pool["losses"])
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder where the pool `demo` is a small one, with a reference to be trained."""
@@ -318,7 +357,7 @@ def test_new_targets_replace_their_own_alone(small: Path) -> None:
     assert kept == others and set(again["losses"]) == {*found["losses"], "mean"}
     assert all(again["losses"][arm] == found["losses"][arm] for arm in found["losses"])
     assert [arm for arm, commit in again["commits"].items() if commit == "before"] == ["loss"]
-    assert set(again["means"]) == set(again["losses"])
+    assert set(again["means"]) == set(again["losses"]) and "missed" in again
     assert {"loss_minus_random", "mean_minus_random"} <= set(again["intervals"])
     # Where random rows end elsewhere, by a digit, arms of before do not stand beside them.
     record = json.loads(path.read_text(encoding="utf-8"))

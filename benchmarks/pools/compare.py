@@ -136,12 +136,27 @@ def train_pool(
     pairs = [(arm, "random") for arm in losses] + [("cosine", arm) for arm in losses if "cosine" in losses]
     return {
         "losses": losses,
+        "missed": find_missed(losses),
         "commits": commits,
         "means": {arm: float(np.mean(list(by_seed.values()))) for arm, by_seed in losses.items()},
         "before": results["base"]["test_loss"],
         "tournament": tournament | {"seconds": cost["tournament_seconds"], "target_seconds": float(np.mean(seconds))},
         "intervals": {f"{a}_minus_{b}": compare_losses(losses[a], losses[b]) for a, b in pairs if a != b},
     }
+
+
+def find_missed(losses: dict[str, dict[str, float]]) -> dict[str, Any] | None:
+    """
+    The share of the best arm's gain on random rows that the coreset misses: (coreset - best) / (random - best).
+
+    0 where the coreset is the best itself; `None` where no arm beats random rows beyond noise.
+    """
+    means = {arm: float(np.mean(list(by_seed.values()))) for arm, by_seed in losses.items()}
+    best = min((arm for arm in means if arm not in ("full", "random")), key=means.__getitem__)
+    high = compare_losses(losses[best], losses["random"])["high"]
+    if high is None or high >= 0:
+        return None
+    return {"best": best, "share": (means["coreset"] - means[best]) / (means["random"] - means[best])}
 
 
 def read_commit() -> str:
@@ -193,8 +208,10 @@ def show_trained(found: dict[str, Any]) -> None:
         gain = pool["intervals"].get("cosine_minus_random") or {"mean": math.nan, "half_width": math.nan}
         tournament, commits = pool["tournament"], ", ".join(dict.fromkeys(pool["commits"].values()))
         took = f"{tournament['winner']} ({tournament['outcome']})"
-        rows += [[f"`{name}`", took, *means, f"{gain['mean']:+.3f}", f"{gain['half_width']:.3f}", commits]]
-    show_table(["pool", "`auto` took", *arms, "cosine less random", "half its interval", "commits"], rows)
+        missed = "" if pool["missed"] is None else f"{pool['missed']['share']:.2f}"
+        rows += [[f"`{name}`", took, *means, missed, f"{gain['mean']:+.3f}", f"{gain['half_width']:.3f}", commits]]
+    columns = ["missed of the best gain", "cosine less random", "half its interval", "commits"]
+    show_table(["pool", "`auto` took", *arms, *columns], rows)
 
 
 def main() -> None:

@@ -223,7 +223,7 @@ def _say(
         )
     else:
         below = any(intervals[f"{name}_minus_random"]["mean"] < 0 for name in finalists)
-        room = f" nor has room to be {100 * MIN_GAIN:g} % below their loss" if below else ""
+        room = f", and what is left open is less than {100 * MIN_GAIN:g} % of their loss" if below else ""
         said = (
             f"{head}: nothing beat random rows{room}{numbers}, so selecting is not worth it here; the coreset is "
             "random rows. Take random rows, or the whole pool."
