@@ -246,15 +246,17 @@ def test_outcomes_of_the_record_are_those_of_its_losses():
     for name, pool in read_trained().items():
         found, losses = pool["tournament"], pool["tournament"]["losses"]
         candidates = [method for method in losses if method not in CONTROLS]
-        budget = found["steps"] * found["num_runs"]
+        asked: dict[str, set[str]] = {method: set() for method in losses}
+
+        def look_up(method: str, seed: int, steps: int, losses=losses, asked=asked) -> float:
+            asked[method].add(str(seed))
+            return losses[method][str(seed)]
+
         costs = {method: COSTS.index(method) for method in candidates}
-        again = run_tournament(
-            lambda method, seed, _, losses=losses: losses[method][str(seed)], candidates, budget, found["steps"], costs
-        )
+        budget = found["steps"] * found["num_runs"]
+        again = run_tournament(look_up, candidates, budget, found["steps"], costs)
         assert (again.outcome, again.winner) == (found["outcome"], found["winner"]), name
-        assert {method: {str(seed) for seed in again.losses[method]} for method in losses} == {
-            method: set(by_seed) for method, by_seed in losses.items()
-        }
+        assert asked == {method: set(by_seed) for method, by_seed in losses.items()}, name
 
 
 def test_what_is_missed_of_the_best_gain():

@@ -40,7 +40,14 @@ from hf_in2core.selection.answers import compare_answers
 from hf_in2core.selection.coreset import select_positions
 
 
-SETTINGS = ("model_name_or_path", "pool", "learning_rate", "warmup_steps", "per_device_train_batch_size", "max_length")
+SETTINGS: tuple[str, ...] = (
+    "model_name_or_path",
+    "pool",
+    "learning_rate",
+    "warmup_steps",
+    "per_device_train_batch_size",
+    "max_length",
+)
 SETTINGS += ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "activation_checkpointing")
 
 
@@ -124,7 +131,7 @@ def train_pool(
     settings |= {"seeds": seeds, "budgets": ["steps"], "output_dir": str(folder / "run")}
     call(run_command, folder, "auto", settings)
     results = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
-    losses: dict[str, dict[str, float]] = {}
+    losses: dict[str, Any] = {}
     for arm in results["arms"]:
         losses.setdefault(arm["arm"], {})[str(arm["seed"])] = arm["test_loss"]
     commits = dict.fromkeys(losses, read_commit())
@@ -145,11 +152,12 @@ def train_pool(
     }
 
 
-def find_missed(losses: dict[str, dict[str, float]]) -> dict[str, Any] | None:
+def find_missed(losses: dict[str, Any]) -> dict[str, Any] | None:
     """
     The share of the best arm's gain on random rows that the coreset misses: (coreset - best) / (random - best).
 
-    0 where the coreset is the best itself; `None` where no arm beats random rows beyond noise.
+    From losses by arm and seed. 0 where the coreset is the best itself; `None` where no arm beats random rows beyond
+    noise.
     """
     means = {arm: float(np.mean(list(by_seed.values()))) for arm, by_seed in losses.items()}
     best = min((arm for arm in means if arm not in ("full", "random")), key=means.__getitem__)
