@@ -360,6 +360,7 @@ def test_new_targets_replace_their_own_alone(small: Path) -> None:
     assert all(again["losses"][arm] == found["losses"][arm] for arm in found["losses"])
     assert [arm for arm, commit in again["commits"].items() if commit == "before"] == ["loss"]
     assert set(again["means"]) == set(again["losses"]) and "missed" in again
+    assert 1 <= again["answers"]["coreset"] <= 60 and again["tournament"]["run_seconds"] > 0
     assert {"loss_minus_random", "mean_minus_random"} <= set(again["intervals"])
     # Where random rows end elsewhere, by a digit, arms of before do not stand beside them.
     record = json.loads(path.read_text(encoding="utf-8"))

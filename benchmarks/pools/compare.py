@@ -40,15 +40,11 @@ from hf_in2core.selection.answers import compare_answers
 from hf_in2core.selection.coreset import select_positions
 
 
-SETTINGS: tuple[str, ...] = (
-    "model_name_or_path",
-    "pool",
-    "learning_rate",
-    "warmup_steps",
-    "per_device_train_batch_size",
-    "max_length",
-)
-SETTINGS += ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "activation_checkpointing")
+# What a training of the reference and scoring by it take over from a pool's settings.
+SETTINGS = """
+    model_name_or_path pool learning_rate warmup_steps per_device_train_batch_size max_length lora_r lora_alpha
+    lora_dropout lora_target_modules activation_checkpointing
+""".split()
 
 
 def find_pool(name: str, seed: int, shared: Path) -> Path:
@@ -138,7 +134,9 @@ def train_pool(
     if before.get("losses", {}).get("random") == losses["random"]:
         losses, commits = before["losses"] | losses, before["commits"] | commits
     tournament = {key: results["tournament"][key] for key in ("outcome", "winner", "steps", "num_runs", "losses")}
-    cost = results["verdict"]["cost"]
+    # The runs, and the columns of the methods beside them.
+    spent = {"run_seconds": results["tournament"]["seconds"]}
+    spent["seconds"] = results["verdict"]["cost"]["tournament_seconds"]
     seconds = [arm["seconds"] for arm in results["arms"] if arm["arm"] == "random"]
     pairs = [(arm, "random") for arm in losses] + [("cosine", arm) for arm in losses if "cosine" in losses]
     return {
@@ -147,7 +145,9 @@ def train_pool(
         "commits": commits,
         "means": {arm: float(np.mean(list(by_seed.values()))) for arm, by_seed in losses.items()},
         "before": results["base"]["test_loss"],
-        "tournament": tournament | {"seconds": cost["tournament_seconds"], "target_seconds": float(np.mean(seconds))},
+        # As many equally frequent ones would be as mixed as those of the coreset, and of as many random rows.
+        "answers": {kind: results["answers"][f"{kind}_kinds"] for kind in ("coreset", "expected")},
+        "tournament": tournament | spent | {"target_seconds": float(np.mean(seconds))},
         "intervals": {f"{a}_minus_{b}": compare_losses(losses[a], losses[b]) for a, b in pairs if a != b},
     }
 
