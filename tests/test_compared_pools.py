@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,12 +12,15 @@ import pytest
 import yaml
 from datasets import Dataset
 from helpers import ROOT
+from recipe_runs import make_inputs, write_rows
 
 from benchmarks.pools.generated import GENERATED
 from benchmarks.pools.make import POOLS, main, make_pool
 from benchmarks.pools.pool import HARMFUL, OTHER, USEFUL, Pool, check_disjoint, make_row, write_pool
 from benchmarks.pools.shared_data import FROM_SHARED
 from hf_in2core.evaluation.judge import compute_auc
+from hf_in2core.evaluation.tournament import CONTROLS, run_tournament
+from hf_in2core.names import COSTS
 from hf_in2core.pipeline.parser import make_run_parser
 from hf_in2core.rows.preparation import Preparation
 from hf_in2core.rows.sources import load_rows
@@ -231,3 +236,135 @@ def test_the_readme_shows_the_record():
     for cells, row in zip(shown, record, strict=True):
         for name, value in row.items():
             assert cells[name] == (f"{value:.3g}" if isinstance(value, float) else str(value)), (row["pool"], name)
+
+
+def read_trained() -> dict:
+    return json.loads((ROOT / "benchmarks/records/pools_trained.json").read_text(encoding="utf-8"))["pools"]
+
+
+def test_outcomes_of_the_record_are_those_of_its_losses():
+    for name, pool in read_trained().items():
+        found, losses = pool["tournament"], pool["tournament"]["losses"]
+        candidates = [method for method in losses if method not in CONTROLS]
+        asked: dict[str, set[str]] = {method: set() for method in losses}
+
+        def look_up(method: str, seed: int, steps: int, losses=losses, asked=asked) -> float:
+            asked[method].add(str(seed))
+            return losses[method][str(seed)]
+
+        costs = {method: COSTS.index(method) for method in candidates}
+        budget = found["steps"] * found["num_runs"]
+        again = run_tournament(look_up, candidates, budget, found["steps"], costs)
+        assert (again.outcome, again.winner) == (found["outcome"], found["winner"]), name
+        assert asked == {method: set(by_seed) for method, by_seed in losses.items()}, name
+
+
+def test_what_is_missed_of_the_best_gain():
+    pytest.importorskip("matplotlib")
+    from benchmarks.pools.compare import find_missed
+
+    random = {"0": 2.0, "1": 2.1, "2": 1.9}
+    losses = {"random": random} | {
+        arm: {seed: loss - gain for seed, loss in random.items()}
+        for arm, gain in (("full", 1.5), ("coreset", 0.6), ("rds", 0.8), ("bm25", -0.5))
+    }
+    # Beside random rows with the same seeds each difference is the same, but for rounding.
+    assert find_missed(losses) == {"best": "rds", "share": pytest.approx(0.25)}
+    assert find_missed({arm: losses[arm] for arm in ("random", "coreset", "bm25")}) == {"best": "coreset", "share": 0}
+    noisy = {"0": 1.0, "1": 2.5, "2": 1.9}
+    assert find_missed({"random": random, "coreset": noisy}) is None
+    for pool in read_trained().values():
+        assert pool["missed"] == find_missed(pool["losses"])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where the pool `demo` is a small one, with a reference to be trained."""
+    folder = tmp_path_factory.mktemp("small")
+    pool = folder / "runs" / "pools" / "demo"
+    pool.mkdir(parents=True)
+    inputs = make_inputs(pool)
+    kinds = {"reverse": USEFUL, "copy": HARMFUL}
+    for path in (inputs["pool"], inputs["validation"][0]):
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        write_rows(Path(path), [row | {"kind": kinds[row["task"]]} for row in rows])
+    inputs |= {"max_steps": 70, "task_column": "kind", "wrong_column": None, "warmup_steps": 0}
+    (pool / "in2core.yaml").write_text(yaml.safe_dump(inputs), encoding="utf-8")
+    return folder
+
+
+def compare(folder: Path, *flags: str) -> str:
+    """`compare.py` on that pool, as one types it; what it prints."""
+    command = [sys.executable, str(ROOT / "benchmarks/pools/compare.py"), "--pools", "demo", *flags]
+    command += ["--output", str(folder / "records"), "--figures", str(folder)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def copy_record(folder: Path, name: str) -> tuple[Path, dict]:
+    """The record of the repository in that folder; of its pools those that stay."""
+    path = folder / "records" / name
+    record = json.loads((ROOT / "benchmarks/records" / name).read_text(encoding="utf-8"))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record), encoding="utf-8")
+    return path, {pool: found for pool, found in record["pools"].items() if pool != "demo"}
+
+
+def read_pools(path: Path) -> tuple[dict, dict]:
+    """What a record says of `demo`, and of the others."""
+    pools = json.loads(path.read_text(encoding="utf-8"))["pools"]
+    return pools["demo"], {pool: found for pool, found in pools.items() if pool != "demo"}
+
+
+@pytest.mark.slow
+def test_a_new_ranking_replaces_its_own_alone(small: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("bm25s")
+    path, others = copy_record(small, "pools_ranked.json")
+    table = compare(small, "--rank", "--methods", "loss", "less")
+    found, kept = read_pools(path)
+    assert kept == others and list(kept) == list(others)
+    # The record was of other rows.
+    assert (found["rows"], list(found["methods"])) == (60, ["loss", "less"])
+    lines = [line for line in table.splitlines() if line.startswith("| `")]
+    assert len(lines) == 1 + len(others)
+    compare(small, "--rank", "--methods", "bm25")
+    again, kept = read_pools(path)
+    assert kept == others and list(again["methods"]) == ["bm25", "loss", "less"]
+    assert all(again["methods"][name] == found["methods"][name] for name in ("loss", "less"))
+    # A method that is ranked anew takes the place of what was there.
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["pools"]["demo"]["methods"]["bm25"][USEFUL] = 2.0
+    path.write_text(json.dumps(record), encoding="utf-8")
+    compare(small, "--rank", "--methods", "bm25")
+    assert read_pools(path)[0] == again
+
+
+@pytest.mark.slow
+def test_new_targets_replace_their_own_alone(small: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path, others = copy_record(small, "pools_trained.json")
+    flags = ["--train", "--seeds", "0", "--arms"]
+    compare(small, *flags, "loss")
+    found, kept = read_pools(path)
+    assert kept == others and list(kept) == list(others)
+    # The arms of the record were trained beside other random rows.
+    assert set(found["losses"]) == {"random", "coreset", "loss"} == set(found["commits"])
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["pools"]["demo"]["commits"] = dict.fromkeys(found["commits"], "before")
+    path.write_text(json.dumps(record), encoding="utf-8")
+    compare(small, *flags, "mean")
+    again, kept = read_pools(path)
+    assert kept == others and set(again["losses"]) == {*found["losses"], "mean"}
+    assert all(again["losses"][arm] == found["losses"][arm] for arm in found["losses"])
+    assert [arm for arm, commit in again["commits"].items() if commit == "before"] == ["loss"]
+    assert set(again["means"]) == set(again["losses"]) and "missed" in again
+    assert 1 <= again["answers"]["coreset"] <= 60 and again["tournament"]["run_seconds"] > 0
+    assert {"loss_minus_random", "mean_minus_random"} <= set(again["intervals"])
+    # Where random rows end elsewhere, by a digit, arms of before do not stand beside them.
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["pools"]["demo"]["losses"]["random"]["0"] += 1e-12
+    path.write_text(json.dumps(record), encoding="utf-8")
+    compare(small, *flags, "mean")
+    assert set(read_pools(path)[0]["losses"]) == {"random", "coreset", "mean"}

@@ -1,12 +1,12 @@
 """Every selector on every pool: how it ranks the useful and the harmful rows, and which of them a run takes by itself.
 
-    python benchmarks/pools/compare.py --rank [--pools unlike …] [--pool_seeds 0]
+    python benchmarks/pools/compare.py --rank [--pools unlike …] [--pool_seeds 0] [--methods encoder less]
     python benchmarks/pools/compare.py --train [--pools unlike …] [--pool_seeds 0 1] [--arms full bm25 rds cosine]
 
 `--rank` scores each pool by every method and prints, of the rows chosen by it, the share of useful and harmful
 rows: `pools_ranked.json`. `--train` runs `in2core run --strategy auto` on it, with some arms beside the choice:
-`pools_trained.json`. What the records say of other pools stays, and of arms that were measured before; the same
-command resumes.
+`pools_trained.json`. What the records say of other pools stays, and of methods and arms that were measured before; the
+same command resumes.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import yaml
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -40,8 +40,11 @@ from hf_in2core.selection.answers import compare_answers
 from hf_in2core.selection.coreset import select_positions
 
 
-SETTINGS = ("model_name_or_path", "pool", "learning_rate", "warmup_steps", "per_device_train_batch_size", "max_length")
-SETTINGS += ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "activation_checkpointing")
+# What a training of the reference and scoring by it take over from a pool's settings.
+SETTINGS = """
+    model_name_or_path pool learning_rate warmup_steps per_device_train_batch_size max_length lora_r lora_alpha
+    lora_dropout lora_target_modules activation_checkpointing
+""".split()
 
 
 def find_pool(name: str, seed: int, shared: Path) -> Path:
@@ -59,39 +62,55 @@ def call(command: Any, folder: Path, name: str, settings: dict[str, Any]) -> Non
     command.main(command.make_parser().parse(["--config", str(path)]))
 
 
-def rank_pool(folder: Path) -> dict[str, Any]:
+def rank_pool(folder: Path, names: list[str], before: dict[str, Any]) -> dict[str, Any]:
     """
-    Score a pool by every method: the share of useful and of harmful rows in what each chooses.
+    Score a pool by some methods: the share of useful and of harmful rows in what each chooses.
 
-    And how many equally frequent answers would be as mixed as theirs, and as those of as many random rows.
+    And how many equally frequent answers would be as mixed as theirs, and as those of as many random rows. Other
+    methods of the record `before` stay where it is of the same rows.
     """
     settings = yaml.safe_load((folder / "in2core.yaml").read_text(encoding="utf-8"))
     kept = {name: settings[name] for name in SETTINGS if name in settings}
-    reference, scores, averaged = folder / "reference", folder / "scores", folder / "averaged"
+    reference = folder / "reference"
     if not (reference / "training.json").is_file():
         epochs = {"num_train_epochs": settings.get("reference_num_train_epochs", settings.get("num_train_epochs", 1))}
         call(train_reference, folder, "reference", kept | epochs | make_saving(4) | {"output_dir": str(reference)})
     kept |= {"reference_adapter": str(reference), "validation": settings["validation"]}
-    if not (scores / "scored").is_dir():
-        methods = [name for name in METHODS if name != "less"]
-        call(score_command, folder, "score", kept | {"methods": methods, "output_dir": str(scores)})
-    if not (averaged / "scored").is_dir():
-        # Apart, for what is averaged over checkpoints is another influence than that of the other methods.
-        more = {"methods": ["less"], "checkpoints": sorted(map(str, reference.glob("checkpoint-*")))}
-        call(score_command, folder, "averaged", kept | more | {"output_dir": str(averaged)})
-    scored = load_from_disk(str(scores / "scored"))
-    scored = scored.add_column("less", load_from_disk(str(averaged / "scored"))["less"][:])
-    kinds = np.array(scored["kind"])
-    found: dict[str, Any] = {"rows": len(scored), "useful": float(np.mean(kinds == USEFUL)), "methods": {}}
+    # `less` apart, for what is averaged over checkpoints is another influence than that of the other methods.
+    parts = {"scores": [name for name in names if name != "less"], "averaged": ["less"] * ("less" in names)}
+    scored = {name: dataset for part, methods in parts.items() for name, dataset in score(folder, part, methods, kept)}
+    kinds = np.array(next(iter(scored.values()))["kind"])
+    fraction = settings["fractions"][0]
+    found: dict[str, Any] = {"rows": len(kinds), "useful": float(np.mean(kinds == USEFUL)), "methods": {}}
     found["harmful"] = float(np.mean(kinds == HARMFUL))
-    for name, method in METHODS.items():
-        options = {"column": method.column, "strategy": method.strategy, "order": "original"}
-        positions = select_positions(scored, fraction=settings["fractions"][0], **options)
+    for name, dataset in scored.items():
+        options = {"column": METHODS[name].column, "strategy": METHODS[name].strategy, "order": "original"}
+        positions = select_positions(dataset, fraction=fraction, **options)
         found["methods"][name] = {kind: float(np.mean(kinds[positions] == kind)) for kind in (USEFUL, HARMFUL)}
-        answers = compare_answers(scored["completion"][:], positions)
+        answers = compare_answers(dataset["completion"][:], positions)
         found["methods"][name] |= {"answers": answers.coreset_kinds, "collapsed": answers.warning is not None}
         found["answers"] = answers.expected_kinds
+    if all(before.get(name) == value for name, value in found.items() if name != "methods"):
+        known = before["methods"] | found["methods"]
+        found["methods"] = {name: known[name] for name in METHODS if name in known}
     return found
+
+
+def score(folder: Path, part: str, methods: list[str], settings: dict[str, Any]) -> list[tuple[str, Dataset]]:
+    """The pool scored by each of some methods, with one command; what is there already is taken."""
+    if not methods:
+        return []
+    output = folder / "-".join([part, *methods])
+    if not (output / "scored").is_dir():
+        more: dict[str, Any] = {"methods": methods, "output_dir": str(output)}
+        if not {"mean", "turns"} & set(methods):
+            # No other method reads what the fit would be for.
+            more["estimator"] = "gradient_dot"
+        if part == "averaged":
+            more["checkpoints"] = sorted(map(str, Path(settings["reference_adapter"]).glob("checkpoint-*")))
+        call(score_command, folder, output.name, settings | more)
+    scored = load_from_disk(str(output / "scored"))
+    return [(name, scored) for name in methods]
 
 
 def train_pool(
@@ -108,24 +127,44 @@ def train_pool(
     settings |= {"seeds": seeds, "budgets": ["steps"], "output_dir": str(folder / "run")}
     call(run_command, folder, "auto", settings)
     results = json.loads((folder / "run" / "results.json").read_text(encoding="utf-8"))
-    losses: dict[str, dict[str, float]] = {}
+    losses: dict[str, Any] = {}
     for arm in results["arms"]:
         losses.setdefault(arm["arm"], {})[str(arm["seed"])] = arm["test_loss"]
     commits = dict.fromkeys(losses, read_commit())
     if before.get("losses", {}).get("random") == losses["random"]:
         losses, commits = before["losses"] | losses, before["commits"] | commits
     tournament = {key: results["tournament"][key] for key in ("outcome", "winner", "steps", "num_runs", "losses")}
-    cost = results["verdict"]["cost"]
+    # The runs, and the columns of the methods beside them.
+    spent = {"run_seconds": results["tournament"]["seconds"]}
+    spent["seconds"] = results["verdict"]["cost"]["tournament_seconds"]
     seconds = [arm["seconds"] for arm in results["arms"] if arm["arm"] == "random"]
     pairs = [(arm, "random") for arm in losses] + [("cosine", arm) for arm in losses if "cosine" in losses]
     return {
         "losses": losses,
+        "missed": find_missed(losses),
         "commits": commits,
         "means": {arm: float(np.mean(list(by_seed.values()))) for arm, by_seed in losses.items()},
         "before": results["base"]["test_loss"],
-        "tournament": tournament | {"seconds": cost["tournament_seconds"], "target_seconds": float(np.mean(seconds))},
+        # As many equally frequent ones would be as mixed as those of the coreset, and of as many random rows.
+        "answers": {kind: results["answers"][f"{kind}_kinds"] for kind in ("coreset", "expected")},
+        "tournament": tournament | spent | {"target_seconds": float(np.mean(seconds))},
         "intervals": {f"{a}_minus_{b}": compare_losses(losses[a], losses[b]) for a, b in pairs if a != b},
     }
+
+
+def find_missed(losses: dict[str, Any]) -> dict[str, Any] | None:
+    """
+    The share of the best arm's gain on random rows that the coreset misses: (coreset - best) / (random - best).
+
+    From losses by arm and seed. 0 where the coreset is the best itself; `None` where no arm beats random rows beyond
+    noise.
+    """
+    means = {arm: float(np.mean(list(by_seed.values()))) for arm, by_seed in losses.items()}
+    best = min((arm for arm in means if arm not in ("full", "random")), key=means.__getitem__)
+    high = compare_losses(losses[best], losses["random"])["high"]
+    if high is None or high >= 0:
+        return None
+    return {"best": best, "share": (means["coreset"] - means[best]) / (means["random"] - means[best])}
 
 
 def read_commit() -> str:
@@ -177,14 +216,17 @@ def show_trained(found: dict[str, Any]) -> None:
         gain = pool["intervals"].get("cosine_minus_random") or {"mean": math.nan, "half_width": math.nan}
         tournament, commits = pool["tournament"], ", ".join(dict.fromkeys(pool["commits"].values()))
         took = f"{tournament['winner']} ({tournament['outcome']})"
-        rows += [[f"`{name}`", took, *means, f"{gain['mean']:+.3f}", f"{gain['half_width']:.3f}", commits]]
-    show_table(["pool", "`auto` took", *arms, "cosine less random", "half its interval", "commits"], rows)
+        missed = "" if pool["missed"] is None else f"{pool['missed']['share']:.2f}"
+        rows += [[f"`{name}`", took, *means, missed, f"{gain['mean']:+.3f}", f"{gain['half_width']:.3f}", commits]]
+    columns = ["missed of the best gain", "cosine less random", "half its interval", "commits"]
+    show_table(["pool", "`auto` took", *arms, *columns], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--pools", nargs="+", choices=list(POOLS), default=list(POOLS))
-    parser.add_argument("--rank", action="store_true", help="Rank the rows of each pool by every method.")
+    parser.add_argument("--rank", action="store_true", help="Rank the rows of each pool.")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="Those of --rank.")
     parser.add_argument("--train", action="store_true", help="Train targets beside a tournament.")
     parser.add_argument(
         "--arms",
@@ -197,6 +239,7 @@ def main() -> None:
     parser.add_argument("--auto_budget", type=float, default=2.0)
     parser.add_argument("--shared", type=Path, default=Path("../shared/data"), help="Data outside the project.")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/records")
+    parser.add_argument("--figures", type=Path, default=ROOT / "docs/benchmarks/figures")
     args = parser.parse_args()
     for kind, wanted in (("ranked", args.rank), ("trained", args.train)):
         path = args.output / f"pools_{kind}.json"
@@ -206,21 +249,16 @@ def main() -> None:
                 folder = find_pool(name, seed, args.shared)
                 before = known["pools"].get(folder.name, {})
                 found = (
-                    rank_pool(folder)
+                    rank_pool(folder, args.methods, before)
                     if kind == "ranked"
                     else train_pool(folder, args.arms, args.seeds, args.auto_budget, before)
                 )
                 known["pools"][folder.name] = found
                 write_results(path, **known)
-        if wanted and kind == "ranked":
-            # A record of before a method was there has no line for it.
-            known["pools"] = {
-                name: pool for name, pool in known["pools"].items() if METHODS.keys() <= pool["methods"].keys()
-            }
         if wanted:
             (show_ranked if kind == "ranked" else show_trained)(known["pools"])
         if wanted and kind == "ranked":
-            draw_ranked(known["pools"], ROOT / "docs/benchmarks/figures/pools_ranked.png")
+            draw_ranked(known["pools"], args.figures / "pools_ranked.png")
 
 
 if __name__ == "__main__":

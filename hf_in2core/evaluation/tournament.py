@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from hf_in2core.names import METHODS
 
 from .formats import format_difference
+from .gain import MIN_GAIN
 from .intervals import compare_losses
 
 
@@ -28,8 +29,9 @@ class Tournament:
     What [`run_tournament`] found.
 
     Attributes:
-        outcome (`str`): `"won"`; `"undecided"`, where the best candidate did not beat random rows beyond noise;
-            `"random"`, where no candidate's mean is below that of random rows.
+        outcome (`str`): `"won"`; `"random"`, where no finalist's mean is below that of random rows, or none can gain
+            3 % of their loss (the whole interval of each is above that); `"undecided"`, where the best finalist is
+            below random rows, and the runs neither show it nor leave it out.
         winner (`str`): What to take: the winner, or `"random"`.
         text (`str`): The same in words.
         losses (`dict[str, dict[int, float]]`): Held-back loss by candidate and seed, nats per labelled token; `inf`
@@ -105,7 +107,8 @@ def run_tournament(
     rows and the whole pool are always among them. The best mean over the seeds wins if its whole 90 % interval against
     random rows is below 0 (one-sided, 5 %); of two finalists that are not told apart the cheaper one does. The seed
     that chose the finalists counts among theirs: where all rows are alike, about one tournament in eight still has a
-    winner, which then is as good as random rows.
+    winner, which then is as good as random rows. Where none wins, selecting is not worth it, unless a finalist is
+    below random rows by the mean and its interval reaches a gain of 3 % of their loss: that is undecided.
 
     ```python
     >>> tournament = run_tournament(train_and_judge, ["bm25", "cosine", "rds"], budget_steps=300, max_steps=150)
@@ -164,8 +167,11 @@ def run_tournament(
     if beating:
         outcome, winner = "won", beating[0]
     else:
-        below = [name for name in finalists if mean(name) < mean("random")]
-        outcome, winner = ("undecided" if below else "random"), "random"
+        smallest = -MIN_GAIN * mean("random")
+        hopeful = [name for name in finalists if _may_gain(intervals[f"{name}_minus_random"], smallest)]
+        outcome, winner = ("undecided" if hopeful else "random"), "random"
+        # The text names it first.
+        finalists = sorted(finalists, key=lambda name: name not in hopeful)
     text = _say(outcome, winner, finalists, intervals, losses, steps, num_runs, left_out)
     return Tournament(outcome, winner, text, losses, steps, num_runs, left_out, intervals)
 
@@ -179,6 +185,11 @@ def _compare(losses: Mapping[str, Mapping[int, float]], first: str, second: str)
 def _is_below(interval: Mapping[str, Any]) -> bool:
     """Whether a whole interval is below 0; random rows that diverged are beaten by rows that did not."""
     return interval["mean"] is None or (interval["high"] is not None and interval["high"] < 0)
+
+
+def _may_gain(interval: Mapping[str, Any], smallest: float) -> bool:
+    """Whether the mean is below 0, and the interval leaves room for a gain that is worth selecting for."""
+    return interval["mean"] < 0 and (interval["low"] is None or interval["low"] < smallest)
 
 
 def _say(
@@ -211,9 +222,11 @@ def _say(
             "coreset is random rows. Take random rows, or the whole pool; a larger --auto_budget may tell more."
         )
     else:
+        below = any(intervals[f"{name}_minus_random"]["mean"] < 0 for name in finalists)
+        room = f", and what is left open is less than {100 * MIN_GAIN:g} % of their loss" if below else ""
         said = (
-            f"{head}: nothing beat random rows{numbers}, so selecting is not worth it here; the coreset is random "
-            "rows. Take random rows, or the whole pool."
+            f"{head}: nothing beat random rows{room}{numbers}, so selecting is not worth it here; the coreset is "
+            "random rows. Take random rows, or the whole pool."
         )
     best = min((name for name in losses), key=lambda name: losses[name][0])
     if best == "full":

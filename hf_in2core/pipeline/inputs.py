@@ -217,6 +217,21 @@ def check_pool_columns(
         raise ValueError(f"The pool has no column {', '.join(missing)}; it has: {', '.join(names)}.")
 
 
+def check_tasks(validation: dict[str, Dataset], column: str) -> None:
+    """
+    Check that every validation set says of which tasks its rows are: those are the tasks of interest.
+
+    Raises:
+        ValueError: if a set has no such column.
+    """
+    for name, rows in validation.items():
+        if column not in (names := get_column_names(rows)):
+            raise ValueError(
+                f"The {describe_set(name)} set has no column {column}; it has: {', '.join(names)}. --task_column "
+                "reads there which tasks count, so add it to the set, or leave out --task_column."
+            )
+
+
 def check_groups(pool: Dataset, column: str, num_rows: int) -> None:
     """
     Check that the groups of a column can share the rows of a coreset.

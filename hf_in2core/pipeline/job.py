@@ -29,7 +29,7 @@ from hf_in2core.rows.template_date import read_clock
 
 from .arguments import In2CoreArguments
 from .comparison import plan_arms
-from .inputs import Inputs, check_groups, check_pool_columns, check_trainable, hold_back, load_inputs
+from .inputs import Inputs, check_groups, check_pool_columns, check_tasks, check_trainable, hold_back, load_inputs
 from .methods import check_methods, list_columns, needs_queries
 from .models import check_adapter, check_model, hash_folder, load_tokenizer, pin_day
 from .parser import Settings
@@ -155,6 +155,8 @@ def check(settings: Settings) -> Job:
     needed, columns = [args.task_column, args.wrong_column, args.group_column], list_columns(args.methods)
     also = [*columns, *[PER_CHECKPOINT] * bool(args.reference_checkpoints)]
     check_pool_columns(inputs.pool, inputs.validation, needed, needs_queries(args.methods), also)
+    if args.task_column is not None:
+        check_tasks(inputs.validation, args.task_column)
     if found is not None:
         features = Features(dict(inputs.pool.features) | describe_columns(list(inputs.validation)))
         features |= {column: Value("int64" if column.endswith("_rank") else "float64") for column in columns}

@@ -105,3 +105,29 @@ def test_a_run_that_diverges_cannot_win_and_breaks_nothing() -> None:
     means["cosine"] = 1.1
     found = run_tournament(diverge, CANDIDATES, 400, 200)
     assert found.winner == "rds" and found.losses["bm25"][0] == math.inf
+
+
+@pytest.mark.parametrize(
+    "differences, outcome, said",
+    [
+        # The 90 % intervals: 3 % of the loss of random rows are 0.06 here.
+        (
+            [-0.02, 0.005, -0.012],
+            "random",
+            "what is left open is less than 3 % of their loss (bm25",
+        ),  # -0.031 to 0.013
+        ([-0.04, 0.01, -0.01], "random", "what is left open is less than 3 % of their loss (bm25"),  # -0.056 to 0.029
+        ([-0.05, 0.01, -0.01], "undecided", "bm25 was below random rows by the mean"),  # -0.068 to 0.035
+        ([0.2, -0.1, 0.1], "random", "nothing beat random rows (bm25"),  # -0.191 to 0.324
+    ],
+)
+def test_undecided_is_only_what_leaves_room_for_a_gain(differences: list[float], outcome: str, said: str) -> None:
+    table = np.full((2 + len(CANDIDATES), 3), 3.0)
+    table[:2] = 2.0
+    table[2] += np.array(differences) - 1.0
+    # With so small a budget the best of the first seed alone goes on.
+    found = run_tournament(look_up(table), CANDIDATES[:4], budget_steps=200, max_steps=200)
+    assert list(found.intervals) == ["bm25_minus_random"]
+    assert (found.outcome, found.winner) == (outcome, "random")
+    assert said in found.text and ("not worth it" in found.text) == (outcome == "random")
+    assert "Take random rows, or the whole pool" in found.text

@@ -158,6 +158,12 @@ def test_near_copies_are_counted_and_shown(inputs: Inputs, tmp_path: Path, capsy
 
 def test_missing_and_clashing_columns(inputs: Inputs, tmp_path: Path) -> None:
     assert "no column kind" in refuse(inputs, tmp_path, task_column="kind")
+    # After hours it would not be known which tasks count.
+    bare = [{name: row[name] for name in ("prompt", "completion")} for row in make_rows("reverse", 8, seed=3)]
+    sets = [f"told={inputs[1]['validation'][0]}", f"bare={write_rows(tmp_path / 'bare.jsonl', bare)}"]
+    message = refuse(inputs, tmp_path, validation=sets)
+    assert "The validation bare set has no column task; it has: prompt, completion" in message
+    assert "leave out --task_column" in message
     message = refuse(inputs, tmp_path, columns=["prompt=question", "completion=answer"])
     assert "question" in message and "prompt, completion" in message
     pool = [row | {"influence": 0.0} for row in make_rows("copy", 9, seed=7)]
