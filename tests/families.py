@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from helpers import ROOT, add_trained_adapter, make_prompt_completion, make_trainer, prepare
-from naive import compute_datainf, compute_gradients
+from helpers import ROOT, add_trained_adapter, make_prompt_completion, make_trainer
+from loops import compute_loops
+from naive import compute_datainf
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from hf_in2core.engine import fit
@@ -147,10 +148,7 @@ def compare(kind: str, targets: str | list[str] | None) -> float:
         settings: dict[str, Any] = {"router_aux_loss_coef": 0.0, "max_steps": 1, "activation_checkpointing": False}
         trainer = make_trainer(folder, rows, validation, dtype=dtype, model=adapted, **settings)
         trainer.train()
-        loop = [compute_gradients(trainer.model, prepare(part)) for part in (rows, validation)]
-        counted = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-        assert counted == set(loop[0][0])  # nothing trainable is left out
-        expected = compute_datainf(*loop).numpy()
+        expected = compute_datainf(*compute_loops(trainer, rows, validation)).numpy()
         found = np.array(trainer.score_influence()["influence"][:])
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 

@@ -68,6 +68,15 @@ def compute_whole_dots(train: list[dict], validation: list[dict], estimator: str
     return -g @ v if estimator == "gradient_dot" else -torch.cosine_similarity(g, v[None])
 
 
+def draw_gradients(n: int, d: int, q: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random gradients of rows, `[n, d]`, and of queries, `[q, d]`, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(n, d, generator=generator, dtype=torch.float64),
+        torch.randn(q, d, generator=generator, dtype=torch.float64),
+    )
+
+
 def compute_dense_ihvp(g: torch.Tensor, v: torch.Tensor, damping: float) -> torch.Tensor:
     """`mean_i (damping I + g_i g_i^T)^-1 v` by dense linear algebra; `g` is `[n, d]`, `v` is `[d]`."""
     identity = torch.eye(g.shape[1], dtype=g.dtype)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
 from helpers import add_trained_adapter, assert_same, make_model, make_prompt_completion, make_trainer, prepare
-from naive import compute_datainf, compute_gradients, compute_loss, embed, score_bm25
+from loops import compute_loops
+from naive import compute_datainf, compute_loss, embed, score_bm25
 
 from hf_in2core.analysis.coverage import (
     compute_coverage,
@@ -38,7 +39,7 @@ def test_coverage_equals_a_loop_over_naive_influence(tmp_path, validation, model
     monkeypatch.setattr("hf_in2core.engine.fit.PILOT_ROWS", len(rows))  # the pilot's damping is then the exact one
     trainer = make_trainer(tmp_path, rows, validation, model=copy.deepcopy(model))
     coverage = compute_coverage(trainer, top_k=3)
-    train, tests = (compute_gradients(trainer.model, prepare(part)) for part in (rows, validation))
+    train, tests = compute_loops(trainer, rows, validation)
     for query, (row, gradient) in enumerate(zip(coverage, tests, strict=True)):
         influence = compute_datainf(train, [gradient]).tolist()
         for name, expected in naive_coverage([-x for x in influence], 3).items():

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from datasets import concatenate_datasets
-from helpers import add_trained_adapter, assert_same, make_model, make_prompt_completion, make_trainer, prepare
-from naive import compute_datainf, compute_gradients
+from helpers import add_trained_adapter, assert_same, make_model, make_prompt_completion, make_trainer
+from loops import compute_loops, keep_layers
+from naive import compute_datainf
 from scipy.stats import spearmanr
 
 from hf_in2core.analysis.layers import (
@@ -38,13 +39,10 @@ def test_any_set_of_layers_has_the_influence_of_the_naive_loop(tmp_path, validat
     monkeypatch.setattr("hf_in2core.engine.fit.PILOT_ROWS", len(rows))  # the pilot's damping is then the exact one
     trainer = make_trainer(tmp_path, rows, validation, model=copy.deepcopy(model))
     scores = compute_layer_scores(trainer)
-    train, held_out = (compute_gradients(trainer.model, prepare(part)) for part in (rows, validation))
+    loops = compute_loops(trainer, rows, validation)
     for layers in ([0], [1, 3], [0, 1, 2, 3]):
-        kept = [
-            [{name: g for name, g in row.items() if any(f"layers.{i}." in name for i in layers)} for row in part]
-            for part in (train, held_out)
-        ]
-        assert_same(scores.compute_influence(layers), compute_datainf(kept[0], kept[1]), 1e-9)
+        kept = keep_layers(loops, *layers)
+        assert_same(scores.compute_influence(layers), compute_datainf(*kept), 1e-9)
     assert sum(scores.elements) == sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
 
 

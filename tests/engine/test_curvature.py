@@ -8,7 +8,8 @@ import torch
 from helpers import assert_same, make_prompt_completion, make_trainer, prepare
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive import compute_dense_ihvp, compute_gradients
+from loops import compute_loops
+from naive import compute_dense_ihvp, compute_gradients, draw_gradients
 from scipy.stats import spearmanr
 
 from hf_in2core.engine.blocks import count_elements
@@ -22,18 +23,10 @@ from hf_in2core.engine.curvature import (
 from hf_in2core.engine.fit import fit_directions, read_fit
 
 
-def draw(n: int, d: int, q: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(n, d, generator=generator, dtype=torch.float64),
-        torch.randn(q, d, generator=generator, dtype=torch.float64),
-    )
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 12), st.floats(0.01, 10), st.integers(0, 10_000))
 def test_both_inverses_equal_dense_algebra(n: int, d: int, damping: float, seed: int) -> None:
-    g, v = draw(n, d, 3, seed)
+    g, v = draw_gradients(n, d, 3, seed)
     dense = torch.linalg.inv(damping * torch.eye(d, dtype=torch.float64) + g.T @ g / n)
     u = compute_exact_ihvp(g, v, damping)
     torch.testing.assert_close(u, v @ dense, rtol=1e-8, atol=1e-9 * float(u.abs().max()))
@@ -46,16 +39,16 @@ def test_both_inverses_equal_dense_algebra(n: int, d: int, damping: float, seed:
 
 
 def test_one_row_and_large_damping_leave_no_difference() -> None:
-    g, v = draw(1, 6, 1, seed=3)
+    g, v = draw_gradients(1, 6, 1, seed=3)
     datainf, exact = score_fitted_rows(g @ g.T, g @ v[0], 0.1)
     torch.testing.assert_close(datainf, exact)
-    g, v = draw(20, 6, 1, seed=3)
+    g, v = draw_gradients(20, 6, 1, seed=3)
     datainf, exact = score_fitted_rows(g @ g.T, g @ v[0], 1e6)
     torch.testing.assert_close(datainf, exact, rtol=1e-4, atol=0)
 
 
 def test_no_damping_has_no_inverse() -> None:
-    g, v = draw(4, 6, 1, seed=0)
+    g, v = draw_gradients(4, 6, 1, seed=0)
     for call in (lambda: compute_exact_ihvp(g, v, 0.0), lambda: score_fitted_rows(g @ g.T, g @ v[0], 0.0)):
         with pytest.raises(ValueError, match=r"damping=0\.0 is not above 0.*leave it out"):
             call()
@@ -78,7 +71,7 @@ def test_a_fit_measures_what_single_backwards_give(tmp_path, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         agreement = fit_and_measure(trainer)
     assert "inverse" not in caplog.text  # nobody can act on it: it is told with the method
-    rows, queries = (compute_gradients(trainer.model, prepare(part)) for part in (pool, validation))
+    rows, queries = compute_loops(trainer, pool, validation)
     datainf, exact = (torch.zeros(40, dtype=torch.float64) for _ in range(2))
     for name in rows[0]:
         g = torch.stack([row[name] for row in rows]).double()

@@ -6,14 +6,12 @@ import pytest
 import torch
 from helpers import (
     add_trained_adapter,
-    assert_same,
     make_model,
     make_prompt_completion,
     make_tokenizer,
     make_trainer,
-    prepare,
 )
-from naive import compute_datainf, compute_gradients
+from loops import assert_equals_loop
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -37,11 +35,7 @@ def test_chunks_of_logits_change_nothing(tmp_path, monkeypatch, loss_reduction) 
     model = add_trained_adapter(make_model().to(torch.float64))
     trainer = make_trainer(tmp_path, pool, validation, model=model, loss_reduction=loss_reduction)
     assert find_max_loss_tokens(trainer.model) is None
-    expected = compute_datainf(
-        compute_gradients(trainer.model, prepare(pool), loss_reduction),
-        compute_gradients(trainer.model, prepare(validation), loss_reduction),
-    )
-    assert_same(trainer.score_influence()["influence"], expected, 1e-6)
+    assert_equals_loop(trainer, pool, validation, 1e-6)
 
 
 @pytest.mark.parametrize("family", list(SCALED))
@@ -58,7 +52,4 @@ def test_what_a_model_does_to_its_logits_is_seen(tmp_path, family) -> None:
     trainer = make_trainer(tmp_path, pool, validation, model=model.to(torch.float64))
     assert not has_plain_head(trainer.model, None)
     assert find_max_loss_tokens(trainer.model) == losses.MAX_LOGITS_PER_BATCH // size["vocab_size"]
-    expected = compute_datainf(
-        compute_gradients(trainer.model, prepare(pool)), compute_gradients(trainer.model, prepare(validation))
-    )
-    assert_same(trainer.score_influence()["influence"], expected, 1e-5)
+    assert_equals_loop(trainer, pool, validation, 1e-5)

@@ -11,9 +11,9 @@ from helpers import (
     make_prompt_completion,
     make_tokenizer,
     make_trainer,
-    prepare,
 )
-from naive import compute_datainf, compute_gradients
+from loops import compute_loops
+from naive import compute_datainf
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_in2core import InfluenceScorer
@@ -63,10 +63,7 @@ def test_influence_through_a_quantised_base_equals_the_loop(
     # The first forward on the CPU packs 4-bit weights in another way: the scorer names them as they were before it.
     trainer.fit_influence().save_pretrained(tmp_path / "scorer")
     scored = trainer.score_influence()
-    expected = compute_datainf(
-        compute_gradients(trainer.model, prepare(rows)), compute_gradients(trainer.model, prepare(validation))
-    )
-    assert_same(scored["influence"], expected, tolerance)
+    assert_same(scored["influence"], compute_datainf(*compute_loops(trainer, rows, validation)), tolerance)
     if bits == 4 and is_float32:
         base = load_quantised(tmp_path / "base", bits)
         loaded = InfluenceScorer.from_pretrained(tmp_path / "scorer", model=base, processing_class=make_tokenizer())

@@ -1,5 +1,6 @@
 """DoRA against the naive oracle: its magnitudes count beside A and B."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -7,12 +8,10 @@ import pytest
 import torch
 from families import FAMILIES
 from families import make_config as make_family
-from helpers import add_trained_adapter, assert_same, make_prompt_completion, make_trainer, prepare
-from naive import compute_datainf, compute_gradients, compute_whole_dots
+from helpers import add_trained_adapter, make_prompt_completion, make_trainer
+from loops import assert_equals_loop, assert_queries_and_saved_scorer_equal_loop
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-
-from hf_in2core import InfluenceScorer
 
 
 def make_base(family: str) -> Any:
@@ -31,14 +30,9 @@ def make_dora(family: str, **kwargs: Any) -> PeftModel:
         for name, parameter in model.named_parameters():
             if "magnitude" in name:
                 parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert sum("magnitude" in name for name in trained) == len(trained) // 3
     return model
-
-
-def compute_all(trainer: Any, rows: Any, validation: Any, loss_reduction: str = "mean") -> list[Any]:
-    found = [compute_gradients(trainer.model, prepare(part), loss_reduction) for part in (rows, validation)]
-    counted = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-    assert counted == set(found[0][0]) and sum("magnitude" in name for name in counted) == len(counted) // 3
-    return found
 
 
 @pytest.mark.usefixtures("exact_damping")
@@ -56,30 +50,21 @@ def compute_all(trainer: Any, rows: Any, validation: Any, loss_reduction: str = 
 def test_dora_equals_the_loop(tmp_path, validation, family, options) -> None:
     rows = make_prompt_completion(9, seed=2)
     trainer = make_trainer(tmp_path, rows, validation, model=make_dora(family), tokens_per_batch=100, **options)
-    expected = compute_datainf(*compute_all(trainer, rows, validation, options.get("loss_reduction", "mean")))
-    assert_same(trainer.score_influence()["influence"], expected, 1e-9)
+    assert_equals_loop(trainer, rows, validation)
 
 
 @pytest.mark.parametrize("estimator", ["gradient_dot", "gradient_cosine"])
 def test_dot_and_cosine_equal_the_loop(tmp_path, validation, estimator) -> None:
     rows = make_prompt_completion(9, seed=2)
     trainer = make_trainer(tmp_path, rows, validation, model=make_dora("qwen2"), estimator=estimator)
-    expected = compute_whole_dots(*compute_all(trainer, rows, validation), estimator)
-    assert_same(trainer.score_influence()["influence"], expected, 1e-9)
+    assert_equals_loop(trainer, rows, validation)
 
 
 @pytest.mark.usefixtures("exact_damping")
 def test_rows_as_queries_and_a_saved_scorer_equal_the_loop(tmp_path, validation) -> None:
+    make = partial(make_trainer, model=make_dora("qwen2"), tokens_per_batch=100)
     rows = make_prompt_completion(9, seed=2)
-    trainer = make_trainer(tmp_path / "run", rows, validation, model=make_dora("qwen2"), tokens_per_batch=100)
-    scorer = trainer.fit_influence(per_example=True)
-    scored = trainer.score_influence()
-    train, held_out = compute_all(trainer, rows, validation)
-    expected = np.stack([compute_datainf(train, [query]).numpy() for query in held_out], axis=1)
-    assert_same(scored["influence_per_query"], expected, 1e-9)
-    scorer.save_pretrained(tmp_path / "scorer")
-    loaded = InfluenceScorer.from_pretrained(tmp_path / "scorer", model=make_base("qwen2").double())
-    assert_same(rows.map(loaded, batched=True, batch_size=4)["influence"], expected.mean(1), 1e-9)
+    assert_queries_and_saved_scorer_equal_loop(tmp_path, make, rows, validation, make_base("qwen2").double())
 
 
 def test_layers_and_bfloat16(tmp_path, pool, validation) -> None:

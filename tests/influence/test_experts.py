@@ -1,5 +1,6 @@
 """LoRA on the experts of a mixture (`target_parameters`) against the naive oracle, and what is refused."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -7,12 +8,17 @@ import pytest
 import torch
 from families import FAMILIES
 from families import make_config as make_family
-from helpers import add_trained_adapter, assert_same, make_prompt_completion, make_trainer, prepare
-from naive import compute_datainf, compute_gradients, compute_whole_dots
+from helpers import add_trained_adapter, assert_same, make_prompt_completion, make_trainer
+from loops import (
+    assert_batches_and_order_do_not_matter,
+    assert_equals_loop,
+    assert_queries_and_saved_scorer_equal_loop,
+    compute_loops,
+    keep_layers,
+)
+from naive import compute_datainf
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-
-from hf_in2core import InfluenceScorer
 
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -39,25 +45,20 @@ def make_base(family: str, **settings: Any) -> Any:
 
 def make_adapted(family: str, parameters: list[str] | None = None, **settings: Any) -> PeftModel:
     names, others = MIXTURES[family]
-    return add_trained_adapter(
+    adapted = add_trained_adapter(
         make_base(family, **{**others, **settings}),
         target_modules=["o_proj"],
         target_parameters=parameters or names,
         lora_dropout=0.0,
     )
+    assert any(tensor.requires_grad and ".experts." in name for name, tensor in adapted.named_parameters())
+    return adapted
 
 
 def make_mixture_trainer(folder: Any, rows: Any, validation: Any, model: PeftModel, **options: Any) -> Any:
     return make_trainer(
         folder, rows, validation, model=model, router_aux_loss_coef=0.0, **{"tokens_per_batch": 100, **options}
     )
-
-
-def compute_all(trainer: Any, rows: Any, validation: Any, loss_reduction: str = "mean") -> list[Any]:
-    found = [compute_gradients(trainer.model, prepare(part), loss_reduction) for part in (rows, validation)]
-    counted = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-    assert counted == set(found[0][0]) and any(".experts." in name for name in counted)
-    return found
 
 
 @pytest.mark.usefixtures("exact_damping")
@@ -77,9 +78,8 @@ def test_trained_experts_equal_the_loop(tmp_path, validation, family, options) -
     settings = {"max_steps": 1, "activation_checkpointing": False, **options}
     trainer = make_mixture_trainer(tmp_path, rows, validation, make_adapted(family), **settings)
     trainer.train()
-    expected = compute_datainf(*compute_all(trainer, rows, validation, options.get("loss_reduction", "mean")))
     # A router or a norm in float32 rounds a batch otherwise than a row.
-    assert_same(trainer.score_influence()["influence"], expected, 1e-9 if family in ("gpt_oss", "qwen3_moe") else 1e-6)
+    assert_equals_loop(trainer, rows, validation, 1e-9 if family in ("gpt_oss", "qwen3_moe") else 1e-6)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
@@ -87,36 +87,22 @@ def test_trained_experts_equal_the_loop(tmp_path, validation, family, options) -
 def test_dot_and_cosine_equal_the_loop(tmp_path, validation, family, estimator) -> None:
     rows = make_prompt_completion(9, seed=2)
     trainer = make_mixture_trainer(tmp_path, rows, validation, make_adapted(family), estimator=estimator)
-    expected = compute_whole_dots(*compute_all(trainer, rows, validation), estimator)
-    assert_same(trainer.score_influence()["influence"], expected, 1e-9)
+    assert_equals_loop(trainer, rows, validation)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
 def test_batches_padding_and_order_do_not_matter(tmp_path, validation, family) -> None:
-    rows = make_prompt_completion(12, seed=2)
-    order = np.random.default_rng(0).permutation(12)
-    scores = []
-    for name, pool, tokens in (("alone", rows, 1), ("together", rows, 10_000), ("mixed", rows.select(order), 90)):
-        trainer = make_mixture_trainer(
-            tmp_path / name, pool, validation, make_adapted(family), tokens_per_batch=tokens
-        )
-        scores.append(np.array(trainer.score_influence()["influence"]))
-    assert_same(scores[1], scores[0], 1e-9)
-    assert_same(scores[2], scores[0][order], 1e-9)
+    def make(folder: Any, pool: Any, validation: Any, **options: Any) -> Any:
+        return make_mixture_trainer(folder, pool, validation, make_adapted(family), **options)
+
+    assert_batches_and_order_do_not_matter(tmp_path, make, validation)
 
 
 @pytest.mark.usefixtures("exact_damping")
 def test_rows_as_queries_and_a_saved_scorer_equal_the_loop(tmp_path, validation) -> None:
+    make = partial(make_mixture_trainer, model=make_adapted("gpt_oss"))
     rows = make_prompt_completion(9, seed=2)
-    trainer = make_mixture_trainer(tmp_path / "run", rows, validation, make_adapted("gpt_oss"))
-    scorer = trainer.fit_influence(per_example=True)
-    scored = trainer.score_influence()
-    train, held_out = compute_all(trainer, rows, validation)
-    expected = np.stack([compute_datainf(train, [query]).numpy() for query in held_out], axis=1)
-    assert_same(scored["influence_per_query"], expected, 1e-9)
-    scorer.save_pretrained(tmp_path / "scorer")
-    loaded = InfluenceScorer.from_pretrained(tmp_path / "scorer", model=make_base("gpt_oss"))
-    assert_same(rows.map(loaded, batched=True, batch_size=4)["influence"], expected.mean(1), 1e-9)
+    assert_queries_and_saved_scorer_equal_loop(tmp_path, make, rows, validation, make_base("gpt_oss"))
 
 
 @pytest.mark.usefixtures("exact_damping")
@@ -125,10 +111,7 @@ def test_a_layer_and_half_of_its_experts(tmp_path, validation) -> None:
     rows = make_prompt_completion(9, seed=2)
     model = make_adapted("qwen3_moe", ["experts.gate_up_proj"])
     trainer = make_mixture_trainer(tmp_path, rows, validation, model, influence_layers="last:1")
-    kept = [
-        [{name: value for name, value in row.items() if ".layers.1." in name} for row in part]
-        for part in compute_all(trainer, rows, validation)
-    ]
+    kept = keep_layers(compute_loops(trainer, rows, validation), 1)
     assert sum("experts" in name for name in trainer.blocks) == 2
     assert_same(trainer.score_influence()["influence"], compute_datainf(*kept), 1e-9)
 

@@ -1,6 +1,7 @@
 """A model without an adapter, whose own weights are trained, against the naive oracle, and what is refused."""
 
 import re
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,15 @@ import pytest
 import torch
 from families import FAMILIES
 from families import make_config as make_family
-from helpers import assert_same, make_config, make_prompt_completion, make_tokenizer, make_trainer, prepare
-from naive import compute_datainf, compute_gradients, compute_whole_dots
+from helpers import assert_same, make_config, make_prompt_completion, make_tokenizer, make_trainer
+from loops import (
+    assert_batches_and_order_do_not_matter,
+    assert_equals_loop,
+    assert_queries_and_saved_scorer_equal_loop,
+    compute_loops,
+    keep_layers,
+)
+from naive import compute_datainf
 from transformers import AutoModelForCausalLM
 
 from hf_in2core import InfluenceScorer, InfluenceTrainer
@@ -38,13 +46,6 @@ def make_base(family: str, **settings: Any) -> Any:
     return model
 
 
-def compute_all(trainer: Any, rows: Any, validation: Any, **options: Any) -> list[Any]:
-    found = [compute_gradients(trainer.model, prepare(part), **options) for part in (rows, validation)]
-    counted = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-    assert counted == set(found[0][0])
-    return found
-
-
 @pytest.mark.usefixtures("exact_damping")
 @pytest.mark.parametrize(
     ("family", "options"),
@@ -62,10 +63,8 @@ def test_trained_models_equal_the_loop(tmp_path, validation, family, options) ->
     settings = {"max_steps": 1, "activation_checkpointing": False, "tokens_per_batch": 100, **options}
     trainer = make_trainer(tmp_path, rows, validation, model=make_base(family), **settings)
     trainer.train()
-    scored = trainer.score_influence()
-    gradients = compute_all(trainer, rows, validation, loss_reduction=options.get("loss_reduction", "mean"))
     # Gemma's norms and rotary embeddings are in float32, which rounds a batch otherwise than a row.
-    assert_same(scored["influence"], compute_datainf(*gradients), 1e-6 if family == "gemma3_text" else 1e-8)
+    assert_equals_loop(trainer, rows, validation, 1e-6 if family == "gemma3_text" else 1e-8)
 
 
 @pytest.mark.usefixtures("exact_damping")
@@ -75,7 +74,7 @@ def test_a_tied_matrix_wherever_chunks_of_logits_end(tmp_path, validation, monke
     rows = make_prompt_completion(9, seed=2)
     trainer = make_trainer(tmp_path, rows, validation, model=make_base("qwen3"), tokens_per_batch=100)
     assert [block.kind for block in trainer.blocks.values()].count("tied") == 1
-    assert_same(trainer.score_influence()["influence"], compute_datainf(*compute_all(trainer, rows, validation)), 1e-9)
+    assert_equals_loop(trainer, rows, validation)
 
 
 def test_the_logits_that_a_tied_matrix_keeps_are_bounded(tmp_path, validation, monkeypatch) -> None:
@@ -90,37 +89,23 @@ def test_the_logits_that_a_tied_matrix_keeps_are_bounded(tmp_path, validation, m
 def test_dot_and_cosine_equal_the_loop(tmp_path, validation, family, estimator) -> None:
     rows = make_prompt_completion(9, seed=2)
     trainer = make_trainer(tmp_path, rows, validation, model=make_base(family), estimator=estimator)
-    expected = compute_whole_dots(*compute_all(trainer, rows, validation), estimator)
-    assert_same(trainer.score_influence()["influence"], expected, 1e-9)
+    assert_equals_loop(trainer, rows, validation)
 
 
 def test_batches_and_order_do_not_matter(tmp_path, validation) -> None:
-    rows = make_prompt_completion(12, seed=2)
-    order = np.random.default_rng(0).permutation(12)
-    scores = []
-    for name, pool, tokens in (("alone", rows, 1), ("together", rows, 10_000), ("mixed", rows.select(order), 90)):
-        trainer = make_trainer(tmp_path / name, pool, validation, model=make_base("qwen3"), tokens_per_batch=tokens)
-        scores.append(np.array(trainer.score_influence()["influence"]))
-    assert_same(scores[1], scores[0], 1e-9)
-    assert_same(scores[2], scores[0][order], 1e-9)
+    def make(folder: Any, pool: Any, validation: Any, **options: Any) -> InfluenceTrainer:
+        return make_trainer(folder, pool, validation, model=make_base("qwen3"), **options)
+
+    assert_batches_and_order_do_not_matter(tmp_path, make, validation)
 
 
 @pytest.mark.usefixtures("exact_damping")
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_rows_as_queries_and_a_saved_scorer_equal_the_loop(tmp_path, validation, family) -> None:
     """The scorer holds the trained model, and needs no other one."""
-    rows = make_prompt_completion(9, seed=2)
-    trainer = make_trainer(tmp_path / "run", rows, validation, model=make_base(family), tokens_per_batch=100)
-    scorer = trainer.fit_influence(per_example=True)
-    scored = trainer.score_influence()
-    train, held_out = compute_all(trainer, rows, validation)
-    expected = np.stack([compute_datainf(train, [query]).numpy() for query in held_out], axis=1)
-    assert_same(scored["influence_per_query"], expected, 1e-9)
-    scorer.save_pretrained(tmp_path / "scorer")
+    make = partial(make_trainer, model=make_base(family), tokens_per_batch=100)
+    assert_queries_and_saved_scorer_equal_loop(tmp_path, make, make_prompt_completion(9, seed=2), validation)
     assert not (tmp_path / "scorer" / "adapter").exists()
-    loaded = InfluenceScorer.from_pretrained(tmp_path / "scorer")
-    assert set(loaded.blocks) == set(trainer.blocks)
-    assert_same(rows.map(loaded, batched=True, batch_size=4)["influence"], expected.mean(1), 1e-9)
     other = make_base(family).double()
     InfluenceScorer.from_pretrained(tmp_path / "scorer", model=other)
     with torch.no_grad():
@@ -141,10 +126,7 @@ def test_what_is_frozen_or_left_out_does_not_count(tmp_path, validation, chosen)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".layers.1." in name)
     trainer = make_trainer(tmp_path / "run", rows, validation, model=model, **options)
-    kept = [
-        [{name: value for name, value in row.items() if ".layers.1." in name} for row in part]
-        for part in compute_all(trainer, rows, validation)
-    ]
+    kept = keep_layers(compute_loops(trainer, rows, validation), 1)
     assert set(kept[0][0]) == set(trainer.blocks)
     expected = compute_datainf(*kept)
     assert_same(trainer.score_influence()["influence"], expected, 1e-9)
@@ -212,5 +194,4 @@ def test_a_model_by_name(tmp_path, pool, validation) -> None:
         eval_dataset=validation,
     )
     trainer.train()
-    gradients = [compute_gradients(trainer.model, prepare(part)) for part in (pool, validation)]
-    assert_same(trainer.score_influence()["influence"], compute_datainf(*gradients), 1e-3)
+    assert_equals_loop(trainer, pool, validation, 1e-3)

@@ -15,8 +15,8 @@ from helpers import (
     make_prompt_completion,
     make_tokenizer,
     make_trainer,
-    prepare,
 )
+from loops import assert_equals_loop, compute_loops
 from naive import compute_datainf, compute_gradients
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
@@ -58,11 +58,7 @@ def test_supported_adapters_equal_the_loop(tmp_path, validation, variant) -> Non
                 module.bias = torch.nn.Parameter(torch.zeros(module.out_features))
     trainer = make_trainer(tmp_path, rows, validation, model=add_trained_adapter(model, **SUPPORTED[variant]))
     scored = trainer.score_influence()
-    train = compute_gradients(trainer.model, prepare(rows))
-    counted = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-    assert counted == set(train[0])  # nothing trainable is left out
-    expected = compute_datainf(train, compute_gradients(trainer.model, prepare(validation)))
-    assert_same(scored["influence"], expected, 1e-9)
+    assert_same(scored["influence"], compute_datainf(*compute_loops(trainer, rows, validation)), 1e-9)
 
 
 def make_moe() -> MixtralForCausalLM:
@@ -150,10 +146,7 @@ def test_a_router_without_its_auxiliary_loss_is_supported_and_with_it_refused(tm
     # Experts' grouped products exist in float32 only.
     trainer = make_trainer(tmp_path / "a", rows, validation, torch.float32, model=model, router_aux_loss_coef=0.0)
     scored = trainer.score_influence()
-    train = compute_gradients(trainer.model, prepare(rows))
-    assert_same(
-        scored["influence"], compute_datainf(train, compute_gradients(trainer.model, prepare(validation))), 1e-4
-    )
+    assert_same(scored["influence"], compute_datainf(*compute_loops(trainer, rows, validation)), 1e-4)
     with pytest.raises(ValueError, match="router_aux_loss_coef=0.0"):
         make_trainer(
             tmp_path / "b", rows, validation, model=add_trained_adapter(make_moe(), target_modules=["q_proj"])
@@ -268,11 +261,7 @@ def test_linears_that_see_rows_in_another_shape_equal_the_loop(tmp_path, validat
     rows = make_prompt_completion(12, seed=2)
     adapted = add_trained_adapter(model, target_modules=targets)
     trainer = make_trainer(tmp_path, rows, validation, dtype=dtype, model=adapted)
-    expected = compute_datainf(
-        compute_gradients(trainer.model, prepare(rows)), compute_gradients(trainer.model, prepare(validation))
-    )
-    tolerance = 1e-6 if dtype == torch.float64 else 1e-3
-    assert_same(trainer.score_influence()["influence"], expected, tolerance)
+    assert_equals_loop(trainer, rows, validation, 1e-6 if dtype == torch.float64 else 1e-3)
 
 
 def test_what_cannot_be_told_apart_is_refused_before_training(tmp_path, pool, validation) -> None:

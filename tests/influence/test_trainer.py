@@ -15,6 +15,7 @@ from helpers import (
     make_trainer,
     prepare,
 )
+from loops import compute_loops
 from naive import compute_datainf, compute_gradients, compute_loss
 
 from hf_in2core import InfluenceScorer
@@ -32,11 +33,8 @@ def test_influence_equals_a_batch_size_1_loop(tmp_path, pool, validation, dtype,
     # The pilot covers a few rows, so its damping is not the exact one; the correction and the bound make up for it.
     trainer = make_trainer(tmp_path, pool, validation, dtype, loss_reduction=loss_reduction, tokens_per_batch=100)
     scored = trainer.score_influence()
-    model = trainer.model.double()
-    expected = compute_datainf(
-        compute_gradients(model, prepare(pool), loss_reduction),
-        compute_gradients(model, prepare(validation), loss_reduction),
-    )
+    trainer.model.double()
+    expected = compute_datainf(*compute_loops(trainer, pool, validation, loss_reduction))
     # No pass more than one was needed for that, except where the bound is exceeded.
     assert trainer.fit_influence().config.inner_damping_error <= MAX_INNER_DAMPING_ERROR[dtype]
     assert_same(scored["influence"], expected, tolerance)
@@ -51,8 +49,7 @@ def test_one_pass_is_exact_to_a_millionth(tmp_path, validation, monkeypatch, num
     trainer = make_trainer(tmp_path, rows, validation, tokens_per_batch=256)
     scored = trainer.score_influence()
     assert 0 < trainer.fit_influence().config.inner_damping_error < 1e-5
-    train, held_out = (compute_gradients(trainer.model, prepare(part)) for part in (rows, validation))
-    assert_same(scored["influence"], compute_datainf(train, held_out), 1e-6)
+    assert_same(scored["influence"], compute_datainf(*compute_loops(trainer, rows, validation)), 1e-6)
 
 
 @pytest.mark.parametrize("refit", [False, True])
@@ -64,20 +61,13 @@ def test_exact_damping_gives_the_loop_to_float64(tmp_path, pool, validation, req
     trainer = make_trainer(tmp_path, rows, validation, tokens_per_batch=64)
     scored = trainer.score_influence()
     assert trainer.fit_influence().config.inner_damping_error < 1e-12
-    train, held_out = (
-        compute_gradients(trainer.model, prepare(rows)),
-        compute_gradients(trainer.model, prepare(validation)),
-    )
-    assert_same(scored["influence"], compute_datainf(train, held_out), 1e-9)
+    assert_same(scored["influence"], compute_datainf(*compute_loops(trainer, rows, validation)), 1e-9)
 
 
 def test_gradient_dot_is_datainf_with_an_identity_inverse(tmp_path, pool, validation) -> None:
     trainer = make_trainer(tmp_path, pool, validation, estimator="gradient_dot")
     scored = trainer.score_influence()
-    train, held_out = (
-        compute_gradients(trainer.model, prepare(pool)),
-        compute_gradients(trainer.model, prepare(validation)),
-    )
+    train, held_out = compute_loops(trainer, pool, validation)
     expected = [
         -sum(float(sum(g[name] for g in held_out) / len(held_out) @ gradients[name]) for name in gradients)
         for gradients in train
@@ -224,10 +214,7 @@ def test_token_sum_gradients_over_tokens_are_the_training_gradient(tmp_path, poo
 def test_layers_reduce_to_the_blocks_of_those_layers(tmp_path, pool, validation) -> None:
     trainer = make_trainer(tmp_path, pool, validation, influence_layers="last:1", estimator="gradient_dot")
     scored = trainer.score_influence()
-    train, held_out = (
-        compute_gradients(trainer.model, prepare(pool)),
-        compute_gradients(trainer.model, prepare(validation)),
-    )
+    train, held_out = compute_loops(trainer, pool, validation)
     names = [name for name in train[0] if ".layers.2." in name]
     assert names
     expected = [

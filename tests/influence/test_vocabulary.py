@@ -1,6 +1,7 @@
 """A trained output head or input embedding, whole or in part, against the naive oracle, and what is refused."""
 
 import random
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,9 @@ from helpers import (
     make_sentence,
     make_tokenizer,
     make_trainer,
-    prepare,
 )
-from naive import compute_datainf, compute_gradients, compute_whole_dots
+from loops import assert_equals_loop, assert_queries_and_saved_scorer_equal_loop, compute_loops, keep_layers
+from naive import compute_datainf, compute_gradients
 from peft import LoraConfig, PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -62,14 +63,14 @@ def make_adapted(family: str, saved: list[str] | dict[str, Any], **settings: Any
         for name, parameter in adapted.named_parameters():
             if parameter.requires_grad and "lora_A" not in name:
                 parameter.add_(0.05 * torch.randn_like(parameter))
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert any(".layers." not in name for name in trained) or not saved
     return adapted
 
 
-def compute_all(trainer: Any, rows: Dataset, validation: Dataset, **options: Any) -> tuple[list[Any], list[Any]]:
-    found = [compute_gradients(trainer.model, prepare(part), **options) for part in (rows, validation)]
-    counted = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-    assert counted == set(found[0][0]) and any(".layers." not in name for name in counted)
-    return found[0], found[1]
+def make_base() -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(make_family("llama")).double()
 
 
 @pytest.mark.usefixtures("exact_damping")
@@ -79,9 +80,7 @@ def test_families_equal_the_loop(tmp_path, validation, family, saved) -> None:
     rows = make_prompt_completion(9, seed=2)
     trainer = make_trainer(tmp_path, rows, validation, model=make_adapted(family, SAVED[saved]), tokens_per_batch=100)
     # Gemma's norms and rotary embeddings are in float32, which rounds a batch otherwise than a row.
-    tolerance = 1e-6 if family == "gemma3_text" else 1e-9
-    expected = compute_datainf(*compute_all(trainer, rows, validation))
-    assert_same(trainer.score_influence()["influence"], expected, tolerance)
+    assert_equals_loop(trainer, rows, validation, 1e-6 if family == "gemma3_text" else 1e-9)
 
 
 @pytest.mark.usefixtures("exact_damping")
@@ -101,9 +100,7 @@ def test_parts_of_the_embedding_and_their_saved_scorer_equal_the_loop(tmp_path, 
     expected = np.stack([compute_datainf(gradients, [query]).numpy() for query in gradients], axis=1)
     assert_same(scored["influence_per_query"], expected, 1e-9)
     scorer.save_pretrained(tmp_path / "scorer")
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(make_family("llama")).double()
-    loaded = InfluenceScorer.from_pretrained(tmp_path / "scorer", model=base)
+    loaded = InfluenceScorer.from_pretrained(tmp_path / "scorer", model=make_base())
     assert_same(rows.map(loaded, batched=True, batch_size=4)["influence"], expected.mean(1), 1e-9)
 
 
@@ -119,8 +116,7 @@ def test_reductions_equal_the_loop_wherever_chunks_of_logits_end(
     trainer = make_trainer(
         tmp_path, rows, validation, model=model, loss_reduction=loss_reduction, tokens_per_batch=100
     )
-    expected = compute_datainf(*compute_all(trainer, rows, validation, loss_reduction=loss_reduction))
-    assert_same(trainer.score_influence()["influence"], expected, 1e-9)
+    assert_equals_loop(trainer, rows, validation)
 
 
 @pytest.mark.parametrize("estimator", ["gradient_dot", "gradient_cosine"])
@@ -138,26 +134,14 @@ def test_dot_and_cosine_equal_the_loop(tmp_path, validation, family, trained, es
         estimator=estimator,
         tokens_per_batch=100,
     )
-    expected = compute_whole_dots(*compute_all(trainer, rows, validation), estimator)
-    assert_same(trainer.score_influence()["influence"], expected, 1e-9)
+    assert_equals_loop(trainer, rows, validation)
 
 
 @pytest.mark.usefixtures("exact_damping")
 def test_rows_as_queries_and_a_saved_scorer_equal_the_loop(tmp_path, validation) -> None:
+    make = partial(make_trainer, model=make_adapted("llama", SAVED["both"]), tokens_per_batch=100)
     rows = make_prompt_completion(9, seed=2)
-    model = make_adapted("llama", SAVED["both"])
-    trainer = make_trainer(tmp_path / "run", rows, validation, model=model, tokens_per_batch=100)
-    scorer = trainer.fit_influence(per_example=True)
-    scored = trainer.score_influence()
-    train, held_out = compute_all(trainer, rows, validation)
-    expected = np.stack([compute_datainf(train, [query]).numpy() for query in held_out], axis=1)
-    assert_same(scored["influence_per_query"], expected, 1e-9)
-    scorer.save_pretrained(tmp_path / "scorer")
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(make_family("llama")).double()
-    loaded = InfluenceScorer.from_pretrained(tmp_path / "scorer", model=base)
-    assert set(loaded.blocks) == set(trainer.blocks)
-    assert_same(rows.map(loaded, batched=True, batch_size=4)["influence"], expected.mean(1), 1e-9)
+    assert_queries_and_saved_scorer_equal_loop(tmp_path, make, rows, validation, make_base())
 
 
 @pytest.mark.usefixtures("exact_damping")
@@ -179,13 +163,8 @@ def test_layers_leave_the_head_and_the_embedding_out(tmp_path, validation) -> No
     rows = make_prompt_completion(9, seed=2)
     model = make_adapted("llama", SAVED["both"])
     trainer = make_trainer(tmp_path, rows, validation, model=model, influence_layers="last:1", gradient_store_gb=1.0)
-    train, held_out = compute_all(trainer, rows, validation)
-    train, held_out = (
-        [{name: value for name, value in row.items() if ".layers.1." in name} for row in part]
-        for part in (train, held_out)
-    )
-    assert train[0]
-    assert_same(trainer.score_influence()["influence"], compute_datainf(train, held_out), 1e-9)
+    kept = keep_layers(compute_loops(trainer, rows, validation), 1)
+    assert_same(trainer.score_influence()["influence"], compute_datainf(*kept), 1e-9)
 
 
 class LargestTensor(TorchDispatchMode):
