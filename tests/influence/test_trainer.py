@@ -52,6 +52,16 @@ def test_one_pass_is_exact_to_a_millionth(tmp_path, validation, monkeypatch, num
     assert_same(scored["influence"], compute_datainf(*compute_loops(trainer, rows, validation)), 1e-6)
 
 
+def test_scores_are_far_within_a_millionth_where_they_lose_more_than_u(tmp_path) -> None:
+    """Of this adapter, corrected to first order, scores are off by twice the bound on u, itself below a millionth."""
+    rows, held_out = make_prompt_completion(12, seed=1), make_prompt_completion(5, seed=101)
+    model = add_trained_adapter(make_model(seed=1, num_layers=2), seed=1)
+    trainer = make_trainer(tmp_path, rows, held_out, model=model, fit_examples=None, seed=1)
+    scored = trainer.score_influence()["influence"]
+    train, validation = (compute_gradients(trainer.model, prepare(part)) for part in (rows, held_out))
+    assert_same(scored, compute_datainf(train, validation), 1e-7)
+
+
 @pytest.mark.parametrize("refit", [False, True])
 def test_exact_damping_gives_the_loop_to_float64(tmp_path, pool, validation, request, refit) -> None:
     # The damping is exact where the pilot is the whole pool, or where a second fit pass takes it from the first.
