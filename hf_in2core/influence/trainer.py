@@ -172,7 +172,8 @@ class InfluenceTrainer(SFTTrainer):
     def _take_over(self, trained: Dataset, mapped: Dataset, num_rows: int, what: str) -> Dataset:
         """Take the prepared rows over from SFT, or prepare them unpacked where SFT packs them."""
         warn = self.is_world_process_zero()
-        return take_over_rows(trained, mapped, num_rows, self.preparation, what, self.args.max_length, warn)
+        limits = self.args.max_length, getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return take_over_rows(trained, mapped, num_rows, self.preparation, what, *limits, warn)
 
     @property
     def blocks(self) -> Blocks:

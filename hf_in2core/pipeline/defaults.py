@@ -29,6 +29,9 @@ def resolve_defaults(values: dict[str, Any]) -> None:
         values["learning_rate"] = LEARNING_RATES[values.get("use_peft", True)]
         if "reference_use_peft" in values:
             values.setdefault("reference_learning_rate", LEARNING_RATES[values["reference_use_peft"]])
+    # TRL's name for the column of text: said as the other columns are, it holds for every set and every step.
+    if values["dataset_text_field"] != "text" and values.get("columns", ()) is None:
+        values["columns"], values["dataset_text_field"] = [f"text={values['dataset_text_field']}"], "text"
     # Transformers warns of the old name, which SFTConfig still sets by default.
     for prefix in ("", "reference_"):
         old, new = f"{prefix}gradient_checkpointing", f"{prefix}activation_checkpointing"

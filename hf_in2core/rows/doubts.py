@@ -37,6 +37,7 @@ class Doubts:
         unanswered (`int`): Conversations without an assistant turn of which every token carries loss.
         empty (`int`): Rows with nothing but the end to learn.
         quoted (`int`): Rows whose tool calls have arguments that are JSON as text, which the template quotes again.
+        coded (`int`): Rows whose contents are lists of parts, which the template writes as code.
         begun (`int`): Texts that begin with the token that the tokenizer puts before every text.
         undesired (`int`): Rows whose column `label` is false, as that of KTO's bad answers.
         mask (`str`): A column of masks that is not read.
@@ -52,6 +53,7 @@ class Doubts:
     unanswered: int = 0
     empty: int = 0
     quoted: int = 0
+    coded: int = 0
     begun: int = 0
     undesired: int = 0
     mask: str = ""
@@ -121,11 +123,13 @@ def _probe(
     doubts.had.update(changes.keys())
     wanted = [what for what in changes if what not in doubts.read and doubts.probed[what] < PROBED_ROWS]
     arguments = [text for turn in turns for text in _list_argument_texts(turn)]
-    if not wanted and not arguments:
+    parts = [str(turn["content"]) for turn in turns if isinstance(turn.get("content"), list)]
+    if not wanted and not arguments and not parts:
         return
     tools = read_tools(mapped)
     rendered = _render(turns, tools, mapped, preparation)
     doubts.quoted += rendered is not None and any(json.dumps(text) in rendered for text in arguments)
+    doubts.coded += rendered is not None and any(text in rendered for text in parts)
     for what in wanted:
         doubts.probed[what] += 1
         changed, kept = changes[what](turns, tools)
@@ -249,6 +253,11 @@ def say_doubts(checked: "CheckedRows") -> list[str]:
         said.append(
             f"The tool calls of {doubts.quoted} rows of the {what} have arguments that are JSON as text, which the "
             "chat template quotes once more. Make them objects; `--columns openai` does."
+        )
+    if doubts.coded:
+        said.append(
+            f"The contents of {doubts.coded} rows of the {what} are lists of parts, which the chat template writes as "
+            "code, `[{'type': …`, and so they are trained on. Give those contents as text."
         )
     left = {name: number for name, number in doubts.had.items() if name not in doubts.read}
     for name, number in sorted(left.items()):

@@ -51,9 +51,14 @@ def compare_masks(pool: "CheckedRows", others: Iterable["CheckedRows"], is_chose
             continue
         if "its own labels" in (pool.mask, other.mask):
             if other.mask != pool.mask:
+                remedy = (
+                    " With `--completion_only_loss true` it is on their completions."
+                    if other.mask == "every token" and other.format == "prompt/completion"
+                    else ""
+                )
                 said.append(
                     f"What carries loss: {pool.mask} in the {pool.what}, {other.mask} in the {other.what}. Check that "
-                    "they mean the same."
+                    f"they mean the same.{remedy}"
                 )
         elif other.mask != pool.mask:
             raise ValueError(

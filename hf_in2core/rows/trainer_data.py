@@ -26,6 +26,7 @@ def take_over_rows(
     preparation: Preparation,
     what: str,
     max_length: int | None,
+    context: int | None,
     warn: bool,
 ) -> Dataset:
     """
@@ -44,6 +45,8 @@ def take_over_rows(
             What messages call them.
         max_length (`int`, *optional*):
             Tokens that rows were cut to.
+        context (`int`, *optional*):
+            Tokens that the model was made for.
         warn (`bool`):
             Whether this process tells of rows that lost their loss or their end.
 
@@ -72,7 +75,17 @@ def take_over_rows(
             what,
             max_length,
         )
-    if warn and (cut := _count_rows_of_length(prepared, max_length)):
+    lengths = _list_lengths(prepared) if warn else np.zeros(1)
+    if context is not None and lengths.max() > context:
+        logger.warning(
+            "Rows of the %s have up to %d tokens, and the model was made for %d: it knows no positions beyond, and "
+            "where they are learnt it fails there. Set `max_length=%d` or less.",
+            what,
+            lengths.max(),
+            context,
+            context,
+        )
+    if warn and (cut := int((lengths == max_length).sum())):
         logger.warning(
             "%d rows of the %s have the full `max_length=%d` tokens and were cut unless they are exactly that long; "
             "their influence is that of the part kept, as in training.",
@@ -122,10 +135,11 @@ def check_first_rows(pool: Dataset, prepared: Dataset, preparation: Preparation)
             )
 
 
-def _count_rows_of_length(prepared: Dataset, length: int | None) -> int:
+def _list_lengths(prepared: Dataset) -> np.ndarray:
+    """Tokens of each row."""
     starts = range(0, len(prepared), ROWS_AT_ONCE)
     chunks = (read_token_rows(prepared, start, min(start + ROWS_AT_ONCE, len(prepared))) for start in starts)
-    return sum(int((chunk.lengths == length).sum()) for chunk in chunks)
+    return np.concatenate([chunk.lengths for chunk in chunks])
 
 
 def count_loss_tokens(prepared: Dataset, num_rows: int) -> np.ndarray:

@@ -85,6 +85,19 @@ def test_rows_longer_than_max_length(tmp_path, pool, validation, caplog) -> None
     assert "were cut" in caplog.text
 
 
+def test_rows_longer_than_the_model_was_made_for(tmp_path, pool, validation, caplog) -> None:
+    longest = max(len(row["input_ids"]) for row in make_trainer(tmp_path, pool, validation).prepared_pool)
+    model = add_trained_adapter(make_model())
+    model.config.max_position_embeddings = longest
+    make_trainer(tmp_path, pool, validation, model=model)
+    assert "the model was made for" not in caplog.text
+    model = add_trained_adapter(make_model())
+    model.config.max_position_embeddings = longest - 1
+    make_trainer(tmp_path, pool, validation, model=model)
+    told = f"Rows of the pool have up to {longest} tokens, and the model was made for {longest - 1}"
+    assert told in caplog.text
+
+
 def test_validation_rows_in_the_pool_are_counted(tmp_path, pool, validation, caplog) -> None:
     make_trainer(tmp_path, pool, {"math": validation, "code": make_prompt_completion(3, seed=8)})
     assert "are in the" not in caplog.text

@@ -295,7 +295,7 @@ def test_a_part_of_the_pool_for_the_reference(inputs: Inputs, tmp_path: Path) ->
     assert (selection["reference_rows"], selection["reference_steps"], selection["rows"]) == (30, 8, NUM_POOL)
 
 
-@pytest.mark.parametrize("form", ["messages", "conversational", "text", "alpaca", "sharegpt"])
+@pytest.mark.parametrize("form", ["messages", "conversational", "text", "alpaca", "sharegpt", "field"])
 def test_every_format(inputs: Inputs, tmp_path: Path, form: str) -> None:
     shutil.copytree(inputs[0] / "model", tmp_path / "model")
     tokenizer = make_tokenizer()
@@ -314,6 +314,7 @@ def test_every_format(inputs: Inputs, tmp_path: Path, form: str) -> None:
                     "messages": {"messages": [user, assistant]},
                     "conversational": {"prompt": [user], "completion": [assistant]},
                     "text": {"text": row["prompt"] + row["completion"]},
+                    "field": {"content": row["prompt"] + row["completion"], "text": "x"},
                     "alpaca": {"instruction": row["prompt"], "input": "", "output": row["completion"]},
                     "sharegpt": {"conversations": said},
                 }[form]
@@ -326,6 +327,7 @@ def test_every_format(inputs: Inputs, tmp_path: Path, form: str) -> None:
         "validation": [convert(inputs[1]["validation"][0])],
         "test": convert(inputs[1]["test"]),
         "columns": [form] if form in ("alpaca", "sharegpt") else None,
+        "dataset_text_field": "content" if form == "field" else "text",
         "task_column": None,
         "wrong_column": None,
         "output_dir": str(tmp_path / "run"),

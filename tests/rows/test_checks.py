@@ -209,6 +209,9 @@ def test_sets_are_masked_alike() -> None:
         compare_masks(check([GOOD], "pool", assistants), [check([PLAIN], "test set", assistants)], False)
     (said,) = compare_masks(check([TOKENS], "pool", everything), [check([GOOD], "test set", everything)], False)
     assert "its own labels in the pool, every token in the test set" in said
+    assert "--completion_only_loss" not in said
+    (said,) = compare_masks(check([TOKENS], "pool", everything), [check([PLAIN], "test set", everything)], False)
+    assert "With `--completion_only_loss true` it is on their completions" in said
 
 
 def test_columns_that_are_not_trained_on_are_not_looked_at(tmp_path: Path) -> None:

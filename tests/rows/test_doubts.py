@@ -165,6 +165,12 @@ def test_what_the_chat_template_leaves_out(what: str) -> None:
     assert (tell([row, shown], late) == []) == (what[0] == "`")
 
 
+def test_parts_that_are_written_as_code() -> None:
+    rows = [{"messages": [ask([{"type": "text", "text": "red"}]), answer()]}, {"messages": [ask(), answer()]}]
+    (said,) = tell(rows, CHAT_TEMPLATE)
+    assert "The contents of 1 rows of the pool are lists of parts, which the chat template writes as code" in said
+
+
 def test_arguments_of_calls_that_are_json_as_text() -> None:
     rows = [{"messages": [ask(), call('{"city": "a"}'), ask("ok"), answer()]}]
     (said,) = tell(rows, READS_ALL)
