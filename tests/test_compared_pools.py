@@ -271,8 +271,9 @@ def test_what_is_missed_of_the_best_gain():
     # Beside random rows with the same seeds each difference is the same, but for rounding.
     assert find_missed(losses) == {"best": "rds", "share": pytest.approx(0.25)}
     assert find_missed({arm: losses[arm] for arm in ("random", "coreset", "bm25")}) == {"best": "coreset", "share": 0}
+    assert find_missed({arm: losses[arm] for arm in ("random", "coreset", "full")}) is None
     noisy = {"0": 1.0, "1": 2.5, "2": 1.9}
-    assert find_missed({"random": random, "coreset": noisy}) is None
+    assert find_missed({"random": random, "coreset": noisy, "bm25": losses["bm25"]}) is None
     for pool in read_trained().values():
         assert pool["missed"] == find_missed(pool["losses"])
 

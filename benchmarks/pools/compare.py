@@ -157,8 +157,10 @@ def find_missed(losses: dict[str, Any]) -> dict[str, Any] | None:
     The share of the best arm's gain on random rows that the coreset misses: (coreset - best) / (random - best).
 
     From losses by arm and seed. 0 where the coreset is the best itself; `None` where no arm beats random rows beyond
-    noise.
+    noise, or there is none beside the coreset to be better.
     """
+    if losses.keys() <= {"full", "random", "coreset"}:
+        return None
     means = {arm: float(np.mean(list(by_seed.values()))) for arm, by_seed in losses.items()}
     best = min((arm for arm in means if arm not in ("full", "random")), key=means.__getitem__)
     high = compare_losses(losses[best], losses["random"])["high"]
