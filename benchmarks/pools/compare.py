@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import yaml
 from datasets import Dataset, load_from_disk
+from trl import ModelConfig
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,12 +31,17 @@ from common import write_results
 
 from benchmarks.pools.make import POOLS, make_pool
 from benchmarks.pools.pool import HARMFUL, ROOT, USEFUL, write_pool
+from hf_in2core import InfluenceConfig
 from hf_in2core.commands import run as run_command
 from hf_in2core.commands import score as score_command
 from hf_in2core.commands import train_reference
 from hf_in2core.evaluation.intervals import compare_losses
 from hf_in2core.names import METHODS
+from hf_in2core.pipeline.inputs import load_validation
+from hf_in2core.pipeline.methods import Reference, add_columns, list_columns
+from hf_in2core.pipeline.models import load_tokenizer
 from hf_in2core.pipeline.training import make_saving
+from hf_in2core.rows.sources import load_rows, parse_named_sources
 from hf_in2core.selection.answers import compare_answers
 from hf_in2core.selection.coreset import select_positions
 
@@ -45,6 +51,7 @@ SETTINGS = """
     model_name_or_path pool learning_rate warmup_steps per_device_train_batch_size max_length lora_r lora_alpha
     lora_dropout lora_target_modules activation_checkpointing
 """.split()
+BY_WORDS = ("bm25", "encoder")
 
 
 def find_pool(name: str, seed: int, shared: Path) -> Path:
@@ -72,13 +79,16 @@ def rank_pool(folder: Path, names: list[str], before: dict[str, Any]) -> dict[st
     settings = yaml.safe_load((folder / "in2core.yaml").read_text(encoding="utf-8"))
     kept = {name: settings[name] for name in SETTINGS if name in settings}
     reference = folder / "reference"
-    if not (reference / "training.json").is_file():
+    if not (reference / "training.json").is_file() and not set(names) <= set(BY_WORDS):
         epochs = {"num_train_epochs": settings.get("reference_num_train_epochs", settings.get("num_train_epochs", 1))}
         call(train_reference, folder, "reference", kept | epochs | make_saving(4) | {"output_dir": str(reference)})
     kept |= {"reference_adapter": str(reference), "validation": settings["validation"]}
+    words = [name for name in names if name in BY_WORDS]
+    scored = dict.fromkeys(words, score_by_words(folder, words, kept)) if words else {}
     # `less` apart, for what is averaged over checkpoints is another influence than that of the other methods.
-    parts = {"scores": [name for name in names if name != "less"], "averaged": ["less"] * ("less" in names)}
-    scored = {name: dataset for part, methods in parts.items() for name, dataset in score(folder, part, methods, kept)}
+    parts = {"scores": [name for name in names if name not in (*words, "less")], "averaged": {"less"} & set(names)}
+    for part, methods in parts.items():
+        scored |= dict.fromkeys(methods, score(folder, part, list(methods), kept)) if methods else {}
     kinds = np.array(next(iter(scored.values()))["kind"])
     fraction = settings["fractions"][0]
     found: dict[str, Any] = {"rows": len(kinds), "useful": float(np.mean(kinds == USEFUL)), "methods": {}}
@@ -96,10 +106,20 @@ def rank_pool(folder: Path, names: list[str], before: dict[str, Any]) -> dict[st
     return found
 
 
-def score(folder: Path, part: str, methods: list[str], settings: dict[str, Any]) -> list[tuple[str, Dataset]]:
-    """The pool scored by each of some methods, with one command; what is there already is taken."""
-    if not methods:
-        return []
+def score_by_words(folder: Path, methods: list[str], settings: dict[str, Any]) -> Dataset:
+    """The pool with the columns of methods that read no reference, for which `in2core score` would ask."""
+    path = folder / "words.yaml"
+    path.write_text(yaml.safe_dump(settings | {"output_dir": str(folder / "words")}), encoding="utf-8")
+    parsed = score_command.make_parser().parse(["--config", str(path)])
+    model, args = parsed.make(ModelConfig), parsed.make(InfluenceConfig)
+    pool = load_rows(settings["pool"], "pool")
+    validation = load_validation(parse_named_sources(settings["validation"]), None)
+    reference = Reference(model, args, "", pool, validation, load_tokenizer(model, args))
+    return add_columns(pool, list_columns(methods), reference)[0]
+
+
+def score(folder: Path, part: str, methods: list[str], settings: dict[str, Any]) -> Dataset:
+    """The pool scored by some methods with one command; what is there already is taken."""
     output = folder / "-".join([part, *methods])
     if not (output / "scored").is_dir():
         more: dict[str, Any] = {"methods": methods, "output_dir": str(output)}
@@ -109,8 +129,7 @@ def score(folder: Path, part: str, methods: list[str], settings: dict[str, Any])
         if part == "averaged":
             more["checkpoints"] = sorted(map(str, Path(settings["reference_adapter"]).glob("checkpoint-*")))
         call(score_command, folder, output.name, settings | more)
-    scored = load_from_disk(str(output / "scored"))
-    return [(name, scored) for name in methods]
+    return load_from_disk(str(output / "scored"))
 
 
 def train_pool(
