@@ -123,7 +123,7 @@ def score(folder: Path, part: str, methods: list[str], settings: dict[str, Any])
     output = folder / "-".join([part, *methods])
     if not (output / "scored").is_dir():
         more: dict[str, Any] = {"methods": methods, "output_dir": str(output)}
-        if not {"mean", "turns"} & set(methods):
+        if not {"mean", "turns", "cosine", "cosine_clean", "fused"} & set(methods):
             # No other method reads what the fit would be for.
             more["estimator"] = "gradient_dot"
         if part == "averaged":

@@ -1,6 +1,7 @@
 """Influence in nats: what one more step on a row changes the validation loss by, seen on a few rows."""
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from datasets import Dataset
 from scipy import stats
 
 from hf_in2core.engine.batches import collate, read_token_rows
+from hf_in2core.engine.forwards import checkpointed_layers
 from hf_in2core.engine.losses import compute_row_losses
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.sharding import is_sharded
@@ -70,12 +72,20 @@ def calibrate_influence(trainer: InfluenceTrainer, scored: Dataset) -> Calibrati
 
     Raises:
         ValueError: if nothing can be compared: fewer than 16 rows with loss, the same influence on all of them, or a
-            learning rate of 0; if a loss is not finite after a step; or if the model's weights are sharded.
+            learning rate of 0; if a loss is not finite after a step; if the model's weights are sharded, or in a
+            precision in which a single step does not show; or if memory does not suffice.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     if is_sharded(model):
         raise ValueError(
             "A step on a single row cannot be taken on sharded weights. Calibrate in one process without FSDP or ZeRO."
+        )
+    dtypes = {model.dtype, *(block.tensor.dtype for block in trainer.blocks.values())}
+    if coarse := dtypes - {torch.float32, torch.float64}:
+        name = str(coarse.pop()).removeprefix("torch.")
+        raise ValueError(
+            f"What a single step does to the loss does not show in {name}. Load the model in float32 (`--dtype "
+            'float32`, `model_init_kwargs={"dtype": "float32"}`).'
         )
     influence = read_scores(scored, INFLUENCE)
     order = np.argsort(influence, kind="stable")[: int(np.isfinite(influence).sum())]
@@ -91,8 +101,12 @@ def calibrate_influence(trainer: InfluenceTrainer, scored: Dataset) -> Calibrati
         )
     chosen = order[np.linspace(0, len(order) - 1, NUM_ROWS).round().astype(int)]
     sets = [_thin(rows) for rows in trainer.prepared_validation.values()]
-    passes = trainer.make_passes(trainer.blocks, "")
-    changes = _take_steps(passes, trainer.prepared_pool, chosen, sets, eta)
+    # Mixed precision rounds more than a step changes.
+    passes = replace(trainer.make_passes(trainer.blocks, ""), autocast=None)
+    try:
+        changes = _take_steps(passes, trainer.prepared_pool, chosen, sets, eta)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"A step on a single row needs more memory than there is: {error}") from error
     if not np.isfinite(changes).all():
         raise ValueError(
             f"The validation loss is not finite after a step at learning_rate={eta}: the reference has diverged or is "
@@ -126,7 +140,8 @@ def _take_steps(passes: Passes, pool: Dataset, rows: np.ndarray, sets: list[Data
     start, changes = _compute_loss(passes, sets), []
     for row in range(len(rows)):
         batch = collate(token_rows, np.array([row])).to(passes.device)
-        gradients = differentiate(passes, batch.input_ids, batch.targets, batch.positions, "mean")
+        with checkpointed_layers(passes.model) if passes.is_checkpointed(batch) else nullcontext():
+            gradients = differentiate(passes, batch.input_ids, batch.targets, batch.positions, "mean")
         try:
             with torch.no_grad():
                 for name, gradient in gradients.items():

@@ -25,12 +25,12 @@ def main(settings: Settings) -> None:
     from hf_in2core.selection.coreset import find_column
     from hf_in2core.selection.record import read_choice
 
-    # All others are arguments of `select_coreset` by its names.
-    options = dict(vars(settings.arguments))
+    # All others are arguments of `select_coreset` by its names; what is not given is as there, or as the run chose.
+    options = {name: value for name, value in vars(settings.arguments).items() if value is not None}
     source, output = options.pop("scored"), Path(options.pop("output"))
-    is_open = options["strategy"] is None and options["column"] == INFLUENCE and options["group_column"] is None
-    chosen_before = read_choice(source) if is_open and not options["proponents_only"] else {}
-    options |= {"strategy": options["strategy"] or "top"} | chosen_before
+    said = {"strategy", "column", "group_column", "group_quota", "seed"} & options.keys()
+    chosen = {} if said or options["proponents_only"] else read_choice(source, options.get("fraction"))
+    options |= chosen
     coreset = select_coreset(load_rows(source, "scored pool"), **options)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".jsonl":
@@ -39,6 +39,6 @@ def main(settings: Settings) -> None:
         coreset.to_parquet(output)
     else:
         coreset.save_to_disk(str(output))
-    strategy, column = find_column(options["strategy"], options["column"])
-    as_run = ", as the run of this pool chose" if chosen_before else ""
+    strategy, column = find_column(options.get("strategy", "top"), options.get("column", INFLUENCE))
+    as_run = ", as the run of this pool chose" if chosen else ""
     print(f"{len(coreset):,} rows by `{column}` (strategy `{strategy}`{as_run}): {output}")

@@ -66,7 +66,8 @@ def main(settings: Settings) -> None:
     rows = keep_good_rows(rows, "coreset", Preparation.from_args(training_args, tokenizer, rows), args.bad_rows)
     if args.fraction is not None:
         # In the order in which a run's arms have them: the same seed then trains the same model.
-        rows = select_coreset(rows, fraction=args.fraction, order="original", **read_choice(args.dataset_name))
+        chosen = {} if args.split else read_choice(args.dataset_name, args.fraction)
+        rows = select_coreset(rows, fraction=args.fraction, order="original", **chosen)
     prepared_test = None
     if args.test is not None:
         test = load_raw_rows(args.test, "test set", args.columns)

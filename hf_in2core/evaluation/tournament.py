@@ -29,9 +29,9 @@ class Tournament:
     What [`run_tournament`] found.
 
     Attributes:
-        outcome (`str`): `"won"`; `"random"`, where no finalist's mean is below that of random rows, or none can gain
-            3 % of their loss (the whole interval of each is above that); `"undecided"`, where the best finalist is
-            below random rows, and the runs neither show it nor leave it out.
+        outcome (`str`): `"won"`; `"random"`, where no finalist's mean is below that of random rows, or none of those
+            can gain 3 % of their loss (the whole interval of each is above that); `"undecided"`, where a finalist is
+            below random rows, and the runs neither show a gain nor leave it out.
         winner (`str`): What to take: the winner, or `"random"`.
         text (`str`): The same in words.
         losses (`dict[str, dict[int, float]]`): Held-back loss by candidate and seed, nats per labelled token; `inf`
@@ -222,8 +222,8 @@ def _say(
             "coreset is random rows. Take random rows, or the whole pool; a larger --auto_budget may tell more."
         )
     else:
-        below = any(intervals[f"{name}_minus_random"]["mean"] < 0 for name in finalists)
-        room = f", and what is left open is less than {100 * MIN_GAIN:g} % of their loss" if below else ""
+        below = [name for name in finalists if intervals[f"{name}_minus_random"]["mean"] < 0]
+        room = f", and {' and '.join(below)} can gain less than {100 * MIN_GAIN:g} % of their loss" if below else ""
         said = (
             f"{head}: nothing beat random rows{room}{numbers}, so selecting is not worth it here; the coreset is "
             "random rows. Take random rows, or the whole pool."

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hf_in2core.names import ALL_ARMS, ARMS, GROUP_QUOTAS, INFLUENCE, METHODS, STRATEGIES
+from hf_in2core.names import ALL_ARMS, ARMS, GROUP_QUOTAS, METHODS, STRATEGIES
 
 from .arguments import BAD_ROWS, DRY_RUN, NAMED_SETS, ROWS, WAYS, DataArguments, check_fraction, flag, require
 
@@ -88,15 +88,17 @@ class SelectCoresetArguments:
         "else `top`.",
         choices=(*STRATEGIES, *METHODS),
     )
-    column: str = flag(
+    column: str | None = flag(
         "selection",
-        "Column to choose by, the smallest values first (the largest with `bottom`), such as `rds_rank` or `loss`.",
-        INFLUENCE,
+        "Column to choose by, the smallest values first (the largest with `bottom`), such as `rds_rank` or `loss` "
+        "(default: influence).",
     )
     proponents_only: bool = flag("selection", "Drop rows with influence >= 0 first.", False)
     group_column: str | None = flag("selection", "Select within each value of this column.")
-    group_quota: str = flag("selection", "Rows that each group gets.", "proportional", choices=GROUP_QUOTAS)
-    seed: int = flag("selection", "Seed of `random`.", 0)
+    group_quota: str | None = flag(
+        "selection", "Rows that each group gets (default: proportional).", choices=GROUP_QUOTAS
+    )
+    seed: int | None = flag("selection", "Seed of `random` (default: 0).")
     order: str = flag("output", "Order of the rows: `influence` or `original`.", "influence")
     output: str | None = flag("output", "Where to write: a folder (of `save_to_disk`), or a .jsonl or .parquet file.")
 

@@ -198,19 +198,30 @@ def read_record(path: Path, num_rows: int) -> tuple[str, dict[str, Coreset]]:
         return "", {}
 
 
-def read_choice(scored: str | Path) -> dict[str, Any]:
+def read_choice(scored: str | Path, fraction: float | None = None) -> dict[str, Any]:
     """
     By which arguments of [`select_coreset`], the fraction aside, a run chose the coreset from its pool.
 
     Args:
-        scored (`str` or `Path`): The pool as it was given, such as `RUN/scored`.
+        scored (`str` or `Path`):
+            The pool as it was given, such as `RUN/scored`.
+        fraction (`float`, *optional*):
+            The fraction whose coreset is meant where the run has it; else that of the run's first fraction.
 
     Returns:
         `dict`: empty where no run has chosen from it.
     """
-    _, recorded = read_record(Path(scored).parent / RECORD, sys.maxsize)
-    chosen = [coreset.arguments for name, coreset in recorded.items() if parse_coreset(name)[0] == "coreset"]
-    return {name: value for name, value in chosen[-1].items() if name != "fraction"} if chosen else {}
+    run = Path(scored).expanduser().absolute().parent
+    _, recorded = read_record(run / RECORD, sys.maxsize)
+    try:
+        # The record keeps what runs with other fractions have chosen before.
+        last = json.loads((run / "results.json").read_text(encoding="utf-8"))["config"]["fractions"]
+    except (OSError, ValueError, KeyError, TypeError):
+        last = []
+    wanted = [name_coreset(share) for share in (fraction, *last) if isinstance(share, float | int)]
+    others = [name for name in recorded if parse_coreset(name)[0] == "coreset"]
+    found = next((recorded[name].arguments for name in [*wanted, *others] if name in recorded), {})
+    return {name: value for name, value in found.items() if name != "fraction"}
 
 
 def _is_valid(coreset: Coreset, num_rows: int) -> bool:

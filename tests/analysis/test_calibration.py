@@ -109,3 +109,20 @@ def test_what_cannot_be_compared_is_refused(tmp_path, validation) -> None:
     wild = make_trainer(tmp_path / "wild", many, validation, learning_rate=1e200)
     with pytest.raises(ValueError, match=r"not finite after a step at learning_rate=1e\+200"):
         calibrate_influence(wild, wild.score_influence())
+
+
+def test_mixed_precision_hides_no_step_and_coarse_weights_are_refused(tmp_path, validation) -> None:
+    pool, rate = make_prompt_completion(40, seed=0), 1e-3
+    model = add_trained_adapter(make_model()).float()
+    settings = {"learning_rate": rate, "estimator": "gradient_dot", "model": model}
+    trainer = make_trainer(tmp_path / "float32", pool, validation, **settings)
+    scored = trainer.score_influence()
+    trainer.args.bf16 = True  # as on a machine where TRL trains in it
+    assert trainer.autocast == "bf16"
+    found = calibrate_influence(trainer, scored)
+    assert found.spearman > 0.95
+    assert found.nats_per_influence == pytest.approx(rate, rel=0.1)
+    settings["model"] = add_trained_adapter(make_model()).to(torch.bfloat16)
+    trainer = make_trainer(tmp_path / "coarse", pool, validation, **settings)
+    with pytest.raises(ValueError, match=r"does not show in bfloat16. Load the model in float32"):
+        calibrate_influence(trainer, trainer.score_influence())

@@ -107,9 +107,10 @@ def test_the_coreset_may_be_that_of_a_method(
     run_command("select", *flags, "--output", str(tmp_path / "again"))
     assert set(load_from_disk(str(tmp_path / "again"))["id"]) == set(ours["id"])
     assert "by `rds_rank` (strategy `top`, as the run of this pool chose)" in capsys.readouterr().out
-    run_command("select", *flags, "--strategy", "mean", "--output", str(tmp_path / "mean"))
-    assert set(load_from_disk(str(tmp_path / "mean"))["id"]) != set(ours["id"])
-    assert "by `influence` (strategy `top`)" in capsys.readouterr().out
+    for said in (["--strategy", "mean"], ["--column", "influence"]):
+        run_command("select", *flags, *said, "--output", str(tmp_path / "mean"))
+        assert set(load_from_disk(str(tmp_path / "mean"))["id"]) != set(ours["id"])
+        assert "by `influence` (strategy `top`)" in capsys.readouterr().out
     flags = ["--config", str(tmp_path / "run" / "sft.yaml"), "--dataset_name", pool, "--fraction", "0.25"]
     steps = str(read_results(tmp_path)["base"]["steps"])
     run_command("sft", *flags, "--max_steps", steps, "--output_dir", str(tmp_path / "target"))

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from hf_in2core import select_coreset
 from hf_in2core.names import name_coreset, parse_coreset
-from hf_in2core.selection.record import RECORD, describe_choice, take_coresets
+from hf_in2core.selection.record import RECORD, describe_choice, read_choice, take_coresets
 
 
 INFLUENCE = [0.5, -1.0, None, -3.0, 2.0, -2.0, 0.0, -0.5, float("nan")]
@@ -210,3 +210,18 @@ def test_a_record_of_a_newer_version_is_refused(tmp_path) -> None:
 def test_only_the_process_that_writes_writes(tmp_path) -> None:
     take_coresets(tmp_path, make_scored(), WANTED, renew=True, write=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_chose_a_pool_is_that_of_its_last_run(tmp_path, monkeypatch) -> None:
+    """The record keeps what a run with more fractions chose before, by another strategy."""
+    scored = make_scored()
+    assert read_choice(tmp_path / "scored") == {}
+    quarter, half = ("top", 0.25), ("random", 0.5)
+    wanted = [describe_choice("coreset", fraction, strategy=strategy) for strategy, fraction in (quarter, half)]
+    take_coresets(tmp_path, scored, dict(wanted))
+    (tmp_path / "results.json").write_text(json.dumps({"config": {"fractions": [0.25]}}), encoding="utf-8")
+    top = {"strategy": "top", "column": "influence"}
+    assert read_choice(tmp_path / "scored") == read_choice(tmp_path / "scored", 0.1) == top
+    assert read_choice(tmp_path / "scored", 0.5)["strategy"] == "random"
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert read_choice(f"~/{tmp_path.name}/scored") == top
