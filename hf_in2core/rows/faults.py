@@ -4,7 +4,8 @@ import csv
 import json
 import lzma
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from zlib import error as ZlibError
 
@@ -25,7 +26,13 @@ def find_fault(files: Iterable[Path]) -> str | None:
     Returns:
         `str`: the file, the line where there is one, the reason and what to do; `None` where nothing is found.
     """
-    return next(filter(None, map(_find_fault, files)), None)
+    return next(filter(None, (_find_missing_package(file) or _find_fault(file) for file in files)), None)
+
+
+def _find_missing_package(file: Path) -> str | None:
+    if file.suffix.lower() != ".zst" or find_spec("zstandard") is not None:
+        return None
+    return f"`{file}` is unpacked by the package zstandard, which is not installed: `pip install zstandard`."
 
 
 def _find_fault(file: Path) -> str | None:
@@ -98,6 +105,32 @@ def _refuse_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if twin is not None:
         raise ValueError(f"has the key `{twin}` twice in one object")
     return dict(pairs)
+
+
+def find_wrapped_rows(file: Path, row: Mapping[str, object], known: Iterable[str]) -> str | None:
+    """
+    What is wrong with a file of one JSON object that holds rows, or columns, instead of being one.
+
+    Args:
+        file (`Path`): The file.
+        row (`Mapping[str, object]`): The only row that was read from it.
+        known (`Iterable[str]`): Columns that may hold lists of objects.
+    """
+    lists = {name: value for name, value in row.items() if isinstance(value, list) and value}
+    inside = [name for name, value in lists.items() if isinstance(value[0], dict) and name not in set(known)]
+    if inside:
+        return (
+            f"`{file}` is one JSON object, whose rows seem to be the list `{inside[0]}`. Save that list alone, or one "
+            f"row a line: `jq -c '.{inside[0]}[]' {file} > rows.jsonl`."
+        )
+    lengths = {len(value) for value in lists.values()}
+    firsts = [value[0] for value in lists.values()]
+    if len(lists) == len(row) and len(lengths) == 1 and any(isinstance(first, str) for first in firsts):
+        return (
+            f"`{file}` is one JSON object of columns. Save rows instead, such as by `pandas.read_json(...)` and "
+            "`to_json('rows.jsonl', orient='records', lines=True)`."
+        )
+    return None
 
 
 def _find_fault_of_list(file: Path, text: str) -> str | None:
