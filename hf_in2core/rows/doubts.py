@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .preparation import Preparation
 
 # Rows that are rendered once more to see whether the template reads something, of each kind.
-PROBED_ROWS = 20
+PROBED_ROWS = 200
 REASONING = ("reasoning_content", "reasoning", "thinking")
 CALLS = ("tool_calls", "function_call")
 PARTS = "in contents that are lists parts of the type"
@@ -124,6 +124,9 @@ def _probe(
     wanted = [what for what in changes if what not in doubts.read and doubts.probed[what] < PROBED_ROWS]
     arguments = [text for turn in turns for text in _list_argument_texts(turn)]
     parts = [str(turn["content"]) for turn in turns if isinstance(turn.get("content"), list)]
+    if doubts.probed["written"] >= PROBED_ROWS and not doubts.quoted and not doubts.coded:
+        arguments, parts = [], []  # a template writes them alike in every row
+    doubts.probed["written"] += bool(arguments or parts)
     if not wanted and not arguments and not parts:
         return
     tools = read_tools(mapped)

@@ -72,6 +72,11 @@ def _find_fault(file: Path) -> str | None:
     return next(filter(None, (_find_fault_of_line(file, *item) for item in enumerate(texts, 1))), None)
 
 
+def holds_one_object(file: Path) -> bool:
+    """Whether a file is one JSON object and no rows, such as the metadata beside them."""
+    return file.suffix.lower() == ".json" and _is_object(file.read_text(encoding="utf-8-sig", errors="replace"))
+
+
 def _is_object(text: str) -> bool:
     try:
         return isinstance(json.loads(text), dict)
@@ -181,7 +186,8 @@ def find_uneven_line(file: Path, separator: str) -> str | None:
             width = len(next(lines, []))
             end = lines.line_num
             for cells in lines:
-                if len(cells) not in (0, width):
+                # The reader skips blank lines.
+                if len(cells) != width and any(map(str.strip, cells)):
                     return (
                         f"`{file}`, line {end + 1} has {len(cells)} cells, and the header {width}: which cell belongs "
                         "to which column is a guess. Write cells with commas, quotes or line ends in them in double "

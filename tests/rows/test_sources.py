@@ -248,6 +248,11 @@ def test_a_folder_of_which_files_would_be_left_out_is_refused(tmp_path: Path, le
         load_rows(str(tmp_path), "pool")
     split = "validation" if taken.startswith("validation") else "train"
     assert load_rows(f"{tmp_path}:{split}").to_list() == ROWS[3:]
+    # Metadata is no rows.
+    (tmp_path / left).rename(tmp_path.parent / "kept")
+    (tmp_path / "dataset_infos.json").write_text('{"default": {}}', encoding="utf-8")
+    assert load_rows(str(tmp_path)).to_list() == ROWS[3:]
+    (tmp_path.parent / "kept").rename(tmp_path / left)
     # A README that says what is read, and hidden files, are no accident.
     card = f"---\nconfigs:\n- config_name: default\n  data_files: {taken}\n---\nRows.\n"
     (tmp_path / "README.md").write_text(card)
@@ -279,6 +284,8 @@ def test_cells_that_would_move_to_another_column(
         load_rows(str(path))
     path.write_text(text.replace(f"{separator}f\n", "\n").replace("\nd\n", f"\nd{separator}\n\n"), encoding="utf-8")
     assert len(load_rows(str(path))) == 2
+    path.write_text(f"prompt{separator}completion\n\na{separator}b\n  \n", encoding="utf-8")
+    assert load_rows(str(path)).to_list() == [{"prompt": "a", "completion": "b"}]
 
 
 def test_parts_of_different_columns_are_named(tmp_path: Path) -> None:
