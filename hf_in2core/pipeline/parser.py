@@ -17,6 +17,7 @@ import yaml
 from .arguments import PRESETS, In2CoreArguments
 from .defaults import DEFAULTS, resolve_defaults
 from .refusals import explain
+from .told import telling_once
 
 
 # Flags that TRL or Transformers know and that mean something else here.
@@ -180,7 +181,8 @@ class RecipeParser:
     def run(self, main: Callable[[Settings], None], argv: Iterable[str] | None = None) -> None:
         """Parse the command line and run a command on it; what a user can mend ends without a traceback."""
         try:
-            main(self.parse(argv))
+            with telling_once():
+                main(self.parse(argv))
         except KeyboardInterrupt:
             if os.environ.get("RANK", "0") == "0":
                 print("\nInterrupted. What is finished is kept: the same command goes on from there.", file=sys.stderr)

@@ -23,6 +23,7 @@ from hf_in2core.evaluation.formats import read_json
 from hf_in2core.shipped import find_shipped
 
 from .parser import Settings
+from .told import note_told
 from .zero import shard_beside_zero
 
 
@@ -117,6 +118,7 @@ def say(message: str) -> None:
 
 def warn(message: str) -> None:
     """Print a warning on the main process, where it does not mix with results."""
+    note_told(message)
     PartialState().print(f"warning: {message}", file=sys.stderr, flush=True)
 
 

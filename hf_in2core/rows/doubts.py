@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from .preparation import Preparation
 
 # Rows that are rendered once more to see whether the template reads something, of each kind.
-PROBED_ROWS = 20
+PROBED_ROWS = 200
 REASONING = ("reasoning_content", "reasoning", "thinking")
 CALLS = ("tool_calls", "function_call")
-PARTS = "contents that are lists of parts"
+PARTS = "in contents that are lists parts of the type"
 # Every other role answers: some templates call the assistant by another name.
 ASKING = ("system", "developer", "user", "tool", "function", "ipython", "environment")
 UNREAD = ("system", "history", "tools", "functions")
@@ -124,6 +124,9 @@ def _probe(
     wanted = [what for what in changes if what not in doubts.read and doubts.probed[what] < PROBED_ROWS]
     arguments = [text for turn in turns for text in _list_argument_texts(turn)]
     parts = [str(turn["content"]) for turn in turns if isinstance(turn.get("content"), list)]
+    if doubts.probed["written"] >= PROBED_ROWS and not doubts.quoted and not doubts.coded:
+        arguments, parts = [], []  # a template writes them alike in every row
+    doubts.probed["written"] += bool(arguments or parts)
     if not wanted and not arguments and not parts:
         return
     tools = read_tools(mapped)
@@ -150,10 +153,11 @@ def _list_changes(turns: list[Mapping[str, Any]], mapped: Mapping[str, Any]) -> 
             ],
             tools,
         )
-    if any(isinstance(turn.get("content"), list) for turn in turns):
-        changes[PARTS] = lambda turns, tools: (
+    kinds = {_get_kind(part) for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]}
+    for kind in kinds:
+        changes[f"{PARTS} `{kind}`"] = lambda turns, tools, kind=kind: (
             [
-                turn | {"content": [*turn["content"], {"type": "text", "text": "x"}]}
+                turn | {"content": [part for part in turn["content"] if _get_kind(part) != kind]}
                 if isinstance(turn.get("content"), list)
                 else turn
                 for turn in turns
@@ -169,6 +173,11 @@ def _list_changes(turns: list[Mapping[str, Any]], mapped: Mapping[str, Any]) -> 
     if mapped.get("tools"):
         changes["`tools`"] = lambda turns, tools: (turns, None)
     return changes
+
+
+def _get_kind(part: Any) -> str:
+    """The type of a part of a content; one that is a string is text."""
+    return str(part.get("type")) if isinstance(part, Mapping) else "text"
 
 
 def _list_argument_texts(turn: Mapping[str, Any]) -> list[str]:
@@ -266,7 +275,7 @@ def say_doubts(checked: "CheckedRows") -> list[str]:
             "trained on. "
             + (
                 "Give those contents as text."
-                if name == PARTS
+                if name.startswith(PARTS)
                 else "Give a template that reads it (`--chat_template_path`), or write it into the contents of turns."
             )
         )

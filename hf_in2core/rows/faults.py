@@ -4,7 +4,8 @@ import csv
 import json
 import lzma
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from zlib import error as ZlibError
 
@@ -25,7 +26,13 @@ def find_fault(files: Iterable[Path]) -> str | None:
     Returns:
         `str`: the file, the line where there is one, the reason and what to do; `None` where nothing is found.
     """
-    return next(filter(None, map(_find_fault, files)), None)
+    return next(filter(None, (_find_missing_package(file) or _find_fault(file) for file in files)), None)
+
+
+def _find_missing_package(file: Path) -> str | None:
+    if file.suffix.lower() != ".zst" or find_spec("zstandard") is not None:
+        return None
+    return f"`{file}` is unpacked by the package zstandard, which is not installed: `pip install zstandard`."
 
 
 def _find_fault(file: Path) -> str | None:
@@ -65,6 +72,11 @@ def _find_fault(file: Path) -> str | None:
     return next(filter(None, (_find_fault_of_line(file, *item) for item in enumerate(texts, 1))), None)
 
 
+def holds_one_object(file: Path) -> bool:
+    """Whether a file is one JSON object and no rows, such as the metadata beside them."""
+    return file.suffix.lower() == ".json" and _is_object(file.read_text(encoding="utf-8-sig", errors="replace"))
+
+
 def _is_object(text: str) -> bool:
     try:
         return isinstance(json.loads(text), dict)
@@ -98,6 +110,32 @@ def _refuse_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if twin is not None:
         raise ValueError(f"has the key `{twin}` twice in one object")
     return dict(pairs)
+
+
+def find_wrapped_rows(file: Path, row: Mapping[str, object], known: Iterable[str]) -> str | None:
+    """
+    What is wrong with a file of one JSON object that holds rows, or columns, instead of being one.
+
+    Args:
+        file (`Path`): The file.
+        row (`Mapping[str, object]`): The only row that was read from it.
+        known (`Iterable[str]`): Columns that may hold lists of objects.
+    """
+    lists = {name: value for name, value in row.items() if isinstance(value, list) and value}
+    inside = [name for name, value in lists.items() if isinstance(value[0], dict) and name not in set(known)]
+    if inside:
+        return (
+            f"`{file}` is one JSON object, whose rows seem to be the list `{inside[0]}`. Save that list alone, or one "
+            f"row a line: `jq -c '.{inside[0]}[]' {file} > rows.jsonl`."
+        )
+    lengths = {len(value) for value in lists.values()}
+    firsts = [value[0] for value in lists.values()]
+    if len(lists) == len(row) and len(lengths) == 1 and any(isinstance(first, str) for first in firsts):
+        return (
+            f"`{file}` is one JSON object of columns. Save rows instead, such as by `pandas.read_json(...)` and "
+            "`to_json('rows.jsonl', orient='records', lines=True)`."
+        )
+    return None
 
 
 def _find_fault_of_list(file: Path, text: str) -> str | None:
@@ -148,7 +186,8 @@ def find_uneven_line(file: Path, separator: str) -> str | None:
             width = len(next(lines, []))
             end = lines.line_num
             for cells in lines:
-                if len(cells) not in (0, width):
+                # The reader skips blank lines.
+                if len(cells) != width and any(map(str.strip, cells)):
                     return (
                         f"`{file}`, line {end + 1} has {len(cells)} cells, and the header {width}: which cell belongs "
                         "to which column is a guess. Write cells with commas, quotes or line ends in them in double "

@@ -24,7 +24,7 @@ from datasets import (
 from hf_in2core.names import VALIDATION
 
 from .columns import check_sources
-from .faults import find_fault, find_other_separator, find_uneven_line
+from .faults import find_fault, find_other_separator, find_uneven_line, find_wrapped_rows, holds_one_object
 from .places import describe_missing, is_hub_id
 
 
@@ -199,6 +199,8 @@ def _load_local(path: Path, split: str | None, texts: set[str]) -> Dataset:
         loaded = load_dataset(builder, data_files=str(path), split="train", **_get_options(builder, [path], texts))
         if builder != "json":
             return loaded
+        if len(loaded) == 1 and (told := find_wrapped_rows(path, loaded[0], texts | {"tools"})):
+            raise _SourceError(told)
         loaded.data.validate(full=True)  # Arrow reads bytes that are no text without a word
         return _keep_texts(loaded, [path], texts)
     return _load_folder(path, split, texts)
@@ -242,7 +244,8 @@ def _refuse_left_out(folder: Path, parts: list[Path], options: dict[str, Any]) -
     files = load_dataset_builder(str(folder), **options).config.data_files
     read = {name: [Path(file) for file in listed] for name, listed in files.items()}
     known = {file.resolve() for listed in read.values() for file in listed}
-    left = [str(part.relative_to(folder)) for part in parts if part.resolve() not in known]
+    others = [part for part in parts if part.resolve() not in known]
+    left = [str(part.relative_to(folder)) for part in others if not holds_one_object(part)]
     if left:
         splits = ", ".join(f"`{name}` ({listed[0].name})" for name, listed in read.items())
         raise _SourceError(

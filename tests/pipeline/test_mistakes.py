@@ -87,7 +87,7 @@ FILES = {
     "cut.jsonl.gz": (gzip.compress((GOOD * 3000).encode())[:60], "`cut.jsonl.gz` ends in the middle of its packed"),
     "not.parquet": (GOOD.encode(), "`not.parquet` is no Parquet file"),
     "commas.tsv": (b"prompt,completion\na,b\n", "those of a .tsv file are to be by tabs"),
-    "ragged.csv": (b"prompt,completion\na,b\nc,d,e,f\n", "The pool `ragged.csv` cannot be loaded: ParserError"),
+    "ragged.csv": (b"prompt,completion\na,b\nc,d,e,f\n", "`ragged.csv`, line 3 has 4 cells, and the header 2"),
     "rows.txt": (b"hello\n", "this one in `.txt`. Save it as one of these."),
     "empty.jsonl": (b"", "The pool `empty.jsonl` has no rows"),
     "blank.jsonl": (b"\n\n", "The pool `blank.jsonl` has no rows"),

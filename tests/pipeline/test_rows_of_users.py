@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 from helpers import CHAT_TEMPLATE, make_tokenizer
-from recipe_runs import Inputs, make_rows, read_results, run_command, write_config, write_rows
+from recipe_runs import Inputs, load_command, make_rows, read_results, run_command, write_config, write_rows
 
 
 Rows = list[dict[str, Any]]
@@ -212,7 +212,9 @@ def test_sets_that_cannot_be_masked_alike_are_refused(inputs: Inputs, tmp_path: 
     assert read_results(tmp_path)["complete"]
 
 
-def test_what_sft_takes_without_a_word_is_told_before_any_work(inputs: Inputs, tmp_path: Path, capsys: Any) -> None:
+def test_what_sft_takes_without_a_word_is_told_before_any_work(
+    inputs: Inputs, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     """Axolotl's marks on turns, in pool, validation and test set."""
     turns = as_lines(lambda rows: [{"messages": [*make_turns(row, train=False), *make_turns(row)]} for row in rows])
     start(inputs, tmp_path, turns, "--dry_run", assistant_only_loss=True)
@@ -220,6 +222,13 @@ def test_what_sft_takes_without_a_word_is_told_before_any_work(inputs: Inputs, t
     for what, count in (("pool", 24), ("validation my-set set", 5), ("test set", 6)):
         assert f"{count} assistant turns of the {what} have `train` false, but carry loss" in told
     assert not list((tmp_path / "run").glob("*"))
+    # The trainers of the steps find the same again: the console tells it once.
+    assert "assistant turns of the pool have" in caplog.text
+    caplog.clear()
+    command = load_command("run")
+    command.make_parser().run(command.main, ["--config", str(tmp_path / "settings.yaml"), "--dry_run"])
+    assert capsys.readouterr().err.count("assistant turns of the pool have") == 1
+    assert "assistant turns of the" not in caplog.text
     pictures = as_lines(lambda rows: [row | {"image": "a.png"} for row in rows])
     with pytest.raises(ValueError, match=r"24 of 24 rows of the pool:\n  - row 0 .*: `image` is not empty"):
         start(inputs, tmp_path, pictures)

@@ -148,7 +148,9 @@ LEFT_OUT: dict[str, dict[str, Any]] = {
     "`tools`": {"messages": [ask(), answer()], "tools": [TOOL]},
     "`reasoning_content`": {"messages": [ask(), answer(reasoning_content="hm")]},
     "turns of the role `developer`": {"messages": [ask("be kind", "developer"), ask(), answer()]},
-    "contents that are lists of parts": {"messages": [ask([{"type": "text", "text": "red"}]), answer()]},
+    "in contents that are lists parts of the type `text`": {
+        "messages": [ask([{"type": "text", "text": "red"}]), answer()],
+    },
 }
 
 
@@ -163,6 +165,20 @@ def test_what_the_chat_template_leaves_out(what: str) -> None:
     shown = json.loads(json.dumps(row).replace("the cat sat", "now"))
     shown["messages"][0] = shown["messages"][0] | {"content": "now"} if what[0] == "`" else shown["messages"][0]
     assert (tell([row, shown], late) == []) == (what[0] == "`")
+
+
+def test_parts_of_a_type_that_the_template_does_not_know() -> None:
+    """Such as OpenAI's `input_text` and `refusal`, Anthropic's `tool_use`."""
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
+        "{% endif %}{% endfor %}</s>{% endfor %}"
+    )
+    rows = [
+        {"messages": [ask([{"type": kind, "text": "red"}]), answer([{"type": "text", "text": "b"}])]}
+        for kind in ("text", "input_text")
+    ]
+    (said,) = tell(rows, template)
+    assert "leaves out in contents that are lists parts of the type `input_text`, which 1 rows" in said
 
 
 def test_parts_that_are_written_as_code() -> None:

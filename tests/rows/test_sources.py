@@ -4,6 +4,8 @@ import bz2
 import gzip
 import json
 import lzma
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +248,11 @@ def test_a_folder_of_which_files_would_be_left_out_is_refused(tmp_path: Path, le
         load_rows(str(tmp_path), "pool")
     split = "validation" if taken.startswith("validation") else "train"
     assert load_rows(f"{tmp_path}:{split}").to_list() == ROWS[3:]
+    # Metadata is no rows.
+    (tmp_path / left).rename(tmp_path.parent / "kept")
+    (tmp_path / "dataset_infos.json").write_text('{"default": {}}', encoding="utf-8")
+    assert load_rows(str(tmp_path)).to_list() == ROWS[3:]
+    (tmp_path.parent / "kept").rename(tmp_path / left)
     # A README that says what is read, and hidden files, are no accident.
     card = f"---\nconfigs:\n- config_name: default\n  data_files: {taken}\n---\nRows.\n"
     (tmp_path / "README.md").write_text(card)
@@ -277,6 +284,8 @@ def test_cells_that_would_move_to_another_column(
         load_rows(str(path))
     path.write_text(text.replace(f"{separator}f\n", "\n").replace("\nd\n", f"\nd{separator}\n\n"), encoding="utf-8")
     assert len(load_rows(str(path))) == 2
+    path.write_text(f"prompt{separator}completion\n\na{separator}b\n  \n", encoding="utf-8")
+    assert load_rows(str(path)).to_list() == [{"prompt": "a", "completion": "b"}]
 
 
 def test_parts_of_different_columns_are_named(tmp_path: Path) -> None:
@@ -284,6 +293,18 @@ def test_parts_of_different_columns_are_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "b.jsonl", [row | {"id": 1} for row in ROWS[3:]])
     with pytest.raises(ValueError, match=r"a\.jsonl has completion, prompt, and b\.jsonl has completion, id, prompt"):
         load_rows(str(tmp_path))
+
+
+def test_a_package_that_unpacks_is_named_where_it_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.zst"
+    if find_spec("zstandard") is None:
+        path.write_bytes(b"\x28\xb5\x2f\xfd")
+        with pytest.raises(ValueError, match="pip install zstandard"):
+            load_rows(str(path))
+    else:
+        zstandard: Any = import_module("zstandard")
+        path.write_bytes(zstandard.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
+        assert load_rows(str(path)).to_list() == ROWS
 
 
 def test_a_pattern_of_names_and_a_packed_parquet(tmp_path: Path) -> None:
@@ -306,6 +327,30 @@ def test_lines_that_the_reader_refuses_are_named(tmp_path: Path, line: str, told
     path.write_text(json.dumps(ROWS[0]) + "\n" + line + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=told):
         load_rows(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"version": 1, "data": ROWS}, "whose rows seem to be the list `data`"),
+        ({name: [row[name] for row in ROWS] for name in ROWS[0]}, "is one JSON object of columns"),
+    ],
+)
+def test_rows_inside_an_object(tmp_path: Path, content: dict[str, Any], told: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=told):
+        load_rows(str(path))
+    # One row is one row, whatever it holds.
+    turns = [{"role": "user", "content": "a"}]
+    for row in (
+        ROWS[0],
+        {"messages": turns},
+        {"input_ids": [1, 2], "labels": [1, 2]},
+        {"prompt": turns, "completion": turns},
+    ):
+        path.write_text(json.dumps(row), encoding="utf-8")
+        assert len(load_rows(str(path))) == 1
 
 
 @pytest.mark.parametrize(
