@@ -12,7 +12,7 @@ from trl import SFTConfig
 
 from hf_in2core import InfluenceConfig
 from hf_in2core.evaluation.verdict import FractionVerdict, Verdict
-from hf_in2core.names import BUDGETS
+from hf_in2core.names import BUDGETS, REPLAY
 from hf_in2core.report.terminal import print_verdict
 from hf_in2core.selection.record import Coreset, describe_choice
 
@@ -155,7 +155,7 @@ def say_next(job: Job, results: Mapping[str, Any], scored: Dataset, coresets: Ma
     train = ["--config", str(settings), "--dataset_name", str(folder), "--output_dir", str(run / "target")]
     lines = [f"Recommended: {name}, {chosen.reason}.", f"It lies in {folder}."]
     if chosen.undecided is not None:
-        again = ["--config", str(run / "config.yaml"), *change_run(chosen.undecided, job.settings)]
+        again = ["--config", str(run / REPLAY), *change_run(chosen.undecided, job.settings)]
         lines.append(f"Run again: {shlex.join([command, 'run', *processes, *again])}")
     lines.append(f"Train on it: {shlex.join([command, 'sft', *processes, *train])}")
     if args.hub_id is None:

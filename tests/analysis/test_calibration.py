@@ -114,7 +114,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, validation) -> None:
 def test_mixed_precision_hides_no_step_and_coarse_weights_are_refused(tmp_path, validation) -> None:
     pool, rate = make_prompt_completion(40, seed=0), 1e-3
     model = add_trained_adapter(make_model()).float()
-    settings = {"learning_rate": rate, "estimator": "gradient_dot", "model": model}
+    settings = {"learning_rate": rate, "estimator": "gradient_dot", "model": model, "dtype": None}
     trainer = make_trainer(tmp_path / "float32", pool, validation, **settings)
     scored = trainer.score_influence()
     trainer.args.bf16 = True  # as on a machine where TRL trains in it
