@@ -221,3 +221,21 @@ def test_calls_and_memory_stay_within_their_targets(tmp_path: Path) -> None:
         assert row["of a plain step"] <= limit, row
     assert {row["one batch of"] for row in calls} == {"plain step", "score", "validation", "fit"}
     assert len(json.loads((tmp_path / "kept_memory.json").read_text())["rows"]) == 4
+
+
+@pytest.mark.slow
+def test_an_index_rounds_as_it_says_and_answers_a_second_set(tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path)
+    command = [sys.executable, str(ROOT / "benchmarks" / "index.py"), "--quick", "--output_dir", str(tmp_path / "out")]
+    command += ["--model", inputs["model_name_or_path"], "--pool", inputs["pool"]]
+    command += ["--validation", inputs["validation"][0], "--second", inputs["test"]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "out" / "index.json").read_text())
+    full, half, eighth, coarse = found["rounding"]
+    assert full["store_error"] is None and full["relative error of the scores"] < 1e-5
+    assert full["bytes per row"] > 1.9 * half["bytes per row"] > 3.4 * eighth["bytes per row"]
+    assert 0 < half["store_error"] < eighth["store_error"] < coarse["store_error"] < 0.02
+    for row in (half, eighth, coarse):
+        assert row["relative error of the scores"] < 4 * row["store_error"] and row["Spearman of the scores"] > 0.999
+    assert len(found["times"]) == 2 + 3 * 3

@@ -5,8 +5,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-# Elements that share a scale. One for a whole row leaves ten times the error, for its largest element; half as many
-# elements leave four fifths of it, and take 3 % more room (`benchmarks/index.py`).
+# Elements that share a scale, 3 % of the room. A row's largest element would coarsen all others, the more the larger
+# the block: one scale for a row left nearly twice the error in blocks of about a thousand (`benchmarks/index.py`).
 GROUP = 128
 SCALE_BYTES = 4
 
