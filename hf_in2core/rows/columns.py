@@ -231,8 +231,9 @@ def check_sources(names: Iterable[str], columns: list[str] | None) -> None:
 
 
 def read_template(processing_class: "PreTrainedTokenizerBase") -> str:
-    """The chat template of a tokenizer as text, several by name as one; empty where it has none."""
-    return str(processing_class.chat_template or "")
+    """The chat template of a tokenizer, of several by name the default one; empty where it has none."""
+    template: Any = processing_class.chat_template or ""
+    return template if isinstance(template, str) else template.get("default") or str(template)
 
 
 def map_row(row: Mapping[str, Any], columns: list[str] | None, template: str) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def _list_changes(turns: list[Mapping[str, Any]], mapped: Mapping[str, Any]) -> 
                 [{key: value for key, value in turn.items() if key not in names} for turn in turns],
                 tools,
             )
-    if mapped.get("tools"):
+    if read_tools(mapped):
         changes["`tools`"] = lambda turns, tools: (turns, None)
     return changes
 
