@@ -299,6 +299,14 @@ def test_a_preset_reads_columns_of_other_names(preset: str, names: dict[str, str
         check_columns([preset, "completion=x"])
 
 
+def test_a_column_that_is_read_by_another_name_is_not_read_by_its_own_too() -> None:
+    renamed = Dataset.from_list([{"input": "do", "output": "done"}])
+    columns = ["alpaca", "instruction=input", "output=output"]
+    (expected,) = map_all([{"instruction": "do", "output": "done"}], "alpaca", make_chat_tokenizer())
+    assert apply_columns(renamed, columns, make_chat_tokenizer()).to_list() == [expected]
+    assert map_row(renamed[0], columns, CHAT_TEMPLATE) == expected
+
+
 def test_sets_of_different_formats(tokenizer) -> None:
     """Each set is read by the first of several ways that its columns fit, and as it would be by that one alone."""
     both = ["alpaca", "or", "prompt=question", "completion=answer", "or", "trl"]
@@ -316,5 +324,7 @@ def test_sets_of_different_formats(tokenizer) -> None:
         apply_columns(Dataset.from_list([{"q": "a", "a": "b"}]), both, tokenizer)
     with pytest.raises(ValueError, match="Did you mean `sharegpt`"):
         check_columns(["alpaca", "or", "sharegtp"])
+    with pytest.raises(ValueError, match="Write for example `--columns openai messages=chat`"):
+        check_columns(["openai", "alpac"])
     with pytest.raises(ValueError, match="neither a preset"):
         check_columns(["alpaca", "or"])

@@ -4,6 +4,8 @@ import bz2
 import gzip
 import json
 import lzma
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -316,12 +318,20 @@ def test_lines_that_the_reader_refuses_are_named(tmp_path: Path, line: str, told
         (["query", "response"], "--columns prompt=query completion=response`"),
         (["Prompt", "Completion"], "--columns prompt=Prompt completion=Completion`"),
         (["prompt", " completion"], "--columns prompt=prompt 'completion= completion'`"),
-        (["prompt", "chosen", "rejected"], "completion=chosen`, or `--columns messages=chosen`"),
+        (["Instruction", "Context", "Response"], "alpaca instruction=Instruction input=Context output=Response`"),
+        (["Instruction", "input", "Output"], "--columns alpaca instruction=Instruction output=Output`"),
+        (["Messages"], "--columns messages=Messages`"),
+        (["prompt", "chosen", "rejected"], "prompt=prompt completion=chosen`, or `--columns messages=chosen"),
+        (["question", "chosen", "rejected"], "prompt=question completion=chosen`, or `--columns messages=chosen"),
+        (["chosen", "rejected"], "one answer: `--columns messages=chosen` .*, or `--columns text=chosen"),
         (["segments"], "`input_ids` and `labels`"),
         (["a", "b"], r"use a preset \(alpaca"),
         (["messages", "prompt", "completion"], "--columns messages=messages`"),
     ],
 )
 def test_columns_of_no_format_are_answered_with_a_mapping(names: list[str], remedy: str) -> None:
-    with pytest.raises(ValueError, match=remedy):
+    with pytest.raises(ValueError, match=remedy) as raised:
         check_sources(names, None)
+    # What is proposed can be done.
+    for told in re.findall(r"(?<!for example )`--columns ([^`]*)`", str(raised.value)):
+        check_sources(names, shlex.split(told))

@@ -1,5 +1,6 @@
 """Rows that are tokens already, and pictures beside text: refused by row where SFT would train on something else."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,14 @@ def test_tokens_that_would_be_trained_on_as_something_else(name: str, tmp_path: 
     scorer = make_trainer(tmp_path, good, good).fit_influence()
     batch = {key: [value] for key, value in row.items()}
     assert np.isnan(scorer(batch)["influence"]).all()
+
+
+@pytest.mark.parametrize("name", ["padded", "packed", "packed by lengths"])
+def test_tokens_of_another_name_are_looked_at_alike(name: str) -> None:
+    row, column, reason = BAD[name]
+    renamed = {"tokens" if key == "input_ids" else key: value for key, value in row.items()}
+    (bad,) = check_rows(Dataset.from_list([renamed]), Preparation(make_tokenizer(), ["input_ids=tokens"]), "pool").bad
+    assert bad.column == column and re.match(reason, bad.reason)
 
 
 def test_tokens_that_are_whole(tmp_path: Path) -> None:
