@@ -281,11 +281,53 @@ def test_cells_that_would_move_to_another_column(
     assert len(load_rows(str(path))) == 2
 
 
+def test_lines_that_the_reader_passes_over(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    for text in ("prompt,completion\na,b\n   \n", "\nprompt,completion\na,b\n", " \nprompt,completion\n \t\na,b\n"):
+        path.write_text(text, encoding="utf-8")
+        assert load_rows(str(path)).to_list() == [{"prompt": "a", "completion": "b"}]
+    path.write_text("prompt,completion\na,b\n\x1a", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line 3 is the end of a file of DOS .Ctrl-Z.*tr -d"):
+        load_rows(str(path))
+
+
 def test_parts_of_different_columns_are_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", ROWS[:3])
     write_lines(tmp_path / "b.jsonl", [row | {"id": 1} for row in ROWS[3:]])
     with pytest.raises(ValueError, match=r"a\.jsonl has completion, prompt, and b\.jsonl has completion, id, prompt"):
         load_rows(str(tmp_path))
+    # Also where a part is empty, and where two have one name.
+    (tmp_path / "a.jsonl").rename(tmp_path / "c.jsonl")
+    (tmp_path / "a.jsonl").write_text("\n")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "b.jsonl").rename(tmp_path / "more" / "c.jsonl")
+    with pytest.raises(ValueError, match=r" c\.jsonl has completion, prompt, and more/c\.jsonl has completion, id,"):
+        load_rows(str(tmp_path))
+
+
+METADATA = ["dataset_infos.json", "dataset_info.json", "dataset_dict.json", "config.json", "state.json", "stats.json"]
+
+
+@pytest.mark.parametrize("name", [*METADATA, "README.md"])
+@pytest.mark.parametrize("form", ["-parts.jsonl", "-parts.csv", "-files", "data"])
+def test_what_tells_of_a_folder_is_none_of_its_rows(tmp_path: Path, name: str, form: str) -> None:
+    if form == "data":
+        folder = tmp_path
+        (folder / "data").mkdir()
+        Dataset.from_list(ROWS).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    else:
+        folder = Path(write(tmp_path, form))
+    (folder / name).write_text("{}" if name.endswith(".json") else "Rows.", encoding="utf-8")
+    assert load_rows(str(folder)).to_list() == ROWS
+    if form == "-parts.csv":
+        cells = [row | {"completion": "null"} for row in ROWS]
+        for number, rows in enumerate((cells[:3], cells[3:])):
+            Dataset.from_list(rows).to_csv(folder / f"part-{number}.csv")
+        assert load_rows(str(folder)).to_list() == cells
+    if form == "-parts.jsonl":
+        for number in range(2):
+            write_lines(folder / f"part-{number}.jsonl", [{"prompt": "a", "completion": f"2024-05-0{number + 1}"}])
+        assert load_rows(str(folder))["completion"][:] == ["2024-05-01", "2024-05-02"]
 
 
 def test_a_pattern_of_names_and_a_packed_parquet(tmp_path: Path) -> None:

@@ -82,7 +82,12 @@ def test_a_mask_that_is_not_read(mask: str, tmp_path: Path) -> None:
 PICTURES: dict[str, list[Any]] = {
     "paths": ["a.png", "b.png", None, ""],
     "lists": [["a.png"], ["b.png", "c.png"], [], None],
-    "objects": [{"path": "a.png"}, {"path": "b.png"}, None, None],
+    "objects": [{"path": "a.png"}, {"path": "b.png"}, None, {"path": None}],
+    "bytes": [{"bytes": b"a", "path": None}, {"bytes": None, "path": "b.png"}, {"bytes": None, "path": None}, None],
+    "lists of little": [["", "a.png"], ["b.png"], [""], [None]],
+    "lists of objects": [[{"path": "a.png"}], [{}, {"path": "b.png"}], [{"path": ""}], [None]],
+    "truth values": [True, True, False, None],
+    "numbers": [1.0, 2.0, 0.0, float("nan")],
 }
 
 
@@ -94,6 +99,10 @@ def test_pictures_are_refused_by_row(kind: str, name: str, tmp_path: Path) -> No
         make_trainer(tmp_path, rows, rows)
     trainer = make_trainer(tmp_path, rows, rows, columns=["prompt=prompt", "completion=completion"])
     assert all(trainer.score_influence()["num_loss_tokens"])
+    # A preset names what is read, too.
+    alpaca = rows.rename_columns({"prompt": "instruction", "completion": "output"})
+    checked = check_rows(alpaca, Preparation(make_tokenizer(), ["alpaca"]), "pool")
+    assert not checked.bad and "2 rows of the pool have pictures, sound or films" in " ".join(say_doubts(checked))
     empty = rows.select([2, 3])
     assert all(make_trainer(tmp_path, empty, empty).score_influence()["num_loss_tokens"])
 
