@@ -12,9 +12,9 @@ from trl import SFTConfig
 
 from hf_in2core.names import POOL, describe_set, list_added_columns
 from hf_in2core.rows.checks import CheckedRows, check_rows, refuse_bad_rows
-from hf_in2core.rows.columns import get_column_names
+from hf_in2core.rows.columns import get_column_names, read_template
 from hf_in2core.rows.doubts import say_doubts
-from hf_in2core.rows.hashes import hash_rows, hash_tokenization, hash_value
+from hf_in2core.rows.hashes import hash_set, hash_tokenization
 from hf_in2core.rows.masks import compare_masks
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.rows.sources import load_raw_rows
@@ -94,18 +94,21 @@ def load_inputs(
         facts[name]["shared"] = counts
     for name, rows in raw.items():
         facts[name]["rows"] = len(rows)
+    templates = [read_template(tokenizer) for _, tokenizer in (reference, target)]
     return Inputs(
         pool=raw[POOL],
         validation={name: raw[describe_set(name)] for name in validation},
         test=raw["test"],
-        hashes={name: hash_value(hash_rows(dataset)) for name, dataset in raw.items()},
+        hashes={name: hash_set(dataset, args.columns, templates) for name, dataset in raw.items()},
         facts=facts,
     )
 
 
-def hold_back(inputs: Inputs, seed: int) -> None:
+def hold_back(inputs: Inputs, seed: int, columns: list[str] | None, templates: Iterable[str]) -> None:
     """
     Keep a seeded half of each validation set out of what selects, to judge the methods of a tournament.
+
+    Its rows are read by `columns` and by the chat `templates`, as of [`~hf_in2core.rows.hashes.hash_set`].
 
     Raises:
         ValueError: if a set has fewer than two rows.
@@ -120,7 +123,7 @@ def hold_back(inputs: Inputs, seed: int) -> None:
         order = np.random.default_rng(seed).permutation(len(rows))
         selects, judges = np.sort(order[: -(-len(rows) // 2)]), np.sort(order[-(-len(rows) // 2) :])
         inputs.validation[name], inputs.held_back[name] = rows.select(selects), rows.select(judges)
-        inputs.hashes[what] = hash_value(hash_rows(inputs.validation[name]))
+        inputs.hashes[what] = hash_set(inputs.validation[name], columns, templates)
         inputs.facts[what] |= {"rows": len(selects), "held_back": len(judges)}
 
 

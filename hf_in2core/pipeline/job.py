@@ -21,6 +21,7 @@ from hf_in2core.evaluation.tournament import plan_tournament
 from hf_in2core.hub.commits import PushCheck, check_can_push
 from hf_in2core.influence.checks import check_launcher
 from hf_in2core.names import AUTO, PER_CHECKPOINT, POOL, REPLAY, describe_set, name_coreset
+from hf_in2core.rows.columns import read_template
 from hf_in2core.rows.hashes import hash_tokenization, hash_value
 from hf_in2core.rows.preparation import Preparation, tokenize_rows
 from hf_in2core.rows.scored import describe_columns
@@ -149,7 +150,8 @@ def check(settings: Settings) -> Job:
         models = (reference_args, reference_tokenizer), (target_args, target_tokenizer)
         inputs = load_inputs(args, validation_sources, *models)
         if args.strategy == AUTO:
-            hold_back(inputs, reference_args.seed)
+            templates = [read_template(tokenizer) for _, tokenizer in models]
+            hold_back(inputs, reference_args.seed, args.columns, templates)
     if args.strategy == AUTO:
         check_tournament(args, target_args, len(inputs.pool))
     needed, columns = [args.task_column, args.wrong_column, args.group_column], list_columns(args.methods)
@@ -300,7 +302,7 @@ def find_differences(job: Job) -> list[str]:
     ]
     identities = read_json(job.folder / "inputs.json") or {}
     return different + [
-        f"the content of the {name} changed"
+        f"the content of the {name} changed, or how this version reads it"
         for name in sorted((identities.keys() | job.identities.keys()) - {DAY})
         if identities.get(name) != job.identities.get(name)
     ]

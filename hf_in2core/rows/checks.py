@@ -119,9 +119,8 @@ def check_rows(dataset: Dataset, preparation: "Preparation", what: str) -> Check
     id_column = next((name for name in ID_COLUMNS if name in dataset.column_names), None)
     names = list_read_columns(dataset.column_names, columns)
     preset = get_preset(columns)
-    is_named = preset is None and bool(read_sources(columns))
     read = dataset.with_format(None).select_columns(names)
-    with_media = {} if is_named else list_media(dataset)
+    with_media = {} if columns else list_media(dataset)
     ids: Any = dataset.with_format(None).select_columns([id_column]) if id_column is not None else None
     kind: str | None = None
     with make_bar(len(dataset), f"Checking the {what}", brief=True) as bar:
@@ -155,6 +154,8 @@ def _note_columns(found: CheckedRows, dataset: Dataset, preparation: "Preparatio
     names = dataset.column_names
     if found.format == "prompt/completion" and dataset.features.get("label") == Value("bool"):
         found.doubts.undesired = dataset.with_format(None)["label"][:].count(False)
+    if get_preset(columns) is not None:
+        found.doubts.with_media = len(list_media(dataset))
     if columns is None and "input_ids" not in names:
         read = list_read_columns(names, None)
         found.doubts.unread = [

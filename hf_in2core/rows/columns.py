@@ -110,7 +110,12 @@ def check_columns(columns: list[str] | None) -> None:
             target, equals, source = item.partition("=")
             if not equals or not source or target not in known:
                 close = difflib.get_close_matches(item, PRESETS, n=1)
-                hint = f"Did you mean `{close[0]}`?" if close else f"Write for example `--columns {EXAMPLE}`."
+                example = EXAMPLES.get(preset or "", EXAMPLE)
+                hint = (
+                    f"Did you mean `{close[0]}`?"
+                    if close and not preset
+                    else f"Write for example `--columns {example}`."
+                )
                 raise ValueError(
                     f"`columns` has {item!r}, which is neither a preset ({', '.join(PRESETS)}) nor `target=source` "
                     f"with a target among {', '.join(known)}. {hint}"
@@ -165,10 +170,13 @@ def list_format_columns(names: Iterable[str]) -> list[str]:
 def _find_remedy(names: list[str]) -> str:
     """What to do about columns that fit no format: the mapping that they seem to want, where there is one."""
     spelled = {name.strip().lower(): name for name in names}
-    if {"chosen", "rejected"} & set(names):
+    if "chosen" in names:
+        asked = next((name for name in ("prompt", "question", "query", "instruction", "input") if name in names), None)
+        asked_for = f"`--columns prompt={asked} completion=chosen`, or " if asked else ""
+        text = "" if asked else ", or `--columns text=chosen` where it is a whole text"
         return (
-            "They are pairs of preferences, and SFT trains on one answer: `--columns prompt=prompt "
-            "completion=chosen`, or `--columns messages=chosen` where `chosen` is a whole conversation."
+            f"They are pairs of preferences, and SFT trains on one answer: {asked_for}`--columns messages=chosen` "
+            f"where `chosen` is a whole conversation{text}."
         )
     if "segments" in names:
         return (
@@ -176,20 +184,27 @@ def _find_remedy(names: list[str]) -> str:
             "tokens as `input_ids` and `labels`."
         )
     for name, preset in PRESETS.items():
-        if set(preset.needed) <= set(names):
-            return f"They are those of a preset: `--columns {name}`."
+        # `openai` reads what is in TRL's own format too.
+        if set(preset.needed) <= spelled.keys() and "messages" not in preset.needed:
+            read = [new for new in _list_preset_columns(name) if spelled.get(new, new) != new]
+            return (
+                f"They are those of a preset: `--columns {_write_columns(name, {new: spelled[new] for new in read})}`."
+            )
     for way in LIKELY_PAIRS:
         if all(old in spelled for old in way.values()):
-            named = "alpaca " if "output" in way else ""
-            pairs = " ".join(
-                shlex.quote(f"{new}={spelled[old]}") for new, old in way.items() if not named or new != old
-            )
-            return f"If it is these, say so: `--columns {named}{pairs}`."
+            named = "alpaca" if "output" in way else ""
+            pairs = {new: spelled[old] for new, old in way.items() if not named or new != spelled[old]}
+            return f"If it is these, say so: `--columns {_write_columns(named, pairs)}`."
     pictures = " It has pictures, but only text can be trained on here." if {"image", "images"} & set(names) else ""
     return (
         "Name them with `columns`, for example `--columns prompt=question completion=answer`, or use a preset "
         f"({', '.join(PRESETS)}).{pictures}"
     )
+
+
+def _write_columns(preset: str, sources: Mapping[str, str]) -> str:
+    """A preset, and pairs after it, as one types them."""
+    return shlex.join([*[preset] * bool(preset), *(f"{target}={source}" for target, source in sources.items())])
 
 
 def list_read_columns(names: Iterable[str], columns: list[str] | None) -> list[str]:
@@ -201,7 +216,7 @@ def list_read_columns(names: Iterable[str], columns: list[str] | None) -> list[s
         read = {sources.get(name, name) for name in _list_preset_columns(preset)}
     else:
         read = set(read_sources(columns).values() or list_format_columns(names))
-        read |= set(SIGNS) if "input_ids" in read else set()
+        read |= set(SIGNS) if "input_ids" in (read_sources(columns) or read) else set()
     return [name for name in names if name in read]
 
 
@@ -231,8 +246,9 @@ def check_sources(names: Iterable[str], columns: list[str] | None) -> None:
 
 
 def read_template(processing_class: "PreTrainedTokenizerBase") -> str:
-    """The chat template of a tokenizer as text, several by name as one; empty where it has none."""
-    return str(processing_class.chat_template or "")
+    """The chat template of a tokenizer, of several by name the default one; empty where it has none."""
+    template: Any = processing_class.chat_template or ""
+    return template if isinstance(template, str) else template.get("default") or str(template)
 
 
 def map_row(row: Mapping[str, Any], columns: list[str] | None, template: str) -> dict[str, Any]:
@@ -260,9 +276,10 @@ def map_row(row: Mapping[str, Any], columns: list[str] | None, template: str) ->
 
 
 def name_columns(row: Mapping[str, Any], columns: list[str] | None) -> Mapping[str, Any]:
-    """A row of one set with the names that a preset reads beside its own."""
+    """A row of one set with the names that a preset reads; what is read by another name is not read by its own too."""
     sources = read_sources(columns) if get_preset(columns) is not None else {}
-    return {**row, **{target: row[source] for target, source in sources.items()}} if sources else row
+    left = {name: value for name, value in row.items() if name not in sources.values()}
+    return {**left, **{target: row[source] for target, source in sources.items()}} if sources else row
 
 
 def apply_columns(

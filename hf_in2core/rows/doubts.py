@@ -40,6 +40,7 @@ class Doubts:
         coded (`int`): Rows whose contents are lists of parts, which the template writes as code.
         begun (`int`): Texts that begin with the token that the tokenizer puts before every text.
         undesired (`int`): Rows whose column `label` is false, as that of KTO's bad answers.
+        with_media (`int`): Rows read by a preset that have pictures, sound or films in columns beside.
         mask (`str`): A column of masks that is not read.
         unread (`list[str]`): Columns that say something in other formats, and are not read in this one.
         had (`Counter`): Rows by what they have that a template may leave out.
@@ -56,6 +57,7 @@ class Doubts:
     coded: int = 0
     begun: int = 0
     undesired: int = 0
+    with_media: int = 0
     mask: str = ""
     unread: list[str] = field(default_factory=list)
     had: Counter[str] = field(default_factory=Counter)
@@ -170,7 +172,7 @@ def _list_changes(turns: list[Mapping[str, Any]], mapped: Mapping[str, Any]) -> 
                 [{key: value for key, value in turn.items() if key not in names} for turn in turns],
                 tools,
             )
-    if mapped.get("tools"):
+    if read_tools(mapped):
         changes["`tools`"] = lambda turns, tools: (turns, None)
     return changes
 
@@ -229,11 +231,18 @@ def say_doubts(checked: "CheckedRows") -> list[str]:
             f"{doubts.unanswered} conversations of the {what} have no assistant turn, and every token of them carries "
             "loss: what is learnt is to ask. Take them out, or use `--assistant_only_loss`, which leaves them out."
         )
-    if doubts.empty:
-        said.append(
-            f"{doubts.empty} rows of the {what} have nothing to learn but the end: an empty answer or text. Take them "
-            "out unless that is meant."
-        )
+    counted = (
+        (
+            doubts.empty,
+            "have nothing to learn but the end: an empty answer or text. Take them out unless that is meant.",
+        ),
+        (
+            doubts.with_media,
+            "have pictures, sound or films, which are not read: only text can be trained on here. Take out those "
+            "whose text is not complete without.",
+        ),
+    )
+    said += [f"{number} rows of the {what} {told}" for number, told in counted if number]
     if doubts.begun:
         said.append(
             f"{doubts.begun} texts of the {what} begin with the token that the tokenizer puts before every text, so "

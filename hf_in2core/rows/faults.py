@@ -183,11 +183,18 @@ def find_uneven_line(file: Path, separator: str) -> str | None:
     try:
         with fsspec.open(str(file), "rt", encoding="utf-8-sig", newline="", compression="infer") as opened:
             lines = csv.reader(opened, delimiter=separator)
-            width = len(next(lines, []))
-            end = lines.line_num
+            width, end = 0, 0
             for cells in lines:
-                # The reader skips blank lines.
-                if len(cells) != width and any(map(str.strip, cells)):
+                if cells == ["\x1a"]:
+                    return (
+                        f"`{file}`, line {end + 1} is the end of a file of DOS (Ctrl-Z), which would be read as a "
+                        "row. Take it off: `tr -d '\\032'`."
+                    )
+                # The reader passes over these, also before the header.
+                is_blank = len(cells) < 2 and not "".join(cells).strip(" \t")
+                if not width and not is_blank:
+                    width = len(cells)
+                elif not is_blank and len(cells) != width:
                     return (
                         f"`{file}`, line {end + 1} has {len(cells)} cells, and the header {width}: which cell belongs "
                         "to which column is a guess. Write cells with commas, quotes or line ends in them in double "

@@ -12,12 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_in2core.engine.batches import read_token_rows
 
+from .columns import get_preset, list_read_columns, map_row, name_columns, resolve_columns
+from .presets import is_read_anew
+
 
 if TYPE_CHECKING:
     from .preparation import Preparation
 
 # Settings that do not change the tokens of a row before it is cut.
 CUTTING = ("max_length", "truncation_mode")
+# Of the presets; raised when they read rows otherwise, which `is_read_anew` then has to tell.
+READING = 2
 
 
 def hash_rows(dataset: Dataset) -> list[str]:
@@ -33,6 +38,30 @@ def hash_rows(dataset: Dataset) -> list[str]:
         one file may have a column that another lacks.
     """
     return [hash_value(row) for row in dataset.with_format(None)]
+
+
+def hash_set(dataset: Dataset, columns: list[str] | None, templates: Iterable[str]) -> str:
+    """
+    Identity of a set: what its rows hold and, of those that version 0.2.0 read otherwise, how they are read.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): Raw rows that can be trained on.
+        columns (`list[str]`, *optional*): Column mapping as of [`columns.apply_columns`].
+        templates (`Iterable[str]`): Chat templates of the models that read it, as of [`columns.read_template`].
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+    """
+    hashes = hash_rows(dataset)
+    columns = resolve_columns(dataset.column_names, columns)
+    if (preset := get_preset(columns)) in ("sharegpt", "openai"):
+        templates = set(templates)
+        read = dataset.with_format(None).select_columns(list_read_columns(dataset.column_names, columns))
+        for position, row in enumerate(read):
+            named = name_columns(row, columns)
+            if any(is_read_anew(named, map_row(row, columns, template), preset) for template in templates):
+                hashes[position] = hash_value([hashes[position], READING])
+    return hash_value(hashes)
 
 
 def hash_value(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
@@ -20,25 +21,34 @@ def list_media(dataset: Dataset) -> dict[int, RowError]:
     """
     Why rows of a set are refused, by position: they have pictures, sound or films. Columns for them may be empty.
 
-    Nothing is decoded. Whoever names the columns of text has said that the text is complete without.
+    Nothing is decoded. Whoever names what is read, by `columns`, has said that the text is complete without.
     """
     refused: dict[int, RowError] = {}
     for name in (name for name in MEDIA if name in dataset.column_names):
         start = 0
         for table in dataset.select_columns([name]).with_format("arrow").iter(batch_size=1000):
             column: Any = table[name]
-            for position, value in enumerate(_measure(column), start):
+            for position, value in enumerate(_list_filled(column), start):
                 if value:
                     refused.setdefault(position, RowError(name, REASON))
             start += len(table)
     return refused
 
 
-def _measure(column: Any) -> list[int]:
-    """Whether each value of a column holds anything: its length, or 1 for what has none."""
-    for measure in (pc.list_value_length, pc.binary_length):
-        try:
-            return pc.fill_null(measure(column), 0).to_pylist()
-        except (NotImplementedError, ValueError):  # of another type
-            continue
-    return pc.cast(pc.is_valid(column), "int32").to_pylist()
+def _list_filled(column: Any) -> list[bool]:
+    """Whether each value of a column of Arrow holds anything; lists and objects of what is empty do not."""
+    kind = column.type
+    if pa.types.is_struct(kind):
+        parts = [_list_filled(pc.struct_field(column, [place])) for place in range(kind.num_fields)]
+        return [any(values) for values in zip(*parts, strict=True)] if parts else [False] * len(column)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        filled = [False] * len(column)
+        parents = pc.list_parent_indices(column).to_pylist()
+        for parent, is_filled in zip(parents, _list_filled(pc.list_flatten(column)), strict=True):
+            filled[parent] |= is_filled
+        return filled
+    try:
+        # Of pictures kept as bytes none is copied to be looked at.
+        return [bool(length) for length in pc.binary_length(column).to_pylist()]
+    except NotImplementedError:  # numbers, truth values and what else there is; NaN is how tables leave a cell blank
+        return [bool(value) and value == value for value in column.to_pylist()]

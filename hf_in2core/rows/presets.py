@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from datasets import Features, Json, List, Value
 
+from .calls import read_calls, writes_calls
+
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
@@ -95,7 +97,7 @@ def from_alpaca(row: Mapping[str, Any], template: str) -> dict[str, Any]:
         content = f"{instruction}\n\n{context}" if context.strip() else instruction
         turns.append({"role": "user", "content": content})
         return {"prompt": turns, "completion": [{"role": "assistant", "content": output}], **take_tools(row)}
-    if history or take_tools(row).get("tools"):
+    if history or read_tools(take_tools(row)):
         raise RowError("history" if history else "tools", "needs a tokenizer with a chat template")
     template = ALPACA_WITH_INPUT if context.strip() else ALPACA_WITHOUT_INPUT
     prompt = template.format(instruction=instruction, input=context)
@@ -119,9 +121,11 @@ def from_sharegpt(row: Mapping[str, Any], template: str) -> dict[str, Any]:
     `conversations` with `from` and `value` (or `role` and `content`), with LLaMA-Factory's `system` and `tools`.
 
     What `function_call` says becomes tool calls, which a chat template writes in its own form, as it does in
-    LLaMA-Factory; where the template knows none, it stays the assistant's text.
+    LLaMA-Factory; where the template cannot write those of the row, all of them stay the assistant's text.
     """
-    messages = []
+    messages: list[dict[str, Any]] = []
+    calls: dict[int, list[dict[str, Any]]] = {}
+    tools = take_tools(row)
     for number, turn in enumerate(read_turns(row, "conversations")):
         speaker = turn.get("from") if turn.get("from") is not None else turn.get("role")
         said = turn.get("value") if turn.get("value") is not None else turn.get("content")
@@ -132,33 +136,17 @@ def from_sharegpt(row: Mapping[str, Any], template: str) -> dict[str, Any]:
             )
         if not isinstance(said, str):
             raise RowError("conversations", f"has {describe_value(said)} as the text of turn {number}")
-        calls = _read_calls(said) if speaker == "function_call" and _writes_calls(template) else []
-        messages.append(
-            {"role": role, "content": "", "tool_calls": calls} if calls else {"role": role, "content": said}
-        )
+        if speaker == "function_call" and (found := read_calls(said)):
+            calls[number] = found
+        messages.append({"role": role, "content": said})
+    together = max(map(len, calls.values()), default=0)
+    if together and writes_calls(template, min(together, 2), bool(read_tools(tools))):
+        for number, found in calls.items():
+            messages[number] = {"role": "assistant", "content": "", "tool_calls": found}
     system = read_text(row, "system", optional=True)
     if system.strip() and not (messages and messages[0]["role"] == "system"):
         messages.insert(0, {"role": "system", "content": system})
-    return {"messages": messages, **take_tools(row)}
-
-
-def _writes_calls(template: str) -> bool:
-    return "tool_calls" in template
-
-
-def _read_calls(text: str) -> list[dict[str, Any]]:
-    """The calls that a text is, one or a list of them; none where it is anything else."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return []
-    calls = found if isinstance(found, list) else [found]
-    if not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
-        return []
-    return [
-        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
-        for call in calls
-    ]
+    return {"messages": messages, **tools}
 
 
 def read_turns(row: Mapping[str, Any], column: str) -> list[Mapping[str, Any]]:
@@ -262,6 +250,28 @@ def _is_trained(turn: Mapping[str, Any]) -> bool:
     return turn.get("role") == "assistant" and find_silent_mark(turn) is None
 
 
+def is_read_anew(row: Mapping[str, Any], mapped: Mapping[str, Any], preset: str | None) -> bool:
+    """
+    Whether version 0.2.0 read a row otherwise, so that what was computed of it does not belong to what is.
+
+    Args:
+        row (`Mapping[str, Any]`): The row, with the names that its preset reads.
+        mapped (`Mapping[str, Any]`): What the preset makes of it.
+        preset (`str`, *optional*): The preset.
+    """
+    if preset == "sharegpt":
+        return any("tool_calls" in turn for turn in mapped["messages"])
+    if preset != "openai":
+        return False
+    # Then only `weight` was a mark, and arguments stayed text.
+    weighed = (_is_trained({name: turn.get(name) for name in ("role", "weight")}) for turn in row["messages"])
+    start = next((number for number, is_trained in enumerate(weighed) if is_trained), len(row["messages"]))
+    calls = [turn.get("tool_calls") for turn in row["messages"]]
+    return start != len(mapped["prompt"]) or calls != [
+        turn.get("tool_calls") for turn in mapped["prompt"] + mapped["completion"]
+    ]
+
+
 class Preset(NamedTuple):
     """How a known format is read, by `read(row, template)`: the columns that it needs, and that it may have."""
 
@@ -290,7 +300,8 @@ def describe_mapped(features: Mapping[str, Any], preset: str | None, template: s
             return Features({"prompt": Value("string"), "completion": Value("string")})
         return Features({"prompt": TURNS, "completion": TURNS, **tools})
     if preset == "sharegpt":
-        return Features({"messages": List(Json()) if _writes_calls(template) else TURNS, **tools})
+        is_written = any(writes_calls(template, 1, with_tools) for with_tools in (False, True))
+        return Features({"messages": List(Json()) if is_written else TURNS, **tools})
     if preset == "openai":
         turns = _describe_turns(features["messages"], lambda key: None if key in MARKS else key)
         if isinstance(turns.feature, Mapping) and "tool_calls" in turns.feature:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
+from datasets.data_files import FILES_TO_IGNORE
 
 from hf_in2core.names import VALIDATION
 
@@ -54,6 +55,8 @@ NAMED_SOURCE = re.compile(r"([A-Za-z][\w.-]*)=(.+)", re.DOTALL)
 COLON = re.compile(r":(?![^\[]*\])")
 # A part of a split, or several.
 PART = re.compile(r"[\[+]")
+# Beside those that `datasets` passes over, what saved datasets and exports keep beside their rows.
+NO_ROWS = ("state.json", "stats.json")
 # Where a folder's README says which files are which split.
 DECLARED_SPLITS = re.compile(r"\A---\n(?:.*\n)*?configs:")
 
@@ -136,14 +139,15 @@ def _explain(source: str, reason: str) -> str:
     parts = _list_parts(path) if path.is_dir() else [path]
     fault = find_fault(parts)
     if fault is None and "column names don't match" in reason:
-        fault = _compare_columns(parts)
+        fault = _compare_columns(path, parts)
     return fault or f"{reason} Give a Hub id with an optional `:split`, a folder, or a {ACCEPTED}."
 
 
-def _compare_columns(parts: list[Path]) -> str | None:
-    """Which of some files has other columns than the first; `None` where none has."""
-    columns = {part.name: ", ".join(_read_header(part)) for part in parts}
-    first = parts[0].name
+def _compare_columns(folder: Path, parts: list[Path]) -> str | None:
+    """Which of some files in a folder has other columns than the first; `None` where none has."""
+    read = {part.relative_to(folder).as_posix(): ", ".join(_read_header(part)) for part in parts}
+    columns = {name: told for name, told in read.items() if told}
+    first = next(iter(columns), "")
     other = next((name for name, told in columns.items() if told != columns[first]), None)
     return other and (
         f"its files have different columns: {first} has {columns[first]}, and {other} has {columns[other]}. Give all "
@@ -152,11 +156,15 @@ def _compare_columns(parts: list[Path]) -> str | None:
 
 
 def _read_header(file: Path) -> list[str]:
-    """The columns of the first row of a file."""
+    """The columns of the first row of a file; none where it has no rows."""
     builder = _get_format(file)
     assert builder is not None
     separator = {"sep": "\t"} if ".tsv" in file.name.lower() else {}
-    return sorted(next(iter(load_dataset(builder, data_files=str(file), split="train", streaming=True, **separator))))
+    try:
+        rows = iter(load_dataset(builder, data_files=str(file), split="train", streaming=True, **separator))
+        return sorted(next(rows, {}))
+    except Exception:  # a reader may raise anything, and this only explains what another said
+        return []
 
 
 def _split_local(source: str) -> tuple[Path | None, str | None]:
@@ -208,23 +216,30 @@ def _load_local(path: Path, split: str | None, texts: set[str]) -> Dataset:
 
 def _load_folder(path: Path, split: str | None, texts: set[str]) -> Dataset:
     """A folder of `save_to_disk`, or one of files."""
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+    parts = _list_parts(path)
+    is_saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    if is_saved and (not parts or next(path.rglob("*.arrow"), None) is not None):
         saved = load_from_disk(str(path))
         if isinstance(saved, DatasetDict):
             return _take_split(saved, split)
         if split is not None:
             raise _SourceError(f"it is a single dataset without splits. Leave out `:{split}`.")
         return saved
-    parts = _list_parts(path)
     if not any(file.is_file() for file in path.rglob("*")):
         raise _SourceError("the folder has no files in it. Give one with rows, or a file.")
     builders = {_get_format(part) for part in parts}
     options = _get_options("csv", parts, texts) if builders == {"csv"} else {}
+    # As `load_dataset` does it, which refuses any folder with a file state.json.
+    builder: Any = load_dataset_builder(str(path), **options)
+    if not _declares_splits(path):
+        if found := _leave_out_metadata(builder.config.data_files):
+            builder = load_dataset_builder(str(path), data_files=found, **options)
+        if split is None:
+            _refuse_left_out(path, parts, builder.config.data_files)
+    builder.download_and_prepare()
     if split is not None and PART.search(split):
-        return load_dataset(str(path), split=split, **options)
-    splits = load_dataset(str(path), **options)
-    if split is None:
-        _refuse_left_out(path, parts, options)
+        return builder.as_dataset(split)
+    splits = builder.as_dataset()
     loaded = _take_split(splits, split)
     if builders != {"json"} or not _find_dates(loaded, texts):
         return loaded
@@ -236,12 +251,8 @@ def _load_folder(path: Path, split: str | None, texts: set[str]) -> Dataset:
     return _keep_texts(ordered, parts, texts)
 
 
-def _refuse_left_out(folder: Path, parts: list[Path], options: dict[str, Any]) -> None:
+def _refuse_left_out(folder: Path, parts: list[Path], files: Mapping[Any, list[str]]) -> None:
     """Refuse a folder of which `load_dataset` leaves out files: it takes those named after splits, of one format."""
-    readme = folder / "README.md"
-    if readme.is_file() and DECLARED_SPLITS.match(readme.read_text(encoding="utf-8", errors="replace")):
-        return
-    files = load_dataset_builder(str(folder), **options).config.data_files
     read = {name: [Path(file) for file in listed] for name, listed in files.items()}
     known = {file.resolve() for listed in read.values() for file in listed}
     others = [part for part in parts if part.resolve() not in known]
@@ -256,9 +267,21 @@ def _refuse_left_out(folder: Path, parts: list[Path], options: dict[str, Any]) -
         )
 
 
+def _declares_splits(folder: Path) -> bool:
+    readme = folder / "README.md"
+    return readme.is_file() and bool(DECLARED_SPLITS.match(readme.read_text(encoding="utf-8", errors="replace")))
+
+
+def _leave_out_metadata(files: Mapping[Any, list[str]]) -> dict[str, list[str]]:
+    """The files of each split without those that hold no rows; nothing where all of them do."""
+    kept = {str(name): [file for file in listed if Path(file).name not in NO_ROWS] for name, listed in files.items()}
+    return {} if sum(map(len, kept.values())) == sum(map(len, files.values())) else kept
+
+
 def _list_parts(folder: Path) -> list[Path]:
-    """The files of rows in a folder and those below it, in our order; hidden ones are none."""
+    """The files of rows in a folder and those below it, in our order; hidden ones and what tells of rows are none."""
     files = (part for part in folder.rglob("*") if part.is_file() and _get_format(part) is not None)
+    files = (part for part in files if part.name not in (*FILES_TO_IGNORE, *NO_ROWS))
     return sorted(part for part in files if not re.search(r"(^|/)(\.|__)", part.relative_to(folder).as_posix()))
 
 

@@ -1,7 +1,7 @@
 """Rows that are tokens already: what is wrong with them, and with masks and labels beside them."""
 
 from collections.abc import Mapping
-from itertools import pairwise
+from operator import ge
 from typing import Any
 
 from .presets import RowError, describe_value
@@ -26,7 +26,7 @@ def check_tokens(mapped: Mapping[str, Any], raw: Mapping[str, Any], num_tokens: 
             for text, and several documents for one.
     """
     tokens = mapped["input_ids"]
-    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+    if not isinstance(tokens, list) or not set(map(type, tokens)) <= {int}:
         raise RowError("input_ids", f"is {describe_value(tokens)}, not a list of token ids")
     if tokens and not 0 <= min(tokens) <= max(tokens) < num_tokens:
         wrong = min(tokens) if min(tokens) < 0 else max(tokens)
@@ -36,13 +36,18 @@ def check_tokens(mapped: Mapping[str, Any], raw: Mapping[str, Any], num_tokens: 
         if not isinstance(values, list) or len(values) != len(tokens) or None in values:
             length = f"{len(values)} values" if isinstance(values, list) else describe_value(values)
             raise RowError(name, f"has {length} for {len(tokens)} tokens")
-        if name != "labels" and (wrong := next((value for value in values if value not in (0, 1)), None)) is not None:
+        if name != "labels" and not all(map((0, 1).__contains__, values)):
+            wrong = next(value for value in values if value not in (0, 1))
             raise RowError(name, f"has {describe_value(wrong)}, where a mask has 0 or 1")
     _check_labels(mapped.get("labels", []), tokens)
     _check_signs(raw, len(tokens))
 
 
 def _check_labels(labels: list[Any], tokens: list[int]) -> None:
+    if set(map(type, labels)) <= {int}:
+        others = {label for label, token in zip(labels, tokens, strict=False) if label != token}
+        if others <= {NO_LOSS}:
+            return
     for place, (label, token) in enumerate(zip(labels, tokens, strict=False)):
         if type(label) is int and label in (NO_LOSS, token):
             continue
@@ -64,7 +69,7 @@ def _check_signs(raw: Mapping[str, Any], num_tokens: int) -> None:
         )
     packed = isinstance(lengths, list) and len(lengths) > 1
     if isinstance(positions, list):
-        packed = packed or any(later <= earlier for earlier, later in pairwise(positions))
+        packed = packed or any(map(ge, positions, positions[1:]))
     if packed:
         name = "seq_lengths" if isinstance(lengths, list) and len(lengths) > 1 else "position_ids"
         raise RowError(name, "shows several documents packed into one row; give each a row of its own")

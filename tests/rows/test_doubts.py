@@ -160,6 +160,8 @@ def test_what_the_chat_template_leaves_out(what: str) -> None:
     said = [text for text in tell([row] * 30, READS_LITTLE) if "leaves out" in text]
     assert len(said) == 1 and f"leaves out {what}, which 30 rows of the pool have" in said[0]
     assert tell([row] * 2, READS_ALL) == []
+    if what == "`tools`":
+        assert tell([row | {"tools": "[]"}], READS_LITTLE) == []
     # A template that reads it now and then, as thoughts of the last turn alone, reads it.
     late = READS_LITTLE + "{% if messages[0].content == 'now' %}{{ messages }}{{ tools }}{% endif %}"
     shown = json.loads(json.dumps(row).replace("the cat sat", "now"))

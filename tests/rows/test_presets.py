@@ -11,6 +11,7 @@ from helpers import CHAT_TEMPLATE, make_tokenizer, make_trainer
 from hf_in2core.rows.checks import check_rows
 from hf_in2core.rows.columns import apply_columns, check_columns, map_row
 from hf_in2core.rows.doubts import say_doubts
+from hf_in2core.rows.hashes import hash_rows, hash_set, hash_value
 from hf_in2core.rows.preparation import Preparation, prepare_batch
 from hf_in2core.rows.presets import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 from hf_in2core.rows.sources import load_rows
@@ -60,6 +61,7 @@ def test_alpaca_with_system_history_and_tools() -> None:
     assert mapped["completion"] == [{"role": "assistant", "content": "done"}] and mapped["tools"] == row["tools"]
     with pytest.raises(ValueError, match="`history` needs a tokenizer with a chat template"):
         map_all([row], "alpaca", make_tokenizer())
+    assert map_all([row | {"history": [], "tools": "[]"}], "alpaca", make_tokenizer())
     plain = {"instruction": "do", "output": "done", "system": "Be kind."}
     assert map_all([plain], "alpaca", make_tokenizer())[0]["prompt"].startswith("Be kind.\n\nBelow is")
 
@@ -112,6 +114,75 @@ def test_sharegpt_calls_are_written_as_the_template_writes_them(many: bool) -> N
     assert [turn["function"] for turn in called["tool_calls"]] == [call] * (2 if many else 1)
     assert called["role"] == "assistant" and not called["content"] and "tool_calls" not in asked | seen | said
     assert said == {"role": "assistant", "content": "no call"}
+
+
+WRITES_CALLS = (
+    "{% for m in messages %}{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}"
+)
+
+
+CANNOT: dict[str, tuple[tuple[str, str], list[bool]]] = {
+    "it can": (("", ""), [True, True]),
+    "adds arguments to text, as DeepSeek-V3": (
+        ("call.function.arguments | tojson", "'' + call.function.arguments"),
+        [False] * 2,
+    ),
+    "leaves out calls beside a content that is text, as DeepSeek-R1": (
+        ("m.tool_calls or []", "(m.tool_calls if m.content is none else [])"),
+        [False] * 2,
+    ),
+    "refuses two at once, as Llama 3.1": (
+        ("call.function.name", "raise_exception('one') if m.tool_calls | length > 1 else call.function.name"),
+        [True, False],
+    ),
+    "where there are tools": (("m.tool_calls or []", "(m.tool_calls if tools else [])"), [False] * 2),
+}
+
+
+@pytest.mark.parametrize("which", CANNOT)
+def test_calls_that_a_template_cannot_write_stay_text(which: str) -> None:
+    change, known = CANNOT[which]
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = WRITES_CALLS.replace(*change)
+    call = {"name": "look", "arguments": {"at": "it"}}
+    for calls, is_call in zip((call, [call, call]), known, strict=True):
+        turns = [{"from": "human", "value": "a?"}, {"from": "function_call", "value": json.dumps(calls)}]
+        rows = [{"conversations": turns}]
+        _, turn = map_all(rows, "sharegpt", tokenizer)[0]["messages"]
+        assert ("tool_calls" in turn) == (turn["content"] == "") == is_call
+        checked = check_rows(Dataset.from_list(rows), Preparation(tokenizer, ["sharegpt"]), "pool")
+        assert not checked.bad and not [said for said in say_doubts(checked) if "leaves out" in said]
+        if which == "where there are tools":
+            tools = json.dumps([{"type": "function", "function": {"name": "look"}}])
+            assert "tool_calls" in map_all([rows[0] | {"tools": tools}], "sharegpt", tokenizer)[0]["messages"][1]
+
+
+def test_rows_that_are_read_otherwise_than_before_are_other_rows() -> None:
+    """What version 0.2.0 computed of them is of other tokens; all other rows keep their identity."""
+    call = {"type": "function", "function": {"name": "look", "arguments": '{"at": "it"}'}}
+    spoken = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]
+    called = [spoken[0], {"from": "function_call", "value": '{"name": "look", "arguments": {}}'}]
+    asked = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
+    again = [*asked, *asked]
+    sets: list[tuple[str, dict[str, Any], bool]] = [
+        ("sharegpt", {"conversations": spoken}, False),
+        ("sharegpt", {"conversations": called}, True),
+        ("openai", {"messages": asked}, False),
+        ("openai", {"messages": make_turns(0, 1)}, False),
+        ("openai", {"messages": [asked[0], asked[1] | {"train": True}]}, False),
+        ("openai", {"messages": [asked[0], asked[1] | {"train": False}, *asked]}, True),
+        ("openai", {"messages": [*again[:3], asked[1] | {"masked": True}]}, False),
+        ("openai", {"messages": [asked[0], {"role": "assistant", "content": None, "tool_calls": [call]}]}, True),
+    ]
+    for preset, row, is_new in sets:
+        rows = Dataset.from_list([row])
+        before = hash_value(hash_rows(rows))
+        assert hash_set(rows, None if preset == "sharegpt" else [preset], []) == before
+        assert (hash_set(rows, [preset], [WRITES_CALLS]) != before) == is_new
+        assert (hash_set(rows, ["alpaca", "or", preset], [WRITES_CALLS]) != before) == is_new
+        # A template that writes no calls reads them as text, as before.
+        assert (hash_set(rows, [preset], [CHAT_TEMPLATE]) != before) == (is_new and preset == "openai")
 
 
 def make_turns(*weights: int | None) -> list[dict[str, Any]]:
@@ -228,6 +299,14 @@ def test_a_preset_reads_columns_of_other_names(preset: str, names: dict[str, str
         check_columns([preset, "completion=x"])
 
 
+def test_a_column_that_is_read_by_another_name_is_not_read_by_its_own_too() -> None:
+    renamed = Dataset.from_list([{"input": "do", "output": "done"}])
+    columns = ["alpaca", "instruction=input", "output=output"]
+    (expected,) = map_all([{"instruction": "do", "output": "done"}], "alpaca", make_chat_tokenizer())
+    assert apply_columns(renamed, columns, make_chat_tokenizer()).to_list() == [expected]
+    assert map_row(renamed[0], columns, CHAT_TEMPLATE) == expected
+
+
 def test_sets_of_different_formats(tokenizer) -> None:
     """Each set is read by the first of several ways that its columns fit, and as it would be by that one alone."""
     both = ["alpaca", "or", "prompt=question", "completion=answer", "or", "trl"]
@@ -245,5 +324,7 @@ def test_sets_of_different_formats(tokenizer) -> None:
         apply_columns(Dataset.from_list([{"q": "a", "a": "b"}]), both, tokenizer)
     with pytest.raises(ValueError, match="Did you mean `sharegpt`"):
         check_columns(["alpaca", "or", "sharegtp"])
+    with pytest.raises(ValueError, match="Write for example `--columns openai messages=chat`"):
+        check_columns(["openai", "alpac"])
     with pytest.raises(ValueError, match="neither a preset"):
         check_columns(["alpaca", "or"])

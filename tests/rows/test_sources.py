@@ -4,6 +4,8 @@ import bz2
 import gzip
 import json
 import lzma
+import re
+import shlex
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -288,11 +290,53 @@ def test_cells_that_would_move_to_another_column(
     assert load_rows(str(path)).to_list() == [{"prompt": "a", "completion": "b"}]
 
 
+def test_lines_that_the_reader_passes_over(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    for text in ("prompt,completion\na,b\n   \n", "\nprompt,completion\na,b\n", " \nprompt,completion\n \t\na,b\n"):
+        path.write_text(text, encoding="utf-8")
+        assert load_rows(str(path)).to_list() == [{"prompt": "a", "completion": "b"}]
+    path.write_text("prompt,completion\na,b\n\x1a", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line 3 is the end of a file of DOS .Ctrl-Z.*tr -d"):
+        load_rows(str(path))
+
+
 def test_parts_of_different_columns_are_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", ROWS[:3])
     write_lines(tmp_path / "b.jsonl", [row | {"id": 1} for row in ROWS[3:]])
     with pytest.raises(ValueError, match=r"a\.jsonl has completion, prompt, and b\.jsonl has completion, id, prompt"):
         load_rows(str(tmp_path))
+    # Also where a part is empty, and where two have one name.
+    (tmp_path / "a.jsonl").rename(tmp_path / "c.jsonl")
+    (tmp_path / "a.jsonl").write_text("\n")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "b.jsonl").rename(tmp_path / "more" / "c.jsonl")
+    with pytest.raises(ValueError, match=r" c\.jsonl has completion, prompt, and more/c\.jsonl has completion, id,"):
+        load_rows(str(tmp_path))
+
+
+METADATA = ["dataset_infos.json", "dataset_info.json", "dataset_dict.json", "config.json", "state.json", "stats.json"]
+
+
+@pytest.mark.parametrize("name", [*METADATA, "README.md"])
+@pytest.mark.parametrize("form", ["-parts.jsonl", "-parts.csv", "-files", "data"])
+def test_what_tells_of_a_folder_is_none_of_its_rows(tmp_path: Path, name: str, form: str) -> None:
+    if form == "data":
+        folder = tmp_path
+        (folder / "data").mkdir()
+        Dataset.from_list(ROWS).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    else:
+        folder = Path(write(tmp_path, form))
+    (folder / name).write_text("{}" if name.endswith(".json") else "Rows.", encoding="utf-8")
+    assert load_rows(str(folder)).to_list() == ROWS
+    if form == "-parts.csv":
+        cells = [row | {"completion": "null"} for row in ROWS]
+        for number, rows in enumerate((cells[:3], cells[3:])):
+            Dataset.from_list(rows).to_csv(folder / f"part-{number}.csv")
+        assert load_rows(str(folder)).to_list() == cells
+    if form == "-parts.jsonl":
+        for number in range(2):
+            write_lines(folder / f"part-{number}.jsonl", [{"prompt": "a", "completion": f"2024-05-0{number + 1}"}])
+        assert load_rows(str(folder))["completion"][:] == ["2024-05-01", "2024-05-02"]
 
 
 def test_a_package_that_unpacks_is_named_where_it_is_missing(tmp_path: Path) -> None:
@@ -361,12 +405,20 @@ def test_rows_inside_an_object(tmp_path: Path, content: dict[str, Any], told: st
         (["query", "response"], "--columns prompt=query completion=response`"),
         (["Prompt", "Completion"], "--columns prompt=Prompt completion=Completion`"),
         (["prompt", " completion"], "--columns prompt=prompt 'completion= completion'`"),
-        (["prompt", "chosen", "rejected"], "completion=chosen`, or `--columns messages=chosen`"),
+        (["Instruction", "Context", "Response"], "alpaca instruction=Instruction input=Context output=Response`"),
+        (["Instruction", "input", "Output"], "--columns alpaca instruction=Instruction output=Output`"),
+        (["Messages"], "--columns messages=Messages`"),
+        (["prompt", "chosen", "rejected"], "prompt=prompt completion=chosen`, or `--columns messages=chosen"),
+        (["question", "chosen", "rejected"], "prompt=question completion=chosen`, or `--columns messages=chosen"),
+        (["chosen", "rejected"], "one answer: `--columns messages=chosen` .*, or `--columns text=chosen"),
         (["segments"], "`input_ids` and `labels`"),
         (["a", "b"], r"use a preset \(alpaca"),
         (["messages", "prompt", "completion"], "--columns messages=messages`"),
     ],
 )
 def test_columns_of_no_format_are_answered_with_a_mapping(names: list[str], remedy: str) -> None:
-    with pytest.raises(ValueError, match=remedy):
+    with pytest.raises(ValueError, match=remedy) as raised:
         check_sources(names, None)
+    # What is proposed can be done.
+    for told in re.findall(r"(?<!for example )`--columns ([^`]*)`", str(raised.value)):
+        check_sources(names, shlex.split(told))

@@ -1,5 +1,6 @@
 """Rows that are tokens already, and pictures beside text: refused by row where SFT would train on something else."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,14 @@ def test_tokens_that_would_be_trained_on_as_something_else(name: str, tmp_path: 
     assert np.isnan(scorer(batch)["influence"]).all()
 
 
+@pytest.mark.parametrize("name", ["padded", "packed", "packed by lengths"])
+def test_tokens_of_another_name_are_looked_at_alike(name: str) -> None:
+    row, column, reason = BAD[name]
+    renamed = {"tokens" if key == "input_ids" else key: value for key, value in row.items()}
+    (bad,) = check_rows(Dataset.from_list([renamed]), Preparation(make_tokenizer(), ["input_ids=tokens"]), "pool").bad
+    assert bad.column == column and re.match(reason, bad.reason)
+
+
 def test_tokens_that_are_whole(tmp_path: Path) -> None:
     whole = {"attention_mask": [1] * 4, "position_ids": [0, 1, 2, 3], "seq_lengths": [4]}
     rows = Dataset.from_list([{"input_ids": IDS, "labels": LABELS} | whole] * 2)
@@ -73,7 +82,12 @@ def test_a_mask_that_is_not_read(mask: str, tmp_path: Path) -> None:
 PICTURES: dict[str, list[Any]] = {
     "paths": ["a.png", "b.png", None, ""],
     "lists": [["a.png"], ["b.png", "c.png"], [], None],
-    "objects": [{"path": "a.png"}, {"path": "b.png"}, None, None],
+    "objects": [{"path": "a.png"}, {"path": "b.png"}, None, {"path": None}],
+    "bytes": [{"bytes": b"a", "path": None}, {"bytes": None, "path": "b.png"}, {"bytes": None, "path": None}, None],
+    "lists of little": [["", "a.png"], ["b.png"], [""], [None]],
+    "lists of objects": [[{"path": "a.png"}], [{}, {"path": "b.png"}], [{"path": ""}], [None]],
+    "truth values": [True, True, False, None],
+    "numbers": [1.0, 2.0, 0.0, float("nan")],
 }
 
 
@@ -85,6 +99,10 @@ def test_pictures_are_refused_by_row(kind: str, name: str, tmp_path: Path) -> No
         make_trainer(tmp_path, rows, rows)
     trainer = make_trainer(tmp_path, rows, rows, columns=["prompt=prompt", "completion=completion"])
     assert all(trainer.score_influence()["num_loss_tokens"])
+    # A preset names what is read, too.
+    alpaca = rows.rename_columns({"prompt": "instruction", "completion": "output"})
+    checked = check_rows(alpaca, Preparation(make_tokenizer(), ["alpaca"]), "pool")
+    assert not checked.bad and "2 rows of the pool have pictures, sound or films" in " ".join(say_doubts(checked))
     empty = rows.select([2, 3])
     assert all(make_trainer(tmp_path, empty, empty).score_influence()["num_loss_tokens"])
 
