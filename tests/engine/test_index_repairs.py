@@ -1,4 +1,4 @@
-"""An index that is damaged, half written, shared or of nearly the same model: nothing wrong is read, nothing is lost."""
+"""An index that is damaged, half written, shared or of nearly the same model: nothing wrong is read, nothing lost."""
 
 import copy
 import json
