@@ -74,6 +74,8 @@ def decode(data: Tensor, num_elements: int, dtype: torch.dtype) -> Tensor:
     if dtype is not torch.int8:
         return data.view(dtype)
     size = min(GROUP, num_elements)
-    scales = data[:, : count_bytes(num_elements, dtype) - num_elements].contiguous().view(torch.float32)
+    # Copied: a slice of one row counts as contiguous, with a stride of whole rows that need not be one of floats.
+    scales = data[:, : count_bytes(num_elements, dtype) - num_elements].clone(memory_format=torch.contiguous_format)
+    scales = scales.flatten().view(torch.float32).view(len(data), -1)
     values = F.pad(data[:, -num_elements:].view(torch.int8).float(), (0, -num_elements % size))
     return (values.unflatten(1, (-1, size)) * scales[..., None]).flatten(1)[:, :num_elements]

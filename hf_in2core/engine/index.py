@@ -8,12 +8,12 @@ from datasets import Dataset
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from .batches import TokenBatch, read_token_rows
+from .batches import TokenBatch, read_lengths, read_token_rows
 from .blocks import Blocks
 from .curvature import MAX_CURVATURE_ELEMENTS, draw_blocks
 from .encoding import decode, encode
 from .gradients import GradientRecorder, Gradients, accumulation_dtype, check_finite, form_gradients
-from .passes import Passes, finish_together, run_batches
+from .passes import Passes, cut_by_tokens, finish_together, run_batches
 from .reductions import stack_on
 from .state import logger
 from .store import GradientStore
@@ -94,7 +94,8 @@ def fill_index(passes: Passes, prepared: Dataset) -> None:
     """
     Pass the rows of the pool that the index lacks through the model, chunk by chunk, and keep their gradients.
 
-    Every process fills its shard; all processes have to call. A run that was stopped goes on where it was.
+    The processes share the rows that are missing; all of them have to call. A run that was stopped goes on where it
+    was.
 
     Args:
         passes ([`Passes`]):
@@ -106,10 +107,7 @@ def fill_index(passes: Passes, prepared: Dataset) -> None:
         ValueError: if a loss or gradient is not finite, naming the rows.
     """
     store: GradientStore = passes.store  # type: ignore[assignment]
-    start, end = passes.shard(prepared)
-    missing = store.list_missing(start, end)
-    count = sum(last - first for first, last in missing)
-    lacking = sum(passes.gather_objects([count]))
+    lacking, own = share_missing(passes, prepared)
     if passes.rank == 0:
         logger.info(
             "Gradient index %s: %d of %d rows are in it, in %s (%.3g GB in all).",
@@ -117,17 +115,19 @@ def fill_index(passes: Passes, prepared: Dataset) -> None:
             len(prepared) * store.row_bytes / 1e9,
         )
     if lacking == 0:
+        store.remove_unusable()
         return
     chunks = [
         (first, min(first + passes.chunk_size, last))
-        for run_first, last in missing
+        for run_first, last in own
         for first in range(run_first, last, passes.chunk_size)
     ]
     with (
         GradientRecorder(passes.model, passes.blocks, passes.autocast) as recorder,
-        passes.progress(end - start, "Influence: gradient index", initial=end - start - count) as bar,
+        passes.progress(sum(last - first for first, last in chunks), "Influence: gradient index") as bar,
     ):
-        for first, last in chunks:
+        # Another run may have filled a chunk meanwhile.
+        for first, last in (left for chunk in chunks for left in store.list_missing(*chunk)):
             error = StoreError(passes.blocks, store.dtype, last - first, first)
 
             def step(batch: TokenBatch, error: StoreError = error) -> None:
@@ -149,6 +149,41 @@ def fill_index(passes: Passes, prepared: Dataset) -> None:
         finish_together(passes, recorder)
     if passes.world_size > 1:
         passes.accelerator.wait_for_everyone()  # type: ignore[union-attr]
+    store.remove_unusable()
+
+
+def share_missing(passes: Passes, prepared: Dataset) -> tuple[int, list[tuple[int, int]]]:
+    """
+    Share out the rows that the index lacks, in runs with about as many tokens for each process.
+
+    Shards of the pool would not do: where a run was stopped, or ran with another number of processes, all that is
+    missing can be of one of them, for which the others would wait longer than a collective may take.
+
+    Args:
+        passes ([`Passes`]):
+            The pass, whose `store` is an index with a folder.
+        prepared (`datasets.Dataset`):
+            Prepared pool.
+
+    Returns:
+        `tuple`: how many rows are missing altogether, and the runs `(first, one past the last)` of this process.
+    """
+    store: GradientStore = passes.store  # type: ignore[assignment]
+    missing = store.list_missing(*passes.shard(prepared))
+    if passes.world_size == 1:
+        return sum(last - first for first, last in missing), missing
+    # A disk of its own has another file: what the processes of a machine need then has to lie there.
+    known = (store.folder / "identity.json").stat()
+    found = passes.gather_objects([((known.st_ino, known.st_mtime_ns), missing)])
+    lacking = sum(last - first for _, runs in found for first, last in runs)
+    together = [rank for rank, (disk, _) in enumerate(found) if disk == found[passes.rank][0]]
+    rows = [np.arange(*run) for rank in together for run in found[rank][1]]
+    positions = np.concatenate([np.arange(0), *rows])
+    starts = cut_by_tokens(read_lengths(prepared)[positions], len(together))
+    part = together.index(passes.rank)
+    own = positions[starts[part] : starts[part + 1]]
+    runs = np.split(own, np.flatnonzero(np.diff(own) != 1) + 1) if len(own) else []
+    return lacking, [(int(run[0]), int(run[-1]) + 1) for run in runs]
 
 
 def check_index(passes: Passes, prepared: Dataset, seed: int) -> None:
@@ -156,7 +191,7 @@ def check_index(passes: Passes, prepared: Dataset, seed: int) -> None:
     Compare two rows of the index with the gradients that the model gives now.
 
     The base model's part of an index's fingerprint is a hash of some of its values, which a change of others would
-    not move.
+    not move. All processes have to call; each looks at rows of its shard, which are on its disk.
 
     Args:
         passes ([`Passes`]):
@@ -167,29 +202,42 @@ def check_index(passes: Passes, prepared: Dataset, seed: int) -> None:
             Draws the rows.
 
     Raises:
-        ValueError: naming the index, the row and the difference, if it is more than rounding.
+        ValueError: naming the index, the row and the difference, if that of each row is more than rounding. With
+            `loss_reduction="max"` it is a warning: which token is the hardest may hang on rounding, which differs
+            between batches.
     """
-    # Which token is the hardest may hang on rounding, which differs between batches.
-    if passes.loss_reduction == "max":
-        return
-    rows = np.sort(np.random.default_rng(seed).choice(len(prepared), min(2, len(prepared)), replace=False))
-    stored = passes.find_indexed(rows)
-    if stored is None:
-        return
     store: GradientStore = passes.store  # type: ignore[assignment]
+    start, end = passes.shard(prepared)
+    rows = start + np.sort(np.random.default_rng(seed).choice(end - start, min(2, end - start), replace=False))
+    stored = store.find(rows)
+    if stored is None:  # taken away meanwhile
+        rows = rows[:0]
     silent = replace(passes, folder=None, store=None, show_progress=False)
     squares = torch.zeros(2, len(rows), dtype=torch.float64)
-    for name, found in run_per_example_validation_pass(silent, prepared.select(rows), "").items():
-        now = found.flatten(1).double()
-        difference = stored.read_all(name, now.device, torch.float64) - now
-        squares += torch.stack([difference, now]).square().sum(2).cpu()
-    errors = (squares[0] / squares[1].clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
-    worst = int(errors.argmax())
+    if len(rows):
+        for name, found in run_per_example_validation_pass(silent, prepared.select(rows), "").items():
+            now = found.flatten(1).double()
+            difference = stored.read_all(name, now.device, torch.float64) - now  # type: ignore[union-attr]
+            squares += torch.stack([difference, now]).square().sum(2).cpu()
+    with GradientRecorder(passes.model, passes.blocks, passes.autocast) as recorder:
+        finish_together(passes, recorder)
     accepted = max(find_tolerance(passes, name) for name in passes.blocks) + ROUNDING[store.dtype]
-    if not float(errors[worst]) <= accepted:
-        raise ValueError(
-            f"The gradient index in {store.folder} does not fit the model: the gradient of row "
-            f"{prepared[int(rows[worst])]['row']} differs by {float(errors[worst]):.1e} of its norm (at most "
-            f"{accepted:.1e} is accepted). The base model or the files were changed. Give the model that it was made "
-            "with, or remove this folder, and it is made anew."
-        )
+    # A row with hardly any gradient is all rounding, and adds as little to the influence.
+    norms, worst = squares[1].sqrt(), []
+    if len(rows):
+        errors = squares[0].sqrt() / torch.maximum(norms, 0.01 * norms.max()).clamp(min=torch.finfo(norms.dtype).tiny)
+        # Another model differs in every row.
+        nearest = int(errors.argmin())
+        worst = [(float(errors[nearest]), prepared[int(rows[nearest])]["row"])]
+    for error, row in passes.gather_objects(worst):
+        if not error <= accepted:
+            message = (
+                f"The gradient index in {store.folder} does not fit the model: the gradient of row {row} differs by "
+                f"{error:.1e} of its norm (at most {accepted:.1e} is accepted). The base model or the files were "
+                "changed. Give the model that it was made with, or remove this folder, and it is made anew."
+            )
+            if passes.loss_reduction != "max":
+                raise ValueError(message)
+            if passes.rank == 0:
+                logger.warning(message)
+            return

@@ -114,15 +114,10 @@ class Passes:
             positions (`numpy.ndarray`, *optional*):
                 Positions of the rows to share out; all by default.
         """
-        num_rows = len(prepared) if positions is None else len(positions)
         if self.world_size == 1:
-            return 0, num_rows
+            return 0, len(prepared) if positions is None else len(positions)
         lengths = read_lengths(prepared)
-        ends = np.cumsum(lengths if positions is None else lengths[positions], dtype=np.float64)
-        shares = np.arange(1, self.world_size) / self.world_size * (ends[-1] if num_rows else 0)
-        # The border lies where the tokens before it are nearest to their share.
-        borders = np.searchsorted((ends[:-1] + ends[1:]) / 2 if num_rows > 1 else ends, shares) + 1
-        starts = np.concatenate([[0], np.minimum(borders, num_rows), [num_rows]])
+        starts = cut_by_tokens(lengths if positions is None else lengths[positions], self.world_size)
         return int(starts[self.rank]), int(starts[self.rank + 1])
 
     def sum_over_processes(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -179,6 +174,16 @@ class Passes:
     def progress(self, total: int, description: str, initial: int = 0) -> tqdm:
         """Progress bar over rows with an ETA, on the main process."""
         return make_bar(total, description, shown=self.rank == 0 and self.show_progress, initial=initial)
+
+
+def cut_by_tokens(lengths: np.ndarray, count: int) -> np.ndarray:
+    """Where each of `count` runs of rows with about as many tokens begins, `[count + 1]`; the last is their end."""
+    num_rows = len(lengths)
+    ends = np.cumsum(lengths, dtype=np.float64)
+    shares = np.arange(1, count) / count * (ends[-1] if num_rows else 0)
+    # The border lies where the tokens before it are nearest to their share.
+    borders = np.searchsorted((ends[:-1] + ends[1:]) / 2 if num_rows > 1 else ends, shares) + 1
+    return np.concatenate([[0], np.minimum(borders, num_rows), [num_rows]])
 
 
 def run_batches(passes: Passes, token_rows: TokenRows, step: Callable[[TokenBatch], None]) -> None:

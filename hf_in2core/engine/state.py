@@ -69,14 +69,18 @@ def hash_base_weights(model: nn.Module, adapter_names: set[int]) -> str:
     for tensor in _iterate_weights(model):
         if id(tensor) in adapter_names:
             continue
-        # Whole, one at a time, where it is sharded over processes: all of them get the hash of the whole model.
-        flat = gather(tensor).detach().flatten()
-        step = max(len(flat) // 1024, 1)
-        sample = flat[::step][:1024].cpu()
-        sample = sample if sample.dtype == torch.uint8 else sample.double()
-        digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(sample.numpy().tobytes())
+        _update_with_sample(digest, tensor)
     return digest.hexdigest()
+
+
+def _update_with_sample(digest: Any, tensor: Tensor) -> None:
+    # Whole, one at a time, where it is sharded over processes: all of them get the hash of the whole model.
+    flat = gather(tensor).detach().flatten()
+    step = max(len(flat) // 1024, 1)
+    sample = flat[::step][:1024].cpu()
+    sample = sample if sample.dtype == torch.uint8 else sample.double()
+    digest.update(str(tuple(tensor.shape)).encode())
+    digest.update(sample.numpy().tobytes())
 
 
 def _iterate_weights(model: nn.Module) -> Iterator[Tensor]:
@@ -105,6 +109,50 @@ def hash_base(model: nn.Module) -> str:
         return hash_base_weights(model, set())
     adapters = (adapter_tensors(model, name) for name in model.peft_config)
     return hash_base_weights(model, {id(tensor) for tensors in adapters for tensor in tensors.values()})
+
+
+def describe_base(model: nn.Module) -> dict[str, str]:
+    """
+    What shapes the forward of a base model beside the values of its weights, as hashes.
+
+    Returns:
+        `dict[str, str]`: `base_config`, of the settings without those that loading or training writes and no forward
+        reads; `base_dtypes`, of the types of all weights; `base_buffers`, of up to 1,024 values of each saved buffer,
+        which is where quantised weights lie.
+    """
+    reshard(model)
+    adapters = (adapter_tensors(model, name) for name in model.peft_config) if isinstance(model, PeftModel) else ()
+    known = {id(tensor) for tensors in adapters for tensor in tensors.values()}
+    dtypes = [str(tensor.dtype) for tensor in _iterate_weights(model) if id(tensor) not in known]
+    digest = hashlib.sha256()
+    for module in model.modules():
+        for name, tensor in module.named_buffers(recurse=False):
+            # The others are computed from the settings, some of them anew in each forward.
+            if name not in module._non_persistent_buffers_set and id(tensor) not in known:
+                _update_with_sample(digest, tensor)
+    config = json.loads(json.dumps(_drop_unread(model.config.to_dict()), default=str))  # type: ignore[operator, union-attr]
+    return {
+        "base_config": hash_json(config),
+        "base_dtypes": hash_json(dtypes),
+        "base_buffers": digest.hexdigest(),
+    }
+
+
+# Names, where a model came from, and what trainers set to the tokenizer's; the dtype of the weights is their own.
+UNREAD_SETTINGS = {
+    *("transformers_version", "use_cache", "architectures", "dtype", "torch_dtype"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),
+}
+
+
+def _drop_unread(settings: Any) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        str(name): _drop_unread(value)
+        for name, value in settings.items()
+        if name not in UNREAD_SETTINGS and not str(name).startswith("_")
+    }
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

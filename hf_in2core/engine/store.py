@@ -3,7 +3,9 @@
 import json
 import os
 import platform
+import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,12 +21,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .encoding import count_bytes, decode, encode
-from .state import logger
+from .state import hash_json, logger
 
 
 # Bytes read at a time, as they are in float32.
 READ_BYTES = 2**28
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "U8"}
+# Seconds after which a file that no process of this machine writes to is nobody's.
+LEFT_AFTER = 3600
 # What a file of an index says of itself beside its fingerprint, and in how many characters.
 NOTES = {"digest": 32, "error": 12, "agreement": 12}
 
@@ -118,6 +122,7 @@ class GradientStore:
     kept: bool = False
     identity: dict[str, Any] = field(default_factory=dict)
     _keep: Callable[[str, np.ndarray, Tensor], None] | None = field(default=None, init=False)
+    _unusable: set[Path] = field(default_factory=set, init=False)
 
     @property
     def row_bytes(self) -> int:
@@ -140,8 +145,8 @@ class GradientStore:
         Raises:
             ValueError: if they do not, with what they need and what there is.
         """
-        existing = sum(path.stat().st_size for _, _, path in self.list_files())
-        needed = num_rows * self.row_bytes - existing
+        missing = sum(last - first for first, last in self.list_missing(0, num_rows, with_content=False))
+        needed = missing * self.row_bytes
         place = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
         free = shutil.disk_usage(place).free
         if needed > free:
@@ -177,8 +182,8 @@ class GradientStore:
         """
         header, offsets, size = self._layout(last - first, _make_notes() if self.kept else {})
         path = self.folder / f"gradients-{first:09d}-{last:09d}.safetensors"
-        temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
-        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        temporary = name_temporary(path)
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
 
         def keep(name: str, indices: np.ndarray, gradients: Tensor) -> None:
             rows = encode(gradients.detach().flatten(1), self.dtype).cpu().numpy()
@@ -199,6 +204,7 @@ class GradientStore:
             os.pwrite(handle, header, 0)
             os.fsync(handle)
             os.replace(temporary, path)
+            self._unusable.discard(path)
         finally:
             self._keep = None
             os.close(handle)
@@ -226,41 +232,57 @@ class GradientStore:
                 missing[places] = False
         return None if missing.any() else StoredRows(parts, len(positions), self.dtype, self.elements)
 
-    def list_missing(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Runs of rows between `start` and `end` that are in no intact file."""
+    def list_missing(self, start: int, end: int, with_content: bool = True) -> list[tuple[int, int]]:
+        """Runs of rows between `start` and `end` that are in no intact file; files are read whole `with_content`."""
         missing = np.ones(end - start, dtype=bool)
         for first, last, path in self.list_files():
             part = missing[max(first - start, 0) : max(last - start, 0)]
-            if part.any() and self._check(path, last - first) is not None:
+            if part.any() and self._check(path, last - first, with_content) is not None:
                 part[:] = False
         edges = np.flatnonzero(np.diff(np.concatenate([[False], missing, [False]]).astype(int))) + start
         return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
-    def _check(self, path: Path, num_rows: int) -> dict[str, int] | None:
-        """Where each block begins in a file; `None`, with a warning, where it cannot be used."""
+    def _check(self, path: Path, num_rows: int, with_content: bool = True) -> dict[str, int] | None:
+        """Where each block begins in a file; `None`, with one warning for each file, where it cannot be used."""
         try:
             stat = path.stat()
-            notes, damage = _inspect(path, stat.st_mtime_ns, stat.st_size)
+            notes, damage = _inspect(path, stat.st_mtime_ns, stat.st_size, with_content)
+            header, offsets, size = self._layout(num_rows, {name: notes[name] for name in NOTES if name in notes})
+            with open(path, "rb") as file:
+                found = file.read(len(header))
         except FileNotFoundError:  # replaced or taken away meanwhile
             return None
-        header, offsets, size = self._layout(num_rows, {name: notes[name] for name in NOTES if name in notes})
-        if damage is None and notes.get("fingerprint") != self.fingerprint:
-            logger.warning("%s belongs to another run and is not used; the model runs instead.", path)
-            return None
-        with open(path, "rb") as file:
-            if damage is None and (file.read(len(header)) != header or stat.st_size != size):
-                damage = "its layout is not that of these gradients"
         if damage is not None:
-            logger.warning("%s is damaged (%s) and is not used; the model runs instead.", path, damage)
-            return None
-        return offsets
+            reason = f"is damaged ({damage})"
+        elif notes.get("fingerprint") != self.fingerprint:
+            reason = "belongs to another run"
+        elif self.kept and not NOTES.keys() <= notes.keys():
+            reason = f"is damaged (it says nothing of its {', '.join(name for name in NOTES if name not in notes)})"
+        elif found != header or stat.st_size != size:
+            reason = "is damaged (its layout is not that of these gradients)"
+        else:
+            return offsets
+        if path not in self._unusable:
+            self._unusable.add(path)
+            also = " and it is removed once they have" if self.kept else ""
+            logger.warning("%s %s and is not used: its rows pass the model again%s.", path, reason, also)
+        return None
+
+    def remove_unusable(self) -> None:
+        """Remove the files of an index that were found damaged or another run's, when their rows are in others."""
+        for path in self._unusable:
+            with suppress(OSError):  # nobody reads it
+                path.unlink()
+        self._unusable.clear()
 
     def read_error(self) -> tuple[float, float] | None:
         """What rounding has done to an index, `(error, agreement)` as of [`StoreError`]: means over its files."""
+        if self.dtype not in (torch.bfloat16, torch.int8):
+            return None
         found = []
         for first, last, path in self.list_files():
             if self._check(path, last - first) is not None:
-                notes = _inspect(path, path.stat().st_mtime_ns, path.stat().st_size)[0]
+                notes = _inspect(path, path.stat().st_mtime_ns, path.stat().st_size, True)[0]
                 found.append((last - first, float(notes["error"]), float(notes["agreement"])))
         weights, errors, agreements = np.array(found or np.zeros((0, 3))).T
         known = np.isfinite(errors) & np.isfinite(agreements)
@@ -270,16 +292,35 @@ class GradientStore:
         return float(np.sqrt(weights @ errors[known] ** 2)), float(weights @ agreements[known])
 
     def sweep(self) -> None:
-        """Remove what processes of this machine that are no more have left half written."""
-        for path in self.folder.glob(f".gradients-*.{platform.node()}.*.tmp"):
-            process = path.name.split(".")[-2]
-            if process.isdigit() and not psutil.pid_exists(int(process)):
-                path.unlink(missing_ok=True)
+        """Remove what is half written by processes of this machine that are no more, or by nobody for an hour."""
+        for path in self.folder.glob(".*.tmp"):
+            *_, machine, process, _, _ = ["", "", *path.name.split(".")]
+            with suppress(OSError):  # another process sweeps too
+                if machine == _name_machine() and process.isdigit():
+                    is_left = not psutil.pid_exists(int(process))
+                else:
+                    is_left = time.time() - path.stat().st_mtime > LEFT_AFTER
+                if is_left:
+                    path.unlink()
 
     def remove(self) -> None:
         """Remove all files of the store."""
         for _, _, path in self.list_files():
             path.unlink(missing_ok=True)
+
+
+@cache
+def _name_machine() -> str:
+    """What the numbers of processes are of: containers and machines can have one name, and a number comes again."""
+    parts = [platform.node()]
+    with suppress(OSError):  # where it is not Linux
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(os.stat("/proc/self/ns/pid").st_ino)]
+    return hash_json(parts)[:12]
+
+
+def name_temporary(path: Path) -> Path:
+    """A new name beside a file under which it is written, which tells who writes it."""
+    return path.with_name(f".{path.name}.{_name_machine()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 def _make_notes(error: float = float("nan"), agreement: float = float("nan")) -> dict[str, str]:
@@ -297,14 +338,14 @@ def _digest(handle: int, start: int, notes: dict[str, str]) -> str:
 
 
 @cache
-def _inspect(path: Path, modified: int, size: int) -> tuple[dict[str, str], str | None]:
-    """Metadata of a file as it was then, and what is wrong with its content, if anything."""
+def _inspect(path: Path, modified: int, size: int, with_content: bool) -> tuple[dict[str, str], str | None]:
+    """Metadata of a file as it was then, and what is wrong with it or, if that is asked, with its content."""
     try:
         with safe_open(path, framework="pt") as file:
             notes = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         return {}, str(error)
-    if "digest" in notes:
+    if with_content and "digest" in notes:
         handle = os.open(path, os.O_RDONLY)
         try:
             start = 8 + int.from_bytes(os.pread(handle, 8, 0), "little")

@@ -255,4 +255,6 @@ def make_gradient_dot(args: Any) -> Any:
     """The same settings with the plain gradients of validation rows, which LESS takes."""
     args = copy(args)
     args.estimator = "gradient_dot"
+    # It reads Adam's steps, of which an index of gradients holds none.
+    args.gradient_store_gb, args.gradient_store_dir = 0.0, None
     return args

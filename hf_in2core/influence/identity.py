@@ -36,7 +36,7 @@ from hf_in2core.engine.blocks import Blocks, read_adapter_settings
 from hf_in2core.engine.encoding import choose_store_dtype, count_bytes
 from hf_in2core.engine.gradients import accumulation_dtype
 from hf_in2core.engine.sample import is_sampled
-from hf_in2core.engine.state import hash_adapter, hash_base
+from hf_in2core.engine.state import describe_base, hash_adapter, hash_base
 from hf_in2core.names import LIBRARIES
 
 from .config import InfluenceConfig
@@ -128,6 +128,7 @@ def identify_run(
         "adapter": hash_adapter(model),
         "adapter_settings": read_adapter_settings(model),
         "base_model": hash_base(model),
+        **describe_base(model),
         "blocks": list(blocks),
         "autocast": autocast,
         "estimator": args.estimator,

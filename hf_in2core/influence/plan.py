@@ -177,10 +177,10 @@ def plan_influence(
     index = ""
     if indexed:
         start, end = passes.shard(pool)
-        missing = passes.store.list_missing(start, end)  # type: ignore[union-attr]
+        missing = passes.store.list_missing(start, end, with_content=False)  # type: ignore[union-attr]
         rows = sum(last - first for first, last in missing)
         tokens = int(rows * shape.mean_width)
-        plans.append(PassPlan("index", rows, tokens, (timings.fit if datainf else timings.score) * tokens))
+        plans.append(PassPlan("index", rows, tokens, timings.fit * tokens))
         known = len(pool) - sum(passes.gather_objects([rows]))
         index = f"{known:,} of {len(pool):,} rows are in {args.gradient_store_dir}"
     else:
@@ -309,7 +309,9 @@ def _time_batches(
         for batch_rows in (*shape.batches[:1], *sorted(shape.batches, key=len)[-1:]):
             run_batches(passes, read_token_rows(pool.select(batch_rows)), fit if estimator == "datainf" else score)
         validation = [seconds_per_token(*found, validate) for found in zip(datasets[1:], shapes[1:], strict=True)]
-        fit_seconds = seconds_per_token(pool, shape, fit) if estimator == "datainf" else 0.0
+        # An index is filled with gradients that are formed, as a fit forms them; a score pass need not.
+        indexed = passes.store is not None and passes.store.kept
+        fit_seconds = seconds_per_token(pool, shape, fit) if estimator == "datainf" or indexed else 0.0
         score_seconds = seconds_per_token(pool, shape, score)
         finish_together(passes, recorder)
         return _Timings(validation, fit_seconds, score_seconds, num_batches)

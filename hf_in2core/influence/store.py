@@ -2,7 +2,7 @@
 
 import json
 import logging
-import os
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from hf_in2core.engine.blocks import Blocks, count_elements, read_adapter_settings
 from hf_in2core.engine.index import check_index, fill_index
 from hf_in2core.engine.passes import Passes
-from hf_in2core.engine.state import hash_adapter, hash_base, hash_json
-from hf_in2core.engine.store import GradientStore
+from hf_in2core.engine.state import describe_base, hash_adapter, hash_base, hash_json
+from hf_in2core.engine.store import GradientStore, name_temporary
 from hf_in2core.engine.verification import verify_gradients
 
 from .config import InfluenceConfig
@@ -54,6 +54,7 @@ def open_store(
         "adapter": hash_adapter(model),
         "adapter_settings": read_adapter_settings(model),
         "base_model": hash_base(model),
+        **describe_base(model),
         "blocks": list(blocks),
         "autocast": autocast,
         "loss_reduction": args.loss_reduction,
@@ -78,10 +79,9 @@ def make_index_folder(index: GradientStore) -> None:
                 *(nearest, ", another ".join(name.replace("_", " ") for name in different[nearest])),
             )
     index.folder.mkdir(parents=True, exist_ok=True)
-    index.sweep()
     path = index.folder / "identity.json"
     if read_identity(path) != index.identity:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = name_temporary(path)
         temporary.write_text(json.dumps(index.identity, indent=2), encoding="utf-8")
         temporary.replace(path)
 
@@ -89,25 +89,36 @@ def make_index_folder(index: GradientStore) -> None:
 def read_identity(path: Path) -> dict[str, Any]:
     """What the index of a folder is of; nothing where that cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
-def prepare_store(passes: Passes, pool: Dataset, args: InfluenceConfig) -> None:
+def prepare_store(passes: Passes, pool: Dataset, args: InfluenceConfig, fitted: bool) -> None:
     """
     Before a fit: look at two rows' gradients and at the room for the store, and fill the index, if there is one.
+
+    After one that was read back the same for an index alone: it may have been lost meanwhile, and is read for scores.
 
     Raises:
         ValueError: if gradients cannot be recorded, if the disk has too little room, or if an index does not fit the
             model.
     """
+    kept = passes.store is not None and passes.store.kept
+    if fitted and not kept:
+        return
+    acts = passes.accelerator is None or passes.accelerator.is_local_main_process
+    if kept and acts:
+        passes.store.sweep()  # type: ignore[union-attr]
+    if passes.accelerator is not None:
+        passes.accelerator.wait_for_everyone()
     _check_store(passes, len(pool), args.gradient_store_gb)
     verify_gradients(passes, pool)
-    if passes.store is None or not passes.store.kept:
+    if not kept:
         return
-    if passes.accelerator is None or passes.accelerator.is_local_main_process:
-        make_index_folder(passes.store)
+    if acts:
+        make_index_folder(passes.store)  # type: ignore[arg-type]
     if passes.accelerator is not None:
         passes.accelerator.wait_for_everyone()
     fill_index(passes, pool)
@@ -115,12 +126,12 @@ def prepare_store(passes: Passes, pool: Dataset, args: InfluenceConfig) -> None:
 
 
 def release_store(passes: Passes) -> None:
-    """After scoring: remove a run's own store; an index stays."""
-    if passes.store is not None and not passes.store.kept:
+    """After scoring: remove a run's own store, also what it left before it went on with an index; that stays."""
+    if passes.store is not None:
         if passes.accelerator is not None:
             passes.accelerator.wait_for_everyone()  # nobody reads them any more
         if passes.accelerator is None or passes.accelerator.is_local_main_process:
-            passes.store.remove()
+            replace(passes.store, folder=passes.folder, kept=False).remove()  # type: ignore[arg-type]
 
 
 def _check_store(passes: Passes, num_rows: int, budget_gb: float) -> None:

@@ -271,10 +271,9 @@ class InfluenceTrainer(SFTTrainer):
             open_state(job.folder, identity)  # type: ignore[arg-type]
         self.accelerator.wait_for_everyone()
         result = read_fit(job)
-        seconds = None
+        seconds, started = None, time.perf_counter()
+        prepare_store(job, self.prepared_pool, self.args, fitted=result is not None)
         if result is None:
-            started = time.perf_counter()
-            prepare_store(job, self.prepared_pool, self.args)
             sample = draw_curvature_sample(job, len(self.prepared_pool), self.args.seed)
             result = fit_directions(
                 job,

@@ -295,10 +295,13 @@ def find_differences(job: Job) -> list[str]:
     # What was fitted on all rows is what a sample of them stands for.
     before |= {name: now.get(name) for name in before if name.endswith("fit_examples") and before[name] is None}
     before.setdefault("use_peft", True)  # which was no setting once
+    harmless = HARMLESS | {"query_memory_gb"}
+    if any(values.get(name + "gradient_store_dir") for values in (before, now) for name in ("", "reference_")):
+        harmless -= {"gradient_store_gb"}  # gradients of an index that has less room are rounded
     different = [
         f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
-        if name.removeprefix("reference_") not in HARMLESS | {"query_memory_gb"} and before.get(name) != now.get(name)
+        if name.removeprefix("reference_") not in harmless and before.get(name) != now.get(name)
     ]
     identities = read_json(job.folder / "inputs.json") or {}
     return different + [

@@ -170,7 +170,9 @@ def plan_run(job: Job, begun: float) -> None:
     training = sum(target.start + count_arm(run.fraction, run.budget) * target.step + judging for run in runs)
     parts["targets"] = training + target.start + judging  # and the model before any training
     parts["start and checks"] = started - begun
-    disk = plan.disk + estimate_disk(job.inputs.pool, job.target_parameters, len(runs))
+    # At each checkpoint the gradients are others, and so is the index.
+    indexes = (1 + (args.reference_checkpoints or 0)) * bool(plan.index)
+    disk = plan.disk + indexes * plan.store + estimate_disk(job.inputs.pool, job.target_parameters, len(runs))
     told = ", ".join(f"{name} {show_seconds(seconds)}" for name, seconds in parts.items())
     say(f"Altogether: about {show_seconds(sum(parts.values()))} on this machine ({told}), and {disk / 1e9:.2f} GB.")
 

@@ -93,6 +93,10 @@ def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, A
     sets = {name if has_named_sets(validation) else "": job.identities[describe_set(name)] for name in validation}
     per_example = needs_queries(job.args.methods)
     shaping = (reference["identity"], sets, job.identities[POOL], *(["per example"] * per_example))
+    influence_args = job.settings.make(InfluenceConfig, reference=True)
+    if influence_args.gradient_store_dir is not None:
+        # Gradients of an index that has less room are rounded.
+        shaping = (*shaping, f"index of {influence_args.gradient_store_gb} GB")
     identity = job.identify(True, InfluenceConfig, *shaping)
     # What was fitted on all rows is what a sample of them stands for.
     exact = job.identify(True, InfluenceConfig, *shaping, fit_examples=None)
@@ -100,7 +104,6 @@ def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, A
     result = agree(lambda: read_result(path, identity) or read_result(path, exact))
     if result is None:
         resumed = agree(lambda: any((job.folder / "influence").glob("*/*.safetensors")))
-        influence_args = job.settings.make(InfluenceConfig, reference=True)
         scorer, scored, seconds = compute_influence(
             job.reference_model,
             influence_args,

@@ -129,7 +129,11 @@ def test_cosines_of_single_rows_come_from_the_index(tmp_path, filled) -> None:
 
 def test_rows_without_loss_are_null(tmp_path) -> None:
     tokens = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}
-    rows = [tokens, {**tokens, "labels": [5, -100, -100, -100]}, {**tokens, "input_ids": [9, 8, 7, 6]}]
+    rows = [
+        tokens,
+        {**tokens, "labels": [5, -100, -100, -100]},
+        {"input_ids": [9, 8, 7, 6], "labels": [-100, -100, 7, 6]},
+    ]
     pool = type(POOL).from_list(rows)
     expected = make(tmp_path / "without", pool=pool, validation=pool).score_influence()["influence"]
     found = make(tmp_path / "with", tmp_path / "index", pool=pool, validation=pool).score_influence()["influence"]
