@@ -19,6 +19,7 @@ from hf_in2core.influence.checks import check_launcher
 from hf_in2core.names import ALL_ARMS, ARMS, BUDGETS, INFLUENCE, NUM_LOSS_TOKENS, PER_QUERY, POOL, VALIDATION
 from hf_in2core.report.terminal import print_verdict
 from hf_in2core.rows.checks import check_rows, refuse_bad_rows
+from hf_in2core.rows.doubts import say_doubts
 from hf_in2core.rows.hashes import hash_rows, hash_value
 from hf_in2core.rows.overlap import find_overlap
 from hf_in2core.rows.preparation import Preparation, tokenize_rows
@@ -248,6 +249,8 @@ def prepare_sets(
         preparation = Preparation.from_args(args, tokenizer, scored)
         checked = {POOL: check_rows(scored, preparation, POOL), "test": check_rows(test, preparation, "test set")}
         refuse_bad_rows(checked.values())
+        for message in say_doubts(checked["test"]):
+            warn(message)
         shared = find_overlap(checked[POOL], checked["test"])
         if shared is not None:
             warn(f"{shared}; what they measure is too good.")
