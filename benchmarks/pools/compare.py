@@ -237,7 +237,7 @@ def show_trained(found: dict[str, Any]) -> None:
         gain = pool["intervals"].get("cosine_minus_random") or {"mean": math.nan, "half_width": math.nan}
         tournament, commits = pool["tournament"], ", ".join(dict.fromkeys(pool["commits"].values()))
         took = f"{tournament['winner']} ({tournament['outcome']})"
-        missed = "" if pool["missed"] is None else f"{pool['missed']['share']:.2f}"
+        missed = f"{pool['missed']['share']:.2f}" if pool.get("missed") else ""
         rows += [[f"`{name}`", took, *means, missed, f"{gain['mean']:+.3f}", f"{gain['half_width']:.3f}", commits]]
     columns = ["missed of the best gain", "cosine less random", "half its interval", "commits"]
     show_table(["pool", "`auto` took", *arms, *columns], rows)
