@@ -164,6 +164,8 @@ def test_what_does_not_fit_in_full_is_rounded_and_the_error_told(tmp_path, bytes
     assert again.fit_influence().config.store_error == told
     scorer = json.loads((save(again, tmp_path) / "config.json").read_text())
     assert scorer["store_error"] == told
+    # And not of a run in full precision, whose state lies beside it.
+    assert_same(make(tmp_path / "with", dtype=torch.float32).score_influence()["influence"], expected, 1e-5)
 
 
 def save(trainer, folder):
