@@ -79,7 +79,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_model(
     seed: int = 0,
-    num_layers: int = 3,
+    num_layers: int = 2,
     hidden_size: int = 32,
     vocab_size: int = 340,
     max_position_embeddings: int = 256,
@@ -139,13 +139,20 @@ def train_reference(folder, save_steps: int, adapter: dict | None = None, **opti
     """A reference of six steps, whose learning rate changes in each, and its checkpoints."""
     settings: dict[str, Any] = {"max_steps": 6, "warmup_steps": 3, "learning_rate": 1e-2, "logging_steps": 1}
     settings |= {"save_strategy": "steps", "save_steps": save_steps, "per_device_train_batch_size": 4}
-    lora = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **(adapter or {})})
+    lora = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], **(adapter or {})})
     rows = make_prompt_completion(23, seed=0), make_prompt_completion(5, seed=1)
     make_trainer(folder, *rows, dtype=None, model=make_model(), peft_config=lora, **settings | options).train()
 
 
 def prepare(rows: Dataset) -> Dataset:
-    return prepare_rows(rows, Preparation(make_tokenizer(), completion_only_loss=True))
+    """Tokens and labels of rows, once for each set of them: most tests compare the same few with the loop."""
+    key = json.dumps(rows.to_list())
+    if key not in _prepared:
+        _prepared[key] = prepare_rows(rows, Preparation(make_tokenizer(), completion_only_loss=True))
+    return _prepared[key]
+
+
+_prepared: dict[str, Dataset] = {}
 
 
 def assert_same(actual, expected, tolerance: float) -> None:

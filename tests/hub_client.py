@@ -68,7 +68,7 @@ def push_all(cases):
     with ThreadPoolExecutor(min(len(cases), 40)) as threads:
         return list(threads.map(try_push, cases))
 """
-# Rows to publish, and how, for the client of tests/conftest.py.
+# Rows to publish, and how, for the client of tests/shared_fixtures.py.
 POOL = """
 import numpy as np
 from datasets import Dataset

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from helpers import ROOT, WORDS, make_model, make_tokenizer
@@ -29,9 +30,13 @@ def load_command(name: str) -> ModuleType:
     return importlib.import_module(f"hf_in2core.commands.{COMMANDS.get(name, name)}")
 
 
-def run_command(name: str, *flags: str) -> None:
+def run_command(name: str, *flags: str, pictures: bool = False) -> None:
+    """A command in this process; as where matplotlib is missing, since pictures take a third of a short run."""
     module = load_command(name)
-    module.main(module.make_parser().parse(flags))
+    with pytest.MonkeyPatch.context() as patch:
+        if not pictures:
+            patch.setitem(sys.modules, "matplotlib", None)
+        module.main(module.make_parser().parse(flags))
 
 
 def make_rows(task: str, num_rows: int, seed: int) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 from datetime import date, datetime
 from pathlib import Path
@@ -44,7 +45,11 @@ def splits() -> dict[str, list[dict]]:
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quickstart") / "inputs"
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
     main(["--output_dir", str(folder), *SMALL, "--pretrain_steps", "60"])
+    assert torch.equal(torch.rand(3), expected), "the caller's random state is not left alone"
     return folder
 
 
@@ -204,13 +209,11 @@ def test_a_folder_of_anything_else_is_refused_and_kept(generated, tmp_path):
     assert (mine / "thesis.txt").read_text() == "mine"
 
 
-def test_a_changed_file_is_noticed(tmp_path):
-    folder = tmp_path / "inputs"
-    arguments = ["--output_dir", str(folder), *SMALL, "--pretrain_steps", "2"]
-    main(arguments)
+def test_a_changed_file_is_noticed(generated, tmp_path):
+    folder = shutil.copytree(generated, tmp_path / "inputs")
     (folder / "test.jsonl").write_text("{}\n")
     with pytest.raises(FileExistsError, match=r"test\.jsonl is missing or was changed"):
-        main(arguments)
+        main(["--output_dir", str(folder), *SMALL, "--pretrain_steps", "60"])
 
 
 def test_an_interrupted_generation_leaves_nothing(tmp_path, monkeypatch):
@@ -221,14 +224,6 @@ def test_an_interrupted_generation_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         main(["--output_dir", str(tmp_path / "inputs"), *SMALL, "--pretrain_steps", "2"])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_callers_random_state_is_left_alone(tmp_path):
-    torch.manual_seed(7)
-    expected = torch.rand(3)
-    torch.manual_seed(7)
-    main(["--output_dir", str(tmp_path / "inputs"), *SMALL, "--pretrain_steps", "2"])
-    assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,17 @@ def list_modules(root: Path) -> dict[str, ast.Module]:
     modules = {}
     for path in sorted(root.rglob("*.py")):
         name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix("__init__").rstrip(".")
-        modules[name] = ast.parse(path.read_text(encoding="utf-8"))
+        modules[name] = parse(path)
     return modules
+
+
+@cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def add_line(modules: dict[str, ast.Module], module: str, line: str) -> dict[str, ast.Module]:
+    return modules | {module: ast.Module([*modules[module].body, *ast.parse(line).body], [])}
 
 
 def list_imports(module: str, tree: ast.Module, modules: dict[str, ast.Module], at_once: bool) -> Iterator[str]:
@@ -122,14 +132,12 @@ def test_no_module_waits_for_itself() -> None:
     ],
 )
 def test_an_arrow_that_goes_up_is_found(module: str, line: str, wrong: str) -> None:
-    modules = list_modules(PACKAGE)
-    modules[module].body += ast.parse(line).body
+    modules = add_line(list_modules(PACKAGE), module, line)
     assert f"{module} imports {wrong}" in find_wrong_arrows(modules)
 
 
 def test_a_circle_is_found() -> None:
-    modules = list_modules(PACKAGE)
-    modules["engine.datainf"].body += ast.parse("from .fit import fit_directions").body
+    modules = add_line(list_modules(PACKAGE), "engine.datainf", "from .fit import fit_directions")
     assert {"engine.datainf", "engine.fit"} <= set(find_circle(modules))
 
 

@@ -24,7 +24,7 @@ from hf_in2core.analysis.layers import (
 
 @pytest.fixture(scope="module")
 def model():
-    return add_trained_adapter(make_model(num_layers=4))
+    return add_trained_adapter(make_model(num_layers=4), target_modules=["q_proj", "down_proj"])
 
 
 def make_scores(strengths: list[float], num_rows: int = 200, elements: list[int] | None = None) -> LayerScores:

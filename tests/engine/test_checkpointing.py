@@ -45,6 +45,7 @@ def test_layers_run_again_from_the_lowest_selected_one(
         tmp_path,
         pool,
         validation,
+        model=add_trained_adapter(make_model(num_layers=3)),
         influence_layers=influence_layers,
         influence_activation_checkpointing=is_checkpointed,
     )

@@ -14,9 +14,9 @@ from hf_in2core.influence.scorer_files import read_scorer_config
 
 
 @pytest.mark.parametrize("estimator", ["datainf", "gradient_dot"])
-@pytest.mark.parametrize("num_queries", [12, 100])
+@pytest.mark.parametrize("num_queries", [12, 80])
 def test_a_sample_tells_what_the_pool_would(tmp_path, caplog, estimator, num_queries) -> None:
-    pool, validation = make_prompt_completion(300, seed=5), make_prompt_completion(num_queries, seed=6)
+    pool, validation = make_prompt_completion(150, seed=5), make_prompt_completion(num_queries, seed=6)
     model = add_trained_adapter(make_model())
     options = {"model": model, "estimator": estimator}
     with caplog.at_level(logging.WARNING):

@@ -10,7 +10,7 @@ from helpers import add_trained_adapter, assert_same, make_model, make_prompt_co
 
 @pytest.fixture
 def model():
-    return add_trained_adapter(make_model())
+    return add_trained_adapter(make_model(), target_modules=["q_proj", "down_proj"])
 
 
 def score_queries(folder, pool, validation, model, top_k=None, **options):
@@ -42,7 +42,7 @@ def test_the_mean_over_queries_is_the_influence_on_the_mean(tmp_path, pool, vali
 
 def test_blocks_of_queries_change_nothing(tmp_path, pool, validation, model) -> None:
     _, together = score_queries(tmp_path / "a", pool, validation, model)
-    trainer, apart = score_queries(tmp_path / "b", pool, validation, model, query_memory_gb=5e-4)
+    trainer, apart = score_queries(tmp_path / "b", pool, validation, model, query_memory_gb=1.6e-4)
     assert 1 < trainer.count_queries_per_block(trainer.blocks) < len(validation)
     assert_same(apart["influence_per_query"], together["influence_per_query"], 1e-6)
 

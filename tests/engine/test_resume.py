@@ -220,5 +220,4 @@ def test_changed_adapter_or_rows_never_reuse_scores(finished_run) -> None:
     pool = make_prompt_completion(40, seed=0).map(
         lambda row, i: {"completion": " cat"} if i == 7 else row, with_indices=True
     )
-    changed = make_trainer(folder, pool, make_prompt_completion(5, seed=1), torch.float32, **OPTIONS).score_influence()
-    assert changed["influence"] != before
+    assert build(folder, pool).score_influence()["influence"] != before

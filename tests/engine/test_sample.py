@@ -46,12 +46,13 @@ def test_sizes_grow_by_their_number_and_not_by_the_pools() -> None:
     assert list_sample_sizes(1_000_000)[-1] <= 400_000
 
 
-def test_where_the_halves_do_not_agree_all_rows_are_fitted(tmp_path, caplog) -> None:
-    found, scores = score(tmp_path / "auto", 1000, "auto", 1e-4)
-    _, expected = score(tmp_path / "all", 1000, None, 1e-4)
-    assert found.num_fit_examples == 1000 and found.fit_agreement is None
+def test_where_the_halves_do_not_agree_all_rows_are_fitted(tmp_path, caplog, monkeypatch) -> None:
+    monkeypatch.setattr("hf_in2core.engine.sample.MIN_SAMPLED_POOL", 300)
+    found, scores = score(tmp_path / "auto", 300, "auto", 1e-4)
+    _, expected = score(tmp_path / "all", 300, None, 1e-4)
+    assert found.num_fit_examples == 300 and found.fit_agreement is None
     assert_same(scores, expected, 1e-9)
-    assert "fitting on all 1000 rows" in caplog.text
+    assert "fitting on all 300 rows" in caplog.text
 
 
 def test_small_pools_and_stores_are_fitted_whole(tmp_path) -> None:

@@ -20,7 +20,7 @@ def find_stored(folder) -> list:
 
 def make_pair(tmp_path, pool, validation, dtype=torch.float32, budget=1.0, **options):
     """The same run without a store and with one."""
-    model = add_trained_adapter(make_model())
+    model = add_trained_adapter(make_model(), target_modules=["q_proj", "down_proj"])
     return [
         make_trainer(
             tmp_path / name, pool, validation, dtype, copy.deepcopy(model), gradient_store_gb=budget_, **options
@@ -66,7 +66,7 @@ def test_bfloat16_where_float32_does_not_fit(tmp_path, pool, validation) -> None
 
 
 def test_later_query_blocks_read_the_store(tmp_path, pool, validation, monkeypatch) -> None:
-    plain, stored = make_pair(tmp_path, pool, validation, query_memory_gb=5e-4)
+    plain, stored = make_pair(tmp_path, pool, validation, query_memory_gb=1.6e-4)
     plain.fit_influence(per_example=True)
     expected = plain.score_influence()["influence_per_query"]
     counted = count_batches(monkeypatch)

@@ -17,7 +17,7 @@ from hf_in2core.influence.checkpoints import compute_checkpoint_weights, read_ch
 from hf_in2core.influence.pools import merge_scored
 
 
-ADAPTER: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+ADAPTER: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]}
 
 
 @pytest.fixture(scope="module")

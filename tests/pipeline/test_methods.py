@@ -39,10 +39,8 @@ def compared(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
     config |= {"output_dir": str(folder / "run"), "budgets": ["steps"], "seeds": [0, 1]}
     config |= {"encoder": config["model_name_or_path"], "reference_checkpoints": 2}
-    config |= {
-        "max_steps": 20,
-        "reference_max_steps": 2,
-    }  # of what learns nothing the verdict says no more
+    # Of what learns nothing the verdict says no more.
+    config |= {"max_steps": 8, "learning_rate": 1e-2, "reference_max_steps": 2}
     config["arms"] = ["full", "coreset", "random", "length_matched", *HERE]
     run_command("run", "--config", write_config(folder, config))
     return folder
@@ -292,8 +290,8 @@ def held(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that finds its strategy by itself; its folder."""
     folder = tmp_path_factory.mktemp("auto")
     config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
-    config |= {"output_dir": str(folder / "run"), "strategy": "auto", "auto_budget": 4, "budgets": ["steps"]}
-    config |= {"max_steps": 40, "arms": ["full", "coreset", "random"]}
+    config |= {"output_dir": str(folder / "run"), "strategy": "auto", "auto_budget": 8, "budgets": ["steps"]}
+    config |= {"max_steps": 20, "learning_rate": 1e-2, "arms": ["full", "coreset", "random"]}
     run_command("run", "--config", write_config(folder, config))
     return folder
 

@@ -39,7 +39,7 @@ def analysed(finished: Path, config: dict[str, Any], tmp_path_factory: pytest.Te
     folder = tmp_path_factory.mktemp("analysed")
     shutil.copytree(finished / "run", folder / "run", symlinks=True)
     changed = config | {"output_dir": str(folder / "run"), "analyses": ["layers", "coverage"]}
-    run_command("run", "--config", write_config(folder, changed))
+    run_command("run", "--config", write_config(folder, changed), pictures=True)
     return folder
 
 

@@ -11,6 +11,7 @@ from datasets import Dataset
 from helpers import CHAT_TEMPLATE, add_trained_adapter, make_model, make_tokenizer, make_trainer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import PeftModel
 from trl import SFTConfig, SFTTrainer
 
 from hf_in2core.rows.preparation import prepare_batch
@@ -133,6 +134,11 @@ def list_tokens(prepared: Any) -> list[tuple[list[int], list[int]]]:
     return [(row["input_ids"], row["labels"]) for row in rows if any(label != -100 for label in row["labels"][1:])]
 
 
+def make_small() -> PeftModel:
+    """What differs is a row's tokens, which any adapter shows."""
+    return add_trained_adapter(make_model(num_layers=1, hidden_size=16), target_modules=["q_proj"])
+
+
 def count_same(
     rows: list[dict[str, Any]], options: dict[str, Any], template: str | None, as_file: bool, batch: int
 ) -> int:
@@ -143,7 +149,7 @@ def count_same(
         tokenizer = make_tokenizer()
         tokenizer.chat_template = template
         plain = SFTTrainer(
-            model=add_trained_adapter(make_model(num_layers=1, hidden_size=16)),
+            model=make_small(),
             args=SFTConfig(str(folder / "sft"), bf16=False, use_cpu=True, report_to="none", **options),
             # TRL cannot leave a mixed column alone: it is none of the format's.
             train_dataset=pool.remove_columns(["note"]),
@@ -154,7 +160,7 @@ def count_same(
             pool,
             pool.select(range(3)),
             dtype=None,
-            model=add_trained_adapter(make_model(num_layers=1, hidden_size=16)),
+            model=make_small(),
             tokenizer=tokenizer,
             **options,
         )
