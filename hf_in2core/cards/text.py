@@ -6,6 +6,7 @@ are shown in blocks that no character of theirs could end. Data is never a templ
 
 import re
 import unicodedata
+from functools import cache
 from typing import Any
 
 import jinja2
@@ -41,6 +42,11 @@ def load_template(name: str) -> str:
 
 def render_template(name: str, **values: Any) -> str:
     """Fill a template. Every expression is escaped unless it is [`Markdown`]; a missing value is an error."""
+    return _compile_template(name).render(**values)
+
+
+@cache
+def _compile_template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: value if isinstance(value, Markdown) else escape_markdown(str(value)),
@@ -48,7 +54,7 @@ def render_template(name: str, **values: Any) -> str:
         lstrip_blocks=True,
         autoescape=False,
     )
-    return environment.from_string(load_template(name)).render(**values)
+    return environment.from_string(load_template(name))
 
 
 def escape_markdown(text: str) -> Markdown:
