@@ -19,9 +19,15 @@ from common import make_parser, parse_run, print_table, save_figure, show, write
 from references import REFERENCE_QUICK, make_trainer, train_references
 
 from hf_in2core import InfluenceTrainer
-from hf_in2core.analysis.layers import LayerScores, choose_layers, compute_layer_scores, grow_layers, list_layer_sets
+from hf_in2core.analysis.layers import (
+    LayerScores,
+    choose_layers,
+    compute_layer_scores,
+    fit_rows,
+    grow_layers,
+    list_layer_sets,
+)
 from hf_in2core.engine.batches import CPU_TOKENS
-from hf_in2core.engine.fit import fit_directions
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.scoring import run_score_pass
 from hf_in2core.evaluation.intervals import compute_rank_correlation
@@ -68,18 +74,8 @@ def time_passes(trainer: InfluenceTrainer, layers: list[int] | None, rows: int) 
     trainer.args.influence_layers = None
     passes = Passes(trainer.model, blocks, trainer.args.loss_reduction, CPU_TOKENS, show_progress=False)
     pool = trainer.prepared_pool.select(range(min(rows, len(trainer.prepared_pool))))
-    validation = trainer.prepared_validation
     start = time.process_time()
-    directions = fit_directions(
-        passes,
-        pool,
-        validation,
-        estimator=trainer.args.estimator,
-        damping_scale=trainer.args.damping_scale,
-        fit_examples=trainer.args.fit_examples,
-        seed=trainer.args.seed,
-    ).ihvp
-    run_score_pass(passes, pool, directions, cosine=False)
+    run_score_pass(passes, pool, fit_rows(trainer, passes, pool), cosine=False)
     return time.process_time() - start
 
 

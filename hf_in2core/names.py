@@ -1,4 +1,4 @@
-"""Names that stand in data: columns of influence, sets, arms, budgets, strategies, and what a coreset is called."""
+"""Names that stand in data: columns, sets, files, arms, budgets, strategies, and what a coreset is called."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -17,6 +17,10 @@ RESERVED_SET_NAMES = ("rank", "per_query", "per_checkpoint", "")
 POOL = "pool"
 # The name of a validation set that was given none.
 VALIDATION = "validation"
+
+# --- files of a run and of its repository ---
+
+RESULTS, REPLAY = "results.json", "config.yaml"
 
 # --- arms of a comparison ---
 

@@ -215,16 +215,21 @@ def compute_layer_scores(trainer: "InfluenceTrainer", pilot_rows: int | None = N
     # By every process alike, with what the trainer knows of the memory, and leaving nothing behind.
     passes = replace(trainer.make_passes(blocks, ""), accelerator=None, folder=None, store=None)
     pilot = prepared.select(rows)
-    directions = fit_directions(
+    directions = fit_rows(trainer, passes, pilot)
+    return _score_by_layer(passes, pilot, directions, layers, trainer.args.estimator == "gradient_cosine")
+
+
+def fit_rows(trainer: "InfluenceTrainer", passes: Passes, rows: Dataset) -> dict[str, Tensor]:
+    """Directions of the trainer's validation sets, fitted on some rows of its pool and with its settings."""
+    return fit_directions(
         passes,
-        pilot,
-        validation,
+        rows,
+        trainer.prepared_validation,
         estimator=trainer.args.estimator,
         damping_scale=trainer.args.damping_scale,
         fit_examples=trainer.args.fit_examples,
         seed=trainer.args.seed,
     ).ihvp
-    return _score_by_layer(passes, pilot, directions, layers, trainer.args.estimator == "gradient_cosine")
 
 
 def _score_by_layer(

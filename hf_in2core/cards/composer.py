@@ -14,14 +14,14 @@ from hf_in2core.evaluation.formats import read_object
 from hf_in2core.hub.checks import get_data_folder
 from hf_in2core.hub.commits import Head
 from hf_in2core.hub.state import LocalFile
+from hf_in2core.names import REPLAY, RESULTS
 
 from .dataset import InfluenceSummary, is_hub_id, render_influence_section
 from .metadata import SplitFacts, add_tags, inherit_metadata, join_card, merge_splits, parse_card, replace_section
 from .splits import Record, read_records, write_records
 
 
-CARD, RESULTS, REPLAY, SCORER, PLOTS = "README.md", "results.json", "config.yaml", "scorer", "plots"
-PAGE, SPLITS = "report.html", "splits.json"
+CARD, PAGE, PLOTS, SCORER, SPLITS = "README.md", "report.html", "plots", "scorer", "splits.json"
 _SIZES = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M")]
 _SIZES += [(10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B")]
 

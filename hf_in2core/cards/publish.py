@@ -18,11 +18,11 @@ from hf_in2core.evaluation.formats import get_object, read_object
 from hf_in2core.hub.checks import check_can_push, check_names, get_data_folder
 from hf_in2core.hub.commits import Head, Publication, is_main_process, list_folder, publish_files, refuse_secrets
 from hf_in2core.hub.state import call_with_retries, check_inside, get_status
-from hf_in2core.names import INFLUENCE, VALIDATION, get_prefix, name_validation_config
+from hf_in2core.names import INFLUENCE, REPLAY, RESULTS, VALIDATION, get_prefix, name_validation_config
 from hf_in2core.selection.coreset import select_coreset
 from hf_in2core.selection.record import Coreset
 
-from .composer import CARD, PAGE, PLOTS, REPLAY, RESULTS, SCORER, Composer, Configuration
+from .composer import CARD, PAGE, PLOTS, SCORER, Composer, Configuration
 from .dataset import summarise_influence
 from .metadata import SplitFacts, merge_splits, parse_card
 from .own_folders import hide_own_folders, list_own_folders, write_without

@@ -14,6 +14,7 @@ without the Hub.
 from pathlib import Path
 from typing import Any
 
+from hf_in2core.names import REPLAY
 from hf_in2core.pipeline.parser import RecipeParser, Settings
 from hf_in2core.pipeline.stage_arguments import EvaluateArguments
 
@@ -85,7 +86,7 @@ def main(settings: Settings) -> None:
     if args.output_dir is not None:
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        settings.save(folder / "config.yaml")
+        settings.save(folder / REPLAY)
         write_json(folder / "evaluation.json", results)
     for result in results:
         if result["adapter"] is not None and "tasks" in result:

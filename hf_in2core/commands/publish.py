@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from hf_in2core.names import name_coreset
+from hf_in2core.names import REPLAY, RESULTS, name_coreset
 from hf_in2core.pipeline.arguments import describe_command
 from hf_in2core.pipeline.parser import RecipeParser, Settings
 from hf_in2core.pipeline.stage_arguments import PublishArguments
@@ -88,13 +88,13 @@ def read_fractions(run: Path) -> list[float]:
 
 def read_results(run: Path) -> dict[str, Any]:
     """The run's results, if it compared anything."""
-    path = run / "results.json"
+    path = run / RESULTS
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def read_config(run: Path) -> dict[str, Any]:
     """The run's configuration, if it kept one."""
-    path = run / "config.yaml"
+    path = run / REPLAY
     return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
 
 
@@ -109,4 +109,4 @@ def read_sources(run: Path) -> list[str]:
 
 def has_report(run: Path) -> bool:
     """Whether the run has anything to show beside its rows."""
-    return any(run.glob("*.png")) or any((run / name).is_file() for name in ("results.json", "config.yaml"))
+    return any(run.glob("*.png")) or any((run / name).is_file() for name in (RESULTS, REPLAY))

@@ -10,7 +10,7 @@
 
 from pathlib import Path
 
-from hf_in2core.names import PER_CHECKPOINT, POOL, describe_set
+from hf_in2core.names import PER_CHECKPOINT, POOL, REPLAY, describe_set
 from hf_in2core.pipeline.parser import RecipeParser, Settings
 from hf_in2core.pipeline.stage_arguments import ScoreInfluenceArguments
 
@@ -87,5 +87,5 @@ def main(settings: Settings) -> None:
     with written_folder(folder / "scorer") as temporary:
         if PartialState().is_main_process:
             scorer.save_pretrained(temporary)
-            settings.save(folder / "config.yaml")
+            settings.save(folder / REPLAY)
     say(f"{folder / 'scored'} has the pool with its influence, {folder / 'scorer'} what scores other rows alike.")

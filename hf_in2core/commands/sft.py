@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hf_in2core.names import ALL_ARMS, parse_coreset
+from hf_in2core.names import ALL_ARMS, RESULTS, parse_coreset
 from hf_in2core.pipeline.parser import TRAINING, RecipeParser, Settings
 from hf_in2core.pipeline.stage_arguments import SftCoresetArguments
 
@@ -107,7 +107,6 @@ def prepare_card(
     args: SftCoresetArguments, run: dict[str, Any], revision: str | None, lora: bool
 ) -> Callable[[bytes | None], str]:
     """The model's card as a function of the one that is there, with the comparison published beside its rows."""
-    from hf_in2core.cards.composer import RESULTS
     from hf_in2core.cards.model import add_task_results, render_target_model_card
     from hf_in2core.evaluation.formats import read_object
     from hf_in2core.hub.commits import read_head
@@ -122,7 +121,7 @@ def prepare_card(
     results: dict[str, Any] = {} if hub_id else read_json(run_folder / RESULTS) or {}
     if hub_id is not None:
         split = split or (source.split(":")[-1] if ":" in source else "train")
-        results = read_object(read_head(hub_id, repo_type="dataset", revision=revision).read("results.json"))
+        results = read_object(read_head(hub_id, repo_type="dataset", revision=revision).read(RESULTS))
     name = split or ("" if hub_id else folder.name)
     arm, share = parse_coreset("full" if name in ("train", "scored") else name)
     if args.fraction is not None:

@@ -12,6 +12,7 @@ from hf_in2core import InfluenceConfig
 from hf_in2core.cards.model import add_task_results
 from hf_in2core.evaluation.tasks import evaluate_tasks, load_tasks
 from hf_in2core.influence.config import AUTOCAST_DTYPES, choose_autocast
+from hf_in2core.names import REPLAY, RESULTS
 from hf_in2core.report.run import read_results
 from hf_in2core.report.terminal import print_tasks, write_report
 from hf_in2core.rows.hashes import hash_value
@@ -81,7 +82,7 @@ def evaluate_run(args: EvaluateArguments, batch_size: int) -> None:
     """
     run = Path(args.run or "")
     read_results(run)  # what is no run is told before long work
-    settings = make_run_parser().parse(["--config", str(run / "config.yaml")])
+    settings = make_run_parser().parse(["--config", str(run / REPLAY)])
     run_args: In2CoreArguments = settings.arguments
     target = run_args.target_model_name_or_path or run_args.model_name_or_path
     model_args = settings.make(ModelConfig, model_name_or_path=target)
@@ -164,4 +165,4 @@ def merge_tasks(run: Path, run_args: In2CoreArguments, max_steps: int) -> None:
     for entry in results["arms"]:
         if tasks := read_tasks(find_arm(entry, run_args, max_steps).find_folder(run)):
             entry["tasks"] = tasks
-    write_json(run / "results.json", results)
+    write_json(run / RESULTS, results)

@@ -28,6 +28,7 @@ from hf_in2core.names import (
     NUM_LOSS_TOKENS,
     PER_QUERY,
     RANK,
+    RESULTS,
     VALIDATION,
     describe_set,
     name_coreset,
@@ -171,7 +172,7 @@ def write_results(
     """Write `results.json`, and when the comparison is complete print its tables, draw it and write the page of it."""
     if not PartialState().is_main_process:
         return
-    write_json(run / "results.json", results)
+    write_json(run / RESULTS, results)
     if not results["complete"]:
         return
     print_tables(results)

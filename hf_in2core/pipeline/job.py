@@ -20,7 +20,7 @@ from hf_in2core.evaluation.formats import read_json
 from hf_in2core.evaluation.tournament import plan_tournament
 from hf_in2core.hub.commits import PushCheck, check_can_push
 from hf_in2core.influence.checks import check_launcher
-from hf_in2core.names import AUTO, PER_CHECKPOINT, POOL, describe_set, name_coreset
+from hf_in2core.names import AUTO, PER_CHECKPOINT, POOL, REPLAY, describe_set, name_coreset
 from hf_in2core.rows.hashes import hash_tokenization, hash_value
 from hf_in2core.rows.preparation import Preparation, tokenize_rows
 from hf_in2core.rows.scored import describe_columns
@@ -276,14 +276,14 @@ def claim_folder(job: Job) -> None:
         )
     if PartialState().is_main_process:
         job.folder.mkdir(parents=True, exist_ok=True)
-        job.settings.save(job.folder / "config.yaml")
+        job.settings.save(job.folder / REPLAY)
         write_json(job.folder / "inputs.json", job.identities)
     PartialState().wait_for_everyone()
 
 
 def find_differences(job: Job) -> list[str]:
     """What differs between this run and the one whose folder it is, in words."""
-    path = job.folder / "config.yaml"
+    path = job.folder / REPLAY
     if not path.is_file():
         return []
     before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from hf_in2core.evaluation.verdict import FractionVerdict, Verdict
-from hf_in2core.names import BUDGETS
+from hf_in2core.names import BUDGETS, REPLAY
 from hf_in2core.report.terminal import print_verdict
 from hf_in2core.selection.record import Coreset, describe_choice
 
@@ -149,7 +149,7 @@ def say_next(job: Job, results: Mapping[str, Any], scored: Dataset, coresets: Ma
     train = ["--config", str(settings), "--dataset_name", str(folder), "--output_dir", str(run / "target")]
     lines = [f"Recommended: {name}, {chosen.reason}.", f"It lies in {folder}."]
     if chosen.undecided is not None:
-        again = ["--config", str(run / "config.yaml"), *change_run(chosen.undecided, job.settings)]
+        again = ["--config", str(run / REPLAY), *change_run(chosen.undecided, job.settings)]
         lines.append(f"Run again: {shlex.join(['in2core', 'run', *processes, *again])}")
     lines.append(f"Train on it: {shlex.join(['in2core', 'sft', *processes, *train])}")
     if args.hub_id is None:

@@ -248,20 +248,14 @@ def take_or_train(
     Returns:
         `dict`: what [`~.training.train`] and [`~.training.evaluate_model`] return.
     """
-    result = agree(lambda: read_result(folder / "result.json", identity))
-    if result is None:
-        with quiet_loading(repeated=True):
-            trainer = make()
-        with written_folder(folder) as temporary:
-            result = train(trainer, label, model_args) | evaluate_model(trainer.model, judges, trainer.args)
-            result["identity"] = identity
-            if save is not None:
-                save(trainer, temporary)
-            if PartialState().is_main_process:
-                write_json(temporary / "result.json", result)
-        release(trainer)
-        remove_checkpoints(Path(trainer.args.output_dir))
-    return {name: value for name, value in result.items() if name != "identity"}
+
+    def compute(trainer: Any, temporary: Path) -> dict[str, Any]:
+        result = train(trainer, label, model_args) | evaluate_model(trainer.model, judges, trainer.args)
+        if save is not None:
+            save(trainer, temporary)
+        return result
+
+    return _take_or_compute(folder, identity, make, compute)
 
 
 def take_or_judge(folder: Path, identity: str, make: Callable[[], Any], judges: Dataset) -> dict[str, Any]:
@@ -271,20 +265,32 @@ def take_or_judge(folder: Path, identity: str, make: Callable[[], Any], judges: 
     Returns:
         `dict`: `steps`, and what [`~.training.evaluate_model`] returns.
     """
+
+    def compute(trainer: Any, _: Path) -> dict[str, Any]:
+        args = trainer.args
+        steps = args.max_steps if args.max_steps > 0 else count_steps(trainer)
+        # A fresh LoRA adapter changes nothing: this is the base model.
+        return {"steps": steps, **evaluate_model(trainer.model, judges, args)}
+
+    result = _take_or_compute(folder, identity, make, compute)
+    say(f"Target before training: test loss {show(result['test_loss'])}.")
+    return result
+
+
+def _take_or_compute(
+    folder: Path, identity: str, make: Callable[[], Any], compute: Callable[[Any, Path], dict[str, Any]]
+) -> dict[str, Any]:
+    """What was kept under this identity, or what is computed with a trainer and the folder that is being written."""
     result = agree(lambda: read_result(folder / "result.json", identity))
     if result is None:
         with quiet_loading(repeated=True):
             trainer = make()
-        args = trainer.args
-        steps = args.max_steps if args.max_steps > 0 else count_steps(trainer)
-        # A fresh LoRA adapter changes nothing: this is the base model.
-        result = {"steps": steps, **evaluate_model(trainer.model, judges, args), "identity": identity}
         with written_folder(folder) as temporary:
+            result = compute(trainer, temporary) | {"identity": identity}
             if PartialState().is_main_process:
                 write_json(temporary / "result.json", result)
         release(trainer)
-        remove_checkpoints(Path(args.output_dir))
-    say(f"Target before training: test loss {show(result['test_loss'])}.")
+        remove_checkpoints(Path(trainer.args.output_dir))
     return {name: value for name, value in result.items() if name != "identity"}
 
 

@@ -29,7 +29,7 @@ from hf_in2core.evaluation.judge import TokenAccuracy, TokenPerplexity
 from hf_in2core.influence.config import AUTOCAST_DTYPES, choose_autocast
 from hf_in2core.influence.cosines import OPTIMIZER
 from hf_in2core.influence.scorer_files import find_revision
-from hf_in2core.names import NUM_LOSS_TOKENS
+from hf_in2core.names import NUM_LOSS_TOKENS, REPLAY
 from hf_in2core.rows.preparation import Preparation, tokenize_rows
 from hf_in2core.rows.scored import add_influence_columns
 
@@ -248,7 +248,7 @@ def train_and_save(trainer: Any, settings: Settings, label: str) -> dict[str, An
     save_adapter(trainer.model, folder)
     if PartialState().is_main_process:
         trainer.processing_class.save_pretrained(str(folder))
-        settings.save(folder / "config.yaml")
+        settings.save(folder / REPLAY)
         write_json(folder / "training.json", result)
     return result
 

@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset, load_from_disk
 
 from hf_in2core.evaluation.formats import get_value, is_number, read_json
-from hf_in2core.names import INFLUENCE
+from hf_in2core.names import INFLUENCE, RESULTS
 from hf_in2core.rows.places import describe_missing
 
 
@@ -84,7 +84,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     Raises:
         ReportError: see [`read_run`].
     """
-    path = folder / "results.json"
+    path = folder / RESULTS
     if not folder.exists():
         raise ReportError(f"The run `{folder}`: {describe_missing(str(folder))} Give the --output_dir of a run.")
     if not folder.is_dir():
