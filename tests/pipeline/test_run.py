@@ -76,6 +76,8 @@ def test_results_have_every_arm_and_its_figures(finished: Path) -> None:
     assert results["lengths"]["pool_tokens"] == pytest.approx(np.mean(pool_tokens))
     assert "config" in results and "command" in results and results["machine"]["torch"] == torch.__version__
     assert (finished / "run" / "config.yaml").is_file()
+    drawn = sorted(path.name for path in (finished / "run").glob("*.png"))
+    assert drawn == ["arms.png", "influence.png", "influence_by_length.png"]
 
 
 def test_the_full_arm_is_trained_once_for_both_budgets(finished: Path) -> None:
