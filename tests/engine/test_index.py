@@ -1,6 +1,5 @@
 """Gradients kept for other validation sets: the scores of runs without an index, and no row of the pool in a model."""
 
-import copy
 import json
 import random
 import shutil
@@ -16,9 +15,9 @@ from helpers import (
     make_config,
     make_model,
     make_prompt_completion,
-    make_trainer,
     prepare,
 )
+from indexed_runs import CHECKED, OTHER, POOL, PoolRows, list_index, make
 from killed_runs import build, kill_after_progress
 from naive import compute_datainf, compute_gradients
 from scipy.stats import spearmanr
@@ -28,45 +27,12 @@ from hf_in2core.influence.cosines import compute_cosines
 from hf_in2core.influence.plan import plan_influence
 
 
-POOL, OTHER = make_prompt_completion(40, seed=0), make_prompt_completion(6, seed=7)
-# Rows of the pool that two checks of a run look at, each of two rows.
-CHECKED = 4
-
-
-def make(folder, index=None, validation=OTHER, pool=POOL, dtype=torch.float64, budget=1.0, model=None, **options):
-    """A trainer of the same adapter, with an index under `index` where one is given."""
-    kept: dict[str, Any] = {} if index is None else {"gradient_store_gb": budget, "gradient_store_dir": str(index)}
-    model = copy.deepcopy(model) if model is not None else add_trained_adapter(make_model())
-    settings = {"chunk_size": 7, "tokens_per_batch": 90, **kept, **options}
-    return make_trainer(folder, pool, validation, dtype, model=model, **settings)
-
-
-def list_index(folder) -> list:
-    return sorted(folder.rglob("gradients-*.safetensors"))
-
-
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory):
     """An index of the pool, made by a run on a validation set of its own; nobody writes into it."""
     folder = tmp_path_factory.mktemp("index")
     make(folder / "first", folder / "index", make_prompt_completion(5, seed=1)).score_influence()
     return folder / "index"
-
-
-class PoolRows:
-    """The rows of the pool that pass a trainer's model from now on, found by their tokens in what is embedded."""
-
-    def __init__(self, trainer) -> None:
-        self.ids = {tuple(row["input_ids"]) for row in trainer.prepared_pool}
-        self.seen: set[tuple[int, ...]] = set()
-        self.passed = 0
-        trainer.model.get_input_embeddings().register_forward_pre_hook(self.look)
-
-    def look(self, module, inputs) -> None:
-        for row in inputs[0].tolist():
-            found = [ids for ids in self.ids if tuple(row[: len(ids)]) == ids and not any(row[len(ids) :])]
-            self.passed += bool(found)
-            self.seen |= set(found)
 
 
 def compare(tmp_path, filled, per_example=False, tolerance=1e-9, **options) -> PoolRows:

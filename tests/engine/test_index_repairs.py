@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import add_trained_adapter, assert_same, launch_worker, make_config, make_model
+from indexed_runs import CHECKED, POOL, PoolRows, list_index, make
 from safetensors import safe_open
-from test_index import CHECKED, POOL, PoolRows, list_index, make
 
 from hf_in2core.engine.encoding import decode, encode
 from hf_in2core.engine.store import GradientStore, name_temporary
