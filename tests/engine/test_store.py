@@ -43,11 +43,8 @@ def test_stored_gradients_change_nothing(tmp_path, pool, validation, monkeypatch
 
 def test_rows_without_loss_are_null_with_a_store(tmp_path, validation) -> None:
     tokens = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}
-    rows = [
-        tokens,
-        {**tokens, "labels": [5, -100, -100, -100]},
-        {"input_ids": [9, 8, 7, 6], "labels": [-100, -100, 7, 6]},
-    ]
+    others = {"input_ids": [9, 8, 7, 6], "labels": [-100, -100, 7, 6]}
+    rows = [tokens, {**tokens, "labels": [5, -100, -100, -100]}, others]
     pool = type(validation).from_list(rows)
     plain, stored = (trainer.score_influence() for trainer in make_pair(tmp_path, pool, pool))
     assert stored["influence"][1] is None and plain["influence"][1] is None
