@@ -22,7 +22,7 @@ def score(
     **options,
 ):
     pool, validation = make_prompt_completion(num_rows, seed=0), make_prompt_completion(6, seed=1)
-    model = add_trained_adapter(make_model().to(torch.float64))
+    model = add_trained_adapter(make_model(num_layers=3).to(torch.float64))
     options = {**OPTIONS, "fit_examples": fit_examples, "damping_scale": damping_scale, **options}
     trainer = make_trainer(folder, pool, validation, model=model, **options)
     scorer = trainer.fit_influence()

@@ -23,7 +23,12 @@ def main() -> None:
     analyse = options.pop("analyse", False)
     pool, validation = make_prompt_completion(num_rows, seed=0), make_prompt_completion(5, seed=1)
     trainer = make_trainer(
-        options.pop("output_dir"), pool, validation, dtype, model=add_trained_adapter(make_model()), **options
+        options.pop("output_dir"),
+        pool,
+        validation,
+        dtype,
+        model=add_trained_adapter(make_model(num_layers=3)),
+        **options,
     )
     actual = trainer.accelerator.num_processes
     if actual != expected:
