@@ -38,6 +38,7 @@ def main(settings: Settings) -> None:
     )
     from hf_in2core.pipeline.coreset_folders import write_coresets
     from hf_in2core.pipeline.job import check
+    from hf_in2core.pipeline.methods import list_columns
     from hf_in2core.pipeline.next_steps import say_next
     from hf_in2core.pipeline.planning import plan_run
     from hf_in2core.pipeline.run_folder import join_processes, run_setup_script, warn
@@ -69,6 +70,9 @@ def main(settings: Settings) -> None:
     adapter, reference = train_reference(job)
     selection = score_pool(job, adapter, reference)
     scored, selection["columns"] = add_method_columns(job, adapter)
+    # What the coreset is ranked by is a part of what selecting costs; a tournament counts the columns of all.
+    ranked = [] if args.strategy == AUTO else list_columns([args.strategy])
+    selection["ranking_seconds"] = sum(selection["columns"][column] for column in ranked)
     tournament = hold_tournament(job, adapter, reference, scored, selection) if args.strategy == AUTO else None
     coresets = choose_coresets(args, job.folder, scored, tournament["winner"] if tournament else args.strategy)
     # A fraction of 1 leaves nothing out: its rows are those of scored/.

@@ -98,7 +98,8 @@ def judge(
             (`"steps"` or `"epochs"`), `test_loss` and `seconds`. The fraction of the full arm is not looked at.
         selection (`Mapping[str, Any]`):
             The `selection` of `results.json`: `seconds`, what computing influence took, and `reference_seconds`, what
-            training the reference model took, not contained in `seconds` (0 or `None` for a given adapter); and
+            training the reference model took, not contained in `seconds` (0 or `None` for a given adapter);
+            `ranking_seconds`, of the columns beside influence that the coreset was chosen by; and
             `tournament_seconds`, of the runs and columns of a tournament, where there was one, and what it found in
             words, `tournament`.
         fractions (`Sequence[float]`, *optional*):
@@ -243,7 +244,8 @@ def _compute_cost(
 ) -> SelectionCost:
     influence, reference = selection.get("seconds"), selection.get("reference_seconds") or 0.0
     tournament = selection.get("tournament_seconds") or 0.0
-    cost = None if influence is None else influence + reference + tournament
+    ranking = selection.get("ranking_seconds") or 0.0
+    cost = None if influence is None else influence + reference + ranking + tournament
     full = _mean_seconds(runs.get(("full", None, "epochs"), {}))
     coreset = _mean_seconds(runs.get(("coreset", fraction, "epochs"), {}))
     saving = None if full is None or coreset is None else full - coreset
@@ -264,6 +266,7 @@ def _compute_cost(
         selection_seconds=cost,
         reference_seconds=reference,
         influence_seconds=influence,
+        ranking_seconds=ranking,
         tournament_seconds=tournament,
         full_seconds=full,
         coreset_seconds=coreset,

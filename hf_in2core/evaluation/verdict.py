@@ -93,7 +93,7 @@ class SelectionCost:
     What selecting cost and saves, in seconds; `None` where it was not measured.
 
     Attributes:
-        selection_seconds (`float`): Reference, influence and tournament together; then each of them.
+        selection_seconds (`float`): Reference, influence, ranking and tournament together; then each of them.
         full_seconds, coreset_seconds, saving_per_run (`float`): A target run at equal epochs and the headline's
             fraction, and the difference.
         against_random, against_full (`str`): Outcomes at equal epochs.
@@ -106,6 +106,7 @@ class SelectionCost:
     selection_seconds: float | None
     reference_seconds: float
     influence_seconds: float | None
+    ranking_seconds: float
     tournament_seconds: float
     full_seconds: float | None
     coreset_seconds: float | None
@@ -351,6 +352,8 @@ def _say_cost(cost: SelectionCost) -> str:
     if total is None:
         return "What selecting cost was not recorded."
     parts = f"influence {format_seconds(cost.influence_seconds)}"
+    if cost.ranking_seconds:
+        parts = f"{parts}, ranking {format_seconds(cost.ranking_seconds)}"
     if cost.tournament_seconds:
         parts = f"{parts}, tournament {format_seconds(cost.tournament_seconds)}"
     if cost.reference_seconds:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_in2core import select_coreset
 from hf_in2core.cards.dataset import render_influence_section
 from hf_in2core.evaluation.arms import tabulate_tournament
+from hf_in2core.evaluation.formats import format_seconds
 from hf_in2core.names import METHODS
 from hf_in2core.report.terminal import print_results
 from hf_in2core.rows.preparation import Preparation, prepare_rows
@@ -95,8 +96,14 @@ def test_the_coreset_may_be_that_of_a_method(
     config = yaml.safe_load((compared / "settings.yaml").read_text(encoding="utf-8"))
     config |= {"output_dir": str(tmp_path / "run"), "strategy": "rds", "arms": ["coreset", "rds"], "seeds": [0]}
     run_command("run", "--config", write_config(tmp_path, config))
-    losses = {arm["arm"]: arm["test_loss"] for arm in read_results(tmp_path)["arms"]}
+    results = read_results(tmp_path)
+    losses = {arm["arm"]: arm["test_loss"] for arm in results["arms"]}
     assert losses["coreset"] == losses["rds"]
+    # What ranks the coreset is a part of what selecting costs.
+    cost, ranking = results["verdict"]["cost"], results["selection"]["columns"]["rds_rank"]
+    parts = [cost["reference_seconds"], cost["influence_seconds"], ranking]
+    assert cost["selection_seconds"] == pytest.approx(sum(parts)) and ranking > 0
+    assert f"ranking {format_seconds(ranking)})" in results["verdict"]["text"]
     _, coresets = read_record(
         tmp_path / "run" / "coresets.json", len(load_from_disk(str(tmp_path / "run" / "scored")))
     )
