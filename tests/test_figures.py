@@ -43,7 +43,7 @@ LISTED = {
     "docs/report.md": ["0.6", "95 %"],
     "docs/several_gpus.md": ["0.567"],
     "docs/validation_set.md": ["0.554", "0.895", "0.640"],
-    "docs/when_not.md": ["20 %"],
+    "docs/when_not.md": ["20 %", "40 %", "0.95", "0.91", "0.60"],
 }
 # Sections at commit eecc9d2, by the start of their SHA-256: without their heading and the targets of links.
 FROZEN = {
