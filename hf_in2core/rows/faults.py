@@ -16,6 +16,10 @@ SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars", ",": "comma
 SHOWN_LENGTH = 60
 
 
+class SourceError(ValueError):
+    """An error whose text is the reader's."""
+
+
 def find_fault(files: Iterable[Path]) -> str | None:
     """
     What is wrong with the first of some files that is not what its ending says.

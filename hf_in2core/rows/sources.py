@@ -1,20 +1,14 @@
 """Rows from wherever a user has them: Hub ids, saved datasets, folders and files; and rows that sets share."""
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import fsspec
-import pandas
 from datasets import (
     Dataset,
     DatasetDict,
-    Features,
-    List,
     ReadInstruction,
-    Value,
     concatenate_datasets,
     load_dataset,
     load_dataset_builder,
@@ -24,8 +18,9 @@ from datasets.data_files import FILES_TO_IGNORE
 
 from hf_in2core.names import VALIDATION
 
+from .cells import TEXT_COLUMNS, find_dates, find_options, keep_texts
 from .columns import check_sources
-from .faults import find_fault, find_other_separator, find_uneven_line, find_wrapped_rows, holds_one_object
+from .faults import SourceError, find_fault, find_wrapped_rows, holds_one_object
 from .places import describe_missing, is_hub_id
 
 
@@ -40,16 +35,6 @@ FILE_FORMATS = {
 }
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 ACCEPTED = ".jsonl, .ndjson, .json, .csv, .tsv (each also .gz, .bz2, .xz or .zst) or .parquet file"
-# Columns that become what is trained on: they are read as text, whatever their cells look like.
-TEXT_COLUMNS = {
-    *("text", "prompt", "completion", "messages", "conversations", "instruction", "input", "output", "system"),
-    *("history", "tools"),
-}
-# What pandas takes for a missing value.
-MISSING = (
-    *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"),
-    *("NULL", "NaN", "None", "n/a", "nan", "null"),
-)
 NAMED_SOURCE = re.compile(r"([A-Za-z][\w.-]*)=(.+)", re.DOTALL)
 # A colon that is not inside the brackets of a slice such as `train[:10%]`.
 COLON = re.compile(r":(?![^\[]*\])")
@@ -98,7 +83,7 @@ def load_rows(
             dataset = _load_local(path, split, {*TEXT_COLUMNS, *(item.partition("=")[2] for item in columns or [])})
     except FileNotFoundError as error:
         raise FileNotFoundError(f"The {what} `{source}` cannot be loaded: {error}") from error
-    except _SourceError as error:
+    except SourceError as error:
         raise ValueError(f"The {what} `{source}` cannot be loaded: {error}") from error
     except Exception as error:  # datasets raises many types, whose own text names neither the source nor a remedy
         reason = error.__cause__ or error
@@ -125,10 +110,6 @@ def load_raw_rows(source: str, what: str, columns: list[str] | None = None, revi
     except ValueError as error:
         raise ValueError(f"The {what} `{source}` cannot be read: {error}") from error
     return rows
-
-
-class _SourceError(ValueError):
-    """An error whose text is the reader's."""
 
 
 def _explain(source: str, reason: str) -> str:
@@ -177,9 +158,9 @@ def _split_local(source: str) -> tuple[Path | None, str | None]:
     if len(parts) == 2 and path.is_dir():
         return path, parts[1]
     if len(parts) == 2 and path.is_file():
-        raise _SourceError(f"it is a file, which has no splits. Leave out `:{parts[1]}`.")
+        raise SourceError(f"it is a file, which has no splits. Leave out `:{parts[1]}`.")
     if "*" in source:
-        raise _SourceError("patterns of names are not expanded. Give a folder: every file of rows in it is read.")
+        raise SourceError("patterns of names are not expanded. Give a folder: every file of rows in it is read.")
     if _get_format(path) is not None or not is_hub_id(parts[0]):
         raise FileNotFoundError(f"{describe_missing(parts[0])} It is no Hub id either.")
     return None, None
@@ -201,16 +182,16 @@ def _load_local(path: Path, split: str | None, texts: set[str]) -> Dataset:
         builder = _get_format(path)
         if builder is None:
             ending = f"this one in `{path.suffix}`" if path.suffix else "this one has no ending"
-            raise _SourceError(f"files end in {', '.join(FILE_FORMATS)}, {ending}. Save it as one of these.")
+            raise SourceError(f"files end in {', '.join(FILE_FORMATS)}, {ending}. Save it as one of these.")
         if path.stat().st_size == 0:
             return Dataset.from_dict({})
-        loaded = load_dataset(builder, data_files=str(path), split="train", **_get_options(builder, [path], texts))
+        loaded = load_dataset(builder, data_files=str(path), split="train", **find_options(builder, [path], texts))
         if builder != "json":
             return loaded
         if len(loaded) == 1 and (told := find_wrapped_rows(path, loaded[0], texts | {"tools"})):
-            raise _SourceError(told)
+            raise SourceError(told)
         loaded.data.validate(full=True)  # Arrow reads bytes that are no text without a word
-        return _keep_texts(loaded, [path], texts)
+        return keep_texts(loaded, [path], texts)
     return _load_folder(path, split, texts)
 
 
@@ -223,12 +204,12 @@ def _load_folder(path: Path, split: str | None, texts: set[str]) -> Dataset:
         if isinstance(saved, DatasetDict):
             return _take_split(saved, split)
         if split is not None:
-            raise _SourceError(f"it is a single dataset without splits. Leave out `:{split}`.")
+            raise SourceError(f"it is a single dataset without splits. Leave out `:{split}`.")
         return saved
     if not any(file.is_file() for file in path.rglob("*")):
-        raise _SourceError("the folder has no files in it. Give one with rows, or a file.")
+        raise SourceError("the folder has no files in it. Give one with rows, or a file.")
     builders = {_get_format(part) for part in parts}
-    options = _get_options("csv", parts, texts) if builders == {"csv"} else {}
+    options = find_options("csv", parts, texts) if builders == {"csv"} else {}
     # As `load_dataset` does it, which refuses any folder with a file state.json.
     builder: Any = load_dataset_builder(str(path), **options)
     if not _declares_splits(path):
@@ -241,14 +222,14 @@ def _load_folder(path: Path, split: str | None, texts: set[str]) -> Dataset:
         return builder.as_dataset(split)
     splits = builder.as_dataset()
     loaded = _take_split(splits, split)
-    if builders != {"json"} or not _find_dates(loaded, texts):
+    if builders != {"json"} or not find_dates(loaded, texts):
         return loaded
     # The order in which datasets reads parts is its own: they are read again, as one list in ours. If that gives
     # other rows, what looks like a date stays one, and is refused by row where it should be text.
     ordered = load_dataset("json", data_files=[str(part) for part in parts], split="train")
     if len(splits) != 1 or len(ordered) != len(loaded):
         return loaded
-    return _keep_texts(ordered, parts, texts)
+    return keep_texts(ordered, parts, texts)
 
 
 def _refuse_left_out(folder: Path, parts: list[Path], files: Mapping[Any, list[str]]) -> None:
@@ -259,7 +240,7 @@ def _refuse_left_out(folder: Path, parts: list[Path], files: Mapping[Any, list[s
     left = [str(part.relative_to(folder)) for part in others if not holds_one_object(part)]
     if left:
         splits = ", ".join(f"`{name}` ({listed[0].name})" for name, listed in read.items())
-        raise _SourceError(
+        raise SourceError(
             f"its files would be read as {splits}, by their names and the commonest format, and of "
             f"{', '.join(left[:3])}{' and others' if len(left) > 3 else ''} nothing would be read. Give the file that "
             "is meant, or a folder with the files of this set alone, in one format and named like part-0.jsonl. Where "
@@ -285,71 +266,17 @@ def _list_parts(folder: Path) -> list[Path]:
     return sorted(part for part in files if not re.search(r"(^|/)(\.|__)", part.relative_to(folder).as_posix()))
 
 
-def _get_options(builder: str, files: list[Path], texts: set[str]) -> dict[str, Any]:
-    """Settings of a builder: in CSV the columns of texts are read as they stand."""
-    if builder != "csv":
-        return {}
-    separator = "\t" if any(suffix.lower() == ".tsv" for file in files for suffix in file.suffixes) else ","
-    names = set()
-    for file in files:
-        header = [str(name) for name in pandas.read_csv(file, sep=separator, nrows=0).columns]
-        if told := find_other_separator(file, header, separator) or find_uneven_line(file, separator):
-            raise _SourceError(told)
-        names |= set(header)
-    return {
-        "sep": separator,
-        "converters": dict.fromkeys(sorted(names & texts), str),
-        # Words such as `null` mean a missing value in the other columns alone.
-        "keep_default_na": False,
-        "na_values": dict.fromkeys(sorted(names - texts), list(MISSING)),
-    }
-
-
-def _keep_texts(loaded: Dataset, files: list[Path], texts: set[str]) -> Dataset:
-    """Texts of JSON that Arrow took for dates, read again as they stand; all else stays as it is."""
-    if not (wanted := _find_dates(loaded, texts)):
-        return loaded
-    values = [{name: row.get(name) for name in wanted} for file in files for row in _read_json(file)]
-    again = Dataset.from_list(values, features=Features(wanted))
-    kept = loaded.remove_columns(list(wanted))
-    return concatenate_datasets([kept, again], axis=1).select_columns(loaded.column_names)
-
-
-def _find_dates(loaded: Dataset, texts: set[str]) -> dict[str, Any]:
-    """The columns of texts that hold dates, and the types that they should have."""
-    wanted = {name: _read_dates_as_text(feature) for name, feature in loaded.features.items() if name in texts}
-    return {name: feature for name, feature in wanted.items() if feature != loaded.features[name]}
-
-
-def _read_dates_as_text(feature: Any) -> Any:
-    if isinstance(feature, Value):
-        return Value("string") if feature.dtype.startswith(("timestamp", "date", "time")) else feature
-    if isinstance(feature, List):
-        return List(_read_dates_as_text(feature.feature), length=feature.length)
-    return {key: _read_dates_as_text(item) for key, item in feature.items()} if isinstance(feature, dict) else feature
-
-
-def _read_json(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines, or of one list."""
-    with fsspec.open(str(file), "rt", encoding="utf-8-sig", compression="infer") as opened:
-        content = opened.read()
-    if content.lstrip().startswith("["):
-        yield from json.loads(content)
-    else:
-        yield from (json.loads(line) for line in content.split("\n") if line.strip())
-
-
 def _take_split(splits: DatasetDict, split: str | None) -> Dataset:
     if split is not None and PART.search(split):
         rows = {name: len(found) for name, found in splits.items()}
         try:
             parts = ReadInstruction.from_spec(split).to_absolute(rows)
         except ValueError as error:  # an unknown split, or one that is cut outside of its rows
-            raise _SourceError(f"{str(error).rstrip('.')}.") from error
+            raise SourceError(f"{str(error).rstrip('.')}.") from error
         return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
     name = split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
     if name not in splits:
-        raise _SourceError(
+        raise SourceError(
             f"it has the splits {', '.join(map(str, splits))}, not `{name}`. Add `:split` with one of them."
         )
     return splits[name]
@@ -398,6 +325,6 @@ def find_hub_id(source: str) -> str | None:
     """Hub id of a source of [`load_rows`]; `None` for anything else."""
     try:
         path, _ = _split_local(source)
-    except (FileNotFoundError, _SourceError):
+    except (FileNotFoundError, SourceError):
         return None
     return None if path is not None else COLON.split(source)[0]
