@@ -35,7 +35,8 @@ class Calibration:
         spearman (`float`): Rank correlation of influence and change; 1 = the same order.
         rows (`int`): Rows on which a step was taken.
         learning_rate (`float`): Of the steps.
-        agrees (`bool`): Whether the changes follow influence (Spearman of 0.6 or more): it may then be told in nats.
+        agrees (`bool`): Whether the changes follow influence (Spearman of 0.6 or more, and an error below the mean
+            size of the changes): it may then be told in nats.
     """
 
     nats_per_influence: float
@@ -115,14 +116,15 @@ def calibrate_influence(trainer: InfluenceTrainer, scored: Dataset) -> Calibrati
     values = influence[chosen]
     scale = _fit_scale(values, changes)
     others = [_fit_scale(np.delete(values, k), np.delete(changes, k)) for k in range(NUM_ROWS)]
+    error = float(np.abs(changes - others * values).mean())
     spearman = float(np.nan_to_num(stats.spearmanr(values, changes).statistic))
     return Calibration(
         nats_per_influence=scale,
-        error=float(np.abs(changes - others * values).mean()),
+        error=error,
         spearman=spearman,
         rows=NUM_ROWS,
         learning_rate=eta,
-        agrees=scale > 0 and spearman >= MIN_SPEARMAN,
+        agrees=scale > 0 and spearman >= MIN_SPEARMAN and error < float(np.abs(changes).mean()),
     )
 
 
