@@ -116,15 +116,15 @@ def calibrate_influence(trainer: InfluenceTrainer, scored: Dataset) -> Calibrati
     values = influence[chosen]
     scale = _fit_scale(values, changes)
     others = [_fit_scale(np.delete(values, k), np.delete(changes, k)) for k in range(NUM_ROWS)]
-    error = float(np.abs(changes - others * values).mean())
+    distance = float(np.abs(changes - others * values).mean())
     spearman = float(np.nan_to_num(stats.spearmanr(values, changes).statistic))
     return Calibration(
         nats_per_influence=scale,
-        error=error,
+        error=distance,
         spearman=spearman,
         rows=NUM_ROWS,
         learning_rate=eta,
-        agrees=scale > 0 and spearman >= MIN_SPEARMAN and error < float(np.abs(changes).mean()),
+        agrees=scale > 0 and spearman >= MIN_SPEARMAN and distance < float(np.abs(changes).mean()),
     )
 
 
