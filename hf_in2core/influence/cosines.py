@@ -148,14 +148,7 @@ def compute_cosines(
 
 def compute_less(trainer: "InfluenceTrainer", checkpoints: Sequence[str | PathLike]) -> np.ndarray:
     """
-    The score of LESS for each prepared row of the pool.
-
-    Args:
-        trainer ([`InfluenceTrainer`]):
-            Trainer of the reference, with `estimator="gradient_dot"`: LESS takes the plain gradients of validation
-            rows. Its adapter is put back as it was.
-        checkpoints (`Sequence[str or os.PathLike]`):
-            Folders that the reference's trainer saved, with their optimizer.
+    The score of [`add_less`] for each prepared row of the pool.
 
     Returns:
         `numpy.ndarray` of shape `[rows]`, float64 in [-1, 1]; negative = proponent.
