@@ -1,6 +1,6 @@
 """In2Core end to end: train a reference, score a pool by influence, fine-tune targets on the coreset, compare.
 
-    in2core run --config recipes/quickstart/in2core.yaml
+    in2core run --config my_run.yaml
 
 The run folder gets config.yaml, reference/ (adapter), scorer/, scored/ (the annotated pool), coresets/, arms/,
 results.json, three pictures and report.html. The same command into the same folder resumes. Negative influence =

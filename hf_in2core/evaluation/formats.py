@@ -115,4 +115,4 @@ def show_step(calibration: Any, influence: Any) -> str:
     scale, error = get_value(calibration, "nats_per_influence"), get_value(calibration, "error")
     if get_value(calibration, "agrees") is not True or not all(map(is_number, (scale, error, influence))):
         return ""
-    return f"{scale * influence:+.1g} ± {error:.1g} nats by one more step on it"
+    return f"{scale * influence:+.1g} nats by one more step on it, within {error:.1g}"

@@ -32,7 +32,7 @@ def say_shared(data: Any) -> str:
     if not found:
         return ""
     return (
-        f"WARNING: sets that should have no row in common share some (--allow_overlap): {_say_pairs(data, found)}. "
+        f"WARNING: sets that should have no row in common share some: {_say_pairs(data, found)}. "
         "What was measured on them says little of other rows."
     )
 

@@ -50,7 +50,7 @@ def check_task_settings(
     if include_path is not None and not any(Path(include_path).expanduser().glob("**/*.yaml")):
         raise ValueError(
             f"include_path={include_path} is no folder with task files (*.yaml), seen from {Path.cwd()}. Files of "
-            "MMLU become such a folder with recipes/mmlu/make_tasks.py."
+            "MMLU become such a folder with recipes/mmlu/make_tasks.py of a clone."
         )
     if num_fewshot is not None and num_fewshot < 0:
         raise ValueError(f"num_fewshot={num_fewshot} is negative. It is the number of examples before each question.")

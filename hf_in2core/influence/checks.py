@@ -81,8 +81,8 @@ def check_settings(args: InfluenceConfig, kwargs: dict[str, Any], model: str | P
         "deepspeed": args.deepspeed
         and "DeepSpeed by `deepspeed` (`in2core --accelerate_config zero3` trains with it, and passes on to FSDP2)",
         "fsdp": args.fsdp
-        and "FSDP by `fsdp` (let the launcher shard: `accelerate launch --config_file "
-        "recipes/accelerate_configs/fsdp.yaml`)",
+        and "FSDP by `fsdp` (let the launcher shard: `in2core --accelerate_config fsdp`, or `accelerate launch` "
+        "with an FSDP2 configuration)",
         "use_liger_kernel": args.use_liger_kernel and "`use_liger_kernel`",
     }
     for reason in refused.values():

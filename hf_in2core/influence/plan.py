@@ -60,6 +60,8 @@ class InfluencePlan:
             Bytes under `output_dir/influence/` at the end, without the gradient store.
         store (`int`):
             Bytes of the gradient store while it exists; 0 without one.
+        sampled (`str`):
+            Rows that `fit_examples="auto"` fits at least and at most; empty where how many is known.
         index (`str`):
             Where they are kept for later runs, and how many rows are; empty without an index. The fit and the score
             pass then read the disk alone, which is in none of the times.
@@ -79,6 +81,7 @@ class InfluencePlan:
     disk: int
     store: int
     reduced: int
+    sampled: str = ""
     index: str = ""
 
     @property
@@ -105,6 +108,8 @@ class InfluencePlan:
             f"Disk: {self.disk / 1e9:.3f} GB of state, {self.store / 1e9:.3f} GB of stored gradients"
             f"{'' if self.index else ' until scored'}.",
         ]
+        if self.sampled:
+            lines.append(f"Fit: {self.sampled}; counted as halfway between.")
         if self.index:
             lines.append(f"Gradient index: {self.index}; fit and score read it, in times that are not counted here.")
         if self.num_processes > 1:
@@ -174,7 +179,7 @@ def plan_influence(
         PassPlan("validation", found.shard_rows, found.padded_tokens, seconds * found.padded_tokens)
         for found, seconds in zip(shapes[1:], timings.validation, strict=True)
     ]
-    index = ""
+    sampled = index = ""
     if indexed:
         start, end = passes.shard(pool)
         missing = passes.store.list_missing(start, end, with_content=False)  # type: ignore[union-attr]
@@ -195,6 +200,7 @@ def plan_influence(
     sample = 0 if drawn is None else drawn.num_rows * count_elements(drawn.blocks) * itemsize
     halves = 0
     if args.fit_examples == "auto" and is_sampled(len(pool), passes.store is not None):
+        sampled = f"{list_sample_sizes(len(pool))[0]:,} rows or more, and all {len(pool):,} where halves do not agree"
         # Both halves lie in memory, and each step of both on the disk.
         halves = at_once * elements * (SAMPLED_FIT_BYTES - FIT_BYTES) if datainf else 0
         fitted *= 2 * len(list_sample_sizes(len(pool))) + 1
@@ -215,6 +221,7 @@ def plan_influence(
         disk=passes.world_size * sums + queries * elements * itemsize + scores,
         store=0 if passes.store is None else len(pool) * passes.store.row_bytes,
         reduced=sums + scores if passes.world_size > 1 else 0,
+        sampled=sampled if datainf else "",
         index=index,
     )
 
@@ -242,12 +249,17 @@ def _plan_pool(
 
 
 def _guess_share(fit_examples: int | str, num_rows: int, is_stored: bool) -> float:
-    """Share of the pool that a fit takes; of a sample that grows, the second one and the rows held back twice."""
+    """
+    Share of the pool that a fit takes.
+
+    Of a sample that grows, halfway between the second one and all rows, for only the fit tells whether halves agree;
+    beside it the rows held back, by either half.
+    """
     if isinstance(fit_examples, int):
         return min(fit_examples / num_rows, 1.0)
     if not is_sampled(num_rows, is_stored):
         return 1.0
-    return (list_sample_sizes(num_rows)[1] + 2 * count_held_rows(num_rows)) / num_rows
+    return ((list_sample_sizes(num_rows)[1] + num_rows) / 2 + 2 * count_held_rows(num_rows)) / num_rows
 
 
 class _Timings(NamedTuple):

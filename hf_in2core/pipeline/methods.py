@@ -3,7 +3,9 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +13,7 @@ from trl import ModelConfig
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.influence.checks import check_launcher
+from hf_in2core.influence.config import AUTOCAST_DTYPES, choose_autocast
 from hf_in2core.influence.cosines import add_cosine, add_less, check_moments, make_gradient_dot
 from hf_in2core.names import METHODS, STRATEGIES_BY_ROW
 from hf_in2core.rows.preparation import Preparation
@@ -130,6 +133,15 @@ def _prepare(reference: Reference) -> Preparation:
     return Preparation.from_args(reference.args, reference.tokenizer, reference.pool)
 
 
+def _list_options(
+    reference: Reference, adapter: str | None
+) -> tuple[Any, Preparation, int | None, torch.dtype | None]:
+    """Model, preparation, tokens of a batch and the precision of the run: what functions that read the model take."""
+    args = reference.args
+    model = load_model(reference.model, args, adapter)
+    return model, _prepare(reference), args.tokens_per_batch, AUTOCAST_DTYPES[choose_autocast(args, model.dtype)]
+
+
 def _join_validation(reference: Reference) -> Dataset:
     """The rows of all validation sets, with the columns that all of them have."""
     sets = list(reference.validation.values())
@@ -138,19 +150,16 @@ def _join_validation(reference: Reference) -> Dataset:
 
 
 def _add_loss(scored: Dataset, reference: Reference) -> Dataset:
-    model = load_model(reference.model, reference.args, reference.adapter)
-    return add_loss(scored, model, _prepare(reference), reference.args.tokens_per_batch)
+    return add_loss(scored, *_list_options(reference, reference.adapter))
 
 
 def _add_ifd(scored: Dataset, reference: Reference) -> Dataset:
-    model = load_model(reference.model, reference.args, reference.adapter)
-    return add_ifd(scored, model, _prepare(reference), reference.args.tokens_per_batch)
+    return add_ifd(scored, *_list_options(reference, reference.adapter))
 
 
 def _add_rds(scored: Dataset, reference: Reference) -> Dataset:
-    model = load_model(reference.model, reference.args)
-    options = (_prepare(reference), reference.args.tokens_per_batch)
-    return add_rds(scored, _join_validation(reference), model, *options).remove_columns("rds_similarity")
+    options = _list_options(reference, adapter=None)
+    return add_rds(scored, _join_validation(reference), *options).remove_columns("rds_similarity")
 
 
 def _add_bm25(scored: Dataset, reference: Reference) -> Dataset:

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from trl import ModelConfig
 
 from hf_in2core import InfluenceConfig
+from hf_in2core.analysis.calibration import NUM_ROWS
 from hf_in2core.engine.batches import read_token_rows
 from hf_in2core.evaluation.arms import describe_data
 from hf_in2core.evaluation.tournament import plan_tournament
@@ -19,6 +20,7 @@ from hf_in2core.influence.plan import InfluencePlan, plan_influence, show_second
 from hf_in2core.names import AUTO
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 
+from .analyses import PILOT_ROWS, choose_test_rows
 from .comparison import find_equal_run, plan_arms
 from .job import Job, estimate_disk
 from .methods import list_columns, needs_queries
@@ -113,7 +115,7 @@ def count_tokens(prepared: Dataset) -> int:
 
 def plan_run(job: Job, begun: float) -> None:
     """
-    Say what a run will take: reference, influence, columns of methods, tournament, every arm, and disk.
+    Say what a run will take: reference, influence, columns of methods, analyses, tournament, every arm, and disk.
 
     Args:
         job ([`Job`]): The run, checked.
@@ -145,7 +147,7 @@ def plan_run(job: Job, begun: float) -> None:
     parts["influence"] = loading + plan.seconds
     parts |= plan_columns(args.methods, plan, loading, pool_tokens * speed.token)
     if args.analyses:
-        say(f"Analyses ({', '.join(args.analyses)}): passes of their own after it, which are not in this plan.")
+        parts["analyses"] = plan_analyses(job, influence_args, plan, loading, speed)
     target, count_target = measure_speed(
         job, job.target_model, job.target_tokenizer, job.prepared_test, reference=False
     )
@@ -186,3 +188,27 @@ def plan_columns(methods: list[str], plan: InfluencePlan, loading: float, forwar
         elif column == "cosine_rank":
             seconds += loading + sum(item.seconds for item in plan.passes if item.name == "score")
     return {"columns of methods": seconds} if seconds else {}
+
+
+def plan_analyses(
+    job: Job, influence_args: InfluenceConfig, plan: InfluencePlan, loading: float, speed: Speed
+) -> float:
+    """Seconds of the analyses: influence by layers on a pilot sample, that on test rows one by one, single steps."""
+    scoring = sum(item.seconds for item in plan.passes if item.name == "score")
+    took = 0.0
+    for name in job.args.analyses:
+        took += loading
+        if name == "layers":
+            took += plan.seconds - scoring * (1 - min(PILOT_ROWS / plan.rows, 1))
+        elif name == "coverage":
+            rows = job.inputs.test.select(choose_test_rows(job))
+            with quiet_loading():
+                trainer = make_reference_trainer(
+                    job.reference_model, influence_args, job.inputs.pool, rows, job.reference_tokenizer
+                )
+            took += plan_influence(trainer, per_example=True).seconds
+            release(trainer)
+        else:
+            tokens = plan.num_processes * sum(item.tokens for item in plan.passes if item.name == "validation")
+            took += (NUM_ROWS + 1) * tokens * speed.token
+    return took

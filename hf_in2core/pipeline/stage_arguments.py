@@ -113,8 +113,8 @@ class TaskArguments:
     tasks: list[str] = flag("data", "Tasks of lm-eval, such as `mmlu`.", [])
     include_path: str | None = flag(
         "data",
-        "Folder with task files of lm-eval, which are then the only ones (recipes/mmlu makes one, for machines "
-        "without the Hub).",
+        "Folder with task files of lm-eval, which are then the only ones (recipes/mmlu of a clone makes one, for "
+        "machines without the Hub).",
         first=False,
     )
     num_fewshot: int | None = flag(

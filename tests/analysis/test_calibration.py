@@ -93,7 +93,7 @@ def test_where_steps_do_not_follow_influence_nothing_is_told_in_nats(tmp_path, v
 
 def test_a_change_is_told_with_its_error() -> None:
     found = {"nats_per_influence": 2e-4, "error": 0.0031, "spearman": 0.8, "rows": 16, "agrees": True}
-    assert show_step(found, -40.0) == "-0.008 ± 0.003 nats by one more step on it"
+    assert show_step(found, -40.0) == "-0.008 nats by one more step on it, within 0.003"
     assert describe_calibration(found).startswith(
         "0.0002 nats of the validation loss for an influence of 1, within 0.003"
     )

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import time
+import venv
 from pathlib import Path
 
 import pytest
@@ -133,25 +135,34 @@ def test_the_demo_runs_from_a_wheel_in_an_empty_folder(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True, timeout=300)
     target, folder = tmp_path / "installed", tmp_path / "empty"
+    venv.create(target)
+    python = str(target / "bin" / "python")
+    libraries = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True
+    )
+    # The libraries that are installed here, without what their own .pth files add: this repository.
+    (Path(libraries.stdout.strip()) / "libraries.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
     wheel = next(tmp_path.glob("*.whl"))
-    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(target), str(wheel)]
-    subprocess.run(install, check=True, capture_output=True, timeout=300)
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run([*install, "--ignore-installed"], check=True, capture_output=True, timeout=300)
     folder.mkdir()
     environment = {
-        "PYTHONPATH": str(target),
         "HF_HUB_OFFLINE": "1",
         "HOME": str(tmp_path),
         "HF_HOME": str(tmp_path / "hf"),
         "PATH": os.environ["PATH"],
     }
-    where = [sys.executable, "-c", "import hf_in2core; print(hf_in2core.__file__)"]
-    found = subprocess.run(where, capture_output=True, text=True, cwd=folder, env=environment, check=True)
-    assert Path(found.stdout.strip()).is_relative_to(target)
+    where = "import hf_in2core; from importlib.util import find_spec as f; print(hf_in2core.__file__, f('recipes'))"
+    found = subprocess.run(
+        [python, "-c", where], capture_output=True, text=True, cwd=folder, env=environment, check=True
+    )
+    source, repository = found.stdout.split()
+    assert Path(source).is_relative_to(target) and repository == "None"
     smaller = "--pool_rows 200 --uniform_rows 20 --validation_rows 16 --test_rows 20 --pretrain_steps 20"
     script = f"recipes/quickstart/generate.py --output_dir runs/quickstart/inputs {smaller}"
     flags = ["--setup_script", script, "--seeds", "0", "--max_steps", "3", "--reference_max_steps", "3"]
     answer = subprocess.run(
-        [sys.executable, str(target / "bin" / "in2core"), "demo", *flags],
+        [str(target / "bin" / "in2core"), "demo", *flags],
         capture_output=True,
         text=True,
         cwd=folder,

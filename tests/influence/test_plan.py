@@ -86,8 +86,9 @@ def test_dry_runs_print_the_plan_and_write_nothing(tmp_path, capsys) -> None:
         assert "Peak memory" in printed and "Disk" in printed
     assert "Targets" in printed and f"Test set: {NUM_TEST} rows, " in printed
     every = ["--arms", "full", "coreset", "rds", "cosine", "--reference_fraction", "0.5", "--strategy", "auto"]
-    run_command("run", "--config", config_path, "--dry_run", *every, "--auto_budget", "20")
+    every += ["--auto_budget", "20", "--analyses", "layers", "coverage", "calibration"]
+    run_command("run", "--config", config_path, "--dry_run", *every)
     printed = capsys.readouterr().out
-    for part in ("reference", "influence", "columns of methods", "tournament", "targets"):
+    for part in ("reference", "influence", "columns of methods", "analyses", "tournament", "targets"):
         assert re.search(rf"Altogether: .*[(, ]{part} \d+ s", printed), printed
     assert {path: path.stat().st_mtime_ns for path in list_files(tmp_path)} == before
