@@ -106,6 +106,7 @@ def add_trained_adapter(model: LlamaForCausalLM, seed: int = 1, **kwargs: object
     """A LoRA adapter whose B is not zero: a fresh one hides the gradients of A."""
     options: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": 0.1}
     config = LoraConfig(**{**options, **kwargs})
+    torch.manual_seed(seed)  # A is drawn too
     peft_model = get_peft_model(model, config)
     torch.manual_seed(seed)
     with torch.no_grad():
