@@ -42,6 +42,7 @@ def test_accelerate_reads_what_is_meant(name):
     assert (config.num_processes > 1) == (name in ("multi_gpu.yaml", "fsdp.yaml", "zero3.yaml"))
 
 
+@pytest.mark.slow
 def test_fsdp_reaches_the_launched_process(tmp_path):
     # One process, so that neither GPUs nor a rendezvous are needed: what counts is what the script is told.
     script = tmp_path / "script.py"
@@ -58,6 +59,7 @@ def test_fsdp_reaches_the_launched_process(tmp_path):
         assert part in done.stdout
 
 
+@pytest.mark.slow
 def test_cpu_config_launches_a_script_without_warnings(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

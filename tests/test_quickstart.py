@@ -192,6 +192,7 @@ def test_second_run_returns_at_once_and_leaves_the_files_alone(generated, capsys
     assert before == {path: path.stat().st_mtime_ns for path in generated.rglob("*")}
 
 
+@pytest.mark.slow
 def test_same_settings_give_the_same_bytes(generated, tmp_path):
     main(["--output_dir", str(tmp_path / "again"), *SMALL, "--pretrain_steps", "60"])
     assert (tmp_path / "again" / "manifest.json").read_bytes() == (generated / "manifest.json").read_bytes()

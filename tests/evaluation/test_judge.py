@@ -136,6 +136,7 @@ def test_metrics_refuse_bad_input(inputs: dict[str, Any], message: str) -> None:
         TokenAccuracy().compute(**inputs)
 
 
+@pytest.mark.slow
 def test_verdict_needs_no_torch() -> None:
     code = (
         "import sys, hf_in2core.selection.coreset, hf_in2core.evaluation.judge, hf_in2core.report.terminal\n"

@@ -356,6 +356,7 @@ def test_a_card_that_cannot_be_merged_is_left_alone(batch) -> None:
 # Several publishers
 
 
+@pytest.mark.slow
 def test_five_publishers_at_once_all_end_published(hub, client) -> None:
     hub.add_repo("dataset", "lab/five", {"README.md": OWN_CARD, "own.txt": b"own"})
     cases = []

@@ -53,6 +53,7 @@ result = vars(push_influence_dataset("ada/killed", pool, coresets=coresets, max_
 """
 
 
+@pytest.mark.slow
 def test_killed_during_the_upload_and_run_again(hub, tmp_path) -> None:
     # Two files arrive; the others are held until the client is dead, however long that takes.
     is_dead = threading.Event()
@@ -80,6 +81,7 @@ def test_killed_during_the_upload_and_run_again(hub, tmp_path) -> None:
     assert sent and stored & shards
 
 
+@pytest.mark.slow
 def test_a_reset_in_the_middle_of_a_part_of_a_large_file(hub, client) -> None:
     hub.add_user("hf_parts" + "p" * 29, "parts")
     hub.faults.append(Fault("reset", "upload", owner="parts", number=None, times=2))

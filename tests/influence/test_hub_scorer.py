@@ -72,6 +72,7 @@ def elsewhere(hub, published, tmp_path_factory) -> Iterator[HubClient]:
         yield client
 
 
+@pytest.mark.slow
 def test_a_scorer_from_the_hub_scores_a_stream_to_the_same_numbers(published, elsewhere) -> None:
     url, _, scored, chosen = published
     streamed = elsewhere.run(
@@ -273,6 +274,7 @@ def test_a_grown_pools_coresets_are_chosen_as_they_were() -> None:
     assert choose_splits(published, [0.5, 0.1], records) == {"coreset_50": turns, "coreset_10": {"fraction": 0.1}}
 
 
+@pytest.mark.slow
 def test_two_repositories_of_one_scorer_combine(hub, published, publisher) -> None:
     hub.add_repo("dataset", "ada/left", hub.repos[("dataset", "ada/scored")].files())
     publisher.run(

@@ -183,6 +183,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         module.make_parser().run(lambda _: int("three"), ["--scored", "a", "--output", "b"])
 
 
+@pytest.mark.slow
 def test_several_processes_tell_once(project: Path) -> None:
     command = [sys.executable, "-c", "from hf_in2core.commands.main import main; main()", "run"]
     command += ["--config", "my_run.yaml", "--pool", "pol.jsonl", "--num_processes", "2"]
@@ -192,6 +193,7 @@ def test_several_processes_tell_once(project: Path) -> None:
     assert said.stderr.count("Did you mean `pool.jsonl`?") == 1
 
 
+@pytest.mark.slow
 def test_the_second_run_in_a_folder_is_told(project: Path) -> None:
     """By real processes: the second is refused while the first works, and not once it was killed."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

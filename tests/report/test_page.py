@@ -365,6 +365,7 @@ def test_no_run_is_a_clear_message(tmp_path: Path, capsys: Any, content: bytes |
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", make_scored(20), make_results())
     command = [sys.executable, "-m", "hf_in2core.commands", "report"]

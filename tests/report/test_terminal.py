@@ -71,6 +71,7 @@ def test_nothing_is_lost_or_too_wide_at_any_width(show: Any, width: int) -> None
     assert "…" not in output
 
 
+@pytest.mark.slow
 def test_piped_output_is_plain_and_survives_ascii(tmp_path: Path) -> None:
     code = (
         "import json, sys\nfrom hf_in2core.report.terminal import print_results\n"

@@ -197,7 +197,7 @@ def compare(sets: Any, as_file: bool, batch: int) -> int:
 SETTINGS: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=12, **SETTINGS)
+@settings(max_examples=6, **SETTINGS)
 @given(make_sets(), st.booleans(), st.integers(1, 7))
 def test_a_row_is_the_same_on_every_way(sets: Any, as_file: bool, batch: int) -> None:
     compare(sets, as_file, batch)
