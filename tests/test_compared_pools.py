@@ -259,6 +259,34 @@ def test_outcomes_of_the_record_are_those_of_its_losses():
         assert asked == {method: set(by_seed) for method, by_seed in losses.items()}, name
 
 
+def test_draws_of_a_pool_are_pairs():
+    from benchmarks.pools.compare import compare_draws
+
+    losses = {
+        "random": [2.0, 1.5, 3.0],
+        "coreset": [1.2, 0.6, 2.1],
+        "bm25": [1.4, 0.9, 2.3],
+        "cosine": [1.0, 0.5, 2.0],
+    }
+    pools = {
+        f"unlike-{draw + 1}": {
+            "means": {arm: values[draw] for arm, values in losses.items() if arm != "bm25" or draw},
+            "tournament": {"winner": "cosine", "outcome": "won"},
+        }
+        for draw in range(3)
+    }
+    # The draw that settings were chosen on, and other pools, are no fresh draws; nor is an arm that only some have.
+    pools |= {"unlike": {"means": {"random": 9.0}}, "unlike_more-4": {"means": {"random": 9.0}}}
+    found = compare_draws(pools, "unlike")
+    assert found is not None and set(found["means"]) == {"random", "coreset", "cosine"}
+    assert found["means"]["random"] == pytest.approx(6.5 / 3) and found["taken"] == ["cosine (won)"] * 3
+    gains = np.subtract(losses["coreset"], losses["random"])
+    interval = found["intervals"]["coreset_minus_random"]
+    assert interval["mean"] == pytest.approx(gains.mean()) and interval["n"] == 3
+    assert found["missed"] == {"best": "cosine", "share": pytest.approx((1.3 - 3.5 / 3) / (6.5 / 3 - 3.5 / 3))}
+    assert compare_draws(pools, "unlike_more") is None
+
+
 def test_what_is_missed_of_the_best_gain():
     pytest.importorskip("matplotlib")
     from benchmarks.pools.compare import find_missed

@@ -2,18 +2,22 @@
 
     python benchmarks/pools/compare.py --rank [--pools unlike …] [--pool_seeds 0] [--methods encoder less]
     python benchmarks/pools/compare.py --train [--pools unlike …] [--pool_seeds 0 1] [--arms full bm25 rds cosine]
+    python benchmarks/pools/compare.py --train --pool_seeds 1 2 3 4 5 --seeds 0 --arms bm25 rds encoder cosine
 
 `--rank` scores each pool by every method and prints, of the rows chosen by it, the share of useful and harmful
 rows: `pools_ranked.json`. `--train` runs `in2core run --strategy auto` on it, with some arms beside the choice:
-`pools_trained.json`. What the records say of other pools stays, and of methods and arms that were measured before; the
-same command resumes.
+`pools_trained.json`, where several fresh draws of a pool (`--pool_seeds`; 0 is the draw that settings were chosen on)
+are compared too, each draw a pair. What the records say of other pools stays, and of methods and arms that were
+measured before; the same command resumes.
 """
 
 import argparse
 import json
 import math
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +175,31 @@ def train_pool(
     }
 
 
+def compare_draws(pools: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """
+    Some fresh draws of a pool together: a draw is a pair, with the mean over its targets' seeds.
+
+    `None` where there are fewer than two. `missed` as of [`find_missed`], and intervals of each arm less random rows
+    and of `cosine` less each.
+    """
+    draws = {found: pools[found] for found in pools if re.fullmatch(rf"{name}-\d+", found)}
+    if len(draws) < 2:
+        return None
+    arms = [arm for arm in METHODS if all(arm in pool["means"] for pool in draws.values())]
+    losses = {arm: {draw: pool["means"][arm] for draw, pool in draws.items()} for arm in ("random", "coreset", *arms)}
+    pairs = [(arm, "random") for arm in losses] + [(first, arm) for first in ("coreset", "cosine") for arm in losses]
+    taken = [f"{pool['tournament']['winner']} ({pool['tournament']['outcome']})" for pool in draws.values()]
+    return {
+        "draws": list(draws),
+        "taken": taken,
+        "means": {arm: float(np.mean(list(by_draw.values()))) for arm, by_draw in losses.items()},
+        "missed": find_missed(losses),
+        "intervals": {
+            f"{a}_minus_{b}": compare_losses(losses[a], losses[b]) for a, b in pairs if a != b and a in losses
+        },
+    }
+
+
 def find_missed(losses: dict[str, Any]) -> dict[str, Any] | None:
     """
     The share of the best arm's gain on random rows that the coreset misses: (coreset - best) / (random - best).
@@ -234,13 +263,27 @@ def show_trained(found: dict[str, Any]) -> None:
     rows = []
     for name, pool in found.items():
         means = [f"{pool['means'][arm]:.3f}" if arm in pool["means"] else "" for arm in arms]
-        gain = pool["intervals"].get("cosine_minus_random") or {"mean": math.nan, "half_width": math.nan}
+        gain = pool["intervals"].get("cosine_minus_random") or {"mean": math.nan, "half_width": None}
+        half_width = "" if gain["half_width"] is None else f"{gain['half_width']:.3f}"
         tournament, commits = pool["tournament"], ", ".join(dict.fromkeys(pool["commits"].values()))
         took = f"{tournament['winner']} ({tournament['outcome']})"
         missed = f"{pool['missed']['share']:.2f}" if pool.get("missed") else ""
-        rows += [[f"`{name}`", took, *means, missed, f"{gain['mean']:+.3f}", f"{gain['half_width']:.3f}", commits]]
+        rows += [[f"`{name}`", took, *means, missed, f"{gain['mean']:+.3f}", half_width, commits]]
     columns = ["missed of the best gain", "cosine less random", "half its interval", "commits"]
     show_table(["pool", "`auto` took", *arms, *columns], rows)
+
+
+def show_draws(found: dict[str, Any]) -> None:
+    """Fresh draws of each pool together."""
+    arms = list(dict.fromkeys(arm for draws in found.values() for arm in draws["means"]))
+    rows = []
+    for name, draws in found.items():
+        means = [f"{draws['means'][arm]:.3f}" if arm in draws["means"] else "" for arm in arms]
+        gain = draws["intervals"]["coreset_minus_random"]
+        missed = f"{draws['missed']['share']:.2f}" if draws["missed"] else ""
+        taken = ", ".join(f"{what} {count}" for what, count in Counter(draws["taken"]).items())
+        rows += [[f"`{name}`", taken, *means, missed, f"{gain['mean']:+.3f}", f"{gain['half_width']:.3f}"]]
+    show_table(["pool", "`auto` took", *arms, "missed of the best gain", "`auto` less random", "half"], rows)
 
 
 def main() -> None:
@@ -275,9 +318,13 @@ def main() -> None:
                     else train_pool(folder, args.arms, args.seeds, args.auto_budget, before)
                 )
                 known["pools"][folder.name] = found
+                if kind == "trained" and (draws := compare_draws(known["pools"], name)) is not None:
+                    known.setdefault("draws", {})[name] = draws
                 write_results(path, **known)
         if wanted:
             (show_ranked if kind == "ranked" else show_trained)(known["pools"])
+        if wanted and known.get("draws"):
+            show_draws(known["draws"])
         if wanted and kind == "ranked":
             draw_ranked(known["pools"], args.figures / "pools_ranked.png")
 
