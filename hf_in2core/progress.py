@@ -49,7 +49,8 @@ def get_bar_settings(shown: bool = True, brief: bool = False) -> dict[str, Any]:
         "leave": not brief,
         "disable": not (shown and wanted) or os.environ.get("RANK", "0") != "0",
         "mininterval": OFTEN if terminal else MINUTE,
-        "delay": MINUTE if brief and not terminal else 0.0,
+        # Lines begin with the first that tells something: none of nothing done, at no rate.
+        "delay": 0.0 if terminal else MINUTE if brief else OFTEN,
     }
 
 

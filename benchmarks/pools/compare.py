@@ -186,7 +186,9 @@ def compare_draws(pools: dict[str, Any], name: str) -> dict[str, Any] | None:
     if len(draws) < 2:
         return None
     arms = [arm for arm in METHODS if all(arm in pool["means"] for pool in draws.values())]
-    losses = {arm: {draw: pool["means"][arm] for draw, pool in draws.items()} for arm in ("random", "coreset", *arms)}
+    losses: dict[str, Any] = {
+        arm: {draw: pool["means"][arm] for draw, pool in draws.items()} for arm in ("random", "coreset", *arms)
+    }
     pairs = [(arm, "random") for arm in losses] + [(first, arm) for first in ("coreset", "cosine") for arm in losses]
     taken = [f"{pool['tournament']['winner']} ({pool['tournament']['outcome']})" for pool in draws.values()]
     return {

@@ -4,6 +4,7 @@ import difflib
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run_here(name: str, flags: Sequence[str]) -> None:
     """Run a command in this process."""
+    # Of the libraries to each other: nothing that a user could do about.
+    warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning)
     module = import_module(f"hf_in2core.commands.{name.replace('-', '_')}")
     module.make_parser().run(module.main, flags)
 

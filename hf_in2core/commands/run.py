@@ -41,7 +41,7 @@ def main(settings: Settings) -> None:
     from hf_in2core.pipeline.methods import list_columns
     from hf_in2core.pipeline.next_steps import say_next
     from hf_in2core.pipeline.planning import plan_run
-    from hf_in2core.pipeline.run_folder import join_processes, run_setup_script, warn
+    from hf_in2core.pipeline.run_folder import join_processes, leaving_nothing, run_setup_script, warn
     from hf_in2core.pipeline.steps import (
         compute_reference_losses,
         evaluate_base,
@@ -63,7 +63,8 @@ def main(settings: Settings) -> None:
         run_setup_script(args.setup_script)
     job = check(settings)
     if args.dry_run:
-        plan_run(job, begun)
+        with leaving_nothing(job.folder):
+            plan_run(job, begun)
         return
 
     # The reference model tells which rows of the pool lower the validation loss.

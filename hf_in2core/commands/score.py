@@ -37,7 +37,7 @@ def main(settings: Settings) -> None:
     from hf_in2core.pipeline.inputs import check_pool_columns, keep_good_rows, load_validation
     from hf_in2core.pipeline.methods import Reference, add_columns, check_methods, list_columns, needs_queries
     from hf_in2core.pipeline.models import check_adapter, load_tokenizer
-    from hf_in2core.pipeline.run_folder import join_processes, lock_folder, say, written_folder
+    from hf_in2core.pipeline.run_folder import join_processes, leaving_nothing, lock_folder, say, written_folder
     from hf_in2core.pipeline.training import compute_influence, make_influence_trainer, score_with
     from hf_in2core.rows.preparation import Preparation
     from hf_in2core.rows.sources import load_raw_rows, parse_named_sources
@@ -75,7 +75,8 @@ def main(settings: Settings) -> None:
         }
         inputs = (model_args, influence_args, args.reference_adapter, pool, validation, tokenizer)
         if args.dry_run:
-            say(str(plan_influence(make_influence_trainer(*inputs), per_query)))
+            with leaving_nothing(folder):
+                say(str(plan_influence(make_influence_trainer(*inputs), per_query)))
             return
         lock_folder(folder)
         scorer, scored, seconds = compute_influence(*inputs, per_query, args.checkpoints)

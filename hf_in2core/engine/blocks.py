@@ -289,6 +289,11 @@ def select_blocks(blocks: Blocks, influence_layers: str | list[int] | None, num_
     else:
         chosen = [layer + num_layers if layer < 0 else layer for layer in influence_layers]
     missing = sorted(set(chosen) - {block.layer for block in blocks.values() if block.layer is not None})
+    if beyond := [layer for layer in missing if not 0 <= layer < num_layers]:
+        raise ValueError(
+            f"`influence_layers={influence_layers!r}` names layers {beyond}, but the model has layers 0 to "
+            f"{num_layers - 1}. Choose among these, or leave it out for all layers."
+        )
     if missing:
         raise ValueError(
             f"`influence_layers={influence_layers!r}` names layers {missing}, which carry no trainable tensor; the "

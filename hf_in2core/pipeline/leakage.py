@@ -37,9 +37,9 @@ def refuse_same_source(args: In2CoreArguments, validation_sources: Mapping[str, 
             if args.allow_overlap or flag == other_flag or _identify_source(source) != _identify_source(other):
                 continue
             does = "select" if flag == "--validation" else "judge"
-            why = "judge what they selected" if other_flag == "--test" else "be trained on"
+            why = "judge what they selected" if other_flag == "--test" else "be trained on as well"
             raise ValueError(
-                f"{flag} and {other_flag} name the same source ({source}): the rows that {does} would also {why}. "
+                f"{flag} and {other_flag} name the same source ({source}): all of its rows would {does} and {why}. "
                 "Give each rows of its own, for example by splitting the file; --allow_overlap goes on, and the "
                 "results say so."
             )

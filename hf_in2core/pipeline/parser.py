@@ -311,14 +311,19 @@ class RecipeParser:
 
     def _refuse(self, name: str | None, token: str, what: str) -> NoReturn:
         if name is None:
-            hint = " Several files of rows are given as the folder that they lie in." if Path(token).exists() else ""
+            hint = ""
+            if Path(token).is_dir():
+                hint = " A folder is given by the flag that reads it; see --help."
+            elif Path(token).exists():
+                hint = " Several files of rows are given as the folder that they lie in."
             self.error(f"unexpected value `{token}`.{hint}")
         name = name.replace("-", "_")
         reason = REFUSED.get(name.removeprefix("reference_"))
         if reason is not None:
             self.error(f"`{token}` is not accepted: {reason}.")
         close = difflib.get_close_matches(name, sorted(action.dest for action in self._parser._actions), n=1)
-        hint = f"Did you mean `{close[0]}`?" if close else "See --help."
+        dashes = "--" if token.startswith("--") else ""
+        hint = f"Did you mean `{dashes}{close[0]}`?" if close else "See --help."
         self.error(f"unknown {what} `{token}`. {hint}")
 
 

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,19 @@ def lock_folder(folder: Path) -> None:
             f"{folder} is in use: another in2core command is at work in it, and two would write over each other. Wait "
             "until it ends (one that was killed holds nothing), or give another --output_dir."
         )
+
+
+@contextmanager
+def leaving_nothing(folder: Path) -> Iterator[None]:
+    """Trainers make their folder: take it away again where it was not there before, and is empty."""
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    finally:
+        if PartialState().is_main_process:
+            for place in new:
+                with suppress(OSError):
+                    place.rmdir()
 
 
 def say(message: str) -> None:

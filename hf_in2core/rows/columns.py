@@ -220,6 +220,22 @@ def list_read_columns(names: Iterable[str], columns: list[str] | None) -> list[s
     return [name for name in names if name in read]
 
 
+def _advise(names: list[str], missing: list[str], columns: list[str] | None) -> str:
+    """What to do where a mapping reads columns that are not there."""
+    near = [(name, difflib.get_close_matches(name, names, n=1)) for name in missing]
+    if all(found for _, found in near):
+        return " ".join(f"Did you mean `{found[0]}` for `{name}`?" for name, found in near)
+    try:
+        list_format_columns(names)
+    except ValueError:
+        example = EXAMPLES.get(get_preset(columns) or "", EXAMPLE)
+        return f"Name the right columns with `columns`, for example `--columns {example}`."
+    return (
+        "It is in one of TRL's formats already: where only some of the sets need `columns`, add `or trl` "
+        f"(`--columns {' '.join(columns or [])} {OR} {AS_IS}`); where none does, leave it out."
+    )
+
+
 def check_sources(names: Iterable[str], columns: list[str] | None) -> None:
     """
     Check that rows have the columns that a mapping reads, and that what they become is one of TRL's formats.
@@ -238,8 +254,7 @@ def check_sources(names: Iterable[str], columns: list[str] | None) -> None:
     if missing:
         raise ValueError(
             f"{f'The preset `{preset}`' if preset else f'`columns={columns}`'} needs the column(s) "
-            f"{', '.join(missing)}, but the dataset has: {', '.join(names)}. Name the right columns with `columns`, "
-            f"for example `--columns {EXAMPLES.get(preset or '', EXAMPLE)}`."
+            f"{', '.join(missing)}, but the dataset has: {', '.join(names)}. {_advise(names, missing, columns)}"
         )
     if preset is None:
         list_format_columns(sources or names)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import constants
+
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 SHOWN_NAMES = 6
@@ -79,4 +81,6 @@ def named_place(what: str, source: str, needed: str, remedy: str) -> Iterator[No
         reason = " ".join(str(error).split()) or type(error).__name__
         if path.is_dir():
             raise ValueError(f"{subject} ({type(error).__name__}: {reason}). {remedy}") from error
+        if constants.HF_HUB_OFFLINE:
+            reason = "it is not in the cache, and HF_HUB_OFFLINE forbids to ask the Hub."
         raise FileNotFoundError(f"{subject}: {describe_missing(source)} As a Hub id: {reason} {remedy}") from error

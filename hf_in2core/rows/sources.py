@@ -1,7 +1,9 @@
 """Rows from wherever a user has them: Hub ids, saved datasets, folders and files; and rows that sets share."""
 
+import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,9 @@ def load_rows(
         if path is None:
             dataset = _load_from_hub(source, revision)
         else:
-            dataset = _load_local(path, split, {*TEXT_COLUMNS, *(item.partition("=")[2] for item in columns or [])})
+            with _told_here():
+                texts = {*TEXT_COLUMNS, *(item.partition("=")[2] for item in columns or [])}
+                dataset = _load_local(path, split, texts)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"The {what} `{source}` cannot be loaded: {error}") from error
     except SourceError as error:
@@ -95,6 +99,17 @@ def load_rows(
     if len(dataset) == 0:
         raise ValueError(f"The {what} `{source}` has no rows. Check the file or the split's name.")
     return dataset
+
+
+@contextmanager
+def _told_here() -> Iterator[None]:
+    """Without the line that the reader of JSON logs before it raises: the error says more."""
+    reader = logging.getLogger("datasets.packaged_modules.json.json")
+    before, reader.disabled = reader.disabled, True
+    try:
+        yield
+    finally:
+        reader.disabled = before
 
 
 def load_raw_rows(source: str, what: str, columns: list[str] | None = None, revision: str | None = None) -> Dataset:

@@ -71,7 +71,7 @@ def test_dry_runs_print_the_plan_and_write_nothing(tmp_path, capsys) -> None:
     config_path = write_config(tmp_path, config)
     model = AutoModelForCausalLM.from_pretrained(config["model_name_or_path"])
     add_trained_adapter(model).save_pretrained(tmp_path / "adapter")
-    before = {path: path.stat().st_mtime_ns for path in list_files(tmp_path)}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     tokenizer = make_tokenizer()
     shared = [f"--{name}={config[name]}" for name in ("model_name_or_path", "pool", "output_dir")]
     shared += ["--validation", *config["validation"], "--reference_adapter", str(tmp_path / "adapter"), "--dry_run"]
@@ -91,4 +91,4 @@ def test_dry_runs_print_the_plan_and_write_nothing(tmp_path, capsys) -> None:
     printed = capsys.readouterr().out
     for part in ("reference", "influence", "columns of methods", "analyses", "tournament", "targets"):
         assert re.search(rf"Altogether: .*[(, ]{part} \d+ s", printed), printed
-    assert {path: path.stat().st_mtime_ns for path in list_files(tmp_path)} == before
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

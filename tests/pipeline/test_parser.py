@@ -185,8 +185,8 @@ def test_reference_prefix_changes_the_reference_alone() -> None:
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--learning_rte", "1"], "unknown flag `--learning_rte`. Did you mean `learning_rate`?"),
-        (["--reference_lerning_rate", "1"], "Did you mean `reference_learning_rate`?"),
+        (["--learning_rte", "1"], "unknown flag `--learning_rte`. Did you mean `--learning_rate`?"),
+        (["--reference_lerning_rate", "1"], "Did you mean `--reference_learning_rate`?"),
         (["--frac", "0.5"], "unknown flag `--frac`"),
         (["--hub_token", "secret"], "HF_TOKEN"),
         (["--push_to_hub"], "--hub_id"),

@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 from helpers import CHAT_TEMPLATE, make_tokenizer, make_trainer
 
 from hf_in2core.rows.checks import check_rows
-from hf_in2core.rows.columns import apply_columns, check_columns, map_row
+from hf_in2core.rows.columns import apply_columns, check_columns, check_sources, map_row
 from hf_in2core.rows.doubts import say_doubts
 from hf_in2core.rows.hashes import hash_rows, hash_set, hash_value
 from hf_in2core.rows.preparation import Preparation, prepare_batch
@@ -328,3 +328,18 @@ def test_sets_of_different_formats(tokenizer) -> None:
         check_columns(["openai", "alpac"])
     with pytest.raises(ValueError, match="neither a preset"):
         check_columns(["alpaca", "or"])
+
+
+@pytest.mark.parametrize(
+    ("names", "columns", "remedy"),
+    [
+        (["prompt", "completion"], ["alpaca"], r"in one of TRL's formats already: .* \(`--columns alpaca or trl`\)"),
+        (["prompt", "completion"], ["prompt=promt", "completion=completion"], "Did you mean `prompt` for `promt`"),
+        (["q", "a"], ["prompt=question", "completion=answer"], "Name the right columns with `columns`, for example"),
+    ],
+)
+def test_a_mapping_of_other_columns_is_answered_with_what_helps(
+    names: list[str], columns: list[str], remedy: str
+) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        check_sources(names, columns)
