@@ -24,8 +24,7 @@ from scipy.stats import rankdata
 from hf_in2core import InfluenceTrainer
 from hf_in2core.analysis.coverage import compute_coverage, compute_similarity_coverage
 from hf_in2core.engine.losses import compute_row_losses
-from hf_in2core.evaluation.intervals import compute_rank_correlation
-from hf_in2core.evaluation.judge import compute_confidence_interval
+from hf_in2core.evaluation.intervals import compute_confidence_interval, compute_rank_correlation
 from hf_in2core.rows.sources import load_rows
 
 

@@ -30,8 +30,7 @@ from hf_in2core.analysis.layers import (
 from hf_in2core.engine.batches import CPU_TOKENS
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.scoring import run_score_pass
-from hf_in2core.evaluation.intervals import compute_rank_correlation
-from hf_in2core.evaluation.judge import compute_confidence_interval
+from hf_in2core.evaluation.intervals import compute_confidence_interval, compute_rank_correlation
 
 
 COLOURS = {"first": "#CC79A7", "last": "#0072B2", "middle": "#009E73", "spread": "#E69F00", "greedy": "#000000"}

@@ -25,7 +25,7 @@ from trl.trainer.utils import create_model_from_path
 from hf_in2core import InfluenceConfig, InfluenceScorer, InfluenceTrainer
 from hf_in2core.engine.losses import compute_row_losses
 from hf_in2core.engine.sharding import is_sharded, is_sharding_launch, save_adapter, shard_model
-from hf_in2core.evaluation.judge import TokenAccuracy, TokenPerplexity
+from hf_in2core.evaluation.metrics import TokenAccuracy, TokenPerplexity
 from hf_in2core.hub.checks import find_revision
 from hf_in2core.influence.config import AUTOCAST_DTYPES, choose_autocast
 from hf_in2core.influence.cosines import OPTIMIZER
