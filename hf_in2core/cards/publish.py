@@ -16,8 +16,8 @@ from huggingface_hub.utils import HfHubHTTPError
 
 from hf_in2core.evaluation.formats import get_object, read_object
 from hf_in2core.hub.checks import check_can_push, check_names, get_data_folder
-from hf_in2core.hub.commits import Head, Publication, is_main_process, list_folder, publish_files, refuse_secrets
-from hf_in2core.hub.state import call_with_retries, check_inside, get_status
+from hf_in2core.hub.commits import Publication, is_main_process, publish_files, refuse_secrets
+from hf_in2core.hub.state import Head, call_with_retries, check_inside, get_status, list_folder
 from hf_in2core.names import INFLUENCE, REPLAY, RESULTS, VALIDATION, get_prefix, name_validation_config
 from hf_in2core.selection.coreset import select_coreset
 from hf_in2core.selection.record import Coreset

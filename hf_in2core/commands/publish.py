@@ -27,7 +27,8 @@ def main(settings: Settings) -> None:
     from datasets import load_from_disk
 
     from hf_in2core import push_influence_dataset
-    from hf_in2core.hub.commits import check_can_push, is_main_process
+    from hf_in2core.hub.checks import check_can_push
+    from hf_in2core.hub.commits import is_main_process
     from hf_in2core.rows.places import describe_missing
     from hf_in2core.selection.record import describe_choice, take_coresets
 

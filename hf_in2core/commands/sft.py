@@ -30,7 +30,9 @@ def main(settings: Settings) -> None:
 
     from hf_in2core import InfluenceConfig, select_coreset
     from hf_in2core.evaluation.tasks import check_task_settings
-    from hf_in2core.hub.commits import Head, check_can_push, list_folder, publish_files, read_head
+    from hf_in2core.hub.checks import check_can_push
+    from hf_in2core.hub.commits import publish_files
+    from hf_in2core.hub.state import Head, list_folder, read_head
     from hf_in2core.influence.checks import check_launcher
     from hf_in2core.pipeline.arm_tasks import describe_scores, evaluate_on_tasks, load_given_tasks
     from hf_in2core.pipeline.inputs import check_trainable, keep_good_rows
@@ -112,7 +114,7 @@ def prepare_card(
     """The model's card as a function of the one that is there, with the comparison published beside its rows."""
     from hf_in2core.cards.model import add_task_results, render_target_model_card
     from hf_in2core.evaluation.formats import read_object
-    from hf_in2core.hub.commits import read_head
+    from hf_in2core.hub.state import read_head
     from hf_in2core.pipeline.run_folder import read_json
     from hf_in2core.rows.sources import find_hub_id
 
