@@ -152,7 +152,8 @@ def time_trainer(num_rows: int, folder: Path, repetitions: int) -> list[dict[str
     told: dict[str, str] = {}
 
     def score(name: str, fit_examples: str | None) -> None:
-        trainer.args.fit_examples, trainer._scorer = fit_examples, None
+        trainer.forget()
+        trainer.args.fit_examples = fit_examples
         shutil.rmtree(folder / "influence", ignore_errors=True)
         trainer.score_influence()
         config = trainer.fit_influence().config

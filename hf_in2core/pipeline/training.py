@@ -258,7 +258,7 @@ def release(trainer: SFTTrainer) -> None:
     trainer.model = trainer.model_wrapped = None  # type: ignore[assignment]
     trainer.callback_handler.model = None
     if isinstance(trainer, InfluenceTrainer):
-        trainer._last_passes = None
+        trainer.forget()
     trainer.accelerator.free_memory()
 
 
