@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from common import make_parser, print_table, write_results
 from datasets import Dataset, disable_progress_bars
+from fidelity import share_kept
 from peft import PeftModel
 from plain_training import Schedule, find_sources, prepare_source, train_on
 from scipy.stats import spearmanr
@@ -120,7 +121,7 @@ def measure_rounding(folder: Path, args: Any) -> list[dict[str, Any]]:
                 "bytes per element": runs.measure_bytes(name) / len(pool) / runs.elements,
                 "relative error of the scores": float(np.linalg.norm(scores - exact) / np.linalg.norm(exact)),
                 "Spearman of the scores": float(spearmanr(scores, exact).statistic),
-                "same strongest quarter": _share(scores, exact),
+                "same strongest quarter": share_kept(scores, exact, len(exact) // 4),
                 "store_error": config.store_error,
                 "store_agreement": config.store_agreement,
             }
@@ -132,12 +133,6 @@ def measure_rounding(folder: Path, args: Any) -> list[dict[str, Any]]:
         with grouped(size):
             measure(f"int8, {name}", 1.2)
     return rows
-
-
-def _share(scores: np.ndarray, exact: np.ndarray) -> float:
-    """Share of the strongest quarter that both have."""
-    count = len(exact) // 4
-    return len(set(np.argsort(scores)[:count]) & set(np.argsort(exact)[:count])) / count
 
 
 def main() -> None:

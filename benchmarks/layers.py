@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from common import make_parser, parse_run, print_table, save_figure, show, write_results
+from fidelity import share_kept
 from references import REFERENCE_QUICK, make_trainer, train_references
 
 from hf_in2core import InfluenceTrainer
@@ -59,13 +60,6 @@ def correlate(first: np.ndarray, second: np.ndarray) -> float:
     return compute_rank_correlation(first, second)["estimate"] or 0.0
 
 
-def share_kept(first: np.ndarray, second: np.ndarray) -> float:
-    """Share of the rows of one coreset at a quarter of the pool that the other keeps too."""
-    quarter = max(len(first) // 4, 1)
-    kept = [set(np.argsort(column, kind="stable")[:quarter].tolist()) for column in (first, second)]
-    return len(kept[0] & kept[1]) / quarter
-
-
 def time_passes(trainer: InfluenceTrainer, layers: list[int] | None, rows: int) -> float:
     """CPU seconds of validation, fit and score pass over the first rows of the pool through some layers."""
     trainer.args.influence_layers = layers
@@ -91,7 +85,7 @@ def measure_reference(
             "layers": layers,
             "memory": scores.measure_memory(layers),
             "spearman": correlate(influence, everything),
-            "kept": share_kept(influence, everything),
+            "kept": share_kept(influence, everything, max(len(influence) // 4, 1)),
         }
 
     sets = [
