@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from common import make_parser, print_table, write_results
-from datasets import Dataset, disable_progress_bars
+from common import make_parser, print_table, set_up, write_results
+from datasets import Dataset
 from fidelity import share_kept
 from peft import PeftModel
 from plain_training import Schedule, find_sources, prepare_source, train_on
@@ -141,10 +140,7 @@ def main() -> None:
     parser.add_argument("--pool")
     parser.add_argument("--validation")
     parser.add_argument("--second", help="Another validation set; the same by default.")
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    disable_progress_bars()
+    args = set_up(parser)
     with tempfile.TemporaryDirectory() as folder:
         rounding = measure_rounding(Path(folder), args)
         print_table("Rounding", rounding)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import make_parser, parse_run, print_table, save_figure, show, write_results
+from common import group, make_parser, parse_run, print_table, save_figure, show, write_results
 from fidelity import share_kept
 from references import REFERENCE_QUICK, make_trainer, train_references
 
@@ -112,9 +112,7 @@ def measure_reference(
 
 def summarise(results: dict[str, Any]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """The two tables: sets of layers, and choices under a budget."""
-    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for row in results["sets"]:
-        groups.setdefault((row["count"], row["chosen"]), []).append(row)
+    groups = group(results["sets"], "count", "chosen")
     tables: tuple[list[dict[str, str]], list[dict[str, str]]] = ([], [])
     for (count, name), found in sorted(groups.items(), key=lambda item: item[0][0]):
         seconds = results["seconds"].get(f"{name} {count}")
@@ -131,10 +129,8 @@ def summarise(results: dict[str, Any]) -> tuple[list[dict[str, str]], list[dict[
                 "rows kept in common": show([row["kept"] for row in found]),
             }
         )
-    budgets: dict[float, list[dict[str, Any]]] = {}
-    for row in results["choices"]:
-        budgets.setdefault(round(row["budget"], 3), []).append(row)
-    for budget, found in budgets.items():
+    choices = [row | {"budget": round(row["budget"], 3)} for row in results["choices"]]
+    for (budget,), found in group(choices, "budget").items():
         tables[1].append(
             {
                 "budget": f"{budget:.0%}",
