@@ -16,10 +16,10 @@ import torch
 from common import make_parser, report
 from gpu import RANK, make_shape
 from peft import LoraConfig, PeftModel, get_peft_model
-from speed import compute_mean_gradients, run_plain
+from speed import run_plain
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
-from workload import make_passes, make_rows
+from workload import compute_mean_gradients, make_passes, make_rows
 
 from hf_in2core.engine.batches import collate, read_token_rows
 from hf_in2core.engine.blocks import find_blocks

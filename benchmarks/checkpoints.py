@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import make_parser, parse_run, print_table, save_figure, show, write_results
+from common import group, make_parser, parse_run, print_table, save_figure, show, write_results
 from datasets import concatenate_datasets
 from plain_training import compute_influence, keep_gradients
 from references import REFERENCE_QUICK
@@ -184,11 +184,8 @@ def read_reference(settings: Settings, read_at: list[int], validation_tasks: lis
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Mean and 95 % interval over seeds, by step and estimator."""
-    groups: dict[tuple[Any, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["step"], row["ranked by"]), []).append(row)
     table = []
-    for (step, name), found in groups.items():
+    for (step, name), found in group(rows, "step", "ranked by").items():
         table.append(
             {
                 "step": str(step),

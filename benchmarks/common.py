@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from datasets import disable_progress_bars
+
 from hf_in2core.evaluation.intervals import compare_losses, compute_confidence_interval
 from hf_in2core.pipeline import comparison
 from hf_in2core.pipeline.parser import Settings, make_run_parser
@@ -51,6 +54,24 @@ def parse_run(parser: argparse.ArgumentParser, name: str, quick: Iterable[str]) 
 def describe_machine() -> dict[str, Any]:
     """What the numbers were measured on, and when."""
     return {**comparison.describe_machine(), "date": time.strftime("%Y-%m-%d")}
+
+
+def set_up(
+    parser: argparse.ArgumentParser, flag: str = "--output_dir", default: str = "benchmarks/results"
+) -> argparse.Namespace:
+    """The flags, that of where to write among them; from here on one thread and no bars of datasets."""
+    parser.add_argument(flag, type=Path, default=Path(default))
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    return parser.parse_args()
+
+
+def group(rows: Iterable[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """The rows of every combination of the values of some columns, in the order in which these are met."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
 
 
 class Found:

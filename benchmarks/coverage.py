@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import make_parser, parse_run, print_table, save_figure, write_results
+from common import group, make_parser, parse_run, print_table, save_figure, write_results
 from datasets import Dataset
 from references import REFERENCE_QUICK, make_trainer, train_references
 from scipy.stats import rankdata
@@ -24,8 +24,7 @@ from scipy.stats import rankdata
 from hf_in2core import InfluenceTrainer
 from hf_in2core.analysis.coverage import compute_coverage, compute_similarity_coverage
 from hf_in2core.engine.losses import compute_row_losses
-from hf_in2core.evaluation.intervals import compute_rank_correlation
-from hf_in2core.evaluation.judge import compute_confidence_interval
+from hf_in2core.evaluation.intervals import compute_confidence_interval, compute_rank_correlation
 from hf_in2core.rows.sources import load_rows
 
 
@@ -109,11 +108,8 @@ def measure_reference(
 
 def summarise(found: list[dict[str, Any]]) -> list[dict[str, str]]:
     """One row per method and aggregation: mean over seeds, mean interval over test rows, spread over seeds."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in found:
-        groups.setdefault((row["method"], row["coverage"]), []).append(row)
     table = []
-    for (method, column), rows in groups.items():
+    for (method, column), rows in group(found, "method", "coverage").items():
         line = {"coverage by": method, "aggregation": AGGREGATIONS[column]}
         for outcome in OUTCOMES:
             for among in ("all rows", "within tasks"):

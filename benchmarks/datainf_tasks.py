@@ -20,18 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Found, make_parser, print_table, show
-from datasets import Dataset, disable_progress_bars
+from common import Found, group, make_parser, print_table, set_up, show
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from plain_training import compute_query_influence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_in2core.engine.batches import iterate_batches, plan_batches, read_token_rows
-from hf_in2core.engine.blocks import find_blocks
-from hf_in2core.engine.fit import run_fit_pass
 from hf_in2core.engine.losses import compute_row_losses, compute_token_nll, compute_token_weights
-from hf_in2core.engine.passes import Passes
-from hf_in2core.engine.scoring import run_score_pass
-from hf_in2core.engine.validation import run_per_example_validation_pass
 from hf_in2core.evaluation.judge import compute_auc
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.selection.similarities import compute_rds_similarities
@@ -113,14 +109,8 @@ def measure(influence: np.ndarray, same: np.ndarray) -> dict[str, float]:
 
 def score(model: Any, train: Dataset, test: Dataset) -> dict[str, np.ndarray]:
     """Influence `[n, Q]` of every training row on every test row, by method; negative = proponent."""
-    passes = Passes(model, find_blocks(model, "default"), "mean", 4096, chunk_size=10**6, show_progress=False)
-    v = run_per_example_validation_pass(passes, test, "queries")
-    u = {name: value.float() for name, value in run_fit_pass(passes, train, v, 0.1, None, 0).ihvp.items()}
-    found = {
-        "DataInf": run_score_pass(passes, train, u, cosine=False).influence,
-        "gradient dot": run_score_pass(passes, train, v, cosine=False).influence,
-        "gradient cosine": run_score_pass(passes, train, v, cosine=True).influence,
-    }
+    estimators = {"DataInf": "datainf", "gradient dot": "gradient_dot", "gradient cosine": "gradient_cosine"}
+    found = {name: compute_query_influence(model, train, test, estimator) for name, estimator in estimators.items()}
     return found | {"RDS+": -compute_rds_similarities(train, test, model).T}
 
 
@@ -184,24 +174,17 @@ def main() -> None:
     )
     parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/datainf_tasks.json"))
-    args = parser.parse_args()
+    args = set_up(parser, "--output", "benchmarks/results/datainf_tasks.json")
     if args.quick:
         args.seeds, args.read_at = [0], [0, 1]
-    torch.set_num_threads(1)
-    disable_progress_bars()
     found = Found(args.output, args, ("output", "seeds", "quick", "loss_on"))
     for seed in args.seeds:
         for loss_on in args.loss_on:
             if not found.has(**{"loss on": loss_on, "seed": seed}):
                 found.add(run(args, seed, loss_on == "answer"))
-    groups: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
-    for row in found.rows:
-        if row["seed"] not in args.seeds or row["loss on"] not in args.loss_on:
-            continue
-        groups.setdefault((row["loss on"], row["epochs"], row["method"]), []).append(row)
+    asked = [row for row in found.rows if row["seed"] in args.seeds and row["loss on"] in args.loss_on]
     table = []
-    for (loss_on, epochs, method), rows in groups.items():
+    for (loss_on, epochs, method), rows in group(asked, "loss on", "epochs", "method").items():
         loss = np.mean([row["test loss"] for row in rows])
         line = {"loss on": loss_on, "epochs": epochs, "test loss": f"{loss:.2f}", "method": method}
         table.append(line | {"AUC": show(row["auc"] for row in rows), "recall": show(row["recall"] for row in rows)})

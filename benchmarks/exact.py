@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import make_parser, print_table, save_figure, show, write_results
-from datasets import disable_progress_bars
+from common import group, make_parser, print_table, save_figure, set_up, show, write_results
 from plain_training import Schedule, find_sources, keep_gradients, prepare_source, train_on
 from scipy.stats import spearmanr
 
@@ -47,15 +46,7 @@ def compare(grams: list[tuple[torch.Tensor, torch.Tensor, int]], n: int, damping
     }
 
 
-def group(found: list[dict[str, Any]]) -> dict[tuple[int, int, float], list[dict[str, Any]]]:
-    """The seeds of every setting (rank, rows, damping)."""
-    groups: dict[tuple[int, int, float], list[dict[str, Any]]] = {}
-    for row in found:
-        groups.setdefault((row["rank"], row["rows"], row["damping_scale"]), []).append(row)
-    return groups
-
-
-def summarise(groups: dict[tuple[int, int, float], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def summarise(groups: dict[tuple[Any, ...], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """One line per setting."""
     smallest = min(n for _, n, _ in groups)
     lines = []
@@ -80,14 +71,11 @@ def main() -> None:
     parser.add_argument("--damping_scales", type=float, nargs="+", default=[0.01, 0.1, 1.0, 10.0, 100.0])
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/exact"))
-    args = parser.parse_args()
+    args = set_up(parser, "--output", "benchmarks/results/exact")
     if args.quick:
         args.ranks, args.rows, args.damping_scales, args.steps, args.seeds = [1, 2], [16, 32], [0.1, 10.0], 4, [0]
     if min(args.rows) < 10:
         raise ValueError(f"--rows {args.rows}: fewer than 10 rows say nothing about a rank correlation.")
-    torch.set_num_threads(1)
-    disable_progress_bars()
     find_sources(args, "model", ("pool", "validation"))
     everything = prepare_source(args.pool, "pool", args.model)
     validation = prepare_source(args.validation, "validation", args.model)
@@ -111,12 +99,12 @@ def main() -> None:
                     found.append(row | compare(grams, n, scale))
         print(f"seed {seed} done", flush=True)
         write_results(args.output / "exact.json", rows=found)
-    groups = group(found)
+    groups = group(found, "rank", "rows", "damping_scale")
     print_table("Spearman with the exact damped inverse", summarise(groups))
     plot(groups, args.output / "exact.png")
 
 
-def plot(groups: dict[tuple[int, int, float], list[dict[str, Any]]], path: Path) -> None:
+def plot(groups: dict[tuple[Any, ...], list[dict[str, Any]]], path: Path) -> None:
     """Agreement with the exact answer against damping, a panel for each rank, a line for each n."""
     from matplotlib.figure import Figure
 

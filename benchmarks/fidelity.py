@@ -136,15 +136,19 @@ def compare_scores(
     both = ~(np.isnan(first) | np.isnan(second))
     first, second = first[both], second[both]
     result = _measure_agreement(first, second[:, None], "rows with both scores", level, seed)
-    count = max(round(fraction * len(first)), 1)
-    kept, other = (np.argsort(scores, kind="stable")[:count] for scores in (first, second))
     return {
         "spearman": result["lds"],
         "low": result["low"],
         "high": result["high"],
-        "overlap": len(np.intersect1d(kept, other)) / count,
+        "overlap": share_kept(first, second, max(round(fraction * len(first)), 1)),
         "rows": len(first),
     }
+
+
+def share_kept(first: np.ndarray, second: np.ndarray, count: int) -> float:
+    """Share of the `count` smallest scores that are also among the smallest of another score."""
+    kept, other = (np.argsort(scores, kind="stable")[:count] for scores in (first, second))
+    return len(np.intersect1d(kept, other)) / count
 
 
 def _measure_agreement(

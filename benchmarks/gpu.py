@@ -10,7 +10,6 @@ GPU: it shows that every part runs, and its figures mean nothing.
 
 import gc
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from common import describe_machine, make_parser
 from datasets import disable_progress_bars
 from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import spearmanr
-from speed import compute_mean_gradients, run_fit_and_score, run_plain, run_published
+from speed import run_plain, run_published
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -37,7 +36,15 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from workload import make_passes, make_rows, make_tokenizer, make_topics
+from workload import (
+    compute_mean_gradients,
+    make_passes,
+    make_rows,
+    make_tokenizer,
+    make_topics,
+    run_fit_and_score,
+    time_interleaved,
+)
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.engine.budget import choose_tokens_per_batch
@@ -96,9 +103,11 @@ def make_model(name: str, device: torch.device, dtype: torch.dtype, quick: bool)
     return model
 
 
-def synchronize() -> None:
+def read_clock() -> float:
+    """Seconds by the clock, when all that the device was asked for is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def free() -> None:
@@ -144,7 +153,7 @@ def measure_speed(name: str, device: torch.device, quick: bool) -> dict[str, Any
                 entries[what]["error"] = "out of memory"
                 del works[what]
             entries[what]["peak_gb"] = read_peak()
-        seconds = time_in_turn(works, 1 if quick else 3)
+        seconds = time_interleaved(works, 1 if quick else 3, read_clock, not_counted=0)
         for what, value in seconds.items():
             entries[what]["tokens_per_second"] = len(rows) * length / value
         found["batches"] += entries.values()
@@ -164,19 +173,6 @@ def measure_speed(name: str, device: torch.device, quick: bool) -> dict[str, Any
     return found
 
 
-def time_in_turn(works: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Median seconds of each work by the clock, the works taking turns."""
-    seconds: dict[str, list[float]] = {what: [] for what in works}
-    for _ in range(repetitions):
-        for what, work in works.items():
-            synchronize()
-            start = time.perf_counter()
-            work()
-            synchronize()
-            seconds[what].append(time.perf_counter() - start)
-    return {what: statistics.median(values) for what, values in seconds.items()}
-
-
 def measure_precision(device: torch.device, quick: bool) -> dict[str, Any]:
     """Scores by a bfloat16 base and by a float32 one of the same values, and the published way beside ours."""
     num_rows, num_validation, length = (12, 3, 32) if quick else (200, 20, 512)
@@ -188,17 +184,15 @@ def measure_precision(device: torch.device, quick: bool) -> dict[str, Any]:
     seconds: dict[str, float] = {}
 
     def keep(name: str, work: Callable[[], np.ndarray]) -> None:
-        synchronize()
-        start = time.perf_counter()
+        start = read_clock()
         scores[name] = work()
-        synchronize()
-        seconds[name] = time.perf_counter() - start
+        seconds[name] = read_clock() - start
 
     passes = make_passes(model, autocast=torch.bfloat16)
     passes.tokens_per_batch = choose_tokens_per_batch(passes, 1)
 
     def ours(passes: Passes) -> np.ndarray:
-        return run_fit_and_score(passes, rows, compute_mean_gradients(passes, held_out))
+        return run_fit_and_score(passes, rows, compute_mean_gradients(passes, held_out))[:, 0]
 
     keep("warm-up", partial(ours, passes))
     keep("bf16", partial(ours, passes))
@@ -279,7 +273,7 @@ def measure_trainer(device: torch.device, quick: bool) -> dict[str, Any]:
                     passes,
                     trainer.prepared_pool,
                     compute_mean_gradients(passes, trainer.prepared_validation["validation"]),
-                )
+                )[:, 0]
                 entry["relative_to_cpu"] = float(np.linalg.norm(scores - expected) / np.linalg.norm(expected))
                 entry["spearman_with_cpu"] = float(spearmanr(scores, expected).statistic)
             found[name] = entry

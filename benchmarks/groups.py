@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from common import Found, draw_seeds, make_parser, print_table, save_figure, show, show_difference
-from datasets import Dataset, disable_progress_bars
+from common import Found, draw_seeds, make_parser, print_table, save_figure, set_up, show, show_difference
+from datasets import Dataset
 from plain_training import (
     Schedule,
     add_selection_flags,
@@ -168,12 +167,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", help="Some of the methods of the table; all by default.")
     parser.add_argument("--rows", type=int, default=1600, help="Rows of a pool, copies included.")
     add_selection_flags(parser, fraction=0.1, steps=100, reference_steps=100)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/groups"))
-    args = parser.parse_args()
+    args = set_up(parser, "--output", "benchmarks/results/groups")
     if args.quick:
         args.kinds, args.rows, args.steps, args.reference_steps, args.seeds = ["reworded"], 80, 4, 4, [0]
-    torch.set_num_threads(1)
-    disable_progress_bars()
     find_sources(args, "model", ("pool", "validation", "test"))
     parts = {name: load_rows(getattr(args, name), name).to_list() for name in ("pool", "validation", "test")}
     for name, rows in parts.items():

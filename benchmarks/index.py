@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from common import make_parser, print_table, write_results
-from datasets import Dataset, disable_progress_bars
+from common import make_parser, print_table, set_up, write_results
+from datasets import Dataset
+from fidelity import share_kept
 from peft import PeftModel
 from plain_training import Schedule, find_sources, prepare_source, train_on
 from scipy.stats import spearmanr
@@ -120,7 +120,7 @@ def measure_rounding(folder: Path, args: Any) -> list[dict[str, Any]]:
                 "bytes per element": runs.measure_bytes(name) / len(pool) / runs.elements,
                 "relative error of the scores": float(np.linalg.norm(scores - exact) / np.linalg.norm(exact)),
                 "Spearman of the scores": float(spearmanr(scores, exact).statistic),
-                "same strongest quarter": _share(scores, exact),
+                "same strongest quarter": share_kept(scores, exact, len(exact) // 4),
                 "store_error": config.store_error,
                 "store_agreement": config.store_agreement,
             }
@@ -134,22 +134,13 @@ def measure_rounding(folder: Path, args: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def _share(scores: np.ndarray, exact: np.ndarray) -> float:
-    """Share of the strongest quarter that both have."""
-    count = len(exact) // 4
-    return len(set(np.argsort(scores)[:count]) & set(np.argsort(exact)[:count])) / count
-
-
 def main() -> None:
     parser = make_parser(__doc__, "Small sizes: shows that it runs, not what it takes.")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--pool")
     parser.add_argument("--validation")
     parser.add_argument("--second", help="Another validation set; the same by default.")
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    disable_progress_bars()
+    args = set_up(parser)
     with tempfile.TemporaryDirectory() as folder:
         rounding = measure_rounding(Path(folder), args)
         print_table("Rounding", rounding)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import make_parser, parse_run, print_table, save_figure, show, write_results
+from common import group, make_parser, parse_run, print_table, save_figure, show, write_results
+from fidelity import share_kept
 from references import REFERENCE_QUICK, make_trainer, train_references
 
 from hf_in2core import InfluenceTrainer
@@ -30,8 +31,7 @@ from hf_in2core.analysis.layers import (
 from hf_in2core.engine.batches import CPU_TOKENS
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.scoring import run_score_pass
-from hf_in2core.evaluation.intervals import compute_rank_correlation
-from hf_in2core.evaluation.judge import compute_confidence_interval
+from hf_in2core.evaluation.intervals import compute_confidence_interval, compute_rank_correlation
 
 
 COLOURS = {"first": "#CC79A7", "last": "#0072B2", "middle": "#009E73", "spread": "#E69F00", "greedy": "#000000"}
@@ -60,13 +60,6 @@ def correlate(first: np.ndarray, second: np.ndarray) -> float:
     return compute_rank_correlation(first, second)["estimate"] or 0.0
 
 
-def share_kept(first: np.ndarray, second: np.ndarray) -> float:
-    """Share of the rows of one coreset at a quarter of the pool that the other keeps too."""
-    quarter = max(len(first) // 4, 1)
-    kept = [set(np.argsort(column, kind="stable")[:quarter].tolist()) for column in (first, second)]
-    return len(kept[0] & kept[1]) / quarter
-
-
 def time_passes(trainer: InfluenceTrainer, layers: list[int] | None, rows: int) -> float:
     """CPU seconds of validation, fit and score pass over the first rows of the pool through some layers."""
     trainer.args.influence_layers = layers
@@ -92,7 +85,7 @@ def measure_reference(
             "layers": layers,
             "memory": scores.measure_memory(layers),
             "spearman": correlate(influence, everything),
-            "kept": share_kept(influence, everything),
+            "kept": share_kept(influence, everything, max(len(influence) // 4, 1)),
         }
 
     sets = [
@@ -119,9 +112,7 @@ def measure_reference(
 
 def summarise(results: dict[str, Any]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """The two tables: sets of layers, and choices under a budget."""
-    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for row in results["sets"]:
-        groups.setdefault((row["count"], row["chosen"]), []).append(row)
+    groups = group(results["sets"], "count", "chosen")
     tables: tuple[list[dict[str, str]], list[dict[str, str]]] = ([], [])
     for (count, name), found in sorted(groups.items(), key=lambda item: item[0][0]):
         seconds = results["seconds"].get(f"{name} {count}")
@@ -138,10 +129,8 @@ def summarise(results: dict[str, Any]) -> tuple[list[dict[str, str]], list[dict[
                 "rows kept in common": show([row["kept"] for row in found]),
             }
         )
-    budgets: dict[float, list[dict[str, Any]]] = {}
-    for row in results["choices"]:
-        budgets.setdefault(round(row["budget"], 3), []).append(row)
-    for budget, found in budgets.items():
+    choices = [row | {"budget": round(row["budget"], 3)} for row in results["choices"]]
+    for (budget,), found in group(choices, "budget").items():
         tables[1].append(
             {
                 "budget": f"{budget:.0%}",

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from common import Found, draw_seeds, make_parser, print_table, save_figure, show, show_difference
-from datasets import Dataset, disable_progress_bars
+from common import Found, draw_seeds, make_parser, print_table, save_figure, set_up, show, show_difference
+from datasets import Dataset
 from plain_training import (
     Schedule,
     add_selection_flags,
@@ -202,12 +201,9 @@ def main() -> None:
     parser.add_argument("--task_column", default="task", help="Column that tells the task of a row.")
     parser.add_argument("--rows", type=int, default=800, help="Rows of the pool, drawn anew for every seed.")
     add_selection_flags(parser, fraction=0.25, steps=60, reference_steps=50)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/lengths"))
-    args = parser.parse_args()
+    args = set_up(parser, "--output", "benchmarks/results/lengths")
     if args.quick:
         args.rows, args.steps, args.reference_steps, args.seeds = 48, 3, 4, [0]
-    torch.set_num_threads(1)
-    disable_progress_bars()
     find_sources(args, "model", ("pool", "validation", "test"))
     parts = {
         name: prepare(getattr(args, name), name, args.model, args.task_column)

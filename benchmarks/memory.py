@@ -9,16 +9,13 @@ import resource
 import tempfile
 from pathlib import Path
 
-import torch
-from common import make_parser, report
-from datasets import disable_progress_bars, load_from_disk
+from common import make_parser, report, set_up
+from datasets import load_from_disk
 from workload import make_model, make_rows, make_trainer, measure_apart
 
 
 def measure(folder: Path, num_rows: int, width: int) -> dict[str, float]:
     """Fit and score `num_rows` rows of the dataset in `folder`, by the trainer as users call it."""
-    disable_progress_bars()
-    torch.set_num_threads(1)
     vocab_size = 4096
     rows = load_from_disk(str(folder / "rows")).select(range(num_rows))
     imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -33,9 +30,8 @@ def measure(folder: Path, num_rows: int, width: int) -> dict[str, float]:
 
 def main() -> None:
     parser = make_parser(__doc__, "Small sizes: shows that it runs, not how much it takes.")
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = set_up(parser)
     if args.measure is not None:
         print(json.dumps(measure(Path(args.measure[0]), *args.measure[1:])))
         return

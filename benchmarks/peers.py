@@ -40,9 +40,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -50,8 +48,8 @@ from bergson import CollectorComputer, IndexConfig, InMemoryCollector, Preproces
 from bergson.data import allocate_batches
 from bergson.score.score_writer import InMemorySequenceScoreWriter
 from bergson.utils.worker_utils import extract_peft_target_modules
-from common import make_parser, report
-from datasets import Dataset, disable_progress_bars
+from common import make_parser, report, set_up
+from datasets import Dataset
 from dattri.algorithm.influence_function import IFAttributorDataInf
 from dattri.task import AttributionTask
 from dattri_llm import AttributionArguments, EKFACAttributor, HookManagerConfig, TracInAttributor
@@ -64,7 +62,15 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from workload import make_model, make_passes, make_rows, time_interleaved
+from workload import (
+    compute_mean_gradients,
+    make_model,
+    make_passes,
+    make_rows,
+    run_fit_and_score,
+    storing,
+    time_interleaved,
+)
 
 from hf_in2core.engine.batches import TokenBatch, collate, read_token_rows
 from hf_in2core.engine.datainf import compute_ihvp
@@ -74,8 +80,7 @@ from hf_in2core.engine.losses import compute_token_nll, compute_token_weights
 from hf_in2core.engine.passes import Passes, run_batches
 from hf_in2core.engine.reductions import FitDirections, compute_fit_terms
 from hf_in2core.engine.scoring import run_score_pass
-from hf_in2core.engine.store import GradientStore
-from hf_in2core.engine.validation import run_per_example_validation_pass, run_validation_pass
+from hf_in2core.engine.validation import run_per_example_validation_pass
 
 
 BATCH_SIZE = 32
@@ -89,21 +94,18 @@ def compute_queries(passes: Passes, queries: Dataset, mean: bool) -> dict[str, T
     """Gradients of the queries, `[Q, out, in]` per block, or their mean, `[1, out, in]`."""
     if not mean:
         return run_per_example_validation_pass(passes, queries, "queries")
-    return {name: v[None] for name, v in run_validation_pass(passes, queries, "v", "v").items()}
+    return compute_mean_gradients(passes, queries)
 
 
 def run_datainf(passes: Passes, train: Dataset, queries: Dataset, mean: bool) -> np.ndarray:
     """Our DataInf, `[n, Q]` or `[n, 1]`."""
-    fitted = run_fit_pass(passes, train, compute_queries(passes, queries, mean), 0.1, None, 0)
-    return run_score_pass(passes, train, {name: u.float() for name, u in fitted.ihvp.items()}, cosine=False).influence
+    return run_fit_and_score(passes, train, compute_queries(passes, queries, mean))
 
 
 def run_datainf_with_store(passes: Passes, train: Dataset, queries: Dataset, mean: bool) -> np.ndarray:
     """The same with the gradients of the fit pass kept on disk (`gradient_store_gb`), float32."""
-    elements = {name: block.tensor.numel() for name, block in passes.blocks.items()}
-    with tempfile.TemporaryDirectory() as name:
-        store = GradientStore(Path(name), "peers", elements, torch.float32)
-        return run_datainf(replace(passes, folder=Path(name), fingerprint="peers", store=store), train, queries, mean)
+    with storing(passes) as kept:
+        return run_datainf(kept, train, queries, mean)
 
 
 def run_gradient_dot(passes: Passes, train: Dataset, queries: Dataset, mean: bool) -> np.ndarray:
@@ -114,7 +116,7 @@ def run_gradient_dot(passes: Passes, train: Dataset, queries: Dataset, mean: boo
 
 def compute_mean_damping(passes: Passes, train: Dataset, queries: Dataset) -> float:
     """Mean over the blocks of the damping that DataInf finds."""
-    fitted = run_fit_pass(passes, train, compute_queries(passes, queries, mean=True), 0.1, None, 0)
+    fitted = run_fit_pass(passes, train, compute_mean_gradients(passes, queries), 0.1, None, 0)
     return float(np.mean(list(fitted.damping.values())))
 
 
@@ -398,10 +400,7 @@ def compare(mean: bool, quick: bool) -> list[dict[str, object]]:
 
 def main() -> None:
     parser = make_parser(__doc__, "Small sizes: shows that it runs, not how fast.")
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    disable_progress_bars()
+    args = set_up(parser)
     logging.disable(logging.WARNING)  # the peers name every module they track, at every call
     report("peers", [row for mean in (False, True) for row in compare(mean, args.quick)], args.output_dir)
 

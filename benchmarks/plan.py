@@ -15,8 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import make_parser, report
-from datasets import disable_progress_bars
+from common import make_parser, report, set_up
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -97,8 +96,6 @@ def load_kernels() -> None:
 
 def measure(folder: str, num_rows: int, width: int, layers: int) -> dict[str, float]:
     """Plan a small run, then run it, by the trainer as users call it; CPU seconds of both."""
-    disable_progress_bars()
-    torch.set_num_threads(1)
     load_kernels()
     imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rows, held_out = make_rows(num_rows, VOCAB_SIZE, 32, 128), make_rows(16, VOCAB_SIZE, 32, 128, seed=1)
@@ -188,14 +185,12 @@ def tabulate(tflops: float) -> list[dict[str, object]]:
 
 def main() -> None:
     parser = make_parser(__doc__, "Small sizes: shows that it runs, not how well it plans.")
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--tflops", type=float, default=300.0, help="Assumed TFLOP/s of the GPU in the paper's table.")
     parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = set_up(parser)
     if args.measure is not None:
         print(json.dumps(measure(*args.measure)))
         return
-    torch.set_num_threads(1)
     num_rows, models = (60, [(64, 2), (64, 4)]) if args.quick else (500, [(256, 4), (256, 8), (384, 6)])
     report("plan", compare(num_rows, models), args.output_dir)
     print(f"\nOn paper: rows of {LENGTH} tokens, half of them with loss, {BUDGET} tokens per batch, bf16, LoRA r=16,")

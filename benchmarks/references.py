@@ -9,7 +9,6 @@ from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.pipeline.arguments import In2CoreArguments
 from hf_in2core.pipeline.job import Job, check
 from hf_in2core.pipeline.parser import Settings
-from hf_in2core.pipeline.run_folder import quiet_loading
 from hf_in2core.pipeline.steps import train_reference
 from hf_in2core.pipeline.training import make_influence_trainer
 
@@ -35,5 +34,4 @@ def make_trainer(
     """An InfluenceTrainer of a trained reference; `options` are fields of [`InfluenceConfig`]."""
     args = job.settings.make(InfluenceConfig, reference=True, **options)
     rows = (job.inputs.pool, job.inputs.validation if validation is None else validation, job.reference_tokenizer)
-    with quiet_loading():
-        return make_influence_trainer(job.reference_model, args, adapter, *rows)
+    return make_influence_trainer(job.reference_model, args, adapter, *rows)

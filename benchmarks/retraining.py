@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Found, draw_seeds, make_parser, print_table, save_figure, show
-from datasets import Dataset, disable_progress_bars
+from common import Found, draw_seeds, group, make_parser, print_table, save_figure, set_up, show
+from datasets import Dataset
 from fidelity import compare_leave_one_out, compute_lds
 from plain_training import (
     Schedule,
@@ -141,9 +141,7 @@ COLUMNS = (
 
 def summarise(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One line per score, best LDS first, after the lines of the noise."""
-    by_score: dict[str, list[dict[str, Any]]] = {}
-    for row in found:
-        by_score.setdefault(row["score"], []).append(row)
+    by_score = {score: rows for (score,), rows in group(found, "score").items()}
     anything = next(iter(by_score.values()))
     lines = []
     for label, suffix in (
@@ -197,13 +195,10 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--damping_scale", type=float, default=0.1)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/retraining"))
-    args = parser.parse_args()
+    args = set_up(parser, "--output", "benchmarks/results/retraining")
     if args.quick:
         args.pool_seeds, args.rows, args.subsets = [0], 16, 10
         args.seeds, args.subset_seeds, args.epochs = [0, 1], [0, 1], 1
-    torch.set_num_threads(1)
-    disable_progress_bars()
     find_sources(args, "model", ("pool", "validation"))
     everything = prepare_source(args.pool, "pool", args.model)
     validation = prepare_source(args.validation, "validation", args.model)

@@ -14,17 +14,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
-from common import make_parser, report
-from datasets import Dataset, disable_progress_bars
-from workload import make_model, make_passes, make_rows, time_interleaved
+from common import make_parser, report, set_up
+from datasets import Dataset
+from workload import compute_mean_gradients, make_model, make_passes, make_rows, run_fit_and_score, time_interleaved
 
 from hf_in2core.engine.blocks import find_blocks, select_blocks
-from hf_in2core.engine.fit import run_fit_pass
 from hf_in2core.engine.passes import Passes
-from hf_in2core.engine.scoring import run_score_pass
-from hf_in2core.engine.validation import run_validation_pass
 
 
 VOCAB_SIZE = 4096
@@ -32,9 +28,7 @@ VOCAB_SIZE = 4096
 
 def run_all(passes: Passes, rows: Dataset, held_out: Dataset) -> None:
     """The validation, fit and score passes."""
-    v = {name: value[None] for name, value in run_validation_pass(passes, held_out, "v", "v").items()}
-    fitted = run_fit_pass(passes, rows, v, 0.1, None, 0)
-    run_score_pass(passes, rows, {name: u.float() for name, u in fitted.ihvp.items()}, cosine=False)
+    run_fit_and_score(passes, rows, compute_mean_gradients(passes, held_out))
 
 
 def make_data(num_rows: int) -> tuple[Dataset, Dataset]:
@@ -44,7 +38,6 @@ def make_data(num_rows: int) -> tuple[Dataset, Dataset]:
 
 def work_as_one_process(world_size: int, num_rows: int, width: int, folder: str) -> None:
     """One process of a launch: writes the CPU seconds of its passes, without imports and set-up."""
-    torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     if accelerator.num_processes != world_size:
         raise SystemExit(f"{accelerator.num_processes} processes where {world_size} were launched")
@@ -72,14 +65,11 @@ def launch(world_size: int, num_rows: int, width: int, folder: str) -> list[dict
 
 def main() -> None:
     parser = make_parser(__doc__, "Small sizes: shows that it runs, not how fast.")
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    disable_progress_bars()
+    args = set_up(parser)
     if args.worker is not None:
         work_as_one_process(*args.worker)
         return
-    torch.set_num_threads(1)
     width, num_rows, repetitions = (64, 48, 1) if args.quick else (256, 192, 3)
     table: list[dict[str, object]] = []
 

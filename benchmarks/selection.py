@@ -20,7 +20,7 @@ from selection_methods import METHODS, MethodArm, compute_method_aucs, find_task
 
 from hf_in2core import InfluenceConfig
 from hf_in2core.engine.losses import compute_row_losses
-from hf_in2core.evaluation.judge import compute_confidence_interval
+from hf_in2core.evaluation.intervals import compute_confidence_interval
 from hf_in2core.pipeline.arguments import In2CoreArguments
 from hf_in2core.pipeline.comparison import find_equal_run, plan_arms
 from hf_in2core.pipeline.inputs import check_trainable

@@ -7,18 +7,27 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import make_parser, report
-from datasets import Dataset, disable_progress_bars
+from common import make_parser, report, set_up
+from datasets import Dataset
 from peft import PeftModel
 from scipy.stats import spearmanr
 from torch.nn import functional as F
-from workload import make_model, make_passes, make_rows, make_topics, make_trainer, time_interleaved
+from workload import (
+    compute_mean_gradients,
+    make_model,
+    make_passes,
+    make_rows,
+    make_topics,
+    make_trainer,
+    run_fit_and_score,
+    storing,
+    time_interleaved,
+)
 
 from hf_in2core.engine.batches import collate, plan_batches, read_token_rows
 from hf_in2core.engine.blocks import find_blocks, select_blocks
@@ -26,8 +35,6 @@ from hf_in2core.engine.fit import run_fit_pass
 from hf_in2core.engine.losses import compute_token_nll, compute_token_weights, frozen_eval_mode
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.scoring import run_score_pass
-from hf_in2core.engine.store import GradientStore
-from hf_in2core.engine.validation import run_validation_pass
 
 
 def run_plain(
@@ -51,18 +58,6 @@ def run_plain(
             loss = compute_token_nll(model, batch, autocast)[0].mean()
         loss.backward()
         model.zero_grad()
-
-
-def run_fit_and_score(passes: Passes, rows: Dataset, v: dict[str, torch.Tensor]) -> np.ndarray:
-    """The fit pass and the score pass over the rows."""
-    fitted = run_fit_pass(passes, rows, v, 0.1, None, 0)
-    directions = {name: u.float() for name, u in fitted.ihvp.items()}
-    return run_score_pass(passes, rows, directions, cosine=False).influence[:, 0]
-
-
-def compute_mean_gradients(passes: Passes, rows: Dataset) -> dict[str, torch.Tensor]:
-    """`v` with its leading axis."""
-    return {name: v[None] for name, v in run_validation_pass(passes, rows, "v", "v").items()}
 
 
 def collect_gradients(
@@ -113,13 +108,14 @@ def run_published(
     return influence
 
 
-def run_with_store(passes: Passes, train: Dataset, validation: Dataset) -> np.ndarray:
-    """Ours with the gradients of the fit pass kept on disk (`gradient_store_gb`), float32."""
-    elements = {name: block.tensor.numel() for name, block in passes.blocks.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        store = GradientStore(Path(folder), "speed", elements, torch.float32)
-        storing = replace(passes, folder=Path(folder), fingerprint="speed", store=store)
-        return run_fit_and_score(storing, train, compute_mean_gradients(storing, validation))
+def run_ours(passes: Passes, train: Dataset, validation: Dataset) -> np.ndarray:
+    """Ours on the mean of the validation rows; `[n]`."""
+    return run_fit_and_score(passes, train, compute_mean_gradients(passes, validation))[:, 0]
+
+
+def run_ours_with_store(passes: Passes, train: Dataset, validation: Dataset) -> np.ndarray:
+    with storing(passes) as kept:
+        return run_ours(kept, train, validation)
 
 
 @torch.no_grad()
@@ -152,7 +148,8 @@ def time_trainer(num_rows: int, folder: Path, repetitions: int) -> list[dict[str
     told: dict[str, str] = {}
 
     def score(name: str, fit_examples: str | None) -> None:
-        trainer.args.fit_examples, trainer._scorer = fit_examples, None
+        trainer.forget()
+        trainer.args.fit_examples = fit_examples
         shutil.rmtree(folder / "influence", ignore_errors=True)
         trainer.score_influence()
         config = trainer.fit_influence().config
@@ -196,11 +193,8 @@ def profile_passes(works: dict[str, Callable[[], object]]) -> list[dict[str, obj
 
 def main() -> None:
     parser = make_parser(__doc__, "Small sizes: shows that it runs, not how fast.")
-    parser.add_argument("--output_dir", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--trainer_only", action="store_true", help="Only the times of the trainer.")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    disable_progress_bars()
+    args = set_up(parser)
     with tempfile.TemporaryDirectory() as folder:
         by_trainer = time_trainer(1000 if args.quick else 2000, Path(folder), 1)
     report("speed_trainer", by_trainer, args.output_dir)
@@ -271,8 +265,8 @@ def main() -> None:
     runs: dict[str, Callable[[], np.ndarray]] = {
         "the published way, queries one by one": lambda: run_published(model, train, held_out, mean=False),
         "the published way, one mean query": lambda: run_published(model, train, held_out, mean=True),
-        "ours": lambda: run_fit_and_score(passes, train, compute_mean_gradients(passes, held_out)),
-        "ours, with a gradient store": lambda: run_with_store(passes, train, held_out),
+        "ours": lambda: run_ours(passes, train, held_out),
+        "ours, with a gradient store": lambda: run_ours_with_store(passes, train, held_out),
     }
 
     def keep(name: str) -> None:

@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from common import Found, draw_seeds, make_parser, print_table, save_figure, show, show_difference
-from datasets import disable_progress_bars
+from common import Found, draw_seeds, make_parser, print_table, save_figure, set_up, show, show_difference
 from fidelity import compare_scores
 from plain_training import (
     Schedule,
@@ -140,12 +138,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=800, help="First rows of the pool to use.")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.25], help="Of the pool, for a reference.")
     add_selection_flags(parser, fraction=0.25, steps=60, reference_steps=50)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/transfer"))
-    args = parser.parse_args()
+    args = set_up(parser, "--output", "benchmarks/results/transfer")
     if args.quick:
         args.rows, args.steps, args.reference_steps, args.seeds, args.shares = 48, 3, 4, [0], [0.25]
-    torch.set_num_threads(1)
-    disable_progress_bars()
     args.references = {name: Path(folder) for name, _, folder in (item.partition("=") for item in args.references)}
     inputs = find_sources(args, "target", ("pool", "validation", "test"))
     if inputs is not None and not args.quick:

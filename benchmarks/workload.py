@@ -5,8 +5,11 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,16 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.engine.blocks import find_blocks
+from hf_in2core.engine.fit import run_fit_pass
 from hf_in2core.engine.passes import Passes
+from hf_in2core.engine.scoring import run_score_pass
+from hf_in2core.engine.store import GradientStore
+from hf_in2core.engine.validation import run_validation_pass
 
 
 def make_model(hidden_size: int, num_layers: int, vocab_size: int, rank: int = 8) -> PeftModel:
@@ -100,6 +108,27 @@ def make_trainer(folder: Path, model: PeftModel, pool: Dataset, held_out: Datase
     )
 
 
+def compute_mean_gradients(passes: Passes, rows: Dataset) -> dict[str, Tensor]:
+    """The mean gradient of the rows as one query, `[1, out, in]` per block."""
+    return {name: v[None] for name, v in run_validation_pass(passes, rows, "v", "v").items()}
+
+
+def run_fit_and_score(passes: Passes, rows: Dataset, v: dict[str, Tensor]) -> np.ndarray:
+    """DataInf of the rows on the queries, `[n, Q]`: the fit pass and the score pass."""
+    fitted = run_fit_pass(passes, rows, v, 0.1, None, 0)
+    directions = {name: u.float() for name, u in fitted.ihvp.items()}
+    return run_score_pass(passes, rows, directions, cosine=False).influence
+
+
+@contextmanager
+def storing(passes: Passes) -> Iterator[Passes]:
+    """The same passes with the gradients of the fit pass kept on disk (`gradient_store_gb`), float32."""
+    elements = {name: block.tensor.numel() for name, block in passes.blocks.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        store = GradientStore(Path(folder), "benchmark", elements, torch.float32)
+        yield replace(passes, folder=Path(folder), fingerprint="benchmark", store=store)
+
+
 def measure_apart(script: str, arguments: list[Any], **environment: str) -> dict[str, float]:
     """What a script prints last, as JSON, when a process of its own runs it with `--measure`."""
     command = [sys.executable, script, "--measure", json.dumps(arguments)]
@@ -108,17 +137,22 @@ def measure_apart(script: str, arguments: list[Any], **environment: str) -> dict
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def time_interleaved(works: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+def time_interleaved(
+    works: dict[str, Callable[[], object]],
+    repetitions: int,
+    clock: Callable[[], float] = time.process_time,
+    not_counted: int = 1,
+) -> dict[str, float]:
     """
-    Median CPU seconds of each work, the works taking turns so that a slow minute meets all of them.
+    Median seconds of each work, of the CPU by default, the works taking turns so that a slow minute meets all of them.
 
-    One repetition before the first is not counted.
+    The repetitions that are not counted come before the others.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    for repetition in range(repetitions + 1):
+    for repetition in range(not_counted + repetitions):
         for name, work in works.items():
-            start = time.process_time()
+            start = clock()
             work()
-            if repetition > 0:
-                seconds[name].append(time.process_time() - start)
+            if repetition >= not_counted:
+                seconds[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}

@@ -20,7 +20,7 @@ from datasets import Dataset, load_from_disk
 from selection import QUICK, mean_losses, pick, train_arms
 from selection_methods import METHODS, compute_method_aucs, make_columns
 
-from hf_in2core.evaluation.judge import compute_confidence_interval
+from hf_in2core.evaluation.intervals import compute_confidence_interval
 from hf_in2core.pipeline.arguments import In2CoreArguments
 from hf_in2core.pipeline.job import check
 from hf_in2core.pipeline.parser import Settings

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from hf_in2core.analysis.coverage import correlate_coverage
 from hf_in2core.analysis.layers import LayerScores, choose_layers
 from hf_in2core.evaluation.judge import judge
+from hf_in2core.report.terminal import print_tables, print_verdict
 
 
 NUM_ROWS = 120
@@ -195,3 +196,9 @@ def list_paths(value: Any, path: tuple = ()) -> list[tuple]:
         value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(value, list) else []
     )
     return [path, *[found for name, child in children for found in list_paths(child, (*path, name))]]
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """All that a run says in the terminal, in its order."""
+    print_tables(results)
+    print_verdict(results)

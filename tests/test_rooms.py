@@ -14,7 +14,7 @@ PACKAGE = ROOT / "hf_in2core"
 LONGEST_MODULE = 400
 # From the ground up: a room may import those that stand on lower floors, and nothing beside it or above.
 FLOORS = [
-    {"names", "progress", "notebook", "shipped"},
+    {"names", "progress", "notebook", "shipped", "files"},
     {"engine"},
     {"rows"},
     {"selection", "evaluation", "hub"},

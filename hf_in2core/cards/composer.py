@@ -12,8 +12,7 @@ from datasets import Dataset
 
 from hf_in2core.evaluation.formats import read_object
 from hf_in2core.hub.checks import get_data_folder
-from hf_in2core.hub.commits import Head
-from hf_in2core.hub.state import LocalFile
+from hf_in2core.hub.state import Head, LocalFile
 from hf_in2core.names import REPLAY, RESULTS
 
 from .dataset import InfluenceSummary, is_hub_id, render_influence_section

@@ -16,9 +16,10 @@ from huggingface_hub.utils import HfHubHTTPError
 
 from hf_in2core.evaluation.formats import get_object, read_object
 from hf_in2core.hub.checks import check_can_push, check_names, get_data_folder
-from hf_in2core.hub.commits import Head, Publication, is_main_process, list_folder, publish_files, refuse_secrets
-from hf_in2core.hub.state import call_with_retries, check_inside, get_status
-from hf_in2core.names import INFLUENCE, REPLAY, RESULTS, VALIDATION, get_prefix, name_validation_config
+from hf_in2core.hub.commits import Publication, is_main_process, publish_files, refuse_secrets
+from hf_in2core.hub.state import Head, call_with_retries, check_inside, get_status, list_folder
+from hf_in2core.names import REPLAY, RESULTS, VALIDATION, get_prefix, name_validation_config
+from hf_in2core.rows.scored import require_scores
 from hf_in2core.selection.coreset import select_coreset
 from hf_in2core.selection.record import Coreset
 
@@ -230,11 +231,7 @@ def _align_columns(name: str, dataset: Dataset, scored: Dataset) -> Dataset:
         )
     if len(dataset) == 0:
         raise ValueError(f"{name!r} has no rows, so there is nothing to publish under that name. Leave it out.")
-    if INFLUENCE not in scored.column_names:
-        raise ValueError(
-            f"The pool has no column {INFLUENCE!r} (it has {', '.join(scored.column_names)}). Score it first, with "
-            "InfluenceTrainer.score_influence() or dataset.map(scorer, batched=True)."
-        )
+    require_scores(scored)
     if set(dataset.column_names) != set(scored.column_names):
         differing = sorted(set(dataset.column_names) ^ set(scored.column_names))
         raise ValueError(

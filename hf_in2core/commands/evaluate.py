@@ -39,13 +39,11 @@ def main(settings: Settings) -> None:
         load_given_tasks,
         update_card,
     )
-    from hf_in2core.pipeline.inputs import check_trainable, keep_good_rows
+    from hf_in2core.pipeline.inputs import check_trainable, load_good_rows
     from hf_in2core.pipeline.models import check_adapter, load_tokenizer
     from hf_in2core.pipeline.run_folder import join_processes, write_json
     from hf_in2core.pipeline.training import evaluate_model, load_model
     from hf_in2core.report.terminal import print_table
-    from hf_in2core.rows.preparation import Preparation
-    from hf_in2core.rows.sources import load_raw_rows
 
     args: EvaluateArguments = settings.arguments
     join_processes(settings)
@@ -61,8 +59,7 @@ def main(settings: Settings) -> None:
     tokenizer = load_tokenizer(model_args, training_args)
     prepared = None
     if args.test is not None:
-        test = load_raw_rows(args.test, "test set", args.columns)
-        test = keep_good_rows(test, "test set", Preparation.from_args(training_args, tokenizer, test), args.bad_rows)
+        test = load_good_rows(args.test, "test set", args, training_args, tokenizer)
         prepared = check_trainable(test, "test set", training_args, tokenizer)
     tasks = load_given_tasks(args) if args.tasks else {}
     results: list[dict[str, Any]] = []

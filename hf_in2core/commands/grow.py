@@ -27,7 +27,7 @@ def main(settings: Settings) -> None:
     from datasets import load_dataset
 
     from hf_in2core import push_influence_dataset, select_coreset
-    from hf_in2core.hub.commits import check_can_push
+    from hf_in2core.hub.checks import check_can_push
     from hf_in2core.influence.checks import check_launcher
     from hf_in2core.influence.pools import merge_scored
     from hf_in2core.pipeline.run_folder import agree, join_processes, say, warn
@@ -159,7 +159,7 @@ def say_agreement(args: GrowArguments, scorer: Any, grown: Any, head: str) -> st
 def read_published(args: GrowArguments) -> tuple[str, dict[str, dict[str, Any]]]:
     """Commit of the repository, and how its splits were made."""
     from hf_in2core.cards.splits import read_records
-    from hf_in2core.hub.commits import read_head
+    from hf_in2core.hub.state import read_head
 
     head = read_head(args.hub_id or "", repo_type="dataset", revision=args.revision)
     return head.oid, read_records(head.read(f"{get_prefix(args.config_name)}splits.json"))
@@ -188,7 +188,7 @@ def choose_splits(
 
 def read_scorer_hash(repo_id: str, revision: str | None, prefix: str = "") -> str:
     """Hash of the scorer's file in a repository, as the Hub lists it; raises where there is none."""
-    from hf_in2core.hub.commits import read_head
+    from hf_in2core.hub.state import read_head
 
     files = read_head(repo_id, repo_type="dataset", revision=revision).files
     path = f"{prefix}scorer/scorer.safetensors"

@@ -27,8 +27,10 @@ def main(settings: Settings) -> None:
     from datasets import load_from_disk
 
     from hf_in2core import push_influence_dataset
-    from hf_in2core.hub.commits import check_can_push, is_main_process
+    from hf_in2core.hub.checks import check_can_push
+    from hf_in2core.hub.commits import is_main_process
     from hf_in2core.rows.places import describe_missing
+    from hf_in2core.rows.sources import find_sources
     from hf_in2core.selection.record import describe_choice, take_coresets
 
     args: PublishArguments = settings.arguments
@@ -42,7 +44,7 @@ def main(settings: Settings) -> None:
     fractions = args.fractions if args.fractions is not None else read_fractions(run)
     arms = ["coreset", "random"] if args.random_controls else ["coreset"]
     splits = {name_coreset(share, arm): (arm, share) for arm in arms for share in fractions}
-    sources = args.source_datasets if args.source_datasets is not None else read_sources(run)
+    sources = args.source_datasets if args.source_datasets is not None else find_sources(read_config(run).get("pool"))
     private = True if args.private else None
     found = check_can_push(
         args.hub_id or "",
@@ -96,15 +98,6 @@ def read_config(run: Path) -> dict[str, Any]:
     """The run's configuration, if it kept one."""
     path = run / REPLAY
     return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
-
-
-def read_sources(run: Path) -> list[str]:
-    """The Hub id that the run's pool came from, if its configuration names one."""
-    from hf_in2core.rows.sources import find_hub_id
-
-    pool = read_config(run).get("pool")
-    hub_id = find_hub_id(str(pool)) if pool else None
-    return [] if hub_id is None else [hub_id]
 
 
 def has_report(run: Path) -> bool:

@@ -14,7 +14,7 @@ def make_parser() -> RecipeParser:
 
 def main(settings: Settings) -> None:
     """Write the page."""
-    from hf_in2core.report.terminal import write_report
+    from hf_in2core.report.page import write_report
 
     args: ReportArguments = settings.arguments
     page = write_report(args.run or "", args.output)

@@ -30,10 +30,12 @@ def main(settings: Settings) -> None:
 
     from hf_in2core import InfluenceConfig, select_coreset
     from hf_in2core.evaluation.tasks import check_task_settings
-    from hf_in2core.hub.commits import Head, check_can_push, list_folder, publish_files, read_head
+    from hf_in2core.hub.checks import check_can_push
+    from hf_in2core.hub.commits import publish_files
+    from hf_in2core.hub.state import Head, list_folder, read_head
     from hf_in2core.influence.checks import check_launcher
     from hf_in2core.pipeline.arm_tasks import describe_scores, evaluate_on_tasks, load_given_tasks
-    from hf_in2core.pipeline.inputs import check_trainable, keep_good_rows
+    from hf_in2core.pipeline.inputs import check_trainable, keep_good_rows, load_good_rows
     from hf_in2core.pipeline.models import check_model, load_tokenizer
     from hf_in2core.pipeline.run_folder import agree, join_processes, say, warn
     from hf_in2core.pipeline.training import evaluate_model, make_trainer, tokenize, train_and_save
@@ -62,8 +64,7 @@ def main(settings: Settings) -> None:
         # Every process loads the same commit, and the card names it.
         hub_id = find_hub_id(source) or ""
         revision = agree(lambda: read_head(hub_id, repo_type="dataset", revision=args.dataset_revision).oid)
-    rows = load_raw_rows(source, "coreset", args.columns, revision)
-    rows = keep_good_rows(rows, "coreset", Preparation.from_args(training_args, tokenizer, rows), args.bad_rows)
+    rows = load_good_rows(source, "coreset", args, training_args, tokenizer, revision)
     if args.fraction is not None:
         # In the order in which a run's arms have them: the same seed then trains the same model.
         chosen = {} if args.split else read_choice(args.dataset_name, args.fraction)
@@ -112,7 +113,7 @@ def prepare_card(
     """The model's card as a function of the one that is there, with the comparison published beside its rows."""
     from hf_in2core.cards.model import add_task_results, render_target_model_card
     from hf_in2core.evaluation.formats import read_object
-    from hf_in2core.hub.commits import read_head
+    from hf_in2core.hub.state import read_head
     from hf_in2core.pipeline.run_folder import read_json
     from hf_in2core.rows.sources import find_hub_id
 

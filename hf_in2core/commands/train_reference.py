@@ -21,12 +21,10 @@ def main(settings: Settings) -> None:
     from trl import ModelConfig
 
     from hf_in2core import InfluenceConfig
-    from hf_in2core.pipeline.inputs import keep_good_rows, take_fraction
+    from hf_in2core.pipeline.inputs import load_good_rows, take_fraction
     from hf_in2core.pipeline.models import check_model, load_tokenizer
     from hf_in2core.pipeline.run_folder import join_processes, say
     from hf_in2core.pipeline.training import make_trainer, tokenize, train_and_save
-    from hf_in2core.rows.preparation import Preparation
-    from hf_in2core.rows.sources import load_raw_rows
 
     args: TrainReferenceArguments = settings.arguments
     join_processes(settings)
@@ -36,9 +34,8 @@ def main(settings: Settings) -> None:
     check_model(model_args, training_args, for_influence=True)
     tokenizer = load_tokenizer(model_args, training_args)
     assert args.pool is not None
-    pool = load_raw_rows(args.pool, POOL, args.columns)
-    # Every row, those that the fraction leaves out among them.
-    pool = keep_good_rows(pool, POOL, Preparation.from_args(training_args, tokenizer, pool), args.bad_rows)
+    # Every row is looked at, those that the fraction leaves out among them.
+    pool = load_good_rows(args.pool, POOL, args, training_args, tokenizer)
     rows = take_fraction(pool, args.reference_fraction, training_args.seed)
     trainer = make_trainer(model_args, training_args, tokenize(rows, training_args, tokenizer), tokenizer)
     trained = train_and_save(trainer, settings, "Reference")

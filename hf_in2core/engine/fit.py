@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from .validation import run_per_example_validation_pass, run_validation_pass
 logger = logging.getLogger(__name__)
 
 FITTED_FILE = "fitted.safetensors"
+# What such a file tells beside the directions, each as JSON.
+_FACTS = [field.name for field in fields(FitResult) if field.name != "ihvp"]
 # Pilot rows, from few rows on and up to many: a hundredth of a pass, which spares most runs a second fit pass.
 PILOT_ROWS, MAX_PILOT_ROWS = 4, 64
 # Largest accepted bound on the relative error of u from taking the inner damping from the pilot rows, by the precision
@@ -220,17 +223,8 @@ def fit_directions(
 
 def write_fit(passes: Passes, result: FitResult) -> None:
     """Keep a finished fit in the pass's folder."""
-    metadata = {
-        "fingerprint": passes.fingerprint,
-        "damping": json.dumps(result.damping),
-        "num_examples": str(result.num_examples),
-        "inner_damping_error": repr(result.inner_damping_error),
-        "agreement": json.dumps(result.agreement),
-        "exact_agreement": json.dumps(result.exact_agreement),
-        "validation_agreement": json.dumps(result.validation_agreement),
-        "store_error": json.dumps(result.store_error),
-        "store_agreement": json.dumps(result.store_agreement),
-    }
+    facts = {name: json.dumps(getattr(result, name)) for name in _FACTS}
+    metadata = {"fingerprint": passes.fingerprint, **facts}
     write_tensors(passes.folder / FITTED_FILE, result.ihvp, metadata)  # type: ignore[operator]
 
 
@@ -240,14 +234,5 @@ def read_fit(passes: Passes) -> FitResult | None:
     if not passes.everywhere(stored is not None):
         return None
     tensors, metadata = stored  # type: ignore[misc]
-    return FitResult(
-        ihvp={name: tensors[name] for name in passes.blocks},
-        damping=json.loads(metadata["damping"]),
-        num_examples=int(metadata["num_examples"]),
-        inner_damping_error=float(metadata["inner_damping_error"]),
-        agreement=json.loads(metadata["agreement"]),
-        exact_agreement=json.loads(metadata["exact_agreement"]),
-        validation_agreement=json.loads(metadata["validation_agreement"]),
-        store_error=json.loads(metadata["store_error"]),
-        store_agreement=json.loads(metadata["store_agreement"]),
-    )
+    facts = {name: json.loads(metadata[name]) for name in _FACTS}
+    return FitResult(ihvp={name: tensors[name] for name in passes.blocks}, **facts)

@@ -1,12 +1,12 @@
 """The verdict between the arms of a run.
 
 Losses are mean negative log-likelihoods per labelled token (nats), lower is better; a difference a - b below 0 means
-that a is better. Seconds are wall-clock. The intervals and the metrics are importable from here too.
+that a is better. Seconds are wall-clock.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from scipy.stats import mannwhitneyu
@@ -18,28 +18,7 @@ from .intervals import compare_losses, compute_confidence_interval
 from .verdict import FractionVerdict, SelectionCost, Verdict, say_headline, say_verdict
 
 
-if TYPE_CHECKING:
-    from .metrics import TokenAccuracy, TokenPerplexity
-
-__all__ = [
-    "TokenAccuracy",
-    "TokenPerplexity",
-    "compare_losses",
-    "compute_auc",
-    "compute_confidence_interval",
-    "judge",
-]
-
 COMPARISONS = (("coreset", "random"), ("coreset", "full"), ("opponents", "random"), ("coreset", "opponents"))
-
-
-def __getattr__(name: str) -> Any:
-    # The metrics subclass evaluate.Metric, and importing evaluate imports torch: only who asks for them waits.
-    if name in ("TokenPerplexity", "TokenAccuracy"):
-        from . import metrics
-
-        return getattr(metrics, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def compute_auc(scores: Sequence[float] | np.ndarray, labels: Sequence[bool] | np.ndarray) -> float | None:

@@ -1,7 +1,7 @@
 """Token-weighted perplexity and accuracy as `evaluate.Metric` subclasses; nothing is downloaded.
 
 A module of its own because importing evaluate imports torch and transformers (seconds), which the verdict does not
-need. `hf_in2core.evaluation.judge` passes both names on.
+need.
 """
 
 import math
@@ -39,7 +39,7 @@ class TokenPerplexity(_TokenMetric):
     Perplexity over labelled tokens: every token weighs the same, whatever row it is in.
 
     ```python
-    >>> from hf_in2core.evaluation.judge import TokenPerplexity
+    >>> from hf_in2core.evaluation.metrics import TokenPerplexity
 
     >>> perplexity = TokenPerplexity()
     >>> perplexity.add_batch(nll_sum=[6.0, 2.0], num_loss_tokens=[3, 1])
@@ -74,7 +74,7 @@ class TokenAccuracy(_TokenMetric):
     Share of labelled tokens that are predicted right: every token weighs the same, whatever row it is in.
 
     ```python
-    >>> from hf_in2core.evaluation.judge import TokenAccuracy
+    >>> from hf_in2core.evaluation.metrics import TokenAccuracy
 
     >>> accuracy = TokenAccuracy()
     >>> accuracy.compute(num_correct=[2, 1], num_loss_tokens=[3, 1])

@@ -26,25 +26,16 @@ class PushCheck:
     What [`check_can_push`] found.
 
     Attributes:
-        user (`str`):
-            Name of the token's user.
-        exists (`bool`):
-            Whether the repository exists (otherwise the push creates it).
         head (`Head` or `None`):
             What its branch holds now; `None` when there is no repository or no such branch yet.
         overwrites (`tuple[str, ...]`):
             Paths that exist and that the push replaces.
-        licenses (`dict[str, str | None]`):
-            Source dataset → the licence its card states, `None` when it states none.
         warnings (`tuple[str, ...]`):
             Sentences for the user. Nothing here stops the push.
     """
 
-    user: str
-    exists: bool
     head: Head | None
     overwrites: tuple[str, ...]
-    licenses: dict[str, str | None]
     warnings: tuple[str, ...]
 
 
@@ -135,7 +126,7 @@ def check_can_push(
         exists = False
         _check_namespace(account, repo_id, repo_type)
         other = "model" if repo_type == "dataset" else "dataset"
-        if _exists(api, repo_id, other):
+        if call_with_retries(lambda: api.repo_exists(repo_id, repo_type=other)):
             warnings.append(f"{repo_id} is a {other} today; the push makes a {repo_type} of the same name beside it.")
     if exists:
         if private and not info.private:
@@ -148,11 +139,10 @@ def check_can_push(
     patterns = [f"{get_data_folder(config_name)}/{split}-*" for split in splits]
     held = head.files if head is not None else {}
     overwrites = tuple(path for path in held if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns))
-    licenses = {source: _read_license(api, source) for source in source_datasets}
-    for source, stated in licenses.items():
-        if stated is None:
+    for source in dict.fromkeys(source_datasets):
+        if not _states_license(api, source):
             warnings.append(f"{source} states no licence: check that you may publish its rows.")
-    return PushCheck(account["name"], exists, head, overwrites, licenses, tuple(warnings))
+    return PushCheck(head, overwrites, tuple(warnings))
 
 
 def get_data_folder(config_name: str) -> str:
@@ -242,24 +232,15 @@ def _check_write(api: HfApi, repo_id: str, repo_type: str, account: Mapping[str,
         raise PermissionError(f"{account['name']} may not {what} the {repo_type} {repo_id}. {remedy}") from error
 
 
-def _exists(api: HfApi, repo_id: str, repo_type: str) -> bool:
-    try:
-        call_with_retries(lambda: api.repo_info(repo_id, repo_type=repo_type))
-    except RepositoryNotFoundError:
-        return False
-    return True
-
-
-def _read_license(api: HfApi, source: str) -> str | None:
+def _states_license(api: HfApi, source: str) -> bool:
     try:
         info = call_with_retries(lambda: api.repo_info(source, repo_type="dataset"))
     except HfHubHTTPError as error:
         if get_status(error) in (401, 403, 404):
-            return None
+            return False
         raise
     card = getattr(info, "card_data", None)
-    stated = card.get("license") if card is not None else None
-    return ", ".join(map(str, stated)) if isinstance(stated, list) else stated
+    return card is not None and card.get("license") is not None
 
 
 def find_revision(name: str, revision: str | None = None) -> str | None:

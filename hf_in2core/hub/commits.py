@@ -26,7 +26,6 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.utils import RepositoryNotFoundError, RevisionNotFoundError, validate_repo_id
 
-from .checks import PushCheck, check_can_push
 from .silence import limited_silence
 from .state import (
     CONFLICTS,
@@ -36,24 +35,10 @@ from .state import (
     call_with_retries,
     find_differences,
     get_status,
-    list_folder,
     read_head,
     sleep_before_retry,
 )
 
-
-__all__ = [
-    "Head",
-    "Publication",
-    "PublicationError",
-    "PushCheck",
-    "check_can_push",
-    "is_main_process",
-    "list_folder",
-    "publish_files",
-    "read_head",
-    "refuse_secrets",
-]
 
 logger = logging.getLogger(__name__)
 

@@ -159,9 +159,7 @@ def check_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
 
 
 def check_datasets(
-    train_dataset: Dataset | None,
-    eval_dataset: Dataset | dict[str, Dataset] | None,
-    columns: list[str] | None = None,
+    train_dataset: Dataset | None, eval_dataset: Dataset | dict[str, Dataset] | None
 ) -> dict[str, Dataset]:
     """Check pool and validation sets; returns the validation sets by name."""
     if not isinstance(train_dataset, Dataset):

@@ -85,6 +85,18 @@ def find_fit_examples(args: InfluenceConfig, num_rows: int, store_dtype: torch.d
     return args.fit_examples if isinstance(args.fit_examples, int) and args.fit_examples < num_rows else None
 
 
+def identify_model(model: PreTrainedModel | PeftModel, blocks: Blocks, autocast: str) -> dict[str, Any]:
+    """What of a model shapes its gradients. Where base weights are sharded, all processes have to call together."""
+    return {
+        "adapter": hash_adapter(model),
+        "adapter_settings": read_adapter_settings(model),
+        "base_model": hash_base(model),
+        **describe_base(model),
+        "blocks": list(blocks),
+        "autocast": autocast,
+    }
+
+
 def identify_run(
     model: PreTrainedModel | PeftModel,
     blocks: Blocks,
@@ -125,12 +137,7 @@ def identify_run(
         "source": hash_source(ENGINE),
         "libraries": {library: version(library) for library in LIBRARIES},
         "data": data,
-        "adapter": hash_adapter(model),
-        "adapter_settings": read_adapter_settings(model),
-        "base_model": hash_base(model),
-        **describe_base(model),
-        "blocks": list(blocks),
-        "autocast": autocast,
+        **identify_model(model, blocks, autocast),
         "estimator": args.estimator,
         "loss_reduction": args.loss_reduction,
         "damping_scale": args.damping_scale,

@@ -354,7 +354,8 @@ class InfluenceScorer:
             `str` or `None`: the URL of the commit or pull request; `None` on every process but the main one.
         """
         from hf_in2core.cards.model import render_scorer_card
-        from hf_in2core.hub.commits import Head, is_main_process, list_folder, publish_files
+        from hf_in2core.hub.commits import is_main_process, publish_files
+        from hf_in2core.hub.state import Head, list_folder
 
         if not is_main_process():
             return None

@@ -17,6 +17,7 @@ from hf_in2core import __version__
 from hf_in2core.engine.blocks import Blocks
 from hf_in2core.engine.fit_sums import FitResult
 from hf_in2core.engine.state import hash_adapter, hash_base
+from hf_in2core.files import write_whole
 from hf_in2core.hub.checks import find_revision
 from hf_in2core.hub.silence import limited_silence
 from hf_in2core.names import LOSS_REDUCTIONS
@@ -122,11 +123,9 @@ def identify(config: ScorerConfig) -> dict[str, Any]:
 
 def write_scorer_config(path: Path, config: ScorerConfig) -> None:
     """Write `config.json` of a scorer's folder, whole or not at all."""
-    temporary = path / f".{CONFIG_FILE}.tmp"
     # Where there was no index, an earlier version can read it.
     values = {name: value for name, value in vars(config).items() if not (name in INDEXED and value is None)}
-    temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path / CONFIG_FILE)
+    write_whole(path / CONFIG_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_scorer_config(path: Path) -> ScorerConfig:
@@ -358,23 +357,15 @@ def describe_fit(
     """
     base = model.config
     asked = (args.model_init_kwargs or {}).get("revision")  # type: ignore[union-attr]
+    shaping = ("estimator", "loss_reduction", "damping_scale", "per_example", "autocast")
     return ScorerConfig(
-        estimator=args.estimator,
-        loss_reduction=args.loss_reduction,
-        damping_scale=args.damping_scale,
+        **{name: identity[name] for name in shaping},
+        **{item.name: getattr(result, item.name) for item in fields(ScorerConfig) if hasattr(result, item.name)},
         influence_layers=args.influence_layers,  # type: ignore[arg-type]
         validation_sets=validation_sets,
-        per_example=identity["per_example"],
         num_fit_examples=result.num_examples,
         fit_agreement=result.agreement,
-        exact_agreement=result.exact_agreement,
-        validation_agreement=result.validation_agreement,
-        store_error=result.store_error,
-        store_agreement=result.store_agreement,
-        damping=result.damping,
-        inner_damping_error=result.inner_damping_error,
         preparation=preparation.to_dict(),
-        autocast=identity["autocast"],
         tokens_per_batch=args.tokens_per_batch,
         base_model=base._name_or_path or "",
         base_model_revision=getattr(base, "_commit_hash", None) or find_revision(base._name_or_path, asked),

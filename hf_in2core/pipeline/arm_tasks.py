@@ -13,8 +13,9 @@ from hf_in2core.cards.model import add_task_results
 from hf_in2core.evaluation.tasks import evaluate_tasks, load_tasks
 from hf_in2core.influence.config import AUTOCAST_DTYPES, choose_autocast
 from hf_in2core.names import REPLAY, RESULTS
+from hf_in2core.report.page import write_report
 from hf_in2core.report.run import read_results
-from hf_in2core.report.terminal import print_tasks, write_report
+from hf_in2core.report.terminal import print_tasks
 from hf_in2core.rows.hashes import hash_value
 
 from .arguments import In2CoreArguments

@@ -16,14 +16,14 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 from hf_in2core import InfluenceConfig
 from hf_in2core.engine.sharding import save_adapter
 from hf_in2core.influence.checks import check_launcher
-from hf_in2core.names import ALL_ARMS, ARMS, BUDGETS, INFLUENCE, NUM_LOSS_TOKENS, PER_QUERY, POOL, VALIDATION
+from hf_in2core.names import ALL_ARMS, ARMS, BUDGETS, NUM_LOSS_TOKENS, PER_QUERY, POOL, VALIDATION
 from hf_in2core.report.terminal import print_verdict
 from hf_in2core.rows.checks import check_rows, refuse_bad_rows
 from hf_in2core.rows.doubts import say_doubts
 from hf_in2core.rows.hashes import hash_rows, hash_value
 from hf_in2core.rows.overlap import find_overlap
 from hf_in2core.rows.preparation import Preparation, tokenize_rows
-from hf_in2core.rows.scored import read_scores
+from hf_in2core.rows.scored import read_scores, require_scores
 
 from .arguments import check_comparison
 from .comparison import (
@@ -222,11 +222,7 @@ def check_inputs(model: Any, args: Any, scored: Dataset, peft_config: Any, given
             f"`peft_config` is {peft_config!r}: arms train adapters. Give one, such as "
             'LoraConfig(target_modules="all-linear").'
         )
-    if INFLUENCE not in scored.column_names:
-        raise ValueError(
-            f"The pool has no column {INFLUENCE!r} (it has {', '.join(scored.column_names)}). Score it first, with "
-            "InfluenceTrainer.score_influence() or dataset.map(scorer, batched=True)."
-        )
+    require_scores(scored)
     for name, known in (("arms", ALL_ARMS), ("budgets", BUDGETS)):
         if unknown := [value for value in getattr(given, name) if value not in known]:
             raise ValueError(f"{name} has {', '.join(map(repr, unknown))}. Known are {', '.join(known)}.")

@@ -33,8 +33,10 @@ from hf_in2core.names import (
     describe_set,
     name_coreset,
 )
+from hf_in2core.report.page import write_report
+from hf_in2core.report.plots import plot_arms, plot_influence, plot_length
 from hf_in2core.report.run import RESULTS_VERSION
-from hf_in2core.report.terminal import plot_arms, plot_influence, plot_length, print_tables, write_report
+from hf_in2core.report.terminal import print_tables
 from hf_in2core.rows.columns import apply_columns
 from hf_in2core.rows.scored import read_scores
 from hf_in2core.rows.text import render_row

@@ -19,7 +19,7 @@ from hf_in2core.rows.masks import compare_masks
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.rows.sources import load_raw_rows
 
-from .arguments import In2CoreArguments
+from .arguments import DataArguments, In2CoreArguments
 from .leakage import count_near_copies, refuse_same_source, separate_sets
 from .run_folder import warn
 
@@ -163,6 +163,19 @@ def warn_of_bad_rows(checked: CheckedRows) -> None:
     if len(checked.bad) == checked.num_rows:
         raise ValueError(f"{found}, the first: {checked.bad[0]}. Nothing is left when they are dropped.")
     warn(f"{found} and are dropped, the first: {checked.bad[0]}.")
+
+
+def load_good_rows(
+    source: str,
+    what: str,
+    args: DataArguments,
+    training_args: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    revision: str | None = None,
+) -> Dataset:
+    """The rows of the one set that a command reads, as `--columns` and `--bad_rows` say; see [`keep_good_rows`]."""
+    rows = load_raw_rows(source, what, args.columns, revision)
+    return keep_good_rows(rows, what, Preparation.from_args(training_args, tokenizer, rows), args.bad_rows)
 
 
 def keep_good_rows(rows: Dataset, what: str, preparation: Preparation, bad_rows: str) -> Dataset:

@@ -18,14 +18,14 @@ from hf_in2core import InfluenceConfig
 from hf_in2core.cards.publish import check_published_columns
 from hf_in2core.evaluation.formats import read_json
 from hf_in2core.evaluation.tournament import plan_tournament
-from hf_in2core.hub.commits import PushCheck, check_can_push
+from hf_in2core.hub.checks import PushCheck, check_can_push
 from hf_in2core.influence.checks import check_launcher
 from hf_in2core.names import AUTO, PER_CHECKPOINT, POOL, REPLAY, describe_set, name_coreset
 from hf_in2core.rows.columns import read_template
 from hf_in2core.rows.hashes import hash_tokenization, hash_value
 from hf_in2core.rows.preparation import Preparation, tokenize_rows
 from hf_in2core.rows.scored import describe_columns
-from hf_in2core.rows.sources import find_hub_id, parse_named_sources
+from hf_in2core.rows.sources import find_sources, parse_named_sources
 from hf_in2core.rows.template_date import read_clock
 
 from .arguments import In2CoreArguments
@@ -231,7 +231,7 @@ def check_hub(args: In2CoreArguments, private: bool | None) -> PushCheck | None:
         return None
     assert args.hub_id is not None
     splits = ["train", *map(name_coreset, args.fractions)]
-    found = check_can_push(args.hub_id, private=private, splits=splits, source_datasets=find_sources(args))
+    found = check_can_push(args.hub_id, private=private, splits=splits, source_datasets=find_sources(args.pool))
     for warning in found.warnings:
         warn(warning)
     if found.overwrites:
@@ -309,9 +309,3 @@ def find_differences(job: Job) -> list[str]:
         for name in sorted((identities.keys() | job.identities.keys()) - {DAY})
         if identities.get(name) != job.identities.get(name)
     ]
-
-
-def find_sources(args: In2CoreArguments) -> list[str]:
-    """Hub ids that the pool comes from."""
-    hub_id = find_hub_id(args.pool or "")
-    return [] if hub_id is None else [hub_id]

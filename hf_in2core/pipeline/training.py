@@ -25,7 +25,7 @@ from trl.trainer.utils import create_model_from_path
 from hf_in2core import InfluenceConfig, InfluenceScorer, InfluenceTrainer
 from hf_in2core.engine.losses import compute_row_losses
 from hf_in2core.engine.sharding import is_sharded, is_sharding_launch, save_adapter, shard_model
-from hf_in2core.evaluation.judge import TokenAccuracy, TokenPerplexity
+from hf_in2core.evaluation.metrics import TokenAccuracy, TokenPerplexity
 from hf_in2core.hub.checks import find_revision
 from hf_in2core.influence.config import AUTOCAST_DTYPES, choose_autocast
 from hf_in2core.influence.cosines import OPTIMIZER
@@ -258,7 +258,7 @@ def release(trainer: SFTTrainer) -> None:
     trainer.model = trainer.model_wrapped = None  # type: ignore[assignment]
     trainer.callback_handler.model = None
     if isinstance(trainer, InfluenceTrainer):
-        trainer._last_passes = None
+        trainer.forget()
     trainer.accelerator.free_memory()
 
 

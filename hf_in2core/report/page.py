@@ -9,7 +9,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from importlib.util import find_spec
@@ -33,6 +32,7 @@ from hf_in2core.evaluation.arms import (
 )
 from hf_in2core.evaluation.formats import show_step
 from hf_in2core.evaluation.leakage import list_near_copies, say_judge
+from hf_in2core.files import write_whole
 from hf_in2core.names import INFLUENCE, list_added_columns
 from hf_in2core.rows.scored import find_set_columns, read_numbers
 from hf_in2core.selection.lengths import correlate_with_length
@@ -77,11 +77,7 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
     """
     run = read_run(folder)
     page = Path(path) if path is not None else run.folder / PAGE
-    text = render_page(run)
-    temporary = page.with_name(f".{page.name}.tmp")
-    # What no encoding can hold (half of a surrogate pair) becomes a question mark.
-    temporary.write_bytes(text.encode("utf-8", "replace"))
-    os.replace(temporary, page)
+    write_whole(page, render_page(run), errors="replace")  # rows may hold anything
     return page
 
 

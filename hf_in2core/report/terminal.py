@@ -1,7 +1,7 @@
-"""What a run found, for the terminal (`print_results`), as pictures and as a page.
+"""What a run found, for the terminal.
 
-All take `results.json` as a dict. Sign: negative influence = proponent (training on the row lowers the validation
-loss), positive = opponent.
+Results are those of `results.json`, as a dict. Sign: negative influence = proponent (training on the row lowers the
+validation loss), positive = opponent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,28 +27,19 @@ from hf_in2core.evaluation.formats import DASH, show_step
 from hf_in2core.names import INFLUENCE, RANK
 from hf_in2core.rows.text import CUT, render_line
 
-from .page import write_report
-from .plots import plot_arms, plot_influence, plot_length
-from .run import ReportError
-
-
-__all__ = [
-    "ReportError",
-    "plot_arms",
-    "plot_influence",
-    "plot_length",
-    "print_results",
-    "print_table",
-    "print_tasks",
-    "write_report",
-]
 
 MAX_TEXT_CHARACTERS = 240
 
 
-def print_results(results: Mapping[str, Any]) -> None:
+def print_verdict(results: Mapping[str, Any]) -> None:
+    """Print the verdict of a run, where it has one, after all else: there a reader stops."""
+    if text := results.get("verdict", {}).get("text"):
+        _write(Console(), f"Verdict: {text}", style="bold red" if "WARNING" in text else "bold")
+
+
+def print_tables(results: Mapping[str, Any]) -> None:
     r"""
-    Print a run's results to the terminal: arms, AUCs, examples, and the verdict last.
+    Print a run's results to the terminal, without the verdict: arms, AUCs and examples.
 
     Wrapped to the width of the terminal; plain text without colours when piped. Text from the data is shown as it is
     (never read as markup), in one line, without control characters, cut to 240 characters.
@@ -57,7 +48,6 @@ def print_results(results: Mapping[str, Any]) -> None:
         results (`Mapping[str, Any]`):
             `results.json`: `arms` (see [`~hf_in2core.evaluation.judge.judge`]) and, where present:
 
-            - `verdict` (`dict`): with `text`.
             - `auc` (`dict[str, dict[str, float | None]]`): for each kind of row looked for, the AUC by score, such as
               `{"tasks of interest": {"influence": 0.97, "loss": 0.61}}`.
             - `choice` (`dict`): what chose the coreset: `how`, `score` and its `meaning`.
@@ -68,18 +58,6 @@ def print_results(results: Mapping[str, Any]) -> None:
     Raises:
         `ValueError`: `results` has no arms.
     """
-    print_tables(results)
-    print_verdict(results)
-
-
-def print_verdict(results: Mapping[str, Any]) -> None:
-    """Print the verdict of [`print_results`] alone, which stands last, where a reader stops."""
-    if text := results.get("verdict", {}).get("text"):
-        _write(Console(), f"Verdict: {text}", style="bold red" if "WARNING" in text else "bold")
-
-
-def print_tables(results: Mapping[str, Any]) -> None:
-    """Print what [`print_results`] does, but for the verdict."""
     arms = require_arms(results)
     console = Console()
     for budget, members in split_by_budget(arms).items():
@@ -110,7 +88,7 @@ def print_tables(results: Mapping[str, Any]) -> None:
 
 
 def print_tasks(results: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print how the arms of a run do on tasks of lm-eval, as [`print_results`] does; nothing where none was run."""
+    """Print how the arms of a run do on tasks of lm-eval, as [`print_tables`] does; nothing where none was run."""
     console = console or Console()
     tasks = tabulate_tasks(results)
     if tasks is None:

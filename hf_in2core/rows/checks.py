@@ -38,6 +38,10 @@ logger = logging.getLogger(__name__)
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "environment")
 ID_COLUMNS = ("id", "_id", "row_id", "uid", "uuid", "example_id", "prompt_id", "conversation_id")
 SHOWN_ROWS = 5
+NO_TEMPLATE = (
+    "The rows are conversations, but the tokenizer has no chat template, so they cannot be turned into tokens. Set "
+    "`chat_template_path` to a tokenizer or Jinja file that has one, or give plain `prompt`/`completion` columns."
+)
 
 
 @dataclass(frozen=True)
@@ -310,11 +314,7 @@ def _check_template(
         is_trained = True
     tokenizer = preparation.processing_class
     if not tokenizer.chat_template and not preparation.chat_template:
-        raise ValueError(
-            "The rows are conversations, but the tokenizer has no chat template, so they cannot be turned into "
-            "tokens. Set `chat_template_path` to a tokenizer or Jinja file that has one, or give plain "
-            "`prompt`/`completion` columns."
-        )
+        raise ValueError(NO_TEMPLATE)
     # Only a mask needs the tokens: TRL refuses a row in which no token is an assistant's.
     options: dict[str, Any] = {"return_dict": True, "return_assistant_tokens_mask": True} if masked else {}
     try:

@@ -17,7 +17,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from hf_in2core.engine.batches import read_token_rows
 from hf_in2core.names import POOL
 
-from .checks import CheckedRows, check_row, check_rows, describe_kind, refuse_bad_rows
+from .checks import NO_TEMPLATE, CheckedRows, check_row, check_rows, describe_kind, refuse_bad_rows
 from .columns import apply_columns, check_sources, get_column_names, list_read_columns, map_row, read_template
 from .presets import RowError
 
@@ -81,11 +81,7 @@ class Preparation:
         conversational = describe_kind(first) == "a conversation"
         prompt_completion = "prompt" in first and "completion" in first
         if conversational and not processing_class.chat_template:
-            raise ValueError(
-                "The rows are conversations, but the tokenizer has no chat template, so they cannot be turned into "
-                "tokens. Set `chat_template_path` to a tokenizer or Jinja file that has one, or give plain "
-                "`prompt`/`completion` columns."
-            )
+            raise ValueError(NO_TEMPLATE)
         if args.completion_only_loss and not prompt_completion and "input_ids" not in first:
             raise ValueError(
                 f"`completion_only_loss=True` does nothing on rows with the columns {', '.join(first)}: TRL would "

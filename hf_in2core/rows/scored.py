@@ -28,6 +28,15 @@ if TYPE_CHECKING:
 HASHED_ROWS = 10_000
 
 
+def require_scores(scored: Dataset) -> None:
+    """Refuse a pool that was not scored."""
+    if INFLUENCE not in scored.column_names:
+        raise ValueError(
+            f"The pool has no column {INFLUENCE!r} (it has {', '.join(scored.column_names)}). Score it first, with "
+            "InfluenceTrainer.score_influence() or dataset.map(scorer, batched=True)."
+        )
+
+
 # --- writing ---
 
 

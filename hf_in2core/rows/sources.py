@@ -343,3 +343,9 @@ def find_hub_id(source: str) -> str | None:
     except (FileNotFoundError, SourceError):
         return None
     return None if path is not None else COLON.split(source)[0]
+
+
+def find_sources(pool: str | None) -> list[str]:
+    """Hub ids that a pool comes from."""
+    hub_id = find_hub_id(str(pool)) if pool else None
+    return [] if hub_id is None else [hub_id]

@@ -6,7 +6,7 @@ import numpy as np
 import trl
 from datasets import Dataset
 
-from hf_in2core.engine.batches import read_token_rows
+from hf_in2core.engine.batches import read_lengths, read_token_rows
 
 from .preparation import ROW_COLUMN, Preparation, keep_token_columns, prepare_batch, prepare_mapped
 
@@ -75,7 +75,7 @@ def take_over_rows(
             what,
             max_length,
         )
-    lengths = _list_lengths(prepared) if warn else np.zeros(1)
+    lengths = read_lengths(prepared) if warn else np.zeros(1)
     if context is not None and lengths.max() > context:
         logger.warning(
             "Rows of the %s have up to %d tokens, and the model was made for %d: it knows no positions beyond, and "
@@ -133,13 +133,6 @@ def check_first_rows(pool: Dataset, prepared: Dataset, preparation: Preparation)
                 f"tokens than are trained on. Install a tested TRL (`pip install 'trl>={TESTED_TRL[0]},"
                 f"<={TESTED_TRL[1]}'`), or tokenise the rows yourself: `input_ids` and `labels` are taken as they are."
             )
-
-
-def _list_lengths(prepared: Dataset) -> np.ndarray:
-    """Tokens of each row."""
-    starts = range(0, len(prepared), ROWS_AT_ONCE)
-    chunks = (read_token_rows(prepared, start, min(start + ROWS_AT_ONCE, len(prepared))) for start in starts)
-    return np.concatenate([chunk.lengths for chunk in chunks])
 
 
 def count_loss_tokens(prepared: Dataset, num_rows: int) -> np.ndarray:

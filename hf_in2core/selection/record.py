@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from hf_in2core.files import write_whole
 from hf_in2core.names import INFLUENCE, LENGTH_MATCHED, METHODS, name_coreset, parse_coreset
 from hf_in2core.rows.scored import hash_scores, read_scores
 
@@ -239,6 +240,4 @@ def write_record(path: Path, scores: str, coresets: Mapping[str, Coreset]) -> No
     """Write a `coresets.json` whole or not at all, a line for each coreset: 40 MB for a million rows."""
     entries = ",\n".join(f"{json.dumps(name)}: {json.dumps(vars(coreset))}" for name, coreset in coresets.items())
     text = f'{{"format_version": {RECORD_VERSION}, "scores": "{scores}", "coresets": {{\n{entries}\n}}}}\n'
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, text)

@@ -16,15 +16,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from hf_in2core.evaluation.intervals import compute_rank_correlation
-from hf_in2core.evaluation.judge import (
-    TokenAccuracy,
-    TokenPerplexity,
-    compare_losses,
-    compute_auc,
-    compute_confidence_interval,
-    judge,
-)
+from hf_in2core.evaluation.intervals import compare_losses, compute_confidence_interval, compute_rank_correlation
+from hf_in2core.evaluation.judge import compute_auc, judge
+from hf_in2core.evaluation.metrics import TokenAccuracy, TokenPerplexity
 
 
 LOSSES = st.floats(0.01, 20)
@@ -89,7 +83,7 @@ def test_perplexity_of_a_diverged_model() -> None:
 
 METRIC_PROCESS = """
 import sys
-from hf_in2core.evaluation.judge import TokenPerplexity
+from hf_in2core.evaluation.metrics import TokenPerplexity
 metrics = [TokenPerplexity() for _ in range(2)]
 for step in range(20):
     for metric in metrics:
@@ -140,6 +134,7 @@ def test_metrics_refuse_bad_input(inputs: dict[str, Any], message: str) -> None:
 def test_verdict_needs_no_torch() -> None:
     code = (
         "import sys, hf_in2core.selection.coreset, hf_in2core.evaluation.judge, hf_in2core.report.terminal\n"
+        "import hf_in2core.report.page, hf_in2core.report.plots\n"
         "print(sorted({'torch', 'transformers', 'trl', 'evaluate', 'matplotlib'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)

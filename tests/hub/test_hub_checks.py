@@ -130,8 +130,8 @@ def test_check_can_push_says_what_a_push_would_meet(hub, client) -> None:
     requests = len(hub.log)
     found = client.run(
         """
-        from hf_in2core.hub.commits import check_can_push
-        shown = lambda c: [c.user, c.exists, list(c.overwrites), c.licenses, list(c.warnings)]
+        from hf_in2core.hub.checks import check_can_push
+        shown = lambda c: [c.head is not None, list(c.overwrites), list(c.warnings)]
         result = [
             shown(check_can_push("ada/held", splits=["train", "new"])),
             shown(check_can_push("fresh")),
@@ -142,13 +142,13 @@ def test_check_can_push_says_what_a_push_would_meet(hub, client) -> None:
         ]
         """
     )
-    assert found[0] == ["ada", True, ["data/train-0.parquet"], {}, []]
-    assert found[1][:2] == ["ada", False]
-    assert "is a model today" in found[2][4][0]
-    assert found[3][3] == {"ada/licensed": "mit", "ada/held": None, "no/where": None}
-    assert len(found[3][4]) == 2
-    assert "stays so" in found[4][4][0]
-    assert found[5][2] == []
+    assert found[0] == [True, ["data/train-0.parquet"], []]
+    assert found[1] == [False, [], []]
+    assert "is a model today" in found[2][2][0]
+    # `ada/licensed` states one.
+    assert [warning.split(" states no licence")[0] for warning in found[3][2]] == ["ada/held", "no/where"]
+    assert "stays so" in found[4][2][0]
+    assert found[5][:2] == [False, []]
     assert {request.method for request in hub.log[requests:]} == {"GET"}  # it wrote nothing
 
 
@@ -177,7 +177,7 @@ def test_check_can_push_refuses(hub, client, tmp_path, token, repo_id, options, 
     hub.add_user("hf_" + "F" * 34, "fay", role="fineGrained")
     code = """
     import os
-    from hf_in2core.hub.commits import check_can_push
+    from hf_in2core.hub.checks import check_can_push
     kept = os.environ.pop("HF_TOKEN") if token is None else None
     try:
         check_can_push(repo_id, token=token, **options)

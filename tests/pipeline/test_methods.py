@@ -15,6 +15,7 @@ from naive import compute_datainf, compute_gradients
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from recipe_runs import read_results, run_command, stamp, write_config
+from report_runs import print_results
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,7 +24,6 @@ from hf_in2core.cards.dataset import render_influence_section
 from hf_in2core.evaluation.arms import tabulate_tournament
 from hf_in2core.evaluation.formats import format_seconds
 from hf_in2core.names import METHODS
-from hf_in2core.report.terminal import print_results
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.rows.sources import load_rows
 from hf_in2core.selection.lengths import compare_lengths

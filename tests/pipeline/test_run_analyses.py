@@ -21,12 +21,11 @@ from recipe_runs import (
     write_config,
     write_rows,
 )
-from report_runs import Page
+from report_runs import Page, print_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.evaluation.formats import describe_calibration
-from hf_in2core.report.terminal import print_results
 from hf_in2core.rows.sources import load_rows
 
 

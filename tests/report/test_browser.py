@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from report_runs import HOSTILE, NUM_ROWS, get_scored_run, make_results, make_scored, write_run
 
-from hf_in2core.report.terminal import write_report
+from hf_in2core.report.page import write_report
 
 
 pytestmark = pytest.mark.slow

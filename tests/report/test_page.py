@@ -39,9 +39,9 @@ from hf_in2core import select_coreset
 from hf_in2core.commands.main import main
 from hf_in2core.evaluation.judge import judge
 from hf_in2core.names import LOSS_REDUCTIONS
+from hf_in2core.report.page import write_report
 from hf_in2core.report.rows import LIMITS, MAX_ROWS
 from hf_in2core.report.run import ReportError
-from hf_in2core.report.terminal import write_report
 from hf_in2core.report.tokens import split_by_loss
 from hf_in2core.selection.lengths import compare_lengths
 

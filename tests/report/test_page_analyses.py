@@ -10,9 +10,9 @@ from report_runs import HOSTILE, Page, list_paths, make_analyses, make_results, 
 
 import hf_in2core.report.page as report_page
 from hf_in2core.report.analyses import show_coverage, show_layers
+from hf_in2core.report.page import write_report
 from hf_in2core.report.rows import choose_rows, read_pool
 from hf_in2core.report.run import Run, read_run
-from hf_in2core.report.terminal import write_report
 
 
 ANALYSES = make_analyses()

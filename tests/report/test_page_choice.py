@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
-from report_runs import NUM_ROWS, Page, get_scored_run, make_results, make_scored, write_run
+from report_runs import NUM_ROWS, Page, get_scored_run, make_results, make_scored, print_results, write_run
 
 from hf_in2core.cards.dataset import summarise_influence
 from hf_in2core.cards.splits import find_coreset
-from hf_in2core.report.terminal import print_results, write_report
+from hf_in2core.report.page import write_report
 from hf_in2core.selection.record import RECORD, describe_choice, take_coresets
 from hf_in2core.selection.turns import find_ends, read_deciding_score
 

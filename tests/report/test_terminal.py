@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
-from report_runs import make_results
+from report_runs import make_results, print_results
 
-from hf_in2core.report.terminal import plot_arms, plot_influence, print_results
+from hf_in2core.report.plots import plot_arms, plot_influence
+from hf_in2core.report.terminal import print_tables
 
 
 @pytest.fixture
@@ -74,8 +75,8 @@ def test_nothing_is_lost_or_too_wide_at_any_width(show: Any, width: int) -> None
 @pytest.mark.slow
 def test_piped_output_is_plain_and_survives_ascii(tmp_path: Path) -> None:
     code = (
-        "import json, sys\nfrom hf_in2core.report.terminal import print_results\n"
-        "print_results(json.load(open(sys.argv[1], encoding='utf-8')))"
+        "import json, sys\nfrom hf_in2core.report.terminal import print_tables, print_verdict\n"
+        "results = json.load(open(sys.argv[1], encoding='utf-8'))\nprint_tables(results)\nprint_verdict(results)"
     )
     results = make_results() | {"examples": {"opponents": [{"influence": 1.0, "text": "Überraschung 日本"}]}}
     (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
@@ -134,7 +135,7 @@ def test_runs_without_an_interval(show: Any) -> None:
     assert show(diverged, 120).count("not finite in 1 of 3") == 4
 
 
-@pytest.mark.parametrize("function", [print_results, lambda results: plot_arms(results, "unused.png")])
+@pytest.mark.parametrize("function", [print_tables, lambda results: plot_arms(results, "unused.png")])
 def test_results_without_arms(function: Any) -> None:
     with pytest.raises(ValueError, match=r"hold no arms \(their keys: \['arms', 'selection'\]\)"):
         function({"selection": {}, "arms": []})
