@@ -31,7 +31,7 @@ def main(settings: Settings) -> None:
     from hf_in2core import InfluenceConfig, select_coreset
     from hf_in2core.evaluation.tasks import check_task_settings
     from hf_in2core.hub.commits import Head, check_can_push, list_folder, publish_files, read_head
-    from hf_in2core.influence.checks import check_launcher
+    from hf_in2core.influence.launcher import check_launcher
     from hf_in2core.pipeline.arm_tasks import describe_scores, evaluate_on_tasks, load_given_tasks
     from hf_in2core.pipeline.inputs import check_trainable, keep_good_rows
     from hf_in2core.pipeline.models import check_model, load_tokenizer
