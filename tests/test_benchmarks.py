@@ -1,6 +1,7 @@
 """The benchmarks that read a trained reference run on anybody's files and write what they print."""
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -207,6 +208,35 @@ def test_gpu_runs_end_to_end_without_one(tmp_path: Path) -> None:
         assert set(found[part]["of_plain"]) == {"plain", "score", "fit", "validation"}
     assert found["precision"]["bf16_and_float32"]["spearman"] > 0.99
     assert found["precision"]["ours_and_published"]["relative"] < 1e-2
+
+
+# As on a machine that the tree was copied to: it finds no psutil (TRL may have its own), and nobody knows its version.
+BARE = """
+import builtins, importlib.metadata, pathlib, runpy, sys
+find, known = builtins.__import__, importlib.metadata.version
+def find_all_but_one(name, globals=None, *rest, **options):
+    if name == "psutil" and (globals or {}).get("__name__", "").startswith("hf_in2core"):
+        raise ImportError(name)
+    return find(name, globals, *rest, **options)
+def know_all_but_one(name):
+    if name.replace("-", "_") == "hf_in2core":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return known(name)
+builtins.__import__, importlib.metadata.version = find_all_but_one, know_all_but_one
+sys.argv = sys.argv[1:]
+sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_gpu_runs_from_a_tree_that_is_not_installed(tmp_path: Path) -> None:
+    script, out = str(ROOT / "benchmarks" / "gpu.py"), str(tmp_path / "gpu.json")
+    command = [sys.executable, "-c", BARE, script, "--quick", "--only", "trainer", "--out", out]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "gpu.json").read_text())["trainer"]["float32"]["relative_to_cpu"] < 1e-4
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ def main(settings: Settings) -> None:
 
     from hf_in2core import InfluenceConfig
     from hf_in2core.evaluation.tasks import check_task_settings
-    from hf_in2core.influence.checks import check_launcher
+    from hf_in2core.influence.launcher import check_launcher
     from hf_in2core.pipeline.arm_tasks import (
         describe_scores,
         evaluate_on_tasks,

@@ -28,7 +28,7 @@ def main(settings: Settings) -> None:
 
     from hf_in2core import push_influence_dataset, select_coreset
     from hf_in2core.hub.checks import check_can_push
-    from hf_in2core.influence.checks import check_launcher
+    from hf_in2core.influence.launcher import check_launcher
     from hf_in2core.influence.pools import merge_scored
     from hf_in2core.pipeline.run_folder import agree, join_processes, say, warn
     from hf_in2core.rows.sources import find_hub_id

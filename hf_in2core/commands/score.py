@@ -31,7 +31,7 @@ def main(settings: Settings) -> None:
     from trl import ModelConfig
 
     from hf_in2core import InfluenceConfig, InfluenceScorer
-    from hf_in2core.influence.checks import check_launcher
+    from hf_in2core.influence.launcher import check_launcher
     from hf_in2core.influence.plan import plan_influence
     from hf_in2core.influence.pools import check_fitted_pool
     from hf_in2core.pipeline.inputs import check_pool_columns, keep_good_rows, load_validation

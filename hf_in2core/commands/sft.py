@@ -33,7 +33,7 @@ def main(settings: Settings) -> None:
     from hf_in2core.hub.checks import check_can_push
     from hf_in2core.hub.commits import publish_files
     from hf_in2core.hub.state import Head, list_folder, read_head
-    from hf_in2core.influence.checks import check_launcher
+    from hf_in2core.influence.launcher import check_launcher
     from hf_in2core.pipeline.arm_tasks import describe_scores, evaluate_on_tasks, load_given_tasks
     from hf_in2core.pipeline.inputs import check_trainable, keep_good_rows, load_good_rows
     from hf_in2core.pipeline.models import check_model, load_tokenizer

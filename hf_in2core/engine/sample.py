@@ -12,7 +12,7 @@ from torch import Tensor
 from .fit_sums import FitResult, FitSums, GradientSample, sum_fit_terms
 from .gradients import accumulation_dtype
 from .passes import Passes
-from .scoring import run_score_pass
+from .scoring import average_over_sets, run_score_pass
 
 
 logger = logging.getLogger(__name__)
@@ -61,8 +61,8 @@ def fit_sample(
     `u` is a mean over rows. The fits on the two halves have each twice the variance of the one on the whole sample, so
     that they differ more from each other than that one does from the fit on all rows. They are compared by the scores
     that they give to rows outside of the sample: the rank correlation is to be [`MIN_AGREEMENT`] at least, on every
-    validation set; where validation rows are queries, in the mean over a set's queries and for the worst tenth of
-    them.
+    validation set; where validation rows are queries, of the influence on a set's mean loss, in the mean over the
+    set's queries and for the worst tenth of them (of each block of queries, where not all fit into memory).
 
     Args:
         order (`numpy.ndarray` of shape `[n]`):
@@ -122,14 +122,23 @@ def compare_halves(scores: np.ndarray, set_sizes: list[int] | None = None) -> fl
     Agreement of two halves of a sample, from the scores `[rows, 2 * Q]` that they give to the same rows.
 
     Returns:
-        `float` in [-1, 1]: the lowest of the sets' rank correlations; of a set of several queries their mean or their
-        tenth percentile, whichever is lower. Scores that are all equal agree with none.
+        `float` in [-1, 1]: the lowest of the sets' rank correlations; of a set of several queries the one of its mean
+        influence, the mean of the queries' own or their tenth percentile, whichever is lowest. Scores that are all
+        equal agree with none.
     """
-    count = scores.shape[1] // 2
-    found = np.full(count, -1.0)
-    for query in range(count):
-        pair = scores[:, [query, count + query]]
-        if np.ptp(pair, axis=0).all():
-            found[query] = spearmanr(*pair.T).statistic
-    sets = np.split(found, np.cumsum(set_sizes or [1] * count)[:-1])
-    return float(min(min(values.mean(), np.quantile(values, 0.1)) for values in sets))
+    first, second = np.hsplit(scores, 2)
+    count = first.shape[1]
+    sizes = set_sizes or [1] * count
+    found = _correlate_columns(first, second)
+    means = _correlate_columns(average_over_sets(first, sizes), average_over_sets(second, sizes))
+    sets = np.split(found, np.cumsum(sizes)[:-1])
+    return float(min(means.min(), *(min(values.mean(), np.quantile(values, 0.1)) for values in sets)))
+
+
+def _correlate_columns(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Rank correlation of each column of one with that of the other, -1 where a column is constant."""
+    found = np.full(first.shape[1], -1.0)
+    for column, pair in enumerate(zip(first.T, second.T, strict=True)):
+        if np.ptp(pair, axis=1).all():
+            found[column] = spearmanr(*pair).statistic
+    return found

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
@@ -297,7 +296,7 @@ class GradientStore:
             *_, machine, process, _, _ = ["", "", *path.name.split(".")]
             with suppress(OSError):  # another process sweeps too
                 if machine == _name_machine() and process.isdigit():
-                    is_left = not psutil.pid_exists(int(process))
+                    is_left = not _is_running(int(process))
                 else:
                     is_left = time.time() - path.stat().st_mtime > LEFT_AFTER
                 if is_left:
@@ -316,6 +315,16 @@ def _name_machine() -> str:
     with suppress(OSError):  # where it is not Linux
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(os.stat("/proc/self/ns/pid").st_ino)]
     return hash_json(parts)[:12]
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def name_temporary(path: Path) -> Path:

@@ -1,13 +1,12 @@
 """What an [`InfluenceTrainer`] refuses: settings and data before a model is loaded, the rest before long passes."""
 
 import logging
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate import DeepSpeedPlugin, DistributedType, PartialState
+from accelerate import DistributedType, PartialState
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -36,28 +35,10 @@ from hf_in2core.rows.preparation import Preparation, map_trainable
 from hf_in2core.rows.scored import find_mean_columns, read_record
 
 from .config import InfluenceConfig
+from .launcher import check_launcher, check_layer_classes
 
 
 logger = logging.getLogger(__name__)
-
-# Settings of FSDP by the variable that carries them: what is needed, what accelerate takes without it, and why.
-FSDP_SETTINGS = {
-    "FSDP_VERSION": ("fsdp_version", "2", "1", "influence is taken through the modules of FSDP2"),
-    "FSDP_STATE_DICT_TYPE": (
-        "fsdp_state_dict_type",
-        "FULL_STATE_DICT",
-        "SHARDED_STATE_DICT",
-        "trained adapters would not be written where they can be loaded",
-    ),
-    "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params", "false", "false", "weights on the CPU are not where the rows are"),
-    "FSDP_ACTIVATION_CHECKPOINTING": (
-        "fsdp_activation_checkpointing",
-        "false",
-        "false",
-        "it replaces layers once they are in use; give `gradient_checkpointing` and "
-        "`influence_activation_checkpointing` instead",
-    ),
-}
 
 
 def check_settings(args: InfluenceConfig, kwargs: dict[str, Any], model: str | PreTrainedModel | PeftModel) -> None:
@@ -65,6 +46,12 @@ def check_settings(args: InfluenceConfig, kwargs: dict[str, Any], model: str | P
     if not isinstance(args, InfluenceConfig):
         raise TypeError(f"`args` is a {type(args).__name__}. Pass an `InfluenceConfig`, which extends `SFTConfig`.")
     check_launcher()
+    check_layer_classes(model, args)
+    if args.torch_compile and is_sharding_launch():
+        raise ValueError(
+            "`torch_compile` cannot work where the launcher shards the model (FSDP): compiled layers would be traced "
+            "anew for every pass, and the compiled model is no `PeftModel` any more. Leave it out."
+        )
     if not isinstance(model, str):
         check_not_offloaded(model)
     refused = {
@@ -91,56 +78,6 @@ def check_settings(args: InfluenceConfig, kwargs: dict[str, Any], model: str | P
                 f"Influence cannot be computed with {reason}: the per-example gradients would not be those of the "
                 "loss that SFT minimises. Leave it out of the `InfluenceTrainer`."
             )
-
-
-def check_launcher(needs_whole: str | None = None) -> None:
-    """
-    Refuse a launch that shards the model in a way in which influence cannot be taken.
-
-    Args:
-        needs_whole (`str`, *optional*):
-            The setting or command in which each process works alone, so that it needs the whole model.
-
-    Raises:
-        ValueError: naming the setting of the launcher, before a model is loaded.
-    """
-    if _is_set("ACCELERATE_USE_MEGATRON_LM"):
-        raise ValueError(
-            "The launcher shards the model (Megatron-LM, `ACCELERATE_USE_MEGATRON_LM`) in a way in which influence "
-            "cannot be taken. Launch with --accelerate_config fsdp, which shards it too, or multi_gpu."
-        )
-    if _is_set("ACCELERATE_USE_DEEPSPEED"):  # no more so where the commands have passed from ZeRO-3 on to FSDP2
-        raise ValueError(
-            "The launcher's DeepSpeed (`ACCELERATE_USE_DEEPSPEED`) cannot work here, "
-            f"`zero_stage: {DeepSpeedPlugin().zero_stage}`: influence is taken through the modules of FSDP2. The "
-            "commands of `in2core` train with `zero_stage: 3` and take influence by FSDP2, launched with "
-            "--accelerate_config zero3; launch a script of your own with fsdp or multi_gpu."
-        )
-    if not _is_set("ACCELERATE_USE_FSDP"):
-        return
-    if needs_whole is not None:
-        raise ValueError(
-            f"The launcher shards the model (`distributed_type` FSDP or DEEPSPEED), but with {needs_whole} each "
-            "process needs the whole one. Launch with --accelerate_config multi_gpu."
-        )
-    for variable, (setting, needed, default, reason) in FSDP_SETTINGS.items():
-        given = os.environ.get(variable, default)
-        if given.lower() != needed.lower():
-            raise ValueError(
-                f"The launcher's `{setting}: {given}` cannot work here: {reason}. Set `{setting}: {needed}`, as "
-                "--accelerate_config fsdp does."
-            )
-    if not is_sharding_launch():
-        kind = PartialState().distributed_type.value
-        raise ValueError(
-            f"The launcher asks for FSDP (`ACCELERATE_USE_FSDP`), but nothing would be sharded: the launch is {kind}, "
-            "and accelerate shards over several GPUs only. Launch with `--num_processes` of two or more on GPUs, or "
-            "with --accelerate_config single_gpu or cpu."
-        )
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() == "true"
 
 
 def _as_dict(value: dict[str, Any] | str | None) -> dict[str, Any]:

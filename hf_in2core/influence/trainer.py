@@ -241,7 +241,8 @@ class InfluenceTrainer(SFTTrainer):
             sets, given = len(self.prepared_validation), self.args.query_memory_gb
             self._query_bytes = choose_query_memory(self._last_passes) if given is None else given * 1e9
             if self.args.tokens_per_batch is None:
-                self._last_passes.tokens_per_batch = choose_tokens_per_batch(self._last_passes, sets)
+                found = choose_tokens_per_batch(self._last_passes, sets, self._query_bytes)
+                self._last_passes.tokens_per_batch = found
         return self._last_passes
 
     def fit_influence(self, per_example: bool = False) -> InfluenceScorer:

@@ -15,7 +15,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from hf_in2core import InfluenceConfig
 from hf_in2core.engine.sharding import save_adapter
-from hf_in2core.influence.checks import check_launcher
+from hf_in2core.influence.launcher import check_launcher
 from hf_in2core.names import ALL_ARMS, ARMS, BUDGETS, NUM_LOSS_TOKENS, PER_QUERY, POOL, VALIDATION
 from hf_in2core.report.terminal import print_verdict
 from hf_in2core.rows.checks import check_rows, refuse_bad_rows

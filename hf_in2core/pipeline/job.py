@@ -19,7 +19,7 @@ from hf_in2core.cards.publish import check_published_columns
 from hf_in2core.evaluation.formats import read_json
 from hf_in2core.evaluation.tournament import plan_tournament
 from hf_in2core.hub.checks import PushCheck, check_can_push
-from hf_in2core.influence.checks import check_launcher
+from hf_in2core.influence.launcher import check_launcher
 from hf_in2core.names import AUTO, PER_CHECKPOINT, POOL, REPLAY, describe_set, name_coreset
 from hf_in2core.rows.columns import read_template
 from hf_in2core.rows.hashes import hash_tokenization, hash_value

@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer
-from hf_in2core.influence.checks import check_launcher
 from hf_in2core.influence.config import AUTOCAST_DTYPES, choose_autocast
 from hf_in2core.influence.cosines import add_cosine, add_less, check_moments, make_gradient_dot
+from hf_in2core.influence.launcher import check_launcher
 from hf_in2core.names import METHODS, STRATEGIES_BY_ROW
 from hf_in2core.rows.preparation import Preparation
 from hf_in2core.selection.baselines import add_bm25, add_encoder, add_ifd, add_loss, add_rds

@@ -67,3 +67,18 @@ def test_a_process_that_ends_stops_the_other_and_the_run_goes_on(tmp_path: Path,
     assert any(path.exists() and path.stat().st_mtime_ns == before[path] for path in states)
     alone = load_worker().score_trained(model_folder, again[0]["adapter"], str(tmp_path / "alone"), "uneven").pool
     assert_same(again[0]["variants"]["uneven"]["influence"], alone["influence"][:], ROUNDING)
+
+
+@pytest.mark.slow
+def test_processes_with_unequal_memory_make_the_same_batches(tmp_path: Path, model_folder: str) -> None:
+    """Else each would gather another layer in passes of the same rows, and both wait for ever."""
+    first, second = launch_worker(WORKER.name, tmp_path, "two", 2, model=model_folder, budgets=[60, 300])
+    assert first == second and first["agreement"].keys() == {"validation"}
+    assert "`fsdp_transformer_layer_cls_to_wrap: NopeLayer` cannot work here" in first["refused"]["layers"]
+    assert "`torch_compile` cannot work where the launcher shards" in first["refused"]["compiled"]
+    worker = load_worker()
+    alone = worker.score_same_rows(
+        worker.make_trainer(model_folder, str(tmp_path / "alone"), num_rows=40, num_validation=12)
+    )
+    for name in ("influence", "layers", "coverage"):
+        assert_same(first[name], alone[name], ROUNDING)

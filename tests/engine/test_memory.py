@@ -8,8 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from helpers import assert_same
+from helpers import assert_same, make_trainer
+
+from hf_in2core.engine import budget
+from hf_in2core.engine.losses import MAX_LOGITS_PER_CHUNK
 
 
 WORKER = Path(__file__).parent / "workers" / "memory_worker.py"
@@ -64,3 +68,24 @@ def test_a_row_that_fits_with_activation_checkpointing_only_is_scored_so(tmp_pat
     # Once: what the fit pass has learnt, the score pass knows.
     assert len(re.findall(r"row 3 alone, with 1506 tokens: going on with activation checkpointing", short.stderr)) == 1
     assert_same(read_scores(short), read_scores(plenty), 1e-5)
+
+
+def test_the_budgets_of_a_gpu_fit_into_its_memory_together() -> None:
+    """Batches get what single queries leave."""
+    for free, per_token in ((80e9, 8e6), (24e9, 2e6)):
+        queries = budget.QUERY_SHARE * free
+        tokens = budget.divide_memory(free, queries, per_token)
+        assert 256 < tokens < budget.MAX_GPU_TOKENS
+        logits = MAX_LOGITS_PER_CHUNK * budget.BYTES_PER_LOGIT
+        assert 0.8 * free < tokens * per_token + queries + logits < 0.95 * free
+
+
+def test_single_queries_take_a_share_of_what_a_cpu_has_free(tmp_path, pool, validation, monkeypatch) -> None:
+    trainer = make_trainer(tmp_path, pool, validation)
+    job = trainer.make_passes(trainer.blocks, "")
+    for available, expected in ((2e9, 0.5e9), (64e9, budget.CPU_QUERY_BYTES)):
+        told = psutil.virtual_memory()._replace(available=available)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda told=told: told)
+        assert budget.choose_query_memory(job) == expected
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert 0 < budget.choose_query_memory(job) <= budget.CPU_QUERY_BYTES

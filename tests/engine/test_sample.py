@@ -12,20 +12,12 @@ from hf_in2core.engine.sample import MIN_AGREEMENT, compare_halves, is_sampled, 
 OPTIONS = {"tokens_per_batch": 4096, "chunk_size": 4096}
 
 
-def score(
-    folder,
-    num_rows: int,
-    fit_examples,
-    damping_scale: float,
-    per_example: bool = False,
-    distinct: int = 1000,
-    **options,
-):
+def score(folder, num_rows: int, fit_examples, damping_scale: float, per_example: bool = False, **options):
     pool, validation = make_prompt_completion(num_rows, seed=0), make_prompt_completion(6, seed=1)
     model = add_trained_adapter(make_model(num_layers=3).to(torch.float64))
     options = {**OPTIONS, "fit_examples": fit_examples, "damping_scale": damping_scale, **options}
     trainer = make_trainer(folder, pool, validation, model=model, **options)
-    scorer = trainer.fit_influence()
+    scorer = trainer.fit_influence(per_example)
     return scorer.config, np.array(trainer.score_influence()["influence"])
 
 
@@ -36,6 +28,18 @@ def test_a_sample_whose_halves_agree_stands_for_the_pool(tmp_path) -> None:
     assert sampled.num_fit_examples < whole.num_fit_examples == 2000
     assert sampled.fit_agreement >= MIN_AGREEMENT and whole.fit_agreement is None
     # The whole sample is nearer to the pool than its halves are to each other.
+    assert spearmanr(scores, expected).statistic >= sampled.fit_agreement
+    assert not np.allclose(scores, expected, rtol=1e-9, atol=0)
+
+
+def test_single_queries_are_fitted_on_a_sample(tmp_path, monkeypatch) -> None:
+    """Their mean is the column that is written: its ranking is that of all rows."""
+    monkeypatch.setattr("hf_in2core.engine.sample.MIN_SAMPLED_POOL", 400)
+    monkeypatch.setattr("hf_in2core.engine.sample.MIN_AGREEMENT", 0.9)
+    sampled, scores = score(tmp_path / "auto", 400, "auto", 100.0, per_example=True)
+    whole, expected = score(tmp_path / "all", 400, None, 100.0, per_example=True)
+    assert sampled.per_example and sampled.num_fit_examples < whole.num_fit_examples == 400
+    assert sampled.fit_agreement >= 0.9 and whole.fit_agreement is None
     assert spearmanr(scores, expected).statistic >= sampled.fit_agreement
     assert not np.allclose(scores, expected, rtol=1e-9, atol=0)
 
@@ -77,5 +81,11 @@ def test_agreement_is_the_worst_of_the_sets_and_of_a_tenth_of_their_queries() ->
     assert compare_halves(np.hstack([columns, second])) == pytest.approx(swapped)
     # One query of a set of four: below their mean lies the tenth percentile.
     assert swapped < compare_halves(np.hstack([columns, second]), [4]) < (3 + swapped) / 4
+    # Queries that agree one by one, whose large parts cancel: what is written is their mean, which does not agree.
+    generator = np.random.default_rng(0)
+    large, small = 1e3 * generator.normal(size=100), generator.normal(size=(2, 100))
+    halves = [np.stack([large + noise, noise - large], axis=1) for noise in small]
+    assert compare_halves(np.hstack(halves)) > 0.999
+    assert compare_halves(np.hstack(halves), [2]) < 0.5
     # Scores that are all equal show no agreement.
     assert compare_halves(np.zeros((20, 2))) == -1.0

@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from hf_in2core import InfluenceTrainer
+from hf_in2core.influence.launcher import check_layer_classes
 
 
 SUPPORTED: dict[str, dict[str, Any]] = {
@@ -295,6 +296,15 @@ def test_what_cannot_be_told_apart_is_refused_before_training(tmp_path, pool, va
         ("fsdp_state_dict_type: SHARDED_STATE_DICT.*FULL_STATE_DICT", {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}),
         ("fsdp_offload_params: true", {"FSDP_OFFLOAD_PARAMS": "true"}),
         ("fsdp_activation_checkpointing: true", {"FSDP_ACTIVATION_CHECKPOINTING": "true"}),
+        (
+            "dynamo_backend: INDUCTOR.*dynamo_backend: no",
+            {"FSDP_VERSION": "2", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
+        ),
+        (
+            "`parallelism_config` .*ACCELERATE_USE_PARALLELISM_CONFIG.*multi_gpu",
+            {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"},
+        ),
+        ("mixed_precision: fp8.*mixed_precision: bf16", {"ACCELERATE_MIXED_PRECISION": "fp8"}),
         # On a CPU accelerate does not shard, and says nothing.
         ("nothing would be sharded: the launch is NO", {}),
     ],
@@ -303,7 +313,7 @@ def test_a_launch_that_cannot_work_is_refused_before_the_model_loads(
     tmp_path, pool, validation, monkeypatch, message, variables
 ) -> None:
     args = make_config(tmp_path)
-    if not any(name.startswith("ACCELERATE") for name in variables):
+    if not variables or any(name.startswith("FSDP") for name in variables):
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
         monkeypatch.setenv("FSDP_VERSION", "2")
         monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
@@ -311,6 +321,24 @@ def test_a_launch_that_cannot_work_is_refused_before_the_model_loads(
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         InfluenceTrainer(model="no/such-model", args=args, train_dataset=pool, eval_dataset=validation)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_layers_that_the_model_does_not_have_are_refused_before_it_loads(
+    tmp_path, pool, validation, monkeypatch, by_name
+) -> None:
+    model = make_model()
+    model.config.save_pretrained(tmp_path / "model")  # no weights are there to be loaded
+    variables = {"ACCELERATE_USE_FSDP": "true", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    args, given = make_config(tmp_path / "run"), str(tmp_path / "model") if by_name else model
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaDecoderLayer")
+    check_layer_classes(given, args)
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaDecoderLayer,NopeLayer")
+    message = "fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer,NopeLayer.* no NopeLayer.*: LlamaDecoderLayer"
+    with pytest.raises(ValueError, match=message):
+        check_layer_classes(given, args)
 
 
 def make_multimodal() -> torch.nn.Module:

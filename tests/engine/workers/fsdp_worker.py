@@ -1,5 +1,6 @@
 """Launched by test_fsdp.py: reference, influence and coreset with base and adapter sharded by accelerate's FSDP2."""
 
+import faulthandler
 import json
 import os
 import sys
@@ -16,7 +17,9 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from hf_in2core import InfluenceTrainer, select_coreset  # noqa: E402
-from hf_in2core.engine import passes  # noqa: E402
+from hf_in2core.analysis.coverage import compute_coverage  # noqa: E402
+from hf_in2core.analysis.layers import compute_layer_scores  # noqa: E402
+from hf_in2core.engine import budget, passes  # noqa: E402
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -28,7 +31,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def make_trainer(model: Any, folder: str, **options: Any) -> InfluenceTrainer:
-    pool, validation = make_prompt_completion(options.pop("num_rows", 19), 0), make_prompt_completion(5, 1)
+    pool = make_prompt_completion(options.pop("num_rows", 19), 0)
+    validation = make_prompt_completion(options.pop("num_validation", 5), 1)
     args = make_config(
         folder,
         activation_checkpointing=False,
@@ -77,11 +81,49 @@ def stop_second_process(after: int) -> None:
     passes.run_batches = run_and_stop  # type: ignore[assignment]
 
 
+def score_same_rows(trainer: InfluenceTrainer) -> dict[str, Any]:
+    """All that passes the same rows on every process: the fit's checks, single queries, layers, coverage."""
+    found = {"influence": trainer.score_influence()["influence"][:]}
+    found["agreement"] = trainer.fit_influence().config.validation_agreement
+    found["layers"] = compute_layer_scores(trainer).parts.tolist()
+    found["coverage"] = compute_coverage(trainer, top_k=3)["coverage_sum"][:]
+    return found
+
+
+def try_to_make(model: str, folder: str, **settings: Any) -> str:
+    """What a trainer says of a setting of the launcher (in capitals) or of its own; nothing if it can be made."""
+    variables = {name: value for name, value in settings.items() if name.isupper()}
+    os.environ |= variables
+    try:
+        make_trainer(model, folder, **{name: value for name, value in settings.items() if name not in variables})
+    except ValueError as error:
+        return str(error)
+    finally:
+        for name in variables:
+            del os.environ[name]
+    return ""
+
+
+def write(options: dict[str, Any], found: dict[str, Any]) -> None:
+    Path(options["out"]).with_suffix(f".{PartialState().process_index}.json").write_text(json.dumps(found))
+
+
 def main() -> None:
     options = json.loads(sys.argv[1])
     shard_on_cpu()
     state, model, folder = PartialState(), options["model"], options["output_dir"]
     assert state.num_processes == options["world_size"]
+    if "budgets" in options:
+        # Processes that wait for each other end here, and say where.
+        faulthandler.dump_traceback_later(120, exit=True)
+        # As two GPUs would measure them, of which one holds more than the other.
+        budget.choose_forward_tokens = lambda given, device: options["budgets"][state.process_index]  # type: ignore[assignment]
+        refused = {"layers": try_to_make(model, folder, FSDP_TRANSFORMER_CLS_TO_WRAP="NopeLayer")}
+        refused["compiled"] = try_to_make(model, folder, torch_compile=True)
+        trainer = make_trainer(model, folder, num_rows=40, num_validation=12)
+        check_sharded(trainer)
+        write(options, {"refused": refused, **score_same_rows(trainer)})
+        return
     trainer = make_trainer(model, folder)
     check_sharded(trainer)
     trainer.train()
@@ -111,7 +153,7 @@ def main() -> None:
             for column in ("influence", "influence_per_query")
             if column in trainer.pool.column_names
         }
-    Path(options["out"]).with_suffix(f".{state.process_index}.json").write_text(json.dumps(found))
+    write(options, found)
 
 
 if __name__ == "__main__":
