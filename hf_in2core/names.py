@@ -67,6 +67,9 @@ ALL_ARMS = (*ARMS, LENGTH_MATCHED, *METHODS)
 STRATEGIES = ("top", "bottom", "random", "round_robin", "round_robin_rows", "greedy")
 # How many rows each group gets, where rows are chosen within groups.
 GROUP_QUOTAS = ("proportional", "equal")
+# Columns of groups that are made where they are asked for, and what they are clusters of.
+ANSWER_CLUSTER, ROW_CLUSTER = "answer_cluster", "row_cluster"
+CLUSTERS = {ANSWER_CLUSTER: "answers", ROW_CLUSTER: "rows"}
 # These read the influence on every validation row.
 STRATEGIES_BY_ROW = ("round_robin_rows", "greedy")
 

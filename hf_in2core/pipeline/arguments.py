@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hf_in2core.names import ALL_ARMS, ARMS, AUTO, BUDGETS, CANDIDATES, GROUP_QUOTAS, METHODS, STRATEGIES
+from hf_in2core.names import ALL_ARMS, ARMS, AUTO, BUDGETS, CANDIDATES, CLUSTERS, GROUP_QUOTAS, METHODS, STRATEGIES
 
 
 ANALYSES = ("layers", "coverage", "calibration")
@@ -142,7 +142,8 @@ class In2CoreArguments(DataArguments):
     group_column: str | None = flag(
         "selection",
         "Choose within each value of this column of the pool (a task, a source, or the answer where answers are few), "
-        "so that the coreset and the other methods hold some of each.",
+        "so that the coreset and the other methods hold some of each. `answer_cluster` and `row_cluster` are "
+        "made: answers, or rows as a whole, that are alike by the hidden states of the reference before training.",
         first=False,
     )
     group_quota: str | None = flag(
@@ -214,8 +215,9 @@ class In2CoreArguments(DataArguments):
 
     @property
     def methods(self) -> list[str]:
-        """The strategy, or the candidates of `auto`, and the arms: all ways to choose rows that the run needs."""
-        return [*(self.candidates if self.strategy == AUTO else [self.strategy]), *self.arms]
+        """The strategy, or the candidates of `auto`, the arms, and clusters: whatever the run chooses rows by."""
+        clusters = [self.group_column] if self.group_column in CLUSTERS else []
+        return [*(self.candidates if self.strategy == AUTO else [self.strategy]), *self.arms, *clusters]
 
     @property
     def groups(self) -> dict[str, str]:

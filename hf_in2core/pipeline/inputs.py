@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Value
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 
-from hf_in2core.names import POOL, describe_set, list_added_columns
+from hf_in2core.names import CLUSTERS, POOL, describe_set, list_added_columns
 from hf_in2core.rows.checks import CheckedRows, check_rows, refuse_bad_rows
 from hf_in2core.rows.columns import get_column_names, read_template
 from hf_in2core.rows.doubts import say_doubts
@@ -18,6 +18,7 @@ from hf_in2core.rows.hashes import hash_set, hash_tokenization
 from hf_in2core.rows.masks import compare_masks
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.rows.sources import load_raw_rows
+from hf_in2core.selection.clusters import count_clusters
 
 from .arguments import DataArguments, In2CoreArguments
 from .leakage import count_near_copies, refuse_same_source, separate_sets
@@ -255,15 +256,17 @@ def check_groups(pool: Dataset, column: str, num_rows: int) -> None:
     Raises:
         ValueError: if its values name no groups, or there are more groups than rows.
     """
-    if not isinstance(pool.features[column], (Value, ClassLabel)):
+    if column not in CLUSTERS and not isinstance(pool.features[column], (Value, ClassLabel)):
         raise ValueError(
             f"--group_column {column} holds {pool.features[column]}, and nested values do not name a group. Give a "
             "column of strings, integers or booleans."
         )
-    if (groups := len(pool.unique(column))) > num_rows:
+    groups = count_clusters(len(pool)) if column in CLUSTERS else len(pool.unique(column))
+    if groups > num_rows:
         raise ValueError(
             f"--group_column {column} has {groups:,} values in {len(pool):,} rows, but the smallest coreset has "
-            f"{num_rows:,} rows: most groups would get none, whatever their scores. Give a column of few values."
+            f"{num_rows:,} rows: most groups would get none, whatever their scores. Give a column of few "
+            "values, or larger --fractions."
         )
 
 

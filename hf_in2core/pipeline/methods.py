@@ -15,9 +15,10 @@ from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.influence.config import AUTOCAST_DTYPES, choose_autocast
 from hf_in2core.influence.cosines import add_cosine, add_less, check_moments, make_gradient_dot
 from hf_in2core.influence.launcher import check_launcher
-from hf_in2core.names import METHODS, STRATEGIES_BY_ROW
+from hf_in2core.names import ANSWER_CLUSTER, CLUSTERS, METHODS, ROW_CLUSTER, STRATEGIES_BY_ROW
 from hf_in2core.rows.preparation import Preparation
 from hf_in2core.selection.baselines import add_bm25, add_encoder, add_ifd, add_loss, add_rds
+from hf_in2core.selection.clusters import add_clusters
 from hf_in2core.selection.combined import add_clean_rank, add_fused_rank
 from hf_in2core.selection.similarities import ENCODER, import_bm25s, load_encoder
 
@@ -60,7 +61,8 @@ def list_columns(methods: Iterable[str]) -> list[str]:
     """The columns that methods need beside those of influence, each after what it is made of."""
     found: dict[str, None] = {}
     for method in methods:
-        if method in METHODS and (column := METHODS[method].column) in MAKERS:
+        column = METHODS[method].column if method in METHODS else method
+        if column in MAKERS and (method in METHODS or method in CLUSTERS):
             found |= dict.fromkeys([*INGREDIENTS.get(column, ()), column])
     return list(found)
 
@@ -75,7 +77,7 @@ def check_methods(
     Check before long work that the columns of some methods can be made.
 
     Args:
-        methods (`Iterable[str]`): Of `METHODS`; strategies and other arms need nothing.
+        methods (`Iterable[str]`): Of `METHODS` and `CLUSTERS`; strategies and other arms need nothing.
         encoder (`str`, *optional*): As of [`Reference`].
         checkpoints (`Sequence[str]`, *optional*): Likewise, where the reference is trained already.
         optim (`str`, *optional*): The optimizer that will train it, where it is not.
@@ -91,7 +93,7 @@ def check_methods(
     if "encoder_rank" in columns:
         with quiet_loading():
             load_encoder(encoder or ENCODER)
-    if whole := [column for column in columns if column in ("loss", "ifd", "rds_rank", "less")]:
+    if whole := [column for column in columns if column in ("loss", "ifd", "rds_rank", "less", *CLUSTERS)]:
         check_launcher(f"methods that rank by {', '.join(whole)}")
     if "less" in columns and checkpoints is not None:
         check_moments(checkpoints)
@@ -184,6 +186,11 @@ def _make_trainer(reference: Reference, args: InfluenceConfig) -> InfluenceTrain
     return make_influence_trainer(reference.model, args, reference.adapter, *rows)
 
 
+def _add_clusters(scored: Dataset, reference: Reference, column: str) -> Dataset:
+    model, preparation, tokens_per_batch, autocast = _list_options(reference, adapter=None)
+    return add_clusters(scored, model, preparation, column, None, tokens_per_batch, autocast)
+
+
 MAKERS: dict[str, Callable[[Dataset, Reference], Dataset]] = {
     "loss": _add_loss,
     "ifd": _add_ifd,
@@ -194,5 +201,7 @@ MAKERS: dict[str, Callable[[Dataset, Reference], Dataset]] = {
     "less": _add_less,
     "cosine_clean_rank": lambda scored, _: add_clean_rank(scored, "cosine_rank", "loss", "cosine_clean_rank"),
     "rds_clean_rank": lambda scored, _: add_clean_rank(scored, "rds_rank", "loss", "rds_clean_rank"),
+    ANSWER_CLUSTER: lambda scored, reference: _add_clusters(scored, reference, ANSWER_CLUSTER),
+    ROW_CLUSTER: lambda scored, reference: _add_clusters(scored, reference, ROW_CLUSTER),
     "fused_rank": lambda scored, _: add_fused_rank(scored, ["cosine_rank", "rds_rank"]),
 }

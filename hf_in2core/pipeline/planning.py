@@ -17,7 +17,7 @@ from hf_in2core.engine.batches import read_token_rows
 from hf_in2core.evaluation.arms import describe_data
 from hf_in2core.evaluation.tournament import plan_tournament
 from hf_in2core.influence.plan import InfluencePlan, plan_influence, show_seconds
-from hf_in2core.names import AUTO
+from hf_in2core.names import AUTO, CLUSTERS
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 
 from .analyses import PILOT_ROWS, choose_test_rows
@@ -39,7 +39,7 @@ from .training import (
 # Steps and rows that are timed; the first step, which is slower, counts as starting.
 TIMED_STEPS, TIMED_ROWS = 6, 64
 # Passes over the pool's tokens that a column takes, beside those of the influence, in forward passes.
-FORWARDS = {"loss": 1, "ifd": 2, "rds_rank": 1}
+FORWARDS = {"loss": 1, "ifd": 2, "rds_rank": 1, **dict.fromkeys(CLUSTERS, 1)}
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hf_in2core.names import ALL_ARMS, ARMS, GROUP_QUOTAS, METHODS, STRATEGIES
+from hf_in2core.names import ALL_ARMS, ARMS, CLUSTERS, GROUP_QUOTAS, METHODS, STRATEGIES
 
 from .arguments import BAD_ROWS, DRY_RUN, ENCODER, NAMED_SETS, ROWS, WAYS, DataArguments, check_fraction, flag, require
 
@@ -35,9 +35,10 @@ class ScoreInfluenceArguments(DataArguments):
     methods: list[str] = flag(
         "influence",
         f"What else to rank the rows by, each a column: {WAYS}. `turns` makes each validation row a query, for "
-        "`in2core select --strategy round_robin_rows`.",
+        "`in2core select --strategy round_robin_rows`. `answer_cluster` and `row_cluster` are columns for "
+        "`in2core select --group_column`.",
         [],
-        choices=METHODS,
+        choices=(*METHODS, *CLUSTERS),
     )
     encoder: str | None = flag("influence", ENCODER, first=False)
     checkpoints: list[str] = flag(
