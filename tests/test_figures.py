@@ -45,6 +45,22 @@ LISTED = {
     "docs/validation_set.md": ["0.554", "0.895", "0.640"],
     "docs/when_not.md": ["20 %", "40 %", "0.95", "0.91", "0.60"],
 }
+# Of these, what a benchmark measured, and the section of `docs/benchmarks` that says so.
+QUOTED = {
+    "docs/choices.md": {
+        "peers.md: Peers": ["1.74", "3.3"],
+        "speed.md: Scaling": ["5.12", "3.56", "2.79", "2.55"],
+        "length.md: Length": ["0.068", "0.098"],
+        "layers.md: Layers": ["0.02", "0.72", "0.76", "0.58", "0.70"],
+    },
+    "docs/several_gpus.md": {"speed.md: Scaling": ["0.567"]},
+    "docs/validation_set.md": {
+        "selection.md: Three tasks of interest in a pool of ten (the quickstart's generated data)": (
+            ["0.554", "0.895", "0.640"]
+        )
+    },
+    "docs/when_not.md": {"pools.md: Pools": ["0.95", "0.91", "0.60"]},
+}
 # Sections at commit eecc9d2, by the start of their SHA-256: without their heading and the targets of links.
 FROZEN = {
     "Passes": "2f2b16e57158d396",
@@ -231,6 +247,16 @@ def find_wrong_figures(name: str, text: str) -> list[str]:
         else:
             wrong.append(f"{figure}: …{prose[max(0, match.start() - 40) : match.end() + 20]}…")
     return wrong + [f"{figure} is listed and stands there no more" for figure in listed]
+
+
+@pytest.mark.parametrize("name", QUOTED)
+def test_single_figures_are_those_of_the_section_that_measured_them(name):
+    for source, figures in QUOTED[name].items():
+        page, heading = source.split(": ")
+        text = (ROOT / "docs" / "benchmarks" / page).read_text(encoding="utf-8")
+        (section,) = [body for title, body in read_sections(text).items() if title.lstrip("# ") == heading]
+        missing = [figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", section)]
+        assert missing == [] and set(figures) <= set(LISTED[name]), (source, missing)
 
 
 def read_measured() -> str:
