@@ -128,10 +128,10 @@ def test_the_fit_keeps_the_gradients_of_the_sample(tmp_path, monkeypatch, num_ro
     job = trainer.make_passes(trainer.blocks, "")
     job.folder = None
     sample = draw_curvature_sample(job, len(pool), seed=0)
-    assert sample is not None and sample.stack() is None
+    assert sample is not None and sample.gather(job, 32) is None
     args = {"estimator": "datainf", "damping_scale": 0.1, "fit_examples": trainer.args.fit_examples, "seed": 0}
     fit_directions(job, trainer.prepared_pool, trainer.prepared_validation, **args, sample=sample)
-    kept = sample.stack()
+    kept = sample.gather(job, 32)
     assert kept is not None and len(sample._wanted) == (50 if num_rows == 80 and options.get("fit_examples") else 64)
     expected = compute_gradients(trainer.model, prepare(pool.select(sample._wanted)))
     for name, gradients in kept.items():
