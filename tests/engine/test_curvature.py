@@ -137,3 +137,22 @@ def test_the_fit_keeps_the_gradients_of_the_sample(tmp_path, monkeypatch, num_ro
     for name, gradients in kept.items():
         rows = torch.stack([row[name.replace(".weight", ".default.weight")] for row in expected])
         assert_same(gradients.flatten(), rows.flatten(), 1e-9)
+
+
+def test_a_part_of_the_sample_is_enough_if_it_is_large(tmp_path) -> None:
+    """A fit that went on where another stopped has not passed all of the rows."""
+    pool, validation = make_prompt_completion(80, seed=5), make_prompt_completion(6, seed=6)
+    trainer = make_trainer(tmp_path, pool, validation)
+    job = trainer.make_passes(trainer.blocks, "")
+    job.folder = None
+    sample = draw_curvature_sample(job, len(pool), seed=0)
+    assert sample is not None
+    args = {"estimator": "datainf", "damping_scale": 0.1, "fit_examples": None, "seed": 0}
+    fit_directions(job, trainer.prepared_pool, trainer.prepared_validation, **args, sample=sample)
+    for rows in sample._kept.values():
+        for row in sample._wanted[:20]:
+            del rows[row]
+    assert sample.gather(job, 45) is None
+    kept = sample.gather(job, 44)
+    assert kept is not None and {len(rows) for rows in kept.values()} == {44}
+    assert sample.gather(job, 1) is None  # what was handed over is not kept beside it
