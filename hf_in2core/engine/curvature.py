@@ -112,17 +112,28 @@ def draw_curvature_sample(passes: Passes, num_rows: int, seed: int) -> GradientS
 
 
 def take_curvature_sample(
-    passes: Passes, prepared: Dataset, seed: int, sample: GradientSample | None
+    passes: Passes, prepared: Dataset, seed: int, sample: GradientSample | None, max_rows: int | None = None
 ) -> dict[str, Tensor] | None:
     """
     Gradients of the sample's rows: as a fit has kept them, as they stand in an index, or of a pass over as many; all
     processes have to call.
 
+    Args:
+        passes ([`Passes`]):
+            The fit pass.
+        prepared (`datasets.Dataset`):
+            Prepared pool.
+        seed (`int`):
+            Seed of the rows, where they are passed.
+        sample ([`GradientSample`], *optional*):
+            What the fit has kept.
+        max_rows (`int`, *optional*):
+            Rows that a pass for them alone may have; where fewer than 32 are left, there is none.
+
     Returns:
         `dict[str, torch.Tensor]` or `None`: `[rows, ...]` per block; `None` where nothing can be concluded.
     """
-    kept = None if sample is None else sample.stack()
-    if passes.everywhere(kept is not None):
+    if sample is not None and (kept := sample.gather(passes, MIN_CURVATURE_ROWS)) is not None:
         return kept
     drawn = draw_curvature_sample(passes, len(prepared), seed)
     if drawn is None:
@@ -132,6 +143,10 @@ def take_curvature_sample(
     if indexed is not None:
         tensors = {name: block.tensor for name, block in drawn.blocks.items()}
         return {name: indexed.read_all(name, t.device, accumulation_dtype(t)) for name, t in tensors.items()}
+    if max_rows is not None and max_rows < len(rows):
+        if max_rows < MIN_CURVATURE_ROWS:
+            return None
+        rows = rows[np.sort(np.random.default_rng(seed).choice(len(rows), max_rows, replace=False))]
     silent = replace(passes, blocks=drawn.blocks, folder=None, store=None)
     return run_per_example_validation_pass(silent, prepared.select(rows), "Influence: sample of the pool")
 

@@ -96,15 +96,28 @@ class GradientSample:
             for index in np.flatnonzero(np.isin(batch.rows, self._wanted)):
                 self._kept[name][int(batch.rows[index])] = gradients[index].clone()
 
-    def stack(self) -> dict[str, Tensor] | None:
+    def gather(self, passes: Passes, least: int) -> dict[str, Tensor] | None:
         """
-        The gradients, `[rows, out * in]` per block, rows in the same order; they are not kept beside them.
+        The gradients, `[rows, out * in]` per block, rows in the same order and the same on every process; they are not
+        kept beside them. All processes have to call.
 
-        `None` if this process has not passed all of them: a part was read from disk, or was another process's.
+        `None` where fewer than `least` of the rows that were drawn have been passed: the others were read from disk.
         """
-        if not self._wanted or any(len(kept) < len(self._wanted) for kept in self._kept.values()):
+        kept = list(self._kept.values())
+        own = [bool(kept) and all(row in rows for rows in kept) for row in self._wanted]
+        # Each row is in the shard of one process; the others add zeros.
+        passed = passes.sum_over_processes({"rows": torch.tensor(own, dtype=torch.int64, device=passes.device)})[
+            "rows"
+        ]
+        chosen = [(row, mine) for row, mine, count in zip(self._wanted, own, passed.tolist(), strict=True) if count]
+        if len(chosen) < max(min(least, len(self._wanted)), 1):
             return None
-        return {name: torch.stack([kept.pop(row) for row in self._wanted]) for name, kept in self._kept.items()}
+        found = {}
+        for name, rows in self._kept.items():
+            tensor = self.blocks[name].tensor
+            nothing = torch.zeros(tensor.numel(), dtype=accumulation_dtype(tensor), device=tensor.device)
+            found[name] = torch.stack([rows.pop(row) if mine else nothing for row, mine in chosen])
+        return passes.sum_over_processes(found)
 
 
 @dataclass

@@ -65,11 +65,12 @@ def checkpointed_layers(model: nn.Module) -> Iterator[None]:
 
     Transformers checkpoints in training mode alone, where dropout is on as well. A layer whose output needs no
     gradient keeps nothing and does not run again. Each recorded linear runs twice and takes part in the backward once.
+    Nothing is drawn at random in either run, and the state of a GPU's generator would be waited for in every layer.
     """
 
     def make_forward(inner: Forward) -> Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return checkpoint(partial(inner, **kwargs), *args, use_reentrant=False)
+            return checkpoint(partial(inner, **kwargs), *args, use_reentrant=False, preserve_rng_state=False)
 
         return forward
 

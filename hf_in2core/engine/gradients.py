@@ -317,7 +317,7 @@ class GradientRecorder:
             if hidden.requires_grad:
                 hidden.backward(gradient)
             return nll, weights
-        nll, _ = compute_token_nll(self.model, batch, self.autocast)
+        nll = compute_token_nll(self.model, batch, self.autocast)[0]  # the logits go before the backward comes
         weights = compute_token_weights(batch, loss_reduction, nll)
         if nll.requires_grad:
             ((nll * weights).sum() * self.loss_scale).backward()

@@ -75,11 +75,12 @@ class InfluenceConfig(SFTConfig):
             where they do not, and in a pool of fewer than 1,000 rows or with a gradient store. A number: a seeded
             sample of so many. `None` (`all` on the command line): all rows, the exact DataInf.
         chunk_size (`int`, *optional*, defaults to `1024`):
-            Rows per resumable chunk: an interruption loses one chunk at most.
+            Rows per resumable chunk. An interruption loses a chunk of scores at most; of a fit, whose sums can take
+            long to write, a chunk or ten times as long as writing them takes.
         query_memory_gb (`float`, *optional*):
             Memory in GB (10^9 bytes) for the gradients of queries when every validation row is one (`fit_influence(
             per_example=True)`); queries that do not fit together take passes of their own. `None`: a quarter of what
-            is free on a GPU (the fullest of several), 4 on a CPU.
+            is free on a GPU (the fullest of several) or to the processes of a CPU together, there 4 at most.
         gradient_store_gb (`float`, *optional*, defaults to `0`):
             Disk budget in GB (10^9 bytes) for keeping the per-example gradients of the fit pass (`estimator="datainf"`
             on the whole pool, so not with a number as `fit_examples`). Where rows x adapter parameters fit in float32

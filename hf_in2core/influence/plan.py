@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from hf_in2core.engine.batches import TokenBatch, TokenRows, plan_batches, read_token_rows
 from hf_in2core.engine.blocks import count_elements
-from hf_in2core.engine.curvature import CURVATURE_ROWS, MIN_CURVATURE_ROWS, draw_curvature_sample
+from hf_in2core.engine.curvature import draw_curvature_sample
 from hf_in2core.engine.fit import count_pilot_rows
 from hf_in2core.engine.fit_sums import FIT_BYTES, MEAN_BYTES, SAMPLED_FIT_BYTES
 from hf_in2core.engine.gradients import GradientRecorder, accumulation_dtype
@@ -20,6 +20,8 @@ from hf_in2core.engine.passes import Passes, finish_together, make_zeros, run_ba
 from hf_in2core.engine.reductions import FitDirections, compute_dots, compute_fit_terms, compute_gradient_sum
 from hf_in2core.engine.sample import count_held_rows, is_sampled, list_sample_sizes
 from hf_in2core.notebook import render_html
+
+from .quality import count_checked_rows
 
 
 if TYPE_CHECKING:
@@ -51,7 +53,9 @@ class InfluencePlan:
         num_processes (`int`):
             Processes that share the rows.
         passes (`list[PassPlan]`):
-            The passes in their order, for this process.
+            The passes in their order, for this process; `checks` are those that tell what the fit is worth.
+        tokens_per_batch (`int`):
+            Tokens of a batch, padding included, as given or chosen.
         timed_batches (`int`):
             Batches that the seconds were estimated from.
         peak_memory (`int`):
@@ -62,6 +66,8 @@ class InfluencePlan:
             Bytes of the gradient store while it exists; 0 without one.
         sampled (`str`):
             Rows that `fit_examples="auto"` fits at least and at most; empty where how many is known.
+        queries_per_block (`int`):
+            Queries whose gradients are held together, where every validation row is one; 0 otherwise.
         index (`str`):
             Where they are kept for later runs, and how many rows are; empty without an index. The fit and the score
             pass then read the disk alone, which is in none of the times.
@@ -76,12 +82,14 @@ class InfluencePlan:
     length_histogram: list[tuple[int, int, int]]
     num_processes: int
     passes: list[PassPlan]
+    tokens_per_batch: int
     timed_batches: int
     peak_memory: int
     disk: int
     store: int
     reduced: int
     sampled: str = ""
+    queries_per_block: int = 0
     index: str = ""
 
     @property
@@ -103,6 +111,8 @@ class InfluencePlan:
                 f"  {item.name:<10} {item.rows:>11,} rows, {item.tokens:>13,} padded tokens, {item.seconds:,.0f} s"
                 for item in self.passes
             ),
+            f"Batches: up to {self.tokens_per_batch:,} tokens, padding included"
+            f"{f'; {self.queries_per_block:,} queries at a time' if self.queries_per_block else ''}.",
             f"Time: about {show_seconds(self.seconds)} on this machine, without loading and tokenising.",
             f"Peak memory of a process: about {self.peak_memory / 1e9:.2f} GB.",
             f"Disk: {self.disk / 1e9:.3f} GB of state, {self.store / 1e9:.3f} GB of stored gradients"
@@ -162,7 +172,7 @@ def plan_influence(
     indexed = passes.store is not None and passes.store.kept
     pool, sets = trainer.prepared_pool, list(trainer.prepared_validation.values())
     args = trainer.args
-    datainf = args.estimator == "datainf"
+    datainf, halved = args.estimator == "datainf", not per_example and args.estimator != "gradient_cosine"
     elements = count_elements(blocks)
     itemsize = accumulation_dtype(next(iter(blocks.values())).tensor).itemsize
 
@@ -190,13 +200,17 @@ def plan_influence(
         index = f"{known:,} of {len(pool):,} rows are in {args.gradient_store_dir}"
     else:
         plans += _plan_pool(passes, len(pool), shape, timings, args.fit_examples, num_fits * datainf, num_scores)
-
+    drawn = draw_curvature_sample(passes, len(pool), args.seed) if datainf or halved else None
+    checked = count_checked_rows(len(pool), [len(rows) for rows in sets], datainf or indexed) if halved else 0
+    if drawn is not None and checked:
+        tokens = int(checked * max(found.mean_width for found in shapes))
+        found = PassPlan("checks", checked, tokens, max(timings.validation) * tokens)
+        plans.insert(len(plans) if indexed else -num_scores, found)
     scores = len(pool) * queries * 8
-    # The fit's sum, and beside it its slope.
+    # The sum of the fit, and its slope.
     fitted = num_fits * at_once * elements * (8 + 8) if datainf else 0
     # What the timed batches do without: the means in float64, and the sample of the curvature.
     means = 0 if per_example else queries * elements * MEAN_BYTES
-    drawn = draw_curvature_sample(passes, len(pool), args.seed) if datainf else None
     sample = 0 if drawn is None else drawn.num_rows * count_elements(drawn.blocks) * itemsize
     halves = 0
     if args.fit_examples == "auto" and is_sampled(len(pool), passes.store is not None):
@@ -221,7 +235,9 @@ def plan_influence(
         disk=passes.world_size * sums + queries * elements * itemsize + scores,
         store=0 if passes.store is None else len(pool) * passes.store.row_bytes,
         reduced=sums + scores if passes.world_size > 1 else 0,
+        tokens_per_batch=passes.tokens_per_batch,
         sampled=sampled if datainf else "",
+        queries_per_block=at_once if per_example else 0,
         index=index,
     )
 
@@ -240,10 +256,6 @@ def _plan_pool(
     pilot = count_pilot_rows(num_rows)
     rows, tokens = int(share * shape.shard_rows) + pilot, int(share * shape.padded_tokens + pilot * shape.mean_width)
     plans = [PassPlan("fit", rows, tokens, timings.fit * tokens)] * num_fits
-    rows = min(CURVATURE_ROWS, num_rows)
-    if num_fits and rows >= MIN_CURVATURE_ROWS and passes.world_size > 1:  # one process keeps them from its fit
-        tokens = int(rows * shape.mean_width)
-        plans.append(PassPlan("check", rows, tokens, timings.fit * tokens))
     rows, tokens = shape.shard_rows, shape.padded_tokens
     return [*plans, *[PassPlan("score", rows, tokens, timings.score * tokens)] * num_scores]
 

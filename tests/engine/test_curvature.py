@@ -128,12 +128,31 @@ def test_the_fit_keeps_the_gradients_of_the_sample(tmp_path, monkeypatch, num_ro
     job = trainer.make_passes(trainer.blocks, "")
     job.folder = None
     sample = draw_curvature_sample(job, len(pool), seed=0)
-    assert sample is not None and sample.stack() is None
+    assert sample is not None and sample.gather(job, 32) is None
     args = {"estimator": "datainf", "damping_scale": 0.1, "fit_examples": trainer.args.fit_examples, "seed": 0}
     fit_directions(job, trainer.prepared_pool, trainer.prepared_validation, **args, sample=sample)
-    kept = sample.stack()
+    kept = sample.gather(job, 32)
     assert kept is not None and len(sample._wanted) == (50 if num_rows == 80 and options.get("fit_examples") else 64)
     expected = compute_gradients(trainer.model, prepare(pool.select(sample._wanted)))
     for name, gradients in kept.items():
         rows = torch.stack([row[name.replace(".weight", ".default.weight")] for row in expected])
         assert_same(gradients.flatten(), rows.flatten(), 1e-9)
+
+
+def test_a_part_of_the_sample_is_enough_if_it_is_large(tmp_path) -> None:
+    """A fit that went on where another stopped has not passed all of the rows."""
+    pool, validation = make_prompt_completion(80, seed=5), make_prompt_completion(6, seed=6)
+    trainer = make_trainer(tmp_path, pool, validation)
+    job = trainer.make_passes(trainer.blocks, "")
+    job.folder = None
+    sample = draw_curvature_sample(job, len(pool), seed=0)
+    assert sample is not None
+    args = {"estimator": "datainf", "damping_scale": 0.1, "fit_examples": None, "seed": 0}
+    fit_directions(job, trainer.prepared_pool, trainer.prepared_validation, **args, sample=sample)
+    for rows in sample._kept.values():
+        for row in sample._wanted[:20]:
+            del rows[row]
+    assert sample.gather(job, 45) is None
+    kept = sample.gather(job, 44)
+    assert kept is not None and {len(rows) for rows in kept.values()} == {44}
+    assert sample.gather(job, 1) is None  # what was handed over is not kept beside it

@@ -10,12 +10,14 @@ from helpers import add_trained_adapter, make_model, make_prompt_completion, mak
 
 from hf_in2core.analysis.agreement import measure_agreement
 from hf_in2core.engine.halves import MIN_AGREEMENT, correlate_halves, extrapolate
+from hf_in2core.engine.validation import run_per_example_validation_pass
 from hf_in2core.influence.scorer_files import read_scorer_config
 
 
 @pytest.mark.parametrize("estimator", ["datainf", "gradient_dot"])
 @pytest.mark.parametrize("num_queries", [12, 80])
-def test_a_sample_tells_what_the_pool_would(tmp_path, caplog, estimator, num_queries) -> None:
+def test_a_sample_tells_what_the_pool_would(tmp_path, caplog, monkeypatch, estimator, num_queries) -> None:
+    monkeypatch.setattr("hf_in2core.influence.quality.MAX_CHECKED_SHARE", 1.0)  # the dot product has no fit
     pool, validation = make_prompt_completion(150, seed=5), make_prompt_completion(num_queries, seed=6)
     model = add_trained_adapter(make_model())
     options = {"model": model, "estimator": estimator}
@@ -32,6 +34,28 @@ def test_a_sample_tells_what_the_pool_would(tmp_path, caplog, estimator, num_que
     assert again.config.validation_agreement == told.validation_agreement
     again.save_pretrained(tmp_path / "scorer")
     assert read_scorer_config(tmp_path / "scorer") == again.config
+
+
+def test_the_checks_pass_a_hundredth_of_the_pool_at_most(tmp_path, caplog, monkeypatch) -> None:
+    """What no fit has kept (there is none, or it went on where another stopped) is measured where that is enough."""
+    pool, validation = make_prompt_completion(150, seed=5), make_prompt_completion(12, seed=6)
+    passed = []
+
+    def count(passes, rows, text):
+        passed.append(len(rows))
+        return run_per_example_validation_pass(passes, rows, text)
+
+    monkeypatch.setattr("hf_in2core.engine.curvature.run_per_example_validation_pass", count)
+    for share, expected in ((0.01, []), (0.25, [37]), (1.0, [64])):
+        monkeypatch.setattr("hf_in2core.influence.quality.MAX_CHECKED_SHARE", share)
+        passed.clear()
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            trainer = make_trainer(tmp_path / str(share), pool, validation, estimator="gradient_dot")
+            config = trainer.fit_influence().config
+        assert passed == expected
+        assert bool(config.validation_agreement) == bool(expected)
+        assert ("Not measured" in caplog.text) == (not expected)
 
 
 def test_copies_agree_and_few_rows_say_nothing(tmp_path, caplog) -> None:

@@ -65,6 +65,8 @@ def test_a_sampled_fit_is_the_same_on_two_processes(tmp_path) -> None:
     assert two[0]["fit"] == two[1]["fit"] and two[0]["influence"] == two[1]["influence"]
     assert two[0]["fit"]["num_fit_examples"] == one["fit"]["num_fit_examples"] < 2000
     assert two[0]["fit"]["fit_agreement"] == pytest.approx(one["fit"]["fit_agreement"], abs=1e-9)
+    # Of the same rows: each process has kept those of its shard, and none is passed for it.
+    assert two[0]["fit"]["exact_agreement"] == pytest.approx(one["fit"]["exact_agreement"], abs=1e-9)
     assert_same(to_floats(two[0]["influence"]), to_floats(one["influence"]), 1e-9)
 
 

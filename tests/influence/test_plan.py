@@ -10,6 +10,7 @@ from recipe_runs import NUM_POOL, NUM_TEST, NUM_VALIDATION, make_inputs, make_ro
 from transformers import AutoModelForCausalLM
 
 from hf_in2core.engine.fit import PILOT_ROWS
+from hf_in2core.engine.validation import run_per_example_validation_pass
 from hf_in2core.influence.plan import plan_influence
 
 
@@ -57,6 +58,40 @@ def test_every_block_of_queries_is_a_pass(tmp_path, pool, validation) -> None:
     blocks = -(-len(validation) // at_once)
     names = [item.name for item in plan_influence(trainer, per_example=True, timed_batches=1).passes]
     assert names == ["validation", *["fit"] * blocks, *["score"] * blocks]
+
+
+@pytest.mark.parametrize("options", [{}, {"estimator": "gradient_dot"}, {"estimator": "gradient_cosine"}])
+def test_the_checks_that_cost_passes_are_counted(tmp_path, monkeypatch, options) -> None:
+    """As many rows as the run will pass for them alone."""
+    monkeypatch.setattr("hf_in2core.influence.quality.MAX_CHECKED_SHARE", 0.5)
+    pool, sets = make_prompt_completion(80, seed=0), {"a": make_prompt_completion(12, seed=1)}
+    sets["b"] = make_prompt_completion(9, seed=2)  # too few to be halved
+    trainer = make_trainer(tmp_path, pool, sets, torch.float32, **options, **OPTIONS)
+    plan = plan_influence(trainer, timed_batches=1)
+    passed = []
+
+    def count(passes, rows, text):
+        passed.append(len(rows))
+        return run_per_example_validation_pass(passes, rows, text)
+
+    for module in ("curvature", "halves"):
+        monkeypatch.setattr(f"hf_in2core.engine.{module}.run_per_example_validation_pass", count)
+    trainer.fit_influence()
+    planned = [item for item in plan.passes if item.name == "checks"]
+    assert [item.rows for item in planned] == ([sum(passed)] if passed else [])
+    assert sum(passed) == {"gradient_dot": 40 + 12, "gradient_cosine": 0}.get(trainer.args.estimator, 12)
+    assert all(item.seconds > 0 for item in planned) and plan.passes[-1].name == "score"
+
+
+def test_batches_and_blocks_of_queries_are_told(tmp_path, pool, validation) -> None:
+    trainer = make_trainer(tmp_path, pool, validation, torch.float32, query_memory_gb=5e-4)
+    plan = plan_influence(trainer, per_example=True, timed_batches=1)
+    assert plan.tokens_per_batch == trainer.make_passes(trainer.blocks, "").tokens_per_batch > 0
+    assert plan.queries_per_block == trainer.count_queries_per_block(trainer.blocks)
+    told = f"Batches: up to {plan.tokens_per_batch:,} tokens, padding included; {plan.queries_per_block} queries"
+    assert told in str(plan)
+    plan = plan_influence(trainer, timed_batches=1)
+    assert plan.queries_per_block == 0 and "queries at a time" not in str(plan)
 
 
 def test_a_plan_leaves_the_model_as_it_was(tmp_path, pool, validation) -> None:

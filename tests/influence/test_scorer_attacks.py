@@ -87,6 +87,16 @@ def test_a_configuration_that_no_scorer_has_is_refused(folder, change, told) -> 
     assert told in refuse(folder)
 
 
+def test_a_base_with_code_of_its_own_is_not_run_and_the_way_round_is_told(folder, tmp_path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}))
+    (base / "own.py").write_text("raise SystemExit('code of a model was run')")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"base_model": str(base)}))
+    assert "from_pretrained(..., model=model)" in refuse(folder)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "null", "[1]", "\ud800".encode("utf-8", "surrogatepass")])
 def test_a_configuration_that_is_no_json_object_is_refused(folder, text) -> None:
     (folder / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())

@@ -40,7 +40,7 @@ def main() -> None:
         trainer.model.base_model.merge_adapter()
     scored = trainer.score_influence()
     config = trainer.fit_influence().config
-    told = {"fit": {"num_fit_examples": config.num_fit_examples, "fit_agreement": config.fit_agreement}}
+    told = {"fit": {name: getattr(config, name) for name in ("num_fit_examples", "fit_agreement", "exact_agreement")}}
     analysed = compute_the_rest(trainer) if analyse else {}
     values = [None if value is None else value.hex() for value in scored["influence"]]
     result = {"influence": values, "rank": scored["influence_rank"], "id": scored["id"], "pid": os.getpid()}
