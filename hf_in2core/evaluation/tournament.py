@@ -29,9 +29,10 @@ class Tournament:
     What [`run_tournament`] found.
 
     Attributes:
-        outcome (`str`): `"won"`; `"random"`, where no finalist's mean is below that of random rows, or none of those
-            can gain 3 % of their loss (the whole interval of each is above that); `"undecided"`, where a finalist is
-            below random rows, and the runs neither show a gain nor leave it out.
+        outcome (`str`): `"won"`; `"random"`, where no finalist's mean is below that of random rows, or each of those
+            that are cannot gain 3 % of their loss (the whole interval is above that) or was no better than the whole
+            pool with the first seed; `"undecided"`, where a finalist is below random rows, and the runs neither show a
+            gain nor leave it out.
         winner (`str`): What to take: the winner, or `"random"`.
         text (`str`): The same in words.
         losses (`dict[str, dict[int, float]]`): Held-back loss by candidate and seed, nats per labelled token; `inf`
@@ -108,7 +109,8 @@ def run_tournament(
     random rows is below 0 (one-sided, 5 %); of two finalists that are not told apart the cheaper one does. The seed
     that chose the finalists counts among theirs: where all rows are alike, about one tournament in eight still has a
     winner, which then is as good as random rows. Where none wins, selecting is not worth it, unless a finalist is
-    below random rows by the mean and its interval reaches a gain of 3 % of their loss: that is undecided.
+    below random rows by the mean, its interval reaches a gain of 3 % of their loss, and with the first seed it was
+    better than the whole pool: that is undecided.
 
     ```python
     >>> tournament = run_tournament(train_and_judge, ["bm25", "cosine", "rds"], budget_steps=300, max_steps=150)
@@ -168,7 +170,8 @@ def run_tournament(
         outcome, winner = "won", beating[0]
     else:
         smallest = -MIN_GAIN * mean("random")
-        hopeful = [name for name in finalists if _may_gain(intervals[f"{name}_minus_random"], smallest)]
+        better = [name for name in finalists if losses[name][0] < losses["full"][0]]
+        hopeful = [name for name in better if _may_gain(intervals[f"{name}_minus_random"], smallest)]
         outcome, winner = ("undecided" if hopeful else "random"), "random"
         # The text names it first.
         finalists = sorted(finalists, key=lambda name: name not in hopeful)
@@ -223,7 +226,10 @@ def _say(
         )
     else:
         below = [name for name in finalists if intervals[f"{name}_minus_random"]["mean"] < 0]
-        room = f", and {' and '.join(below)} can gain less than {100 * MIN_GAIN:g} % of their loss" if below else ""
+        small = [name for name in below if losses[name][0] < losses["full"][0]]
+        room = f", and {' and '.join(small)} can gain less than {100 * MIN_GAIN:g} % of their loss" if small else ""
+        if others := [name for name in below if name not in small]:
+            room += f", and the whole pool was no worse than {' and '.join(others)}"
         said = (
             f"{head}: nothing beat random rows{room}{numbers}, so selecting is not worth it here; the coreset is "
             "random rows. Take random rows, or the whole pool."

@@ -127,3 +127,14 @@ def test_undecided_is_only_what_leaves_room_for_a_gain(differences: list[float],
     assert (found.outcome, found.winner) == (outcome, "random")
     assert said in found.text and ("not worth it" in found.text) == (outcome == "random")
     assert "Take random rows, or the whole pool" in found.text
+
+
+@pytest.mark.parametrize(("full", "outcome"), [(1.9, "random"), (1.95, "random"), (1.96, "undecided")])
+def test_what_is_no_better_than_the_whole_pool_is_not_worth_it(full: float, outcome: str) -> None:
+    table = np.full((2 + len(CANDIDATES), 3), 3.0)
+    table[0], table[1] = 2.0, full
+    table[2] = [1.95, 2.01, 1.99]  # below random rows by the mean, with room for a gain
+    found = run_tournament(look_up(table), CANDIDATES[:4], budget_steps=200, max_steps=200)
+    assert (found.outcome, found.winner) == (outcome, "random")
+    said = "nothing beat random rows, and the whole pool was no worse than bm25 (bm25"
+    assert (said in found.text and "not worth it" in found.text) == (outcome == "random")
