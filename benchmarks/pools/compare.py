@@ -161,7 +161,8 @@ def train_pool(
     spent = {"run_seconds": results["tournament"]["seconds"]}
     spent["seconds"] = results["verdict"]["cost"]["tournament_seconds"]
     seconds = [arm["seconds"] for arm in results["arms"] if arm["arm"] == "random"]
-    pairs = [(arm, "random") for arm in losses] + [("cosine", arm) for arm in losses if "cosine" in losses]
+    pairs = [(arm, "random") for arm in losses]
+    pairs += [(first, arm) for first in ("cosine", "mean") if first in losses for arm in losses]
     return {
         "losses": losses,
         "missed": find_missed(losses),
