@@ -20,7 +20,7 @@ from hf_in2core.evaluation.formats import read_json
 from hf_in2core.evaluation.tournament import plan_tournament
 from hf_in2core.hub.commits import PushCheck, check_can_push
 from hf_in2core.influence.checks import check_launcher
-from hf_in2core.names import AUTO, PER_CHECKPOINT, POOL, REPLAY, describe_set, name_coreset
+from hf_in2core.names import AUTO, PER_CHECKPOINT, POOL, REPLAY, describe_set, list_method_columns, name_coreset
 from hf_in2core.rows.columns import read_template
 from hf_in2core.rows.hashes import hash_tokenization, hash_value
 from hf_in2core.rows.preparation import Preparation, tokenize_rows
@@ -154,14 +154,15 @@ def check(settings: Settings) -> Job:
             hold_back(inputs, reference_args.seed, args.columns, templates)
     if args.strategy == AUTO:
         check_tournament(args, target_args, len(inputs.pool))
-    needed, columns = [args.task_column, args.wrong_column, args.group_column], list_columns(args.methods)
+    needed = [args.task_column, args.wrong_column, args.group_column]
+    columns = list_method_columns(list_columns(args.methods))
     also = [*columns, *[PER_CHECKPOINT] * bool(args.reference_checkpoints)]
     check_pool_columns(inputs.pool, inputs.validation, needed, needs_queries(args.methods), also)
     if args.task_column is not None:
         check_tasks(inputs.validation, args.task_column)
     if found is not None:
         features = Features(dict(inputs.pool.features) | describe_columns(list(inputs.validation)))
-        features |= {column: Value("int64" if column.endswith("_rank") else "float64") for column in columns}
+        features |= {name: Value("int64" if name.endswith(("_rank", "_taker")) else "float64") for name in columns}
         check_published_columns(found.head, features, ["train", *map(name_coreset, args.fractions)], "default")
     smallest = min(args.fractions)
     if round(smallest * len(inputs.pool)) == 0:
