@@ -103,11 +103,11 @@ def say_overlap(overlap: float | None, fraction: float) -> tuple[str, str | None
     """What halves of the validation rows share, in a sentence, and what to do where it is hardly more than chance."""
     if overlap is None:
         return "How far two halves of the validation rows choose alike was not measured for rows taken in turn.", None
+    share = f"{100 * fraction:.3g} %"
     told = (
-        f"Two halves of the validation rows, each choosing {fraction:.3g} of the pool in turn, have {overlap:.0%} of "
-        f"their rows in common, where random rows have {fraction:.0%}."
+        f"Two halves of the validation rows, each choosing {share} of the pool in turn, have {100 * overlap:.0f} % of "
+        f"their rows in common, where random rows have {share}."
     )
-    told = told.replace("%", " %")
     if fraction >= 1 or overlap - fraction >= MIN_GAIN * (1 - fraction):
         return told, None
     return told, (

@@ -120,7 +120,7 @@
   const showTaker = (taker) => (taker ? `${visible(taker.by).replace(/^validation /, "")}: ${showInfluence(taker.for)}` : "–");
   if (inTurn && isTurns) {
     const taker = (i) => data.takers[i];
-    columns.splice(1, 0, { name: "taker", title: "Taken by", hint: `and its ${data.choice.takenFor}; also of rows that a coreset leaves, which would be taken later`, data: true, key: (i) => taker(i)?.by ?? null, cell: (i) => showTaker(taker(i)) });
+    columns.splice(1, 0, { name: "taker", title: `Taken by: ${data.choice.takenFor}`, hint: "also of rows that no coreset has, whose turn comes later", data: true, key: (i) => taker(i)?.by ?? null, cell: (i) => showTaker(taker(i)) });
   } else if (inTurn) {
     const turn = (i) => data.taken[i]?.turn ?? null;
     columns.splice(1, 0,
@@ -374,8 +374,8 @@
     cameFrom = through;
     const value = data.influence[index];
     const loss = byInfluence ? "the validation loss" : "the mean validation loss";
-    const says = (change) => (data.unsure[index] ? ` by its sign; what one step on it does to ${loss} is within the error` : `: training on it ${change} ${loss}`);
-    const kind = { proponent: `proponent${says("lowers")}`, opponent: `opponent${says("raises")}`, positive: `positive${says("raises")}, but a coreset keeps it`, none: value === null ? "none: it carries no loss" : "neither proponent nor opponent" }[kindOf(index)];
+    const says = (change) => (data.unsure[index] ? `: what one more step on it does to ${loss} lies within the error` : `: training on it ${change} ${loss}`);
+    const kind = { proponent: `proponent${says("lowers")}`, opponent: `opponent${says("raises")}`, positive: `positive, but a coreset keeps it${says("raises")}`, none: value === null ? "none: it carries no loss" : "neither proponent nor opponent" }[kindOf(index)];
     const list = make("dl", { class: "row-facts" });
     const add = (label, text) => list.append(make("div", {}, make("dt", { text: label, dir: "auto" }), make("dd", { text, dir: "auto" })));
     const taken = data.taken[index];
