@@ -121,6 +121,11 @@ def test_the_coreset_may_be_that_of_a_method(
     flags = ["--config", str(tmp_path / "run" / "sft.yaml"), "--dataset_name", pool, "--fraction", "0.25"]
     steps = str(read_results(tmp_path)["base"]["steps"])
     run_command("sft", *flags, "--max_steps", steps, "--output_dir", str(tmp_path / "target"))
+    card = (tmp_path / "target" / "README.md").read_text(encoding="utf-8")
+    assert "Judged on the test set of the run that chose its rows." in card
+    assert re.search(r"^test loss \d+\.\d{3}, perplexity \d+\.\d\d$", capsys.readouterr().out, flags=re.MULTILINE)
+    # The sign of influence chose nothing of a coreset by hidden states.
+    assert "chosen by rds" in card and "proponent" not in card.split("### Did selecting help?")[0]
     trained, expected = (
         load_file(folder / SAFETENSORS_WEIGHTS_NAME)
         for folder in (tmp_path / "target", tmp_path / "run" / "arms" / "coreset_25-steps-seed0")
