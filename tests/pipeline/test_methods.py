@@ -149,6 +149,16 @@ def test_what_chooses_by_default_and_by_the_papers_preset(
     numbered = scored.add_column("row", np.arange(len(scored)))
     kept = sorted(select_coreset(numbered, fraction=fraction, column=column)["row"])
     assert [coreset.positions for coreset in coresets.values()] == [kept]
+    [coreset], told = coresets.values(), read_results(tmp_path)["agreement"]
+    if column == "influence":
+        assert coreset.takers is None and "in_turn" not in told
+        return
+    num_queries = len(scored["influence_per_query"][0])
+    assert coreset.takers == [turn % num_queries for turn in coreset.turns or []]
+    assert coreset.scores == [scored["cosine_score"][row] for row in kept]
+    assert ("have" if num_queries >= 10 else "not measured") in told["in_turn"]
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert told["in_turn"] in page and '"inTurn":true,"isTurns":true' in page
 
 
 def test_cosines_in_turn_are_those_of_the_loop(compared: Path) -> None:
