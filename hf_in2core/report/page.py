@@ -36,6 +36,7 @@ from hf_in2core.evaluation.leakage import list_near_copies, say_judge
 from hf_in2core.names import INFLUENCE, TAKEN_BY, list_added_columns, list_method_columns
 from hf_in2core.rows.scored import find_set_columns, read_numbers
 from hf_in2core.selection.lengths import correlate_with_length
+from hf_in2core.selection.taking import say_overlap
 from hf_in2core.selection.turns import DecidingScore, name_taker
 
 from .analyses import show_coverage, show_layers
@@ -230,7 +231,7 @@ def _show_pool(run: Run, plots: dict[str, Markup], coverage: dict[str, Any] | No
             "score": deciding.name,
             "how": deciding.how,
             "meaning": deciding.meaning,
-            "halves": str(run.get("agreement", "in_turn") or ""),
+            "halves": _say_halves(run, deciding),
             "headline": pool.headline,
             "kept": int(pool.is_kept.sum()),
             **captions,
@@ -240,6 +241,13 @@ def _show_pool(run: Run, plots: dict[str, Markup], coverage: dict[str, Any] | No
         "shown": set(rows.tolist()),
         "data": data,
     }
+
+
+def _say_halves(run: Run, deciding: DecidingScore) -> str:
+    """How far halves of the validation rows choose alike where they take rows in turn; of others nothing."""
+    by_rows = deciding.takers is not None and deciding.takers.dtype.kind != "U"
+    not_measured, _ = say_overlap(None, 1.0)
+    return str(run.get("agreement", "in_turn") or (not_measured if by_rows or deciding.is_turns else ""))
 
 
 def _draw_pool(pool: Pool, summaries: Sequence[Mapping[str, Any]], plots: dict[str, Markup]) -> dict[str, str]:

@@ -132,6 +132,7 @@ def test_where_another_column_chose_the_page_is_about_that(tmp_path: Path) -> No
         and "The coreset keeps 10" in page.words
         and "Bm25_rank (smallest = first in line) against the number of loss tokens." in page.words
     )
+    assert "was not measured for rows taken in turn" in page.words
     assert page.data["rank"] == scored["bm25_rank"][:]
     assert [row for row, words in enumerate(page.data["taken"]) if words] == [
         row for row in range(40) if scored["bm25_rank"][row] < 20
