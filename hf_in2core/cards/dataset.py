@@ -31,6 +31,7 @@ from hf_in2core.names import (
     TAKEN_BY,
     TAKING_SCORES,
     has_named_sets,
+    list_method_columns,
     name_set_column,
     name_taking_columns,
 )
@@ -118,19 +119,20 @@ def summarise_influence(
     except ValueError:  # the columns of single validation rows are large, and may be left out of what is published
         deciding = read_deciding_score(scored)
     others = deciding.name != INFLUENCE
+    idle = "" if "chose nothing" in deciding.meaning else "; influence on the mean validation loss chose nothing"
     kept = {row for coreset in coresets for row in coreset.positions}
     proponents, opponents = find_ends(deciding, influence, kept, show)
     extremes = [("Proponent", int(row)) for row in proponents] + [("Opponent", int(row)) for row in opponents]
     taken = {row: words for coreset in coresets for row, words in coreset.describe_rows(validation_sets).items()}
     turns = {row: turn for coreset in coresets for row, turn in coreset.turn_of().items()}
-    texts = scored.select_columns(list_own_columns(scored))
+    told = list_method_columns(TAKEN_BY)  # in words, above the text
+    texts = scored.select_columns([name for name in list_own_columns(scored) if name not in told])
     quantiles = np.quantile(influence[rows], [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]) if len(rows) else []
     return InfluenceSummary(
         rows=f"{len(influence):,}",
         without_loss=f"{len(influence) - len(rows):,}",
         proponents=f"{int((influence[rows] < 0).sum()):,}",
-        choice=f"The coreset was chosen {deciding.how}; influence on the mean validation loss chose nothing. "
-        f"{deciding.meaning}"
+        choice=f"The coreset was chosen {deciding.how}{idle}. {deciding.meaning}"
         if not deciding.how.startswith("by influence")
         else "",
         quantiles=[f"{value:.3g}" for value in quantiles],

@@ -150,6 +150,9 @@ def test_what_chooses_by_default_and_by_the_papers_preset(
     kept = sorted(select_coreset(numbered, fraction=fraction, column=column)["row"])
     assert [coreset.positions for coreset in coresets.values()] == [kept]
     [coreset], told = coresets.values(), read_results(tmp_path)["agreement"]
+    (card,) = (path.read_text(encoding="utf-8") for path in (tmp_path / "run" / "arms").glob("*/README.md"))
+    assert "How it was made" in card and str(tmp_path) not in card and "Model ID" not in card
+    assert ("negative influence = proponent" in card) == (column == "influence")
     if column == "influence":
         assert coreset.takers is None and "in_turn" not in told
         return

@@ -180,6 +180,7 @@ def test_of_a_rank_in_turn_every_row_tells_who_takes_it_and_for_what(tmp_path: P
     assert not {"cosine_rank", "cosine_score", "cosine_taker"} & set(page.data["columns"])
     summary = summarise_influence(scored, list(read_record(run / RECORD, 40)[1].values()), 1, sets["validation_sets"])
     said = summary.extremes[0][0].replace("\\", "")
+    assert all("cosine" not in text for _, text in summary.extremes) and summary.choice.count("chose nothing") == 1
     first = int(np.argmin(columns["cosine_rank"]))
     score = columns["cosine_score"][first]
     assert f"percentile 0.0; taken in turn 0 by validation math row 0, cosine {score:+.3g}; mean" in said
