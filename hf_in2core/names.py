@@ -53,6 +53,17 @@ METHODS = {
     "fused": Method("fused_rank", "top", "the ranks of cosine and rds fused"),
     "less": Method("less", "top", "LESS: cosine with Adam's step on the row, over checkpoints of the reference"),
 }
+# Ranks that are turns in which validation rows took the rows, or come of such: by whose score, which two columns keep.
+TAKEN_BY = {
+    "cosine_rank": "cosine",
+    "cosine_clean_rank": "cosine",
+    "rds_rank": "rds",
+    "rds_clean_rank": "rds",
+    "bm25_rank": "bm25",
+    "encoder_rank": "encoder",
+}
+# That score in words. Cosines are those of influence, negative for proponents; similarities are large for close rows.
+TAKING_SCORES = {"cosine": "cosine", "rds": "similarity", "bm25": "BM25 score", "encoder": "similarity"}
 # Those of `--strategy auto`, the cheapest and most different first: what the budget has no runs for is left out.
 CANDIDATES = ("cosine", "bm25", "cosine_clean", "rds", "rds_clean", "turns", "fused", "loss", "mean")
 # From what costs least to what costs most: words, hidden states, losses of a reference, its gradients.
@@ -107,6 +118,17 @@ def list_added_columns(
     """All columns that scoring a pool adds."""
     names = [*list_score_columns(validation_sets), RANK, NUM_LOSS_TOKENS]
     return names + [PER_QUERY] * per_query + [PER_CHECKPOINT] * per_checkpoint
+
+
+def name_taking_columns(column: str) -> tuple[str, ...]:
+    """Beside a rank of `TAKEN_BY`: by what score each row was taken, and by which validation row; else none."""
+    method = TAKEN_BY.get(column)
+    return () if method is None else (f"{method}_score", f"{method}_taker")
+
+
+def list_method_columns(columns: Iterable[str]) -> list[str]:
+    """All columns that the making of some columns of `METHODS` adds."""
+    return list(dict.fromkeys(name for column in columns for name in (column, *name_taking_columns(column))))
 
 
 def list_set_columns(columns: Sequence[str]) -> list[str]:

@@ -28,8 +28,12 @@ from hf_in2core.names import (
     PER_CHECKPOINT,
     PER_QUERY,
     RANK,
+    TAKEN_BY,
+    TAKING_SCORES,
     has_named_sets,
+    list_method_columns,
     name_set_column,
+    name_taking_columns,
 )
 from hf_in2core.rows.scored import find_scored_columns, list_own_columns, read_scores
 from hf_in2core.rows.text import render_row
@@ -46,7 +50,7 @@ _NO_TEMPLATE = hashlib.sha256(b"").hexdigest()
 _LONGEST_ROW = 2000
 _CAPTIONS = {
     "arms": "Test loss of the arms, with intervals",
-    "influence": "Histogram of the score that chose the coreset",
+    "influence": "Histogram of the score that the picture names, and which rows the coreset has",
     "influence_by_length": "The score that chose the coreset against the number of labelled tokens",
 }
 _MEANINGS = {
@@ -81,7 +85,12 @@ class InfluenceSummary:
     extremes: list[tuple[str, str]]
 
 
-def summarise_influence(scored: Dataset, coresets: Sequence[Coreset] = (), show: int = 3) -> InfluenceSummary:
+def summarise_influence(
+    scored: Dataset,
+    coresets: Sequence[Coreset] = (),
+    show: int = 3,
+    validation_sets: Mapping[str, int] | None = None,
+) -> InfluenceSummary:
     """
     Sum up a scored pool for its card.
 
@@ -93,10 +102,13 @@ def summarise_influence(scored: Dataset, coresets: Sequence[Coreset] = (), show:
             and what one of them keeps is shown as no opponent.
         show (`int`, *optional*, defaults to `3`):
             Strongest proponents and opponents to show, each.
+        validation_sets (`Mapping[str, int]`, *optional*):
+            Rows of each validation set by its name, in the order of the queries, to name those that took rows.
 
     Returns:
         [`InfluenceSummary`]
     """
+    validation_sets = validation_sets or {}
     influence = read_scores(scored, INFLUENCE)
     rows = np.flatnonzero(~np.isnan(influence))
     correlation = None
@@ -106,19 +118,21 @@ def summarise_influence(scored: Dataset, coresets: Sequence[Coreset] = (), show:
         deciding = read_deciding_score(scored, **(coresets[0].arguments if coresets else {}))
     except ValueError:  # the columns of single validation rows are large, and may be left out of what is published
         deciding = read_deciding_score(scored)
-    in_turn = deciding.takers is not None
+    others = deciding.name != INFLUENCE
+    idle = "" if "chose nothing" in deciding.meaning else "; influence on the mean validation loss chose nothing"
     kept = {row for coreset in coresets for row in coreset.positions}
     proponents, opponents = find_ends(deciding, influence, kept, show)
     extremes = [("Proponent", int(row)) for row in proponents] + [("Opponent", int(row)) for row in opponents]
-    taken = {row: words for coreset in coresets for row, words in coreset.describe_rows({}).items()}
-    texts = scored.select_columns(list_own_columns(scored))
+    taken = {row: words for coreset in coresets for row, words in coreset.describe_rows(validation_sets).items()}
+    turns = {row: turn for coreset in coresets for row, turn in coreset.turn_of().items()}
+    told = list_method_columns(TAKEN_BY)  # in words, above the text
+    texts = scored.select_columns([name for name in list_own_columns(scored) if name not in told])
     quantiles = np.quantile(influence[rows], [0, 0.05, 0.25, 0.5, 0.75, 0.95, 1]) if len(rows) else []
     return InfluenceSummary(
         rows=f"{len(influence):,}",
         without_loss=f"{len(influence) - len(rows):,}",
         proponents=f"{int((influence[rows] < 0).sum()):,}",
-        choice=f"The coreset was chosen {deciding.how}; influence on the mean validation loss chose nothing. "
-        f"{deciding.meaning}"
+        choice=f"The coreset was chosen {deciding.how}{idle}. {deciding.meaning}"
         if not deciding.how.startswith("by influence")
         else "",
         quantiles=[f"{value:.3g}" for value in quantiles],
@@ -131,9 +145,9 @@ def summarise_influence(scored: Dataset, coresets: Sequence[Coreset] = (), show:
             for kind, row in extremes
             for said in [
                 (
-                    deciding.describe(row, {}),
+                    deciding.describe(row, validation_sets, turns.get(row)),
                     taken.get(row),
-                    f"mean influence {influence[row]:+.3g}" if in_turn else None,
+                    f"mean influence {influence[row]:+.3g}" if others else None,
                 )
             ]
         ],
@@ -254,11 +268,24 @@ def say_validation(sets: Any) -> Markdown:
     return Markdown(f"the loss on {'a validation set' if len(sets) == 1 else 'the mean of validation sets'}: {named}")
 
 
+def _explain_taking() -> dict[str, str]:
+    """What the columns beside a rank of `TAKEN_BY` mean, and that rank."""
+    found = {}
+    for column, method in TAKEN_BY.items():
+        score, taker = name_taking_columns(column)
+        words = TAKING_SCORES[method] + (" (negative = proponent)" if method == "cosine" else " (larger = closer)")
+        if not column.endswith("_clean_rank"):
+            found[column] = "the turn at which a validation row takes the row; 0 = taken first"
+        found[score] = f"{words} of the row with the validation row that takes it"
+        found[taker] = "which validation row takes the row, counted from 0 through the sets in their order"
+    return found
+
+
 def _explain(name: str, added: list[str]) -> Markdown:
     if name not in _MEANINGS and name in added:
         validation_set = name.removeprefix(name_set_column(""))
         return Markdown(f"the same for the validation set {format_code(validation_set)} alone")
-    return Markdown(_MEANINGS.get(name, "as in the source"))
+    return Markdown((_MEANINGS | _explain_taking()).get(name, "as in the source"))
 
 
 def _name_type(feature: Any) -> str:

@@ -13,6 +13,7 @@ from hf_in2core.names import ALL_ARMS, LENGTH_MATCHED, METHODS
 
 from .dataset import is_hub_id, list_provenance, say_validation
 from .metadata import add_tags, join_card, parse_card, replace_section
+from .splits import format_command
 from .text import Markdown, escape_markdown, format_code, render_template
 
 
@@ -72,6 +73,7 @@ def render_target_model_card(
     dataset_revision: str | None = None,
     test_name: str = "test set",
     lora: bool = True,
+    command: str | None = None,
 ) -> str:
     """
     The card of a model that was fine-tuned on a coreset (or on an arm that a coreset is compared with).
@@ -98,6 +100,8 @@ def render_target_model_card(
             Name of the rows that judged this model; a Hub id where they have one.
         lora (`bool`, *optional*, defaults to `True`):
             Whether it is an adapter, rather than a whole model.
+        command (`str`, *optional*):
+            Command that made it, or the comparison that it is of, without folders of one's own machine.
 
     Returns:
         `str`: the whole card, with evaluation results in the form that the Hub renders.
@@ -128,13 +132,15 @@ def render_target_model_card(
     arguments = f'"{dataset_id}", split="{split}"'
     arguments += f', revision="{dataset_revision}"' if dataset_revision else ""
     arm = str(run.get("arm"))
+    is_of_comparison = arm == REFERENCE or any(entry == run for entry in list_objects(results.get("arms")))
     section = render_template(
         "target_model.md",
         lora=lora,
         title=_TITLES.get(arm, "Fine-tuned beside a coreset" if arm in ALL_ARMS else "Fine-tuned"),
         chosen=_say_rows(arm, results),
         rows=format_number(run.get("rows"), ",.0f"),
-        is_of_comparison=arm == REFERENCE or any(entry == run for entry in list_objects(results.get("arms"))),
+        is_of_comparison=is_of_comparison,
+        command=format_command(command) if command else None,
         base_model=_link(base_model, ""),
         dataset=_link(dataset_id, "datasets/"),
         dataset_revision=format_code(dataset_revision) if dataset_revision else None,
@@ -159,8 +165,11 @@ def _say_rows(arm: str, results: Mapping[str, Any]) -> str | None:
     if arm != "coreset":
         return _ROWS.get(arm)
     how = get_value(results, "choice", "how")
-    sign = "negative influence = proponent: training on the row lowers the validation loss"
-    return f"chosen {how if isinstance(how, str) else 'by their influence on a validation set'} ({sign})"
+    how = how if isinstance(how, str) else "by influence on a validation set"
+    # Of another score the sign of influence chose nothing.
+    is_signed = how.startswith(("by influence", "in turn by"))
+    sign = " (negative influence = proponent: training on the row lowers the validation loss)"
+    return f"chosen {how}{sign if is_signed else ''}"
 
 
 def add_task_results(text: str, tasks: Mapping[str, Mapping[str, Any]], model_name: str) -> str:

@@ -165,7 +165,11 @@ def push_influence_dataset(
         files |= _list_report(report, prefix, Path(folder), own_folders)
         sources = _read_sources(source_datasets, token)
         found = (find_coreset(name, given, scored) for name, given in (coresets or {}).items())
-        summary = summarise_influence(scored, [coreset for coreset in found if coreset is not None])
+        told = files.get(f"{prefix}{SCORER}/config.json")
+        fitted_on = get_object(read_object(told.read_bytes() if isinstance(told, Path) else None), "validation_sets")
+        summary = summarise_influence(
+            scored, [coreset for coreset in found if coreset is not None], validation_sets=fitted_on
+        )
         composer = Composer(configs, files, prefix, summary, sources, records)
         return publish_files(
             repo_id,

@@ -10,7 +10,14 @@ Coresets and random controls are selected anew as they were (`splits.json`; else
 
 from typing import Any
 
-from hf_in2core.names import METHODS, get_prefix, name_coreset, name_validation_config, parse_coreset
+from hf_in2core.names import (
+    METHODS,
+    get_prefix,
+    list_method_columns,
+    name_coreset,
+    name_validation_config,
+    parse_coreset,
+)
 from hf_in2core.pipeline.arguments import describe_command
 from hf_in2core.pipeline.parser import RecipeParser, Settings
 from hf_in2core.pipeline.stage_arguments import GrowArguments
@@ -125,7 +132,7 @@ def score_rows(args: GrowArguments, pool: Any, head: str) -> tuple[list[Any], An
     for source in args.rows or []:
         rows = load_rows(source, "rows to add", columns=scorer.preparation.columns)
         missing = [name for name in own if name not in rows.column_names]
-        if missing and set(missing) <= {method.column for method in METHODS.values()}:
+        if missing and set(missing) <= set(list_method_columns(method.column for method in METHODS.values())):
             raise ValueError(
                 f"{args.hub_id} was chosen by {', '.join(missing)}, which ranks the pool's rows among themselves: "
                 "its scorer gives new rows their influence, and no such rank. Run it again with the new rows in the "

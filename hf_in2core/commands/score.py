@@ -10,7 +10,7 @@
 
 from pathlib import Path
 
-from hf_in2core.names import PER_CHECKPOINT, POOL, REPLAY, describe_set
+from hf_in2core.names import PER_CHECKPOINT, POOL, REPLAY, describe_set, list_method_columns
 from hf_in2core.pipeline.parser import RecipeParser, Settings
 from hf_in2core.pipeline.stage_arguments import ScoreInfluenceArguments
 
@@ -60,9 +60,8 @@ def main(settings: Settings) -> None:
     else:
         columns, per_query = list_columns(args.methods), needs_queries(args.methods)
         check_methods(args.methods, args.encoder, args.checkpoints)
-        check_pool_columns(
-            pool, validation, per_query=per_query, also=[*columns, *[PER_CHECKPOINT] * bool(args.checkpoints)]
-        )
+        also = [*list_method_columns(columns), *[PER_CHECKPOINT] * bool(args.checkpoints)]
+        check_pool_columns(pool, validation, per_query=per_query, also=also)
         model_args, influence_args = settings.make(ModelConfig), settings.make(InfluenceConfig)
         assert args.reference_adapter is not None
         check_adapter(args.reference_adapter, model_args, influence_args)

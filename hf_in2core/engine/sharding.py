@@ -5,6 +5,7 @@ What hashes, saves or replaces weights gathers them first, on all processes in t
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,6 +73,10 @@ def save_adapter(model: Any, folder: str | os.PathLike) -> None:
     state = gather_adapter(model)
     if PartialState().is_main_process:
         model.save_pretrained(str(folder), state_dict=state)
+        card = Path(folder) / "README.md"
+        # PEFT's form, with nothing filled in: whoever knows what was trained writes a card, and may never get there.
+        if card.is_file() and "# Model Card for Model ID" in card.read_text(encoding="utf-8"):
+            card.unlink()
 
 
 def count_together(number: int, device: torch.device) -> int:

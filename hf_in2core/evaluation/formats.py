@@ -112,7 +112,22 @@ def describe_calibration(calibration: Any) -> str:
 
 def show_step(calibration: Any, influence: Any) -> str:
     """The change of the validation loss by one more step on a row of this influence; empty where that is not told."""
+    step = _find_step(calibration, influence)
+    if step is None:
+        return ""
+    unsure = ", so its sign is not known" if is_step_unsure(calibration, influence) else ""
+    return f"{step[0]:+.1g} nats by one more step on it, within {step[1]:.1g}{unsure}"
+
+
+def is_step_unsure(calibration: Any, influence: Any) -> bool:
+    """Whether a step that is told lies within its error, so that nothing says whether the row raises or lowers."""
+    step = _find_step(calibration, influence)
+    return step is not None and abs(step[0]) <= step[1]
+
+
+def _find_step(calibration: Any, influence: Any) -> tuple[float, float] | None:
+    """The step on a row and its error, in nats."""
     scale, error = get_value(calibration, "nats_per_influence"), get_value(calibration, "error")
     if get_value(calibration, "agrees") is not True or not all(map(is_number, (scale, error, influence))):
-        return ""
-    return f"{scale * influence:+.1g} nats by one more step on it, within {error:.1g}"
+        return None
+    return scale * influence, error

@@ -26,7 +26,7 @@ from hf_in2core.engine.passes import Transform
 from hf_in2core.engine.scoring import Scores, run_score_pass
 from hf_in2core.engine.state import hash_json, open_state
 from hf_in2core.selection.baselines import add_prepared_columns
-from hf_in2core.selection.turns import count_turns
+from hf_in2core.selection.taking import make_turn_columns
 
 from .checkpoints import compute_checkpoint_weights, kept_adapter, read_checkpoints
 
@@ -41,11 +41,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def add_cosine(scored: Dataset, trainer: "InfluenceTrainer") -> Dataset:
     r"""
-    Add `cosine_rank`: the turn at which a row is taken when each validation row in turn takes that of largest cosine.
+    Add `cosine_rank`: the turn at which a row is taken when each validation row in turn takes that of smallest cosine.
 
-    The cosine is between the row's gradient `g_k` and `u_q`, the validation row's gradient preconditioned by DataInf
-    (arXiv 2310.00902): `influence / (|g_k| |u_q|)`, so that a row with a large gradient does not come first for its
-    size alone. It is what `in2core run` chooses by (`--strategy cosine`).
+    The cosine is that of influence: `influence / (|g_k| |u_q|)`, of the row's gradient `g_k` and the validation row's
+    `u_q`, preconditioned by DataInf (arXiv 2310.00902); negative = proponent. So a row with a large gradient does not
+    come first for its size alone. It is what `in2core run` chooses by (`--strategy cosine`).
 
     ```python
     >>> from hf_in2core.influence.cosines import add_cosine
@@ -60,8 +60,9 @@ def add_cosine(scored: Dataset, trainer: "InfluenceTrainer") -> Dataset:
             Trainer of a trained reference. Validation rows are queries of its own afterwards.
 
     Returns:
-        [`~datasets.Dataset`]: the rows with `cosine_rank` (int64, 0 = taken first; null where a row carries no loss).
-        The same on every process.
+        [`~datasets.Dataset`]: the rows with `cosine_rank` (int64, 0 = taken first), `cosine_score` (float64, the
+        cosine with the validation row that took it) and `cosine_taker` (int64, which of all validation rows that was,
+        in the order of the sets); null where a row carries no loss. The same on every process.
 
     Raises:
         ValueError: if these are not as many rows as the trainer's pool has, or as
@@ -70,8 +71,7 @@ def add_cosine(scored: Dataset, trainer: "InfluenceTrainer") -> Dataset:
     _check_pool(scored, trainer)
     cosines = compute_cosines(trainer, "Influence: cosines").per_query
     assert cosines is not None
-    turns = count_turns(cosines.T).astype("int64")
-    return add_prepared_columns(scored, trainer.prepared_pool, {"cosine_rank": turns})
+    return add_prepared_columns(scored, trainer.prepared_pool, *make_turn_columns("cosine", cosines.T))
 
 
 def add_less(scored: Dataset, trainer: "InfluenceTrainer", checkpoints: Sequence[str | PathLike]) -> Dataset:

@@ -8,6 +8,7 @@ from accelerate import PartialState
 
 from hf_in2core.cards.composer import CARD
 from hf_in2core.cards.model import REFERENCE, add_task_results, render_target_model_card
+from hf_in2core.cards.own_folders import hide_own_folders, list_own_folders
 from hf_in2core.names import name_coreset
 from hf_in2core.rows.sources import find_hub_id
 
@@ -46,6 +47,7 @@ def write_card(
     if args.hub_id is not None and entry["arm"] in ("coreset", "full"):
         split = "train" if entry["arm"] == "full" else name_coreset(entry["fraction"])
         dataset = args.hub_id
+    command = str(results.get("command") or "")
     card = render_target_model_card(
         folder.name,
         existing if "in2core:begin model" in existing else None,
@@ -56,6 +58,7 @@ def write_card(
         results=results,
         test_name=find_hub_id(args.test or "") or "the test set of its run",
         lora=bool(job.settings.values["use_peft"]),
+        command=hide_own_folders(command, list_own_folders(job.settings.values, command)),
     )
     tasks = entry.get("tasks")
     card = add_task_results(card, tasks, folder.name) if tasks else card

@@ -3,7 +3,6 @@
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -16,8 +15,6 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hf_in2core.analysis.agreement import measure_agreement
-from hf_in2core.engine.halves import say_disagreement
 from hf_in2core.evaluation.judge import compute_auc, judge
 from hf_in2core.evaluation.leakage import say_shared
 from hf_in2core.evaluation.verdict import Verdict
@@ -26,11 +23,8 @@ from hf_in2core.names import (
     LIBRARIES,
     METHODS,
     NUM_LOSS_TOKENS,
-    PER_QUERY,
     RANK,
     RESULTS,
-    VALIDATION,
-    describe_set,
     name_coreset,
 )
 from hf_in2core.report.page import write_report
@@ -44,6 +38,7 @@ from hf_in2core.selection.lengths import MIN_ROWS, compare_lengths
 from hf_in2core.selection.record import Coreset, describe_choice, take_coresets
 from hf_in2core.selection.turns import DecidingScore, find_ends, read_deciding_score
 
+from .agreement import find_agreement
 from .arguments import In2CoreArguments
 from .run_folder import warn, write_json
 
@@ -238,7 +233,7 @@ def describe_selection(
     selection: Mapping[str, Any],
 ) -> tuple[DecidingScore, Coreset | None, dict[str, Any]]:
     """
-    What the selection shows before anything is trained on it; warns where lengths explain it.
+    What the selection shows before anything is trained on it; warns where it is unstable or lengths explain it.
 
     Args:
         scored, pool, columns, tokenizer, extra, validation_sets:
@@ -255,10 +250,12 @@ def describe_selection(
     headline = next((coresets[name_coreset(fraction)] for fraction in fractions if fraction < 1), None)
     deciding = read_deciding_score(scored, **(headline.arguments if headline else {}))
     findings: dict[str, Any] = {
-        "agreement": find_agreement(scored, selection, deciding),
+        "agreement": find_agreement(scored, selection, headline.arguments if headline else {}),
         "choice": {"how": deciding.how, "score": deciding.name, "meaning": deciding.meaning},
         "examples": find_examples(scored, pool, columns, tokenizer, extra, deciding, kept, validation_sets),
     }
+    if (said := findings["agreement"]["warning"]) is not None:
+        warn(said)
     if headline is not None and headline.rows_with_loss >= MIN_ROWS:  # fewer say nothing of lengths
         findings["lengths"] = asdict(compare_lengths(scored, scored.select(headline.positions)))
         if findings["lengths"]["warning"] is not None:
@@ -296,6 +293,7 @@ def find_examples(
     influence = read_scores(scored, INFLUENCE)
     positions_kept = {row for coreset in kept for row in coreset.positions}
     taken = {row: words for coreset in kept[::-1] for row, words in coreset.describe_rows(validation_sets).items()}
+    turns = {row: turn for coreset in kept[::-1] for row, turn in coreset.turn_of().items()}
     ends = find_ends(deciding, influence, positions_kept, NUM_EXAMPLES)
     found = dict(zip(("proponents", "opponents"), ends, strict=True))
     shown = [INFLUENCE, RANK, NUM_LOSS_TOKENS, *extra]
@@ -310,7 +308,7 @@ def find_examples(
             {
                 "row": int(position),
                 **{key: row[key] for key in shown},
-                "standing": deciding.describe(int(position), validation_sets),
+                "standing": deciding.describe(int(position), validation_sets, turns.get(int(position))),
                 **({"taken": taken[int(position)]} if int(position) in taken else {}),
                 "text": render_row(text, LONGEST_TEXT, tokenizer),
             }
@@ -344,7 +342,8 @@ def compute_aucs(
         interest, and large ones of wrong answers), and `auc_rows`, how many there are.
     """
     # A method's best rows are at its smallest values, as those of influence; the loss stands for itself.
-    columns = {name: method.column for name, method in METHODS.items() if method.column not in (INFLUENCE, "loss")}
+    told = (INFLUENCE, "loss", deciding.name)
+    columns = {name: method.column for name, method in METHODS.items() if method.column not in told}
     by_name = {deciding.name: deciding.values, INFLUENCE: read_scores(scored, INFLUENCE), "loss": row_losses}
     by_name |= {name: read_scores(scored, column) for name, column in columns.items() if column in scored.column_names}
     everything = np.ones(len(scored), dtype=bool)
@@ -367,20 +366,3 @@ def compute_aucs(
         if task_column is not None:
             add("wrong answers in tasks of interest", wrong, 1, interest)
     return {"auc": auc, "auc_rows": counts}
-
-
-def find_agreement(scored: Dataset, selection: Mapping[str, Any], deciding: DecidingScore) -> dict[str, Any]:
-    """
-    How far halves of the validation sets rank the pool alike, as the fit or the influence on single rows tells.
-
-    Returns:
-        `dict`: `agreement` by set (`validation` for all together where each row was a query), empty where nothing was
-        measured, and `warning`, what to do where the coreset was chosen by the mean over rows that do not agree.
-    """
-    found = dict(selection.get("validation_agreement") or {})
-    if PER_QUERY in scored.column_names:
-        with suppress(ValueError):  # too few rows to say anything
-            found = {VALIDATION: measure_agreement(scored)["agreement"]}
-    said = [say_disagreement(value, f"{describe_set(name)} set") for name, value in found.items()]
-    chosen = [text for text in said if text is not None and deciding.name == INFLUENCE]
-    return {"agreement": found, "warning": " ".join(chosen) or None}

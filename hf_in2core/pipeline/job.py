@@ -20,7 +20,16 @@ from hf_in2core.evaluation.formats import read_json
 from hf_in2core.evaluation.tournament import plan_tournament
 from hf_in2core.hub.checks import PushCheck, check_can_push
 from hf_in2core.influence.launcher import check_launcher
-from hf_in2core.names import AUTO, CLUSTERS, PER_CHECKPOINT, POOL, REPLAY, describe_set, name_coreset
+from hf_in2core.names import (
+    AUTO,
+    CLUSTERS,
+    PER_CHECKPOINT,
+    POOL,
+    REPLAY,
+    describe_set,
+    list_method_columns,
+    name_coreset,
+)
 from hf_in2core.rows.columns import read_template
 from hf_in2core.rows.hashes import hash_tokenization, hash_value
 from hf_in2core.rows.preparation import Preparation, tokenize_rows
@@ -155,15 +164,16 @@ def check(settings: Settings) -> Job:
     if args.strategy == AUTO:
         check_tournament(args, target_args, len(inputs.pool))
     given = None if args.group_column in CLUSTERS else args.group_column
-    needed, columns = [args.task_column, args.wrong_column, given], list_columns(args.methods)
+    needed = [args.task_column, args.wrong_column, given]
+    columns = list_method_columns(list_columns(args.methods))
     also = [*columns, *[PER_CHECKPOINT] * bool(args.reference_checkpoints)]
     check_pool_columns(inputs.pool, inputs.validation, needed, needs_queries(args.methods), also)
     if args.task_column is not None:
         check_tasks(inputs.validation, args.task_column)
     if found is not None:
         features = Features(dict(inputs.pool.features) | describe_columns(list(inputs.validation)))
-        whole = {column for column in columns if column.endswith("_rank") or column in CLUSTERS}
-        features |= {column: Value("int64" if column in whole else "float64") for column in columns}
+        whole = {name for name in columns if name.endswith(("_rank", "_taker")) or name in CLUSTERS}
+        features |= {name: Value("int64" if name in whole else "float64") for name in columns}
         check_published_columns(found.head, features, ["train", *map(name_coreset, args.fractions)], "default")
     smallest = min(args.fractions)
     if round(smallest * len(inputs.pool)) == 0:

@@ -30,13 +30,14 @@ from hf_in2core.evaluation.arms import (
     tabulate_tasks,
     tabulate_tournament,
 )
-from hf_in2core.evaluation.formats import show_step
+from hf_in2core.evaluation.formats import is_step_unsure, show_step
 from hf_in2core.evaluation.leakage import list_near_copies, say_judge
 from hf_in2core.files import write_whole
-from hf_in2core.names import INFLUENCE, list_added_columns
+from hf_in2core.names import INFLUENCE, TAKEN_BY, list_added_columns, list_method_columns
 from hf_in2core.rows.scored import find_set_columns, read_numbers
 from hf_in2core.selection.lengths import correlate_with_length
-from hf_in2core.selection.turns import name_taker
+from hf_in2core.selection.taking import say_overlap
+from hf_in2core.selection.turns import DecidingScore, name_taker
 
 from .analyses import show_coverage, show_layers
 from .results import show_provenance, show_verdict
@@ -206,11 +207,12 @@ def _show_pool(run: Run, plots: dict[str, Markup], coverage: dict[str, Any] | No
         for lines, note in [summarize_groups(found, pool)]
         if lines
     ]
-    in_turn = pool.deciding.takers is not None
+    deciding = pool.deciding
+    whole = deciding.takers is not None or deciding.is_turns
     for summary in summaries:
         for group in summary["groups"]:
             median = group["quantiles"][2]
-            group["median"] = f"{median:,.0f}" if in_turn else format_influence(median)
+            group["median"] = f"{median:,.0f}" if whole else format_influence(median)
     captions = _draw_pool(pool, summaries, plots)
     return {
         "pool": {
@@ -220,11 +222,12 @@ def _show_pool(run: Run, plots: dict[str, Markup], coverage: dict[str, Any] | No
             "proponents": int((pool.influence < 0).sum()),
             "opponents": int(pool.is_opponent.sum()),
             "kept_positive": int(((pool.influence > 0) & ~pool.is_opponent).sum()),
-            "in_turn": in_turn,
-            "by_influence": pool.deciding.name == INFLUENCE,
-            "score": pool.deciding.name,
-            "how": pool.deciding.how,
-            "meaning": pool.deciding.meaning,
+            "in_turn": deciding.takers is not None and deciding.taking is None,
+            "by_influence": deciding.name == INFLUENCE,
+            "score": deciding.name,
+            "how": deciding.how,
+            "meaning": deciding.meaning,
+            "halves": _say_halves(run, deciding),
             "headline": pool.headline,
             "kept": int(pool.is_kept.sum()),
             **captions,
@@ -234,6 +237,13 @@ def _show_pool(run: Run, plots: dict[str, Markup], coverage: dict[str, Any] | No
         "shown": set(rows.tolist()),
         "data": data,
     }
+
+
+def _say_halves(run: Run, deciding: DecidingScore) -> str:
+    """How far halves of the validation rows choose alike where they take rows in turn; of others nothing."""
+    by_rows = deciding.takers is not None and deciding.takers.dtype.kind != "U"
+    not_measured, _ = say_overlap(None, 1.0)
+    return str(run.get("agreement", "in_turn") or (not_measured if by_rows or deciding.is_turns else ""))
 
 
 def _draw_pool(pool: Pool, summaries: Sequence[Mapping[str, Any]], plots: dict[str, Markup]) -> dict[str, str]:
@@ -246,6 +256,7 @@ def _draw_pool(pool: Pool, summaries: Sequence[Mapping[str, Any]], plots: dict[s
     cut = find_cut(drawn[pool.has_loss], kept)
     known = bool((tokens >= 1).all())
     captions = {"cut": "" if cut is None else f"{cut:,.4g}", "correlation": "", "influence_note": "", "drawn": shown}
+    captions["of"] = "taking" if pool.deciding.taking is not None else "other" if pool.deciding.is_turns else "score"
     if known and (correlation := correlate_with_length(values, tokens)) is not None:
         captions["correlation"] = f"{correlation:+.2f}"
     if find_spec("matplotlib") is None:
@@ -276,7 +287,8 @@ def _collect_rows(
     scored = run.scored
     assert scored is not None
     sets = find_set_columns(scored)[:MAX_SETS]
-    added = (*list_added_columns([], per_query=True, per_checkpoint=True), *sets)
+    told = list_method_columns([pool.deciding.name]) if pool.deciding.name in TAKEN_BY else [pool.deciding.name]
+    added = (*list_added_columns([], per_query=True, per_checkpoint=True), *sets, *told)
     others = [name for name in scored.column_names if name not in added and name not in text_columns]
     cells, cut, limit = read_cells(scored, rows, [*text_columns, *others])
     masks, note = compute_masks(run, scored, pool, choose_mask_rows(pool, rows))
@@ -294,12 +306,20 @@ def _collect_rows(
         "influence": _to_list(pool.influence[rows]),
         "rank": _to_list(pool.deciding.ranks[rows], whole=True),
         "percentile": _to_list(pool.deciding.percentiles[rows]),
-        "standing": [pool.deciding.describe(row, sets_of_rows) for row in rows.tolist()],
+        "standing": [
+            pool.deciding.describe(row, sets_of_rows, taken[row]["turn"] if row in taken else None)
+            for row in rows.tolist()
+        ],
         "taken": [taken.get(row) for row in rows.tolist()],
+        "takers": _list_takers(pool.deciding, rows, sets_of_rows),
         "steps": [show_step(run.get("calibration"), value) for value in pool.influence[rows].tolist()],
+        "unsure": [is_step_unsure(run.get("calibration"), value) for value in pool.influence[rows].tolist()],
         "choice": {
             "inTurn": pool.deciding.takers is not None,
+            "isTurns": pool.deciding.is_turns,
+            "byInfluence": pool.deciding.name == INFLUENCE,
             "score": pool.deciding.name,
+            "takenFor": "influence on it" if pool.deciding.taking is None else pool.deciding.taking.words,
             "meaning": pool.deciding.meaning,
         },
         "tokens": _to_list(pool.num_loss_tokens[rows], whole=True),
@@ -314,6 +334,19 @@ def _collect_rows(
         "masks": masks,
         "maskNote": note,
     }
+
+
+def _list_takers(
+    deciding: DecidingScore, rows: np.ndarray, validation_sets: Mapping[str, int]
+) -> list[dict[str, Any] | None]:
+    """Who took each row or will, where every row has its turn, and for what; else nothing."""
+    if deciding.taking is None or deciding.takers is None:
+        return []
+    scores = _to_list(deciding.taking.scores[rows])
+    return [
+        None if score is None else {"by": name_taker(taker, validation_sets), "for": score}
+        for taker, score in zip(deciding.takers[rows].tolist(), scores, strict=True)
+    ]
 
 
 def _to_list(values: np.ndarray, whole: bool = False) -> list[float | int | None]:

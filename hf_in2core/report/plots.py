@@ -167,8 +167,8 @@ def draw_influence(
 
 def _label(name: str) -> str:
     """The label of an axis from left to right."""
-    if name == INFLUENCE:
-        return INFLUENCE_LABEL
+    if name.partition(",")[0] == INFLUENCE:  # of what did not choose it says so, after a comma
+        return INFLUENCE_LABEL.replace(INFLUENCE, name, 1)
     return f"{name}\n\N{LEFTWARDS ARROW} first in line"
 
 

@@ -23,7 +23,7 @@ from hf_in2core.evaluation.arms import (
     tabulate_tasks,
     tabulate_tournament,
 )
-from hf_in2core.evaluation.formats import DASH, show_step
+from hf_in2core.evaluation.formats import DASH, get_value, is_step_unsure, show_step
 from hf_in2core.names import INFLUENCE, RANK
 from hf_in2core.rows.text import CUT, render_line
 
@@ -75,16 +75,18 @@ def print_tables(results: Mapping[str, Any]) -> None:
         _print_table(console, auc.columns, auc.lines)
 
     examples, choice = results.get("examples", {}), results.get("choice", {"score": INFLUENCE})
-    in_turn = choice["score"] != INFLUENCE
-    if in_turn:
-        _write(console, f"The coreset was chosen {choice['how']}. {choice['meaning']}\n")
-    helps = "negative influence" if in_turn else "negative influence: lowers the validation loss"
-    hurts = f"positive {'mean ' if in_turn else ''}influence: raises the validation loss; no coreset keeps them"
-    for kind, sign in (("proponents", helps), ("opponents", hurts)):
-        if examples.get(kind):
-            by = f" by {choice['score']}" if in_turn else ""
-            _write(console, f"Strongest {kind}{by} ({sign})", style="bold")
-            _print_examples(console, examples[kind], in_turn, results.get("calibration"))
+    by_influence, calibration = choice["score"] == INFLUENCE, results.get("calibration")
+    if not by_influence:
+        told = get_value(results, "agreement", "in_turn")
+        said = [f"The coreset was chosen {choice['how']}.", choice["meaning"], *([told] if told else [])]
+        _write(console, f"{' '.join(said)}\n")
+    for kind in ("proponents", "opponents"):
+        if shown := examples.get(kind):
+            by = "" if by_influence else f" by {choice['score']}"
+            # Of a step within its error nobody knows whether it raises or lowers the loss.
+            unsure = any(is_step_unsure(calibration, example["influence"]) for example in shown)
+            _write(console, f"Strongest {kind}{by} ({_say_sign(kind, by_influence, unsure)})", style="bold")
+            _print_examples(console, shown, by_influence, calibration)
 
 
 def print_tasks(results: Mapping[str, Any], console: Console | None = None) -> None:
@@ -130,12 +132,22 @@ def _print_table(console: Console, names: Sequence[str], lines: Sequence[Sequenc
     console.print()
 
 
-def _print_examples(console: Console, examples: Sequence[Mapping[str, Any]], in_turn: bool, calibration: Any) -> None:
+def _say_sign(kind: str, by_influence: bool, unsure: bool) -> str:
+    """The sign of influence that the rows of a list have, and what training on them does."""
+    if kind == "proponents":
+        return "negative influence" + (": lowers the validation loss" if by_influence and not unsure else "")
+    mean = "" if by_influence else "mean "
+    return f"positive {mean}influence{'' if unsure else ': raises the validation loss'}; no coreset keeps them"
+
+
+def _print_examples(
+    console: Console, examples: Sequence[Mapping[str, Any]], by_influence: bool, calibration: Any
+) -> None:
     for number, example in enumerate(examples, 1):
         rank = "" if example.get(RANK) is None else f"rank {example[RANK]:,}, "
         standing = example.get("standing", f"{rank}influence {example['influence']:+.3g}")
         said = [standing, *([example["taken"]] if "taken" in example else [])]
-        said += [f"mean influence {example['influence']:+.3g}"] if in_turn else []
+        said += [] if by_influence else [f"mean influence {example['influence']:+.3g}"]
         said += [step] if (step := show_step(calibration, example["influence"])) else []
         _write(console, f"{number:>2}. {'; '.join(said)}", style="cyan")
         _write(console, render_line(str(example.get("text", "")), MAX_TEXT_CHARACTERS), indent=4)

@@ -15,8 +15,10 @@ from hf_in2core.names import (
     PER_CHECKPOINT,
     PER_QUERY,
     RANK,
+    TAKEN_BY,
     list_added_columns,
     list_set_columns,
+    name_taking_columns,
 )
 
 
@@ -225,8 +227,12 @@ def read_record(features: Mapping[str, Any]) -> list[str]:
 
 
 def forget_record(features: Mapping[str, Any]) -> dict[str, Any]:
-    """The types of columns without the record of the last scoring, to compare them with others."""
-    return {name: Value("int64") if name == RANK else feature for name, feature in features.items()}
+    """The types of columns without what scoring and methods have recorded in them, to compare them with others."""
+    recording = {RANK, *(name_taking_columns(column)[-1] for column in TAKEN_BY)}
+    return {
+        name: Value(feature.dtype) if name in recording and isinstance(feature, Value) else feature
+        for name, feature in features.items()
+    }
 
 
 def find_scored_columns(features: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,8 @@ values first:
 - `loss`: mean negative log-likelihood per labelled token, nats.
 - `ifd`: that loss over the loss of the same answer without its prompt; about 1 where the prompt is no help.
 - `rds_similarity`, `bm25_similarity`, `encoder_similarity`: larger = closer to the validation set.
-- `rds_rank`, `bm25_rank`, `encoder_rank`: 0 = taken first, as in `influence_rank`.
+- `rds_rank`, `bm25_rank`, `encoder_rank`: 0 = taken first, as in `influence_rank`. Beside each, `rds_score` is the
+  similarity with the validation row that took the row at that turn, and `rds_taker` which one that was.
 - `num_loss_tokens`, which scoring adds, is the baseline of length.
 
 Gradient dot and gradient cosine are estimators of influence (`InfluenceConfig(estimator=...)`).
@@ -22,6 +23,7 @@ from datasets import Dataset, Value
 from torch import nn
 
 from hf_in2core.engine.losses import compute_row_losses
+from hf_in2core.names import list_method_columns
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 
 from .coreset import select_positions
@@ -34,7 +36,7 @@ from .similarities import (
     import_bm25s,
     load_encoder,
 )
-from .turns import count_turns
+from .taking import make_turn_columns
 
 
 def add_loss(
@@ -180,14 +182,15 @@ def add_rds(
             Whether to replace columns of those names.
 
     Returns:
-        [`~datasets.Dataset`]: the rows with `rds_similarity` (float64 in [-1, 1], larger = closer) and `rds_rank`
-        (int64, 0 = taken first); null where a row carries no loss.
+        [`~datasets.Dataset`]: the rows with `rds_similarity` (float64 in [-1, 1], larger = closer), `rds_rank` (int64,
+        0 = taken first), `rds_score` (float64, the cosine with the validation row that took the row) and `rds_taker`
+        (int64, which of the validation rows that carry loss, from 0); null where a row carries no loss.
 
     Raises:
         ValueError: if fewer than two rows or no validation row carries loss, if every row is equally similar to the
             validation set, or if a column is there already.
     """
-    dataset = _drop_clashes(dataset, ["rds_similarity", "rds_rank"], overwrite)
+    dataset = _drop_clashes(dataset, _list_names("rds"), overwrite)
     prepared = _prepare(dataset, preparation, "dataset", least=2)
     queries = _prepare(validation, preparation, "validation set", least=1)
     similarities = compute_rds_similarities(prepared, queries, model, tokens_per_batch, autocast)
@@ -216,14 +219,14 @@ def add_bm25(dataset: Dataset, validation: Dataset, preparation: Preparation, ov
 
     Returns:
         [`~datasets.Dataset`]: the rows with `bm25_similarity` (float64, larger = closer) and `bm25_rank` (int64, 0 =
-        taken first); null where a row carries no loss.
+        taken first), `bm25_score` and `bm25_taker` as in [`add_rds`]; null where a row carries no loss.
 
     Raises:
         ImportError: if `bm25s` is not installed.
         ValueError: as [`add_rds`], a set of rows that share no word with the validation set included.
     """
     import_bm25s()
-    dataset = _drop_clashes(dataset, ["bm25_similarity", "bm25_rank"], overwrite)
+    dataset = _drop_clashes(dataset, _list_names("bm25"), overwrite)
     prepared = _prepare(dataset, preparation, "dataset", least=2)
     queries = _prepare(validation, preparation, "validation set", least=1)
 
@@ -260,7 +263,8 @@ def add_encoder(
 
     Returns:
         [`~datasets.Dataset`]: the rows with `encoder_similarity` (float64 in [-1, 1], larger = closer) and
-        `encoder_rank` (int64, 0 = taken first); null where a row carries no loss.
+        `encoder_rank` (int64, 0 = taken first), `encoder_score` and `encoder_taker` as in [`add_rds`]; null where a
+        row carries no loss.
 
     Raises:
         ImportError: if sentence-transformers is not installed.
@@ -268,7 +272,7 @@ def add_encoder(
         ValueError: as [`add_rds`].
     """
     encoder = load_encoder(encoder) if isinstance(encoder, str) else encoder
-    dataset = _drop_clashes(dataset, ["encoder_similarity", "encoder_rank"], overwrite)
+    dataset = _drop_clashes(dataset, _list_names("encoder"), overwrite)
     prepared = _prepare(dataset, preparation, "dataset", least=2)
     queries = _prepare(validation, preparation, "validation set", least=1)
     similarities = compute_encoder_similarities(prepared, queries, preparation.processing_class, encoder)
@@ -333,6 +337,10 @@ def _keep_answers(batch: dict[str, list]) -> dict[str, list]:
     return found
 
 
+def _list_names(method: str) -> list[str]:
+    return [f"{method}_similarity", *list_method_columns([f"{method}_rank"])]
+
+
 def _drop_clashes(dataset: Dataset, names: list[str], overwrite: bool) -> Dataset:
     if not isinstance(dataset, Dataset):
         raise TypeError(f"The dataset is a {type(dataset).__name__}; pass one datasets.Dataset of raw rows.")
@@ -352,19 +360,20 @@ def _add_similarities(
     # Hidden states of the same row differ in float32's last digits between batches.
     if np.ptp(similarities, axis=1).max() <= 1e-6 * np.abs(similarities).max():
         raise ValueError(f"All rows are equally similar to the validation set, so nothing ranks them: {reason}.")
-    turns = count_turns(-similarities).astype(np.int64)
-    return add_prepared_columns(
-        dataset, prepared, {f"{name}_similarity": similarities.mean(axis=0), f"{name}_rank": turns}
-    )
+    turns, records = make_turn_columns(name, similarities)
+    columns = {f"{name}_similarity": similarities.mean(axis=0)} | turns
+    return add_prepared_columns(dataset, prepared, columns, records)
 
 
-def add_prepared_columns(dataset: Dataset, prepared: Dataset, columns: dict[str, np.ndarray]) -> Dataset:
-    """Add columns of prepared rows to the raw ones; null where a row was not prepared."""
+def add_prepared_columns(
+    dataset: Dataset, prepared: Dataset, columns: dict[str, np.ndarray], records: Mapping[str, str] | None = None
+) -> Dataset:
+    """Add columns of prepared rows to the raw ones, with what is recorded in their types; null where none is."""
     rows = prepared.with_format("numpy")["row"][:]
     for name, values in columns.items():
         convert: Callable[[Any], Any] = int if values.dtype == np.int64 else float
         column: list[Any] = [None] * len(dataset)
         for row, value in zip(rows, values, strict=True):
             column[row] = convert(value)
-        dataset = dataset.add_column(name, column, feature=Value(str(values.dtype)))
+        dataset = dataset.add_column(name, column, feature=Value(str(values.dtype), id=(records or {}).get(name)))
     return dataset

@@ -16,12 +16,20 @@ import numpy as np
 from datasets import Dataset
 
 from hf_in2core.files import write_whole
-from hf_in2core.names import INFLUENCE, LENGTH_MATCHED, METHODS, name_coreset, parse_coreset
+from hf_in2core.names import (
+    INFLUENCE,
+    LENGTH_MATCHED,
+    METHODS,
+    TAKEN_BY,
+    TAKING_SCORES,
+    name_coreset,
+    parse_coreset,
+)
 from hf_in2core.rows.scored import hash_scores, read_scores
 
 from .coreset import choose_positions, find_column
 from .lengths import match_lengths
-from .turns import name_taker
+from .turns import name_taker, read_taking
 
 
 RECORD = "coresets.json"
@@ -49,9 +57,10 @@ class Coreset:
         turns (`list[int]`, *optional*):
             When each was taken, 0 = first. `None` where a version before this was recorded has chosen.
         scores (`list[float]`, *optional*):
-            What each was taken for: influence, or on whom took it. `None` likewise, and for random rows.
+            What each was taken for: influence, or on whom took it; of a rank the score that is kept beside it. `None`
+            likewise, and for random rows.
         takers (`list[int]` or `list[str]`, *optional*):
-            The validation row or the named set that took each. `None` likewise, and where a column decided.
+            The validation row or the named set that took each. `None` likewise, and where a column alone decided.
     """
 
     arguments: dict[str, Any]
@@ -71,15 +80,22 @@ class Coreset:
         """What chose each row, in words, by its position; empty where that is not recorded."""
         if self.turns is None or self.scores is None:
             return {}
-        what = self.arguments.get("column", INFLUENCE)
+        column = self.arguments.get("column", INFLUENCE)
         given = " given the rows before" if self.arguments["strategy"] == "greedy" else ""
+        what = TAKING_SCORES[TAKEN_BY[column]] if column in TAKEN_BY else f"influence on it{given}"
         takers = [None] * len(self.turns) if self.takers is None else self.takers
+        # Of a rank alone the value is the turn, which is told already.
+        alone = "" if column.endswith("_rank") else f" for its {column}, {{:+.3g}}"
         return {
-            row: f"taken in turn {turn:,} for its {what}, {score:+.3g}"
+            row: f"taken in turn {turn:,}{alone.format(score)}"
             if taker is None
-            else f"taken in turn {turn:,} by {name_taker(taker, validation_sets)}, influence on it{given} {score:+.3g}"
+            else f"taken in turn {turn:,} by {name_taker(taker, validation_sets)}, {what} {score:+.3g}"
             for row, turn, score, taker in zip(self.positions, self.turns, self.scores, takers, strict=True)
         }
+
+    def turn_of(self) -> dict[int, int]:
+        """The turn of each row by its position; empty where that is not recorded."""
+        return {} if self.turns is None else dict(zip(self.positions, self.turns, strict=True))
 
 
 def describe_choice(
@@ -174,7 +190,10 @@ def choose_coreset(scored: Dataset, arguments: Mapping[str, Any], coresets: Iter
         positions = match_lengths(scored, np.array(options["as_long_as"]), options["seed"])
         return Coreset(dict(arguments), with_loss, positions.tolist())
     choice = choose_positions(scored, **options)
-    lists = (None if values is None else values.tolist() for values in (choice.turns, choice.scores, choice.takers))
+    scores, takers = choice.scores, choice.takers
+    if options.get("strategy", "top") == "top" and (taking := read_taking(scored, column)) is not None:
+        scores, takers = taking.scores[choice.positions], taking.takers[choice.positions].astype(np.int64)
+    lists = (None if values is None else values.tolist() for values in (choice.turns, scores, takers))
     return Coreset(dict(arguments), with_loss, choice.positions.tolist(), *lists)
 
 

@@ -8,7 +8,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset
 
-from hf_in2core.names import INFLUENCE, METHODS, STRATEGIES_BY_ROW, VALIDATION, describe_set, name_set_column
+from hf_in2core.names import (
+    INFLUENCE,
+    METHODS,
+    STRATEGIES_BY_ROW,
+    TAKEN_BY,
+    TAKING_SCORES,
+    VALIDATION,
+    describe_set,
+    name_set_column,
+    name_taking_columns,
+)
 from hf_in2core.rows.scored import find_set_columns, rank_rows, read_query_scores, read_scores
 
 
@@ -50,6 +60,29 @@ def count_turns(set_scores: np.ndarray, rows: np.ndarray | None = None) -> np.nd
     turns = np.full(set_scores.shape[1], np.nan)
     turns[take_round_robin(rows, len(rows), set_scores)] = np.arange(len(rows))
     return turns
+
+
+def find_sign(method: str) -> int:
+    """By what a score of `TAKING_SCORES` is multiplied so that the smallest is taken first."""
+    return 1 if TAKING_SCORES[method] == "cosine" else -1
+
+
+class Taking(NamedTuple):
+    """By whom and for what each row was taken (`[n]` each, NaN without loss); the score in words, and its sign."""
+
+    words: str
+    sign: int
+    scores: np.ndarray
+    takers: np.ndarray
+
+
+def read_taking(scored: Dataset, column: str) -> Taking | None:
+    """What is kept beside a rank; `None` for other columns, and where a version before this made the rank."""
+    names = name_taking_columns(column)
+    if not names or not set(names) <= set(scored.column_names):
+        return None
+    method = TAKEN_BY[column]
+    return Taking(TAKING_SCORES[method], find_sign(method), *(read_scores(scored, name) for name in names))
 
 
 def read_taking_scores(scored: Dataset, strategy: str) -> tuple[np.ndarray | None, np.ndarray]:
@@ -104,14 +137,17 @@ class DecidingScore:
     By what the rows of a pool stand in line for a coreset, known of every row, taken or not.
 
     A column that decides is that score itself. Where rows are taken in turn, only those that were taken have a turn:
-    the score is the best rank, the smallest of the row's ranks by its influence on each of those who take.
+    the score is the best rank, the smallest of the row's ranks by its influence on each of those who take. A column of
+    turns is of all rows: each has who took it, and for what.
 
     Attributes:
         values (`np.ndarray` of shape `[n]`): The score, the smallest first in line; NaN where a row carries no loss.
         ranks (`np.ndarray` of shape `[n]`): 0 = first in line; of best ranks, several rows have the same.
-        influence (`np.ndarray` of shape `[n]`): On who ranks the row best; on the mean validation loss otherwise.
-        takers (`np.ndarray` of shape `[n]`, *optional*): Who ranks the row best: a validation row (int64) or a named
-            set (str). `None` where a column decides.
+        influence (`np.ndarray` of shape `[n]`): On who ranks the row best, or its cosine; on the mean validation loss
+            otherwise.
+        takers (`np.ndarray` of shape `[n]`, *optional*): Who ranks the row best, or took it: a validation row (a
+            number) or a named set (str). `None` where a column decides alone.
+        taking ([`Taking`], *optional*): Of a column of turns, where it is kept.
         name (`str`): `"influence"` or `"best rank"`, and over whom.
         how (`str`): How the coreset was chosen, in words that follow "chosen".
         meaning (`str`): What the score is, in a sentence.
@@ -121,6 +157,7 @@ class DecidingScore:
     ranks: np.ndarray
     influence: np.ndarray
     takers: np.ndarray | None = None
+    taking: Taking | None = None
     name: str = INFLUENCE
     how: str = "by influence"
     meaning: str = "Influence on the validation loss: negative = proponent."
@@ -132,21 +169,37 @@ class DecidingScore:
         before = np.where(np.isnan(self.values), np.nan, np.searchsorted(known, self.values))
         return 100 * before / max(len(known) - 1, 1)
 
+    @cached_property
+    def is_turns(self) -> bool:
+        """Whether every row has a value of its own, its place in line, which tells nothing but the order."""
+        known = np.sort(self.values[~np.isnan(self.values)])
+        return len(known) > 0 and np.array_equal(known, np.arange(len(known)))
+
     @property
     def histogram(self) -> tuple[str, np.ndarray]:
-        """What a histogram is of, and its values: of turns, which every row has its own of, it would be flat."""
-        known = np.sort(self.values[~np.isnan(self.values)])
-        is_turns = np.array_equal(known, np.arange(len(known)))
-        return (INFLUENCE, self.influence) if is_turns else (self.name, self.values)
+        """What a histogram is of, and its values: of turns it would be flat, but not of what rows were taken for."""
+        if self.taking is not None:
+            minus = "" if self.taking.sign > 0 else "\N{MINUS SIGN}"
+            return (
+                f"{minus}{self.taking.words} with the validation row that takes it",
+                self.taking.sign * self.taking.scores,
+            )
+        return (f"{INFLUENCE}, which did not choose", self.influence) if self.is_turns else (self.name, self.values)
 
-    def describe(self, row: int, validation_sets: Mapping[str, int]) -> str:
-        """Where a row stands in line, in words."""
+    def describe(self, row: int, validation_sets: Mapping[str, int], taken: int | None = None) -> str:
+        """Where a row stands in line, in words; less of it where `taken`, its turn, is told beside it."""
         if np.isnan(self.values[row]):
             return "no influence: it carries no loss"
         percentile = f"percentile {self.percentiles[row]:.1f}"
+        if self.is_turns and taken == self.values[row]:
+            return percentile
         if self.takers is None:
-            return f"rank {int(self.ranks[row]):,}, {percentile}, {self.name} {self.values[row]:+.3g}"
+            score = "" if self.is_turns else f", {self.name} {self.values[row]:+.3g}"
+            return f"rank {int(self.ranks[row]):,}, {percentile}{score}"
         taker = name_taker(self.takers[row].item(), validation_sets)
+        if self.taking is not None:
+            score = f"{self.taking.words} {self.taking.scores[row]:+.3g}"
+            return f"turn {int(self.values[row]):,}, {percentile}, for {taker}: {score}"
         influence = f"influence on it {self.influence[row]:+.3g}"
         return f"{BEST_RANK} {int(self.ranks[row]):,} ({percentile}; for {taker}, {influence})"
 
@@ -179,7 +232,17 @@ def _read_score(scored: Dataset, strategy: str, column: str) -> DecidingScore:
         words = "".join(f" ({method.words})" for method in METHODS.values() if method[:2] == (column, strategy))
         meaning = f"The {end} {column} is first in line; the influence on the mean chose nothing."
         name, how = f"{minus}{column}", f"by {column}{words}"
-        return DecidingScore(values, ranks, influence, name=name, how=how, meaning=meaning)
+        taking = read_taking(scored, column) if strategy == "top" else None
+        if taking is None:
+            return DecidingScore(values, ranks, influence, name=name, how=how, meaning=meaning)
+        nearest = "smallest" if taking.sign > 0 else "largest"
+        told = "; a negative cosine = proponent" if taking.sign > 0 else ""
+        meaning = (
+            f"Each validation row in turn takes the row of {nearest} {taking.words} with it that none has taken yet "
+            f"(turn 0 = taken first{told}); the influence on the mean chose nothing."
+        )
+        signed = taking.scores if taking.sign > 0 else influence
+        return DecidingScore(values, ranks, signed, taking.takers, taking, name=name, how=how, meaning=meaning)
     best, winners = np.full(len(influence), np.nan), np.zeros(len(influence), dtype=np.int64)
     for number, scores in enumerate(set_scores):
         ranks = rank_rows(scores, rows)
@@ -228,12 +291,13 @@ def find_ends(
     return proponents, opponents
 
 
-def name_taker(taker: int | str, validation_sets: Mapping[str, int]) -> str:
+def name_taker(taker: float | str, validation_sets: Mapping[str, int]) -> str:
     """Who takes rows, in words: a named set, or a validation row, counted through the sets (name → rows)."""
     if isinstance(taker, str):
         return describe_set(taker)
+    row = int(taker)
     for name, rows in validation_sets.items():
-        if taker < rows:
-            return f"{describe_set(name)} row {taker:,}"
-        taker -= rows
-    return f"{VALIDATION} row {taker:,}"
+        if row < rows:
+            return f"{describe_set(name)} row {row:,}"
+        row -= rows
+    return f"{VALIDATION} row {row:,}"

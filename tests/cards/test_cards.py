@@ -270,6 +270,27 @@ def test_the_card_of_a_model_says_which_rows_it_had(arm: str, said: str | None) 
     assert "load_dataset(" not in text
 
 
+def test_the_card_of_a_model_has_its_command_and_no_sign_where_that_chose_nothing() -> None:
+    results = RESULTS | {"choice": {"how": "by cosine_rank (validation rows in turn)"}}
+    run = RESULTS["arms"][2]
+    for entry, made in ((run, "By the command of the comparison"), (run | {"seed": 7}, "By this command")):
+        text = html.unescape(
+            render_target_model_card(
+                "m",
+                base_model="user/tiny",
+                dataset_id="user/pool",
+                run=entry,
+                results=results,
+                command="in2core run -x",
+            )
+        )
+        assert "Its rows are chosen by cosine_rank (validation rows in turn).\n" in text.replace("&#95;", "_")
+        assert made in text and "```bash\nin2core run -x\n```" in text
+    assert "How it was made" not in render_target_model_card(
+        "m", base_model="user/tiny", dataset_id="user/pool", run=run, results=results
+    )
+
+
 def test_summary_counts_rows_and_orders_extremes_by_sign() -> None:
     summary = summarise_influence(make_scored([f"row {i}" for i in range(8)]))  # influence -4 -3 null -1 0 1 2 3
     assert (summary.rows, summary.without_loss, summary.proponents) == ("8", "1", "3")

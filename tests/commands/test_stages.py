@@ -16,7 +16,7 @@ from hf_in2core.rows.sources import load_rows
 
 
 def test_stage_recipes_do_what_the_pipeline_does(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
     model = ["--model_name_or_path", config["model_name_or_path"]]
@@ -43,7 +43,8 @@ def test_stage_recipes_do_what_the_pipeline_does(
 
     pool_order = ["--scored", f"{scored}/scored", "--fraction", "0.25", "--order", "original", "--output", coreset]
     run_command("select", *pool_order)
-    run_command("sft", *model, *training, "--dataset_name", coreset, "--output_dir", target, "--seed", "0")
+    sft = ["sft", *model, *training, "--dataset_name", coreset, "--output_dir", target, "--seed", "0"]
+    run_command(*sft)
     run_command(
         "evaluate", *model, "--adapters", target, "--test", config["test"], "--output_dir", f"{target}-evaluation"
     )
@@ -53,6 +54,20 @@ def test_stage_recipes_do_what_the_pipeline_does(
     assert base["test_loss"] == pytest.approx(results["base"]["test_loss"], rel=1e-6)
     assert adapter["test_loss"] == pytest.approx(arm["test_loss"], rel=1e-5)
     assert "test_loss" in capsys.readouterr().out
+
+    # PEFT's form of a card is left nowhere, and ours names no folder of this machine.
+    assert not Path(reference, "README.md").exists()
+    card = Path(target, "README.md").read_text(encoding="utf-8")
+    assert "sft" in card.split("### How it was made")[1].split("###")[0] and str(tmp_path) not in card
+    Path(target, "README.md").unlink()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_in2core.pipeline.training.evaluate_model", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_command(*sft, "--test", config["test"])
+    assert "has not been judged" in Path(target, "README.md").read_text(encoding="utf-8")
 
     # The fitted scorer alone scores another pool, here the same one.
     run_command("score", "--scorer", f"{scored}/scorer", "--pool", config["pool"], "--output_dir", target)

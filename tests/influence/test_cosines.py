@@ -46,8 +46,15 @@ def test_cosines_in_turn_in_python(tmp_path, pool, validation) -> None:
         expected.append(next(int(row) for row in best if row not in expected))
     scored = add_cosine(pool, trainer)
     assert [scored["cosine_rank"][row] for row in expected] == list(range(len(pool)))
+    assert [scored["cosine_taker"][row] for row in expected] == [n % len(queries) for n in range(len(pool))]
+    # The loop leaves out the norm of `u`, which is one number for all scores of a validation row.
+    for query, of_query in enumerate(cosines):
+        ratios = [scored["cosine_score"][row] / of_query[row] for row in expected[query :: len(queries)]]
+        assert ratios == pytest.approx([ratios[0]] * len(ratios), rel=1e-3) and ratios[0] > 0
+    assert max(map(abs, scored["cosine_score"])) <= 1 + 1e-6
     chosen = select_coreset(scored, size=5, strategy="cosine")
-    assert chosen.remove_columns("cosine_rank")[:] == pool.select(expected[:5])[:]
+    made = ["cosine_rank", "cosine_score", "cosine_taker"]
+    assert chosen.remove_columns(made)[:] == pool.select(expected[:5])[:]
     for add, more in ((add_cosine, ()), (add_less, ([],))):
         with pytest.raises(ValueError, match=f"4 rows are to get a column, but the trainer's pool has {len(pool)}"):
             add(pool.select(range(4)), trainer, *more)

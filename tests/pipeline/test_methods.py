@@ -121,6 +121,11 @@ def test_the_coreset_may_be_that_of_a_method(
     flags = ["--config", str(tmp_path / "run" / "sft.yaml"), "--dataset_name", pool, "--fraction", "0.25"]
     steps = str(read_results(tmp_path)["base"]["steps"])
     run_command("sft", *flags, "--max_steps", steps, "--output_dir", str(tmp_path / "target"))
+    card = (tmp_path / "target" / "README.md").read_text(encoding="utf-8")
+    assert "Judged on the test set of the run that chose its rows." in card
+    assert re.search(r"^test loss \d+\.\d{3}, perplexity \d+\.\d\d$", capsys.readouterr().out, flags=re.MULTILINE)
+    # The sign of influence chose nothing of a coreset by hidden states.
+    assert "chosen by rds" in card and "proponent" not in card.split("### Did selecting help?")[0]
     trained, expected = (
         load_file(folder / SAFETENSORS_WEIGHTS_NAME)
         for folder in (tmp_path / "target", tmp_path / "run" / "arms" / "coreset_25-steps-seed0")
@@ -144,6 +149,19 @@ def test_what_chooses_by_default_and_by_the_papers_preset(
     numbered = scored.add_column("row", np.arange(len(scored)))
     kept = sorted(select_coreset(numbered, fraction=fraction, column=column)["row"])
     assert [coreset.positions for coreset in coresets.values()] == [kept]
+    [coreset], told = coresets.values(), read_results(tmp_path)["agreement"]
+    (card,) = (path.read_text(encoding="utf-8") for path in (tmp_path / "run" / "arms").glob("*/README.md"))
+    assert "How it was made" in card and str(tmp_path) not in card and "Model ID" not in card
+    assert ("negative influence = proponent" in card) == (column == "influence")
+    if column == "influence":
+        assert coreset.takers is None and "in_turn" not in told
+        return
+    num_queries = len(scored["influence_per_query"][0])
+    assert coreset.takers == [turn % num_queries for turn in coreset.turns or []]
+    assert coreset.scores == [scored["cosine_score"][row] for row in kept]
+    assert ("have" if num_queries >= 10 else "not measured") in told["in_turn"]
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert told["in_turn"] in page and '"inTurn":true,"isTurns":true' in page
 
 
 def test_cosines_in_turn_are_those_of_the_loop(compared: Path) -> None:

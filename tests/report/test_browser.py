@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import load_from_disk
 from report_runs import HOSTILE, NUM_ROWS, get_scored_run, make_results, make_scored, write_run
 
 from hf_in2core.report.page import write_report
+from hf_in2core.rows.scored import read_query_scores
+from hf_in2core.selection.taking import make_turn_columns
 
 
 pytestmark = pytest.mark.slow
+CALIBRATION = {"nats_per_influence": 1e-9, "error": 1.0, "spearman": 0.9, "rows": 16, "agrees": True}
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 
 
@@ -25,6 +29,16 @@ def address(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> str:
     results["config"]["strategy"] = "round_robin_rows"
     (in_turn / "results.json").write_text(json.dumps(results), encoding="utf-8")
     write_report(in_turn, folder / "in_turn.html")
+    turns = Path(shutil.copytree(run, folder / "turns", ignore=shutil.ignore_patterns("scored", "coresets.json")))
+    scored = load_from_disk(str(run / "scored"))
+    columns, _ = make_turn_columns("bm25", -read_query_scores(scored))
+    for name, values in columns.items():
+        scored = scored.add_column(name, values)
+    scored.save_to_disk(str(turns / "scored"))
+    # The least influence of these validation rows is taken as the most words that are shared.
+    results["config"]["strategy"], results["calibration"] = "bm25", CALIBRATION
+    (turns / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    write_report(turns, folder / "turns.html")
     return write_report(run, folder / "report.html").as_uri()
 
 
@@ -110,6 +124,23 @@ def test_rows_that_were_taken_in_turn_tell_by_whom(open_page: Any, address: str)
     page.select_option("#sign", "+")
     page.locator("#rows tbody tr").first.click()
     assert "opponent: training on it raises the mean validation loss" in page.locator("dialog .row-facts").inner_text()
+
+
+def test_of_a_rank_in_turn_every_row_tells_who_takes_it(open_page: Any, address: str) -> None:
+    page = open_page(address.replace("report.html", "turns.html"), PHONE)
+    titles = page.locator("#rows thead th").all_text_contents()
+    assert titles[:3] == ["Turn", "Taken by: BM25 score", "Mean influence"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    for coreset, told in (("0.5", "taken in turn 0 by validation row 0, BM25 score"), ("no", "for validation row")):
+        page.select_option("#coreset", coreset)
+        assert all(text.startswith("row ") for text in read_column(page, "taker"))
+        page.locator("#rows tbody tr").first.click()
+        facts = page.locator("dialog .row-facts").inner_text()
+        assert told in facts and "percentile" in facts and "bm25_" not in facts
+        # The step is within its error, whatever the influence.
+        assert "so its sign is not known" in facts and "lies within the error" in facts
+        assert "raises" not in facts and "lowers" not in facts
+        page.keyboard.press("Escape")
 
 
 def test_the_theme_can_be_chosen_and_is_remembered(open_page: Any, address: str) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Value
 from report_runs import NUM_ROWS, Page, get_scored_run, make_results, make_scored, print_results, write_run
 
 from hf_in2core.cards.dataset import summarise_influence
 from hf_in2core.cards.splits import find_coreset
 from hf_in2core.report.page import write_report
-from hf_in2core.selection.record import RECORD, describe_choice, take_coresets
+from hf_in2core.selection.record import RECORD, describe_choice, read_record, take_coresets
+from hf_in2core.selection.taking import make_turn_columns
 from hf_in2core.selection.turns import find_ends, read_deciding_score
 
 
@@ -128,14 +129,62 @@ def test_where_another_column_chose_the_page_is_about_that(tmp_path: Path) -> No
         "The coreset was chosen by bm25_rank (BM25: shared words" in page.words
         # Of turns, one for each row, a histogram would be flat.
         and "Lengths, groups and lists are of it." in page.words
-        and "How many rows have which influence. " in page.words
-        and "the coreset keeps 10" in page.words
+        and "How many rows have which mean influence: this score did not choose. " in page.words
+        and "The coreset keeps 10" in page.words
         and "Bm25_rank (smallest = first in line) against the number of loss tokens." in page.words
     )
+    assert "was not measured for rows taken in turn" in page.words
     assert page.data["rank"] == scored["bm25_rank"][:]
     assert [row for row, words in enumerate(page.data["taken"]) if words] == [
         row for row in range(40) if scored["bm25_rank"][row] < 20
     ]
+
+
+def test_of_a_rank_in_turn_every_row_tells_who_takes_it_and_for_what(tmp_path: Path) -> None:
+    """As by default, with cosines; rows that no coreset has stand in the same line, further behind."""
+    generator = np.random.default_rng(0)
+    columns, records = make_turn_columns("cosine", generator.normal(size=(12, 40)) - 0.5)
+    scored = make_scored(40)
+    for name, values in columns.items():
+        scored = scored.add_column(name, values, feature=Value(str(values.dtype), id=records.get(name)))
+    results = make_results() | {"agreement": {"agreement": {}, "in_turn": "Two halves share much.", "warning": None}}
+    run = write_run(tmp_path / "run", scored, results)
+    (run / "scorer").mkdir()
+    sets = {"validation_sets": {"math": 5, "code": 7}}
+    (run / "scorer" / "config.json").write_text(json.dumps(sets), encoding="utf-8")
+    take_coresets(run, scored, dict(describe_choice("coreset", share, strategy="cosine") for share in FRACTIONS))
+    page = Page(write_report(run))
+    assert page.data["choice"] == {
+        "inTurn": True,
+        "isTurns": True,
+        "byInfluence": False,
+        "score": "cosine_rank",
+        "takenFor": "cosine",
+        "meaning": "Each validation row in turn takes the row of smallest cosine with it that none has taken yet "
+        "(turn 0 = taken first; a negative cosine = proponent); the influence on the mean chose nothing.",
+    }
+    for row, turn in enumerate(columns["cosine_rank"].tolist()):
+        taker, score = turn % 12, columns["cosine_score"][row]
+        by = f"validation math row {taker}" if taker < 5 else f"validation code row {taker - 5}"
+        assert page.data["takers"][row] == {"by": by, "for": pytest.approx(score, rel=1e-5)}
+        if turn < 20:
+            assert page.data["taken"][row]["words"] == f"taken in turn {turn} by {by}, cosine {score:+.3g}"
+            assert page.data["standing"][row] == f"percentile {100 * turn / 39:.1f}"
+        else:
+            assert page.data["taken"][row] is None
+            assert (
+                page.data["standing"][row].startswith(f"turn {turn}, percentile") and by in page.data["standing"][row]
+            )
+    assert "How many rows have which cosine with the validation row that takes it. The coreset keeps 10" in page.words
+    assert "Two halves share much." in page.words
+    # What is told of every row stands in no column of its own beside that.
+    assert not {"cosine_rank", "cosine_score", "cosine_taker"} & set(page.data["columns"])
+    summary = summarise_influence(scored, list(read_record(run / RECORD, 40)[1].values()), 1, sets["validation_sets"])
+    said = summary.extremes[0][0].replace("\\", "")
+    assert all("cosine" not in text for _, text in summary.extremes) and summary.choice.count("chose nothing") == 1
+    first = int(np.argmin(columns["cosine_rank"]))
+    score = columns["cosine_score"][first]
+    assert f"percentile 0.0; taken in turn 0 by validation math row 0, cosine {score:+.3g}; mean" in said
 
 
 def test_ends_are_of_the_score_that_chose_and_opponents_are_not_kept(run: Path, scored: Dataset) -> None:

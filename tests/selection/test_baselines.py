@@ -54,6 +54,14 @@ def take_turns(similarities: list[list[float]]) -> list[int]:
     return turns
 
 
+def tell_turns(name: str, similarities: list[list[float]]) -> dict[str, list[Any]]:
+    """The turns, and whose each is: its number, and its similarity."""
+    turns = take_turns(similarities)
+    takers = [turn % len(similarities) for turn in turns]
+    scores = [similarities[taker][row] for row, taker in enumerate(takers)]
+    return {f"{name}_rank": turns, f"{name}_score": scores, f"{name}_taker": takers}
+
+
 def check_columns(found: Dataset, rows: Dataset, expected: dict[str, list[float]], rel: float) -> None:
     """`expected` covers the rows that carry loss: all but the fourth."""
     assert found.select_columns(rows.column_names)[:] == rows[:]
@@ -102,7 +110,7 @@ def test_rds_equals_a_loop_over_rows(
         [float(torch.cosine_similarity(query, row, dim=0)) for row in embedded[1]] for query in embedded[0]
     ]
     means = [sum(column) / len(column) for column in zip(*similarities, strict=True)]
-    expected = {"rds_similarity": means, "rds_rank": take_turns(similarities)}
+    expected = {"rds_similarity": means, **tell_turns("rds", similarities)}
     for tokens_per_batch in (8192, 40):
         check_columns(add_rds(rows, targets, model, preparation, tokens_per_batch), rows, expected, rel=1e-5)
     found = add_rds(rows, targets, model, preparation)
@@ -124,7 +132,10 @@ def test_bm25_equals_the_formula(preparation: Preparation, rows: Dataset, target
     means = [sum(column) / len(column) for column in zip(*similarities, strict=True)]
     found = add_bm25(rows, targets, preparation)
     turns = [turn for turn in found["bm25_rank"] if turn is not None]
-    check_columns(found, rows, {"bm25_similarity": means, "bm25_rank": turns}, rel=1e-4)
+    takers = [turn % len(similarities) for turn in turns]
+    scores = [similarities[taker][row] for row, taker in enumerate(takers)]
+    expected = {"bm25_similarity": means, "bm25_rank": turns, "bm25_score": scores, "bm25_taker": takers}
+    check_columns(found, rows, expected, rel=1e-4)
     # Ties and rounding may swap turns, so each turn is held against the scores instead.
     left = set(range(len(corpus)))
     for turn, row in enumerate(np.argsort(turns)):
@@ -153,7 +164,7 @@ def test_the_encoder_equals_a_loop_over_rows(
         [float(torch.cosine_similarity(query, row, dim=0)) for row in embedded[1]] for query in embedded[0]
     ]
     means = [sum(column) / len(column) for column in zip(*similarities, strict=True)]
-    expected = {"encoder_similarity": means, "encoder_rank": take_turns(similarities)}
+    expected = {"encoder_similarity": means, **tell_turns("encoder", similarities)}
     for given in (encoder, model_folder):
         check_columns(add_encoder(rows, targets, preparation, given), rows, expected, rel=1e-3)
 

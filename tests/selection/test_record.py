@@ -11,6 +11,7 @@ from datasets import Dataset
 from hf_in2core import select_coreset
 from hf_in2core.names import name_coreset, parse_coreset
 from hf_in2core.selection.record import RECORD, describe_choice, read_choice, take_coresets
+from hf_in2core.selection.taking import make_turn_columns
 
 
 INFLUENCE = [0.5, -1.0, None, -3.0, 2.0, -2.0, 0.0, -0.5, float("nan")]
@@ -94,6 +95,28 @@ def test_a_column_decides_by_its_values_and_a_draw_by_none(tmp_path) -> None:
         assert found.scores == [scored["influence"][row] for row in found.positions] and found.takers is None
         assert np.argsort(found.turns).tolist() == np.argsort(sign * np.array(found.scores)).tolist()
     assert random.scores is None and random.takers is None and sorted(random.turns) == list(range(10))
+
+
+@pytest.mark.parametrize("method", ["cosine", "rds", "bm25"])
+def test_of_a_rank_in_turn_the_record_tells_who_took_each_row_for_what(tmp_path, method) -> None:
+    """The same rows as by the rank alone, which is all that a version before this has kept."""
+    similarities = np.random.default_rng(1).normal(size=(3, 40))
+    sign = 1 if method == "cosine" else -1
+    columns, _ = make_turn_columns(method, similarities)
+    scored = make_scored_by_row()
+    for name, values in columns.items():
+        scored = scored.add_column(name, values)
+    name, arguments = describe_choice("coreset", 0.25, strategy=method)
+    coreset: Any = take_coresets(tmp_path / "new", scored, {name: arguments}, write=False)[name]
+    before = scored.select_columns(["influence", f"{method}_rank"])
+    old: Any = take_coresets(tmp_path / "old", before, {name: arguments}, write=False)[name]
+    assert coreset.positions == old.positions and coreset.turns == old.turns and old.takers is None
+    assert set(old.describe_rows({}).values()) == {f"taken in turn {turn}" for turn in range(10)}
+    scores = {query: {row: sign * similarities[query][row] for row in range(40)} for query in range(3)}
+    by_turn = sorted(zip(coreset.turns, coreset.positions, coreset.takers, coreset.scores, strict=True))
+    assert [(row, taker, sign * score) for _, row, taker, score in by_turn] == take_in_turn(scores, 10)
+    kept = {row: f"taken in turn {turn} by validation row {taker}, " for turn, row, taker, _ in by_turn}
+    assert all(words.startswith(kept[row]) for row, words in coreset.describe_rows({}).items())
 
 
 def test_greedy_tells_the_influence_given_the_rows_before(tmp_path) -> None:

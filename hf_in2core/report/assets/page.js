@@ -110,21 +110,26 @@
 
   // --- table: columns, filter, sort, pages ---
 
-  const inTurn = data.choice.inTurn;
+  // Of turns every row has its own, who takes it there, and what for; else only rows that were taken have one.
+  const { inTurn, isTurns, byInfluence } = data.choice;
   const columns = [
-    { name: "rank", title: inTurn ? "Best rank" : "Rank", hint: data.choice.score === "influence" ? "0 = strongest proponent" : data.choice.meaning, key: (i) => data.rank[i], cell: (i) => showCount(data.rank[i]), number: true },
-    { name: "influence", title: inTurn ? "Mean influence" : "Influence", hint: inTurn ? "on the mean validation loss, which chose nothing" : "negative = proponent", key: (i) => data.influence[i], cell: (i) => showInfluence(data.influence[i]), number: true },
+    { name: "rank", title: inTurn ? (isTurns ? "Turn" : "Best rank") : "Rank", hint: byInfluence ? "0 = strongest proponent" : data.choice.meaning, key: (i) => data.rank[i], cell: (i) => showCount(data.rank[i]), number: true },
+    { name: "influence", title: byInfluence ? "Influence" : "Mean influence", hint: byInfluence ? "negative = proponent" : "on the mean validation loss, which chose nothing", key: (i) => data.influence[i], cell: (i) => showInfluence(data.influence[i]), number: true },
     { name: "tokens", title: "Loss tokens", key: (i) => data.tokens[i], cell: (i) => showCount(data.tokens[i]), number: true },
   ];
-  if (inTurn) {
+  const showTaker = (taker) => (taker ? `${visible(taker.by).replace(/^validation /, "")}: ${showInfluence(taker.for)}` : "–");
+  if (inTurn && isTurns) {
+    const taker = (i) => data.takers[i];
+    columns.splice(1, 0, { name: "taker", title: `Taken by: ${data.choice.takenFor}`, hint: "also of rows that no coreset has, whose turn comes later", data: true, key: (i) => taker(i)?.by ?? null, cell: (i) => showTaker(taker(i)) });
+  } else if (inTurn) {
     const turn = (i) => data.taken[i]?.turn ?? null;
     columns.splice(1, 0,
       { name: "turn", title: "Turn", hint: "0 = taken first; none = not in a coreset", key: turn, cell: (i) => showCount(turn(i)), number: true },
-      { name: "taker", title: "Taken by", hint: "and influence on it", data: true, key: (i) => data.taken[i]?.by ?? null, cell: (i) => (data.taken[i] ? `${visible(data.taken[i].by).replace(/^validation /, "")}: ${showInfluence(data.taken[i].for)}` : "–") },
+      { name: "taker", title: "Taken by", hint: "and influence on it", data: true, key: (i) => data.taken[i]?.by ?? null, cell: (i) => showTaker(data.taken[i]) },
     );
   }
   // Of one coreset the turn tells which rows it has.
-  if (data.fractions.length > (inTurn && data.taken.some(Boolean) ? 1 : 0)) {
+  if (data.fractions.length > (inTurn && !isTurns && data.taken.some(Boolean) ? 1 : 0)) {
     columns.push({ name: "coreset", title: "Coreset", hint: data.fractions.length > 1 ? "smallest fraction that has the row" : `fraction ${data.fractions[0]}`, key: (i) => data.coreset[i], cell: (i) => showCoreset(data.coreset[i]) });
   }
   data.groups.forEach((group, g) => {
@@ -212,7 +217,8 @@
       if (column.data || column.name === "text") cell.dir = "auto";
       return cell;
     });
-    const row = make("tr", { role: "row", tabindex: n === state.focus ? "0" : "-1", "aria-label": `Row ${data.rows[index]}, ${data.standing[index]}. Enter opens it.` }, ...cells);
+    const told = [`Row ${data.rows[index]}`, ...(isTurns && data.taken[index] ? [data.taken[index].words] : []), data.standing[index]];
+    const row = make("tr", { role: "row", tabindex: n === state.focus ? "0" : "-1", "aria-label": `${told.join(", ")}. Enter opens it.` }, ...cells);
     row.dataset.row = data.rows[index];
     return row;
   }
@@ -367,15 +373,17 @@
     opened = row;
     cameFrom = through;
     const value = data.influence[index];
-    const loss = inTurn ? "the mean validation loss" : "the validation loss";
-    const kind = { proponent: `proponent: training on it lowers ${loss}`, opponent: `opponent: training on it raises ${loss}`, positive: `raises ${loss}, but a coreset keeps it`, none: value === null ? "none: it carries no loss" : "neither proponent nor opponent" }[kindOf(index)];
+    const loss = byInfluence ? "the validation loss" : "the mean validation loss";
+    const says = (change) => (data.unsure[index] ? `: what one more step on it does to ${loss} lies within the error` : `: training on it ${change} ${loss}`);
+    const kind = { proponent: `proponent${says("lowers")}`, opponent: `opponent${says("raises")}`, positive: `positive, but a coreset keeps it${says("raises")}`, none: value === null ? "none: it carries no loss" : "neither proponent nor opponent" }[kindOf(index)];
     const list = make("dl", { class: "row-facts" });
     const add = (label, text) => list.append(make("div", {}, make("dt", { text: label, dir: "auto" }), make("dd", { text, dir: "auto" })));
     const taken = data.taken[index];
     if (data.fractions.length) add("in coreset", data.coreset[index] === null ? "no" : `yes, from fraction ${data.coreset[index]}${taken ? `: ${visible(taken.words)}` : ""}`);
-    if (inTurn) add("decided by", visible(data.standing[index]));
-    else add("rank", data.rank[index] === null ? "none" : `${showCount(data.rank[index])} (${data.choice.score === "influence" ? `0 = strongest proponent; percentile ${data.percentile[index].toFixed(1)}` : visible(data.standing[index])})`);
-    add(inTurn ? "mean influence" : "influence", value === null ? kind : `${showInfluence(value)} (${kind})`);
+    const percentile = data.percentile[index] === null ? "" : `percentile ${data.percentile[index].toFixed(1)}`;
+    if (inTurn) add("in line", visible(data.standing[index]));
+    else add("rank", data.rank[index] === null ? "none" : `${showCount(data.rank[index])} (${byInfluence ? `0 = strongest proponent; ${percentile}` : isTurns ? percentile : visible(data.standing[index])})`);
+    add(byInfluence ? "influence" : "mean influence", value === null ? kind : `${showInfluence(value)} (${kind})`);
     if (data.steps[index]) add("validation loss", data.steps[index]);
     add("loss tokens", showCount(data.tokens[index]));
     for (const [name, values] of Object.entries(data.sets)) add(name, showInfluence(values[index]));
