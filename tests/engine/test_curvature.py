@@ -1,6 +1,7 @@
 """The exact damped inverse against dense linear algebra in float64, and how far a fit says DataInf is from it."""
 
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,7 +148,7 @@ def test_a_part_of_the_sample_is_enough_if_it_is_large(tmp_path) -> None:
     job.folder = None
     sample = draw_curvature_sample(job, len(pool), seed=0)
     assert sample is not None
-    args = {"estimator": "datainf", "damping_scale": 0.1, "fit_examples": None, "seed": 0}
+    args: dict[str, Any] = {"estimator": "datainf", "damping_scale": 0.1, "fit_examples": None, "seed": 0}
     fit_directions(job, trainer.prepared_pool, trainer.prepared_validation, **args, sample=sample)
     for rows in sample._kept.values():
         for row in sample._wanted[:20]:
