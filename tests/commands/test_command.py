@@ -35,7 +35,7 @@ def test_the_commands_are_listed(capsys: pytest.CaptureFixture) -> None:
     "argv, told",
     [
         (["scor"], "there is no command `scor`. Did you mean `score`?"),
-        (["select", "--scord", "x"], "in2core select: error: unknown flag `--scord`. Did you mean `scored`?"),
+        (["select", "--scord", "x"], "in2core select: error: unknown flag `--scord`. Did you mean `--scored`?"),
         (
             ["publish", "--run", "missing", "--hub_id", "a/b"],
             "in2core publish: error: The run `missing`: there is no such file",

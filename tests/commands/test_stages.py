@@ -1,6 +1,7 @@
 """The stage recipes, one after the other, do what the pipeline does."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from recipe_runs import read_results, run_command
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer, select_coreset
+from hf_in2core.pipeline.arguments import TYPED_VARIABLE
 from hf_in2core.rows.sources import load_rows
 
 
@@ -44,6 +46,7 @@ def test_stage_recipes_do_what_the_pipeline_does(
     pool_order = ["--scored", f"{scored}/scored", "--fraction", "0.25", "--order", "original", "--output", coreset]
     run_command("select", *pool_order)
     sft = ["sft", *model, *training, "--dataset_name", coreset, "--output_dir", target, "--seed", "0"]
+    monkeypatch.setenv(TYPED_VARIABLE, shlex.join(["in2core", *sft]))
     run_command(*sft)
     run_command(
         "evaluate", *model, "--adapters", target, "--test", config["test"], "--output_dir", f"{target}-evaluation"
@@ -58,7 +61,7 @@ def test_stage_recipes_do_what_the_pipeline_does(
     # PEFT's form of a card is left nowhere, and ours names no folder of this machine.
     assert not Path(reference, "README.md").exists()
     card = Path(target, "README.md").read_text(encoding="utf-8")
-    assert "sft" in card.split("### How it was made")[1].split("###")[0] and str(tmp_path) not in card
+    assert "in2core sft" in card.split("### How it was made")[1].split("###")[0] and str(tmp_path) not in card
     Path(target, "README.md").unlink()
 
     def stop(*_: object) -> None:
