@@ -8,7 +8,7 @@ from naive import compute_loss
 from scipy import stats
 
 from hf_in2core.analysis.calibration import NUM_ROWS, calibrate_influence
-from hf_in2core.evaluation.formats import describe_calibration, show_step
+from hf_in2core.evaluation.formats import describe_calibration, is_step_unsure, show_step
 
 
 RATE = 0.05
@@ -97,6 +97,9 @@ def test_a_change_is_told_with_its_error() -> None:
     assert describe_calibration(found).startswith(
         "0.0002 nats of the validation loss for an influence of 1, within 0.003"
     )
+    # Within the error nobody knows the sign.
+    assert show_step(found, -10.0) == "-0.002 nats by one more step on it, within 0.003, so its sign is not known"
+    assert is_step_unsure(found, -10.0) and not is_step_unsure(found, -40.0) and not is_step_unsure({}, -10.0)
     assert show_step(found, None) == show_step({}, 1.0) == show_step({"agrees": True}, 1.0) == ""
     assert describe_calibration(None) == "" and describe_calibration({"refused": "too few"}) == "not taken: too few"
 

@@ -237,3 +237,9 @@ def test_the_terminal_names_what_chose(capsys: pytest.CaptureFixture[str], monke
     assert "The coreset was chosen in turn by 64 validation rows. It is." in shown
     assert "Strongest proponents by best rank over 64 validation rows" in shown
     assert "1. best rank 3; taken in turn 5; mean influence +0.5" in shown and "no coreset keeps them" in shown
+    assert "raises the validation loss" in shown
+    # Of a step within its error nothing is said to raise the loss.
+    unsure = {"nats_per_influence": 1e-9, "error": 1.0, "spearman": 0.9, "rows": 16, "agrees": True}
+    print_results(make_results() | {"choice": choice, "examples": {"opponents": [row]}, "calibration": unsure})
+    shown = capsys.readouterr().out
+    assert "so its sign is not known" in shown and "raises the validation loss" not in shown

@@ -73,6 +73,7 @@ def test_only_where_little_is_found_there_is_a_warning(num_tasks: int) -> None:
     )
     said = shares[0][1] or ""
     assert "more validation rows" in said and "--strategy auto" in said
+    assert say_overlap(0.24, 0.2)[1] is not None  # a twentieth of the way
     assert say_overlap(0.2 + MIN_GAIN * 0.8 + 0.01, 0.2)[1] is None and say_overlap(1.0, 1.0)[1] is None
 
 
