@@ -261,6 +261,8 @@ def check_fraction(fraction: float) -> None:
 def describe_command() -> str:
     """The command of this process as it was typed, for what it makes to tell; no folder of the user's home in it."""
     launcher = "accelerate launch" if "ACCELERATE_DYNAMO_BACKEND" in os.environ else "python"
-    typed = f"{launcher} recipes/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}"
+    name = Path(sys.argv[0]).name
+    started = "-m hf_in2core.commands" if name == "__main__.py" else f"recipes/{name}"
+    typed = f"{launcher} {started} {shlex.join(sys.argv[1:])}"
     home = re.escape(str(Path.home()))
     return re.sub(rf"(?<![^ =]){home}(?=/)", "~", os.environ.get(TYPED_VARIABLE, typed))

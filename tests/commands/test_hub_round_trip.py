@@ -158,8 +158,8 @@ def test_the_card_tells_all_of_it(hub, repo) -> None:
 def test_the_published_configuration_runs_again_elsewhere(hub, home, repo, tmp_path) -> None:
     (tmp_path / "config.yaml").write_bytes(repo.files()["config.yaml"])
     _, body = read_card(repo)
-    (script, flags) = re.findall(r"`accelerate launch (recipes/in2core\.py) (--config config\.yaml)`", body)[0]
-    told = run(hub, tmp_path, None, str(ROOT / script), *flags.split(), "--dry_run")
+    (flags,) = re.findall(r"`in2core run (--config config\.yaml)` runs it again", body)
+    told = run(hub, tmp_path, None, str(ROOT / "recipes/in2core.py"), *flags.split(), "--dry_run")
     assert "Targets: 14 trainings" in told
 
 
