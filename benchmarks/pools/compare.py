@@ -13,7 +13,6 @@ measured before; the same command resumes.
 
 import argparse
 import json
-import math
 import re
 import subprocess
 import sys
@@ -266,12 +265,13 @@ def show_trained(found: dict[str, Any]) -> None:
     rows = []
     for name, pool in found.items():
         means = [f"{pool['means'][arm]:.3f}" if arm in pool["means"] else "" for arm in arms]
-        gain = pool["intervals"].get("cosine_minus_random") or {"mean": math.nan, "half_width": None}
+        gain = pool["intervals"].get("cosine_minus_random") or {"mean": None, "half_width": None}
+        mean = "" if gain["mean"] is None else f"{gain['mean']:+.3f}"
         half_width = "" if gain["half_width"] is None else f"{gain['half_width']:.3f}"
         tournament, commits = pool["tournament"], ", ".join(dict.fromkeys(pool["commits"].values()))
         took = f"{tournament['winner']} ({tournament['outcome']})"
         missed = f"{pool['missed']['share']:.2f}" if pool.get("missed") else ""
-        rows += [[f"`{name}`", took, *means, missed, f"{gain['mean']:+.3f}", half_width, commits]]
+        rows += [[f"`{name}`", took, *means, missed, mean, half_width, commits]]
     columns = ["missed of the best gain", "cosine less random", "half its interval", "commits"]
     show_table(["pool", "`auto` took", *arms, *columns], rows)
 
