@@ -60,7 +60,9 @@ def main(settings: Settings) -> None:
     args: In2CoreArguments = settings.arguments
     join_processes(settings)
     if args.setup_script is not None:
+        started = time.perf_counter()
         run_setup_script(args.setup_script)
+        begun += time.perf_counter() - started  # what it makes is there for the run that is planned
     job = check(settings)
     if args.dry_run:
         with leaving_nothing(job.folder):
