@@ -19,8 +19,8 @@ class _Lines:
     """Where a bar writes outside a terminal: each state as a line of its own, and none that only clears it."""
 
     def write(self, text: str) -> None:
-        """Write what tqdm would draw over the last state."""
-        if text := text.strip():
+        """Write what tqdm would draw over the last state; that nothing is done yet says nothing."""
+        if (text := text.strip()) and ": 0 of " not in text:
             sys.stderr.write(f"{text}\n")
             sys.stderr.flush()
 
@@ -49,8 +49,7 @@ def get_bar_settings(shown: bool = True, brief: bool = False) -> dict[str, Any]:
         "leave": not brief,
         "disable": not (shown and wanted) or os.environ.get("RANK", "0") != "0",
         "mininterval": OFTEN if terminal else MINUTE,
-        # Lines begin with the first that tells something: none of nothing done, at no rate.
-        "delay": 0.0 if terminal else MINUTE if brief else OFTEN,
+        "delay": MINUTE if brief and not terminal else 0.0,
     }
 
 
