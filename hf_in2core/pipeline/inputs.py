@@ -25,6 +25,10 @@ from .leakage import count_near_copies, refuse_same_source, separate_sets
 from .run_folder import warn
 
 
+# Answers that each stand in so many validation rows on average are few.
+MIN_REPEATED = 4
+
+
 @dataclass
 class Inputs:
     """
@@ -105,11 +109,11 @@ def load_inputs(
     )
 
 
-def hold_back(inputs: Inputs, seed: int, columns: list[str] | None, templates: Iterable[str]) -> None:
+def hold_back(inputs: Inputs, seed: int, preparation: Preparation, templates: Iterable[str]) -> None:
     """
     Keep a seeded half of each validation set out of what selects, to judge the methods of a tournament.
 
-    Its rows are read by `columns` and by the chat `templates`, as of [`~hf_in2core.rows.hashes.hash_set`].
+    Its rows are read by `preparation` and by the chat `templates`, as of [`~hf_in2core.rows.hashes.hash_set`].
 
     Raises:
         ValueError: if a set has fewer than two rows.
@@ -121,11 +125,29 @@ def hold_back(inputs: Inputs, seed: int, columns: list[str] | None, templates: I
                 f"The {what} set has {len(rows)} row, and --strategy auto judges by a half of it that selects "
                 "nothing. Give more rows, or name a strategy."
             )
-        order = np.random.default_rng(seed).permutation(len(rows))
-        selects, judges = np.sort(order[: -(-len(rows) // 2)]), np.sort(order[-(-len(rows) // 2) :])
+        selects, judges = draw_halves(rows, seed, preparation)
         inputs.validation[name], inputs.held_back[name] = rows.select(selects), rows.select(judges)
-        inputs.hashes[what] = hash_set(inputs.validation[name], columns, templates)
+        inputs.hashes[what] = hash_set(inputs.validation[name], preparation.columns, templates)
         inputs.facts[what] |= {"rows": len(selects), "held_back": len(judges)}
+
+
+def draw_halves(rows: Dataset, seed: int, preparation: Preparation) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Positions of two random halves, ascending; where few answers repeat, each half has as many of every one.
+
+    Else one half might have no row of an answer, and what validation rows take in turn would leave it out.
+    """
+    order = np.random.default_rng(seed).permutation(len(rows))
+    prepared = prepare_rows(rows, preparation)
+    answers = dict.fromkeys(range(len(rows)), "")
+    answers |= {
+        row: str([label for label in labels if label != -100])
+        for row, labels in zip(prepared["row"], prepared["labels"], strict=True)
+    }
+    if MIN_REPEATED * len(set(answers.values())) > len(rows):
+        return np.sort(order[: -(-len(rows) // 2)]), np.sort(order[-(-len(rows) // 2) :])
+    order = np.array(sorted(order.tolist(), key=answers.__getitem__))
+    return np.sort(order[::2]), np.sort(order[1::2])
 
 
 def check_inputs(

@@ -160,7 +160,8 @@ def check(settings: Settings) -> Job:
         inputs = load_inputs(args, validation_sources, *models)
         if args.strategy == AUTO:
             templates = [read_template(tokenizer) for _, tokenizer in models]
-            hold_back(inputs, reference_args.seed, args.columns, templates)
+            preparation = Preparation.from_args(reference_args, reference_tokenizer, inputs.pool)
+            hold_back(inputs, reference_args.seed, preparation, templates)
     if args.strategy == AUTO:
         check_tournament(args, target_args, len(inputs.pool))
     given = None if args.group_column in CLUSTERS else args.group_column

@@ -3,6 +3,7 @@
 import html
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_in2core import select_coreset
 from hf_in2core.cards.dataset import render_influence_section
+from hf_in2core.pipeline.inputs import draw_halves
+from hf_in2core.rows.preparation import Preparation
 
 
 # --- what is refused before any work ---
@@ -339,3 +342,19 @@ def test_every_format(inputs: Inputs, tmp_path: Path, form: str) -> None:
     results = read_results(tmp_path)
     assert results["arms"][0]["rows"] == 15
     assert results["examples"]["proponents"][0]["text"].strip()
+
+
+@pytest.mark.parametrize("num_answers", [4, 7, 40])
+def test_halves_hold_every_answer_where_answers_are_few(num_answers: int) -> None:
+    rows = Dataset.from_list([{"prompt": f"q {n}", "completion": f"a {n * 7 % num_answers}"} for n in range(40)])
+    preparation = Preparation(make_tokenizer(), completion_only_loss=True)
+    halves = draw_halves(rows, 5, preparation)
+    assert sorted(np.concatenate(halves)) == list(range(40)) and [len(half) for half in halves] == [20, 20]
+    counts = [Counter(rows.select(half)["completion"]) for half in halves]
+    if num_answers == 40:  # as random as before
+        assert halves[0].tolist() == sorted(np.random.default_rng(5).permutation(40)[:20])
+    else:
+        assert all(abs(counts[0][answer] - counts[1][answer]) <= 1 for answer in set(rows["completion"]))
+    again = draw_halves(rows, 5, preparation)
+    assert all(half.tolist() == other.tolist() for half, other in zip(halves, again, strict=True))
+    assert draw_halves(rows, 6, preparation)[0].tolist() != halves[0].tolist()

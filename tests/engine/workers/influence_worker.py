@@ -20,14 +20,14 @@ def main() -> None:
     dtype = getattr(torch, options.pop("dtype", "float32"))
     expected, out, num_rows = options.pop("world_size"), Path(options.pop("out")), options.pop("num_rows")
     fail_rank, fail_in_pass = options.pop("fail_rank", None), options.pop("fail_in_pass", False)
-    analyse = options.pop("analyse", False)
+    analyse, adapter_seed = options.pop("analyse", False), options.pop("adapter_seed", 1)
     pool, validation = make_prompt_completion(num_rows, seed=0), make_prompt_completion(5, seed=1)
     trainer = make_trainer(
         options.pop("output_dir"),
         pool,
         validation,
         dtype,
-        model=add_trained_adapter(make_model(num_layers=3)),
+        model=add_trained_adapter(make_model(num_layers=3), seed=adapter_seed),
         **options,
     )
     actual = trainer.accelerator.num_processes
