@@ -35,6 +35,7 @@ LIKELY_PAIRS = [
     {"instruction": "instruction", "input": "context", "output": "response"},
     *({"prompt": asked, "completion": said} for asked, said in (("question", "answer"), ("query", "response"))),
     *({"prompt": asked, "completion": said} for asked, said in (("prompt", "response"), ("instruction", "response"))),
+    {"prompt": "instruction", "completion": "generation"},
     {"prompt": "input", "completion": "output"},
     {"messages": "conversation"},
     {"text": "text"},

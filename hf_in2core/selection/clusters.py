@@ -71,7 +71,7 @@ def add_clusters(
     if column in dataset.column_names:
         raise ValueError(f"The dataset has a column {column} already. Remove it, and it is made anew.")
     if num_clusters is not None and num_clusters < 1:
-        raise ValueError(f"num_clusters={num_clusters} is no number of clusters. Give 2 or more, or leave it out.")
+        raise ValueError(f"num_clusters={num_clusters} is no number of clusters. Give 1 or more, or leave it out.")
     prepared = prepare_rows(dataset, preparation)
     if len(prepared) < (least := num_clusters or 2):
         raise ValueError(f"{len(prepared)} of {len(dataset)} rows carry loss, which make no {least} clusters.")

@@ -403,6 +403,7 @@ def test_rows_inside_an_object(tmp_path: Path, content: dict[str, Any], told: st
         (["instruction", "input", "output"], "--columns alpaca`"),
         (["instruction", "context", "response"], "--columns alpaca input=context output=response`"),
         (["query", "response"], "--columns prompt=query completion=response`"),
+        (["instruction", "generation", "model_name"], "--columns prompt=instruction completion=generation`"),
         (["Prompt", "Completion"], "--columns prompt=Prompt completion=Completion`"),
         (["prompt", " completion"], "--columns prompt=prompt 'completion= completion'`"),
         (["Instruction", "Context", "Response"], "alpaca instruction=Instruction input=Context output=Response`"),
