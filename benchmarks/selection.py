@@ -122,7 +122,7 @@ def run_arms(settings: Settings, methods: list[str], more_tests: list[str]) -> d
         raise ValueError("The method `sets` lets validation sets take rows in turn: give several as --validation.")
     tests = load_tests(job, more_tests)
     adapter, reference = train_reference(job)
-    selection = score_pool(job, adapter, reference)
+    selection = score_pool(job, adapter, reference, job.args.methods, job.folder)
     scored, seconds = make_columns(job, adapter, load_from_disk(str(job.folder / "scored")), methods)
     seconds["influence"] = selection["seconds"]
     tasks = find_tasks(job)

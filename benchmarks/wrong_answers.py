@@ -62,7 +62,7 @@ def measure_seed(
     arguments = type(args)(**vars(args) | overrides | {"seeds": [seed], "budgets": ["steps"]})
     job = check(Settings(arguments, settings.values | overrides | {"seed": seed}))
     adapter, reference = train_reference(job)
-    score_pool(job, adapter, reference)
+    score_pool(job, adapter, reference, job.args.methods, job.folder)
     names = list(dict.fromkeys([*methods, *trained]))
     scored, _ = make_columns(job, adapter, load_from_disk(str(job.folder / "scored")), names)
     wrong = np.array(scored["is_wrong"])

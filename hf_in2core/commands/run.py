@@ -71,13 +71,17 @@ def main(settings: Settings) -> None:
 
     # The reference model tells which rows of the pool lower the validation loss.
     adapter, reference = train_reference(job)
-    selection = score_pool(job, adapter, reference)
-    scored, selection["columns"] = add_method_columns(job, adapter)
-    # What the coreset is ranked by is a part of what selecting costs; a tournament counts the columns of all.
-    ranked = [] if args.strategy == AUTO else list_columns([args.strategy])
-    selection["ranking_seconds"] = sum(selection["columns"][column] for column in ranked)
-    tournament = hold_tournament(job, adapter, reference, scored, selection) if args.strategy == AUTO else None
-    coresets = choose_coresets(args, job.folder, scored, tournament["winner"] if tournament else args.strategy)
+    tournament = hold_tournament(job, adapter, reference) if args.strategy == AUTO else None
+    strategy = tournament["winner"] if tournament else args.strategy
+    methods = args.list_methods(strategy)
+    selection = score_pool(job, adapter, reference, methods, job.folder)
+    scored, selection["columns"] = add_method_columns(job, adapter, methods, job.folder)
+    # What the coreset is ranked by is a part of what selecting costs, and so is a tournament.
+    selection["ranking_seconds"] = sum(selection["columns"][column] for column in list_columns([strategy]))
+    if tournament is not None:
+        spent = tournament["seconds"] + tournament["scoring_seconds"]
+        selection |= {"tournament": tournament["text"], "tournament_seconds": spent}
+    coresets = choose_coresets(args, job.folder, scored, strategy)
     # A fraction of 1 leaves nothing out: its rows are those of scored/.
     below = [name_coreset(fraction) for fraction in args.fractions if fraction < 1]
     write_coresets(job.folder, scored, {name: coresets[name] for name in below})

@@ -237,6 +237,8 @@ def describe_data(data: Any) -> list[tuple[str, str]]:
             parts.append(f"{tokens:,.0f} loss tokens")
         if is_number(held_back := get_value(facts, "held_back")):
             parts.append(f"{held_back:,.0f} more held back to judge the methods")
+        if is_number(judging := get_value(facts, "judging")):
+            parts.append(f"{judging:,.0f} of which judged the methods that the others chose by")
         if is_number(missing := get_value(facts, "without_label")):
             parts.append(f"{missing:,.0f} without a label")
         if is_number(dropped := get_value(facts, "dropped")):

@@ -134,7 +134,7 @@ class In2CoreArguments(DataArguments):
         "the mean validation loss, `round_robin` in turn by the named validation sets, `round_robin_rows` in turn by "
         "single validation rows, `greedy` likewise but given the rows chosen before (for pools that repeat "
         "themselves). `auto` lets methods compete on the reference model, judged on a held-back half of the "
-        "validation rows.",
+        "validation rows; what wins then chooses by all of them.",
         "cosine",
         choices=COMPARED_STRATEGIES,
     )
@@ -215,9 +215,12 @@ class In2CoreArguments(DataArguments):
 
     @property
     def methods(self) -> list[str]:
-        """The strategy, or the candidates of `auto`, the arms, and clusters: whatever the run chooses rows by."""
-        clusters = [self.group_column] if self.group_column in CLUSTERS else []
-        return [*(self.candidates if self.strategy == AUTO else [self.strategy]), *self.arms, *clusters]
+        """The strategy, or the candidates of `auto`, the arms, and clusters: whatever the run may choose rows by."""
+        return self.list_methods(*(self.candidates if self.strategy == AUTO else [self.strategy]))
+
+    def list_methods(self, *strategies: str) -> list[str]:
+        """Ways to choose the coreset, the arms, and clusters: what columns are made for."""
+        return [*strategies, *self.arms, *([self.group_column] if self.group_column in CLUSTERS else [])]
 
     @property
     def groups(self) -> dict[str, str]:

@@ -1,5 +1,8 @@
 """The columns by which the methods of a run rank its pool, kept in the run's `scored/` as soon as each is there."""
 
+from collections.abc import Iterable
+from pathlib import Path
+
 from accelerate import PartialState
 from datasets import Dataset, load_from_disk
 
@@ -17,9 +20,11 @@ from .training import list_checkpoints
 ENCODER_USED = "--encoder"
 
 
-def add_method_columns(job: Job, adapter: str) -> tuple[Dataset, dict[str, float]]:
+def add_method_columns(
+    job: Job, adapter: str, methods: Iterable[str], folder: Path
+) -> tuple[Dataset, dict[str, float]]:
     """
-    Add what the methods among the arms rank by to `scored/`, each column kept as soon as it is there.
+    Add what methods rank by to the `scored/` of a folder, each column kept as soon as it is there.
 
     Returns:
         `tuple`: the scored pool, and the seconds that each column took, of earlier runs too.
@@ -28,13 +33,13 @@ def add_method_columns(job: Job, adapter: str) -> tuple[Dataset, dict[str, float
     inputs = (job.inputs.pool, job.inputs.validation, job.reference_tokenizer, args.encoder)
     reference_args, checkpoints = job.settings.make(InfluenceConfig, reference=True), list_checkpoints(job.folder)
     reference = Reference(job.reference_model, reference_args, adapter, *inputs, checkpoints)
-    folder, path = job.folder / "scored", job.folder / "columns.json"
+    folder, path = folder / "scored", folder / "columns.json"
     scored = load_from_disk(str(folder))
     before = agree(lambda: read_json(path)) or {}
     if "encoder_rank" in scored.column_names and before.get(ENCODER_USED) != args.encoder:
         made = list_method_columns(["encoder_rank"])
         scored = scored.remove_columns([name for name in made if name in scored.column_names])
-    for column in list_columns(args.methods):
+    for column in list_columns(methods):
         scored, seconds = add_columns(scored, [column], reference)
         if seconds:
             say(f"Column {column}: {seconds[column]:.0f} s.")

@@ -35,8 +35,9 @@ class Inputs:
     Pool, validation sets by name and test set; raw rows, the hash of each set, and what to tell of each.
 
     `hashes` and `facts` are by the names of the sets in words. Facts are `rows`, where there are any `dropped`,
-    `first_dropped` and `without_label`, `shared` (rows that are in another set, by its name) and `near_copies`.
-    `held_back` is the half of each validation set that judges the tournament.
+    `first_dropped` and `without_label`, `shared` (rows that are in another set, by its name), `near_copies` and
+    `judging`.
+    `held_back` has the rows that judge a tournament, in whose inputs `validation` is the other half of each set.
     """
 
     pool: Dataset
@@ -109,15 +110,19 @@ def load_inputs(
     )
 
 
-def hold_back(inputs: Inputs, seed: int, preparation: Preparation, templates: Iterable[str]) -> None:
+def hold_back(inputs: Inputs, seed: int, preparation: Preparation, templates: Iterable[str]) -> Inputs:
     """
-    Keep a seeded half of each validation set out of what selects, to judge the methods of a tournament.
+    The inputs of a tournament: one seeded half of each validation set selects, the other judges the methods.
 
     Its rows are read by `preparation` and by the chat `templates`, as of [`~hf_in2core.rows.hashes.hash_set`].
+
+    Returns:
+        [`Inputs`]: those of the run with halves for validation sets, and `held_back`.
 
     Raises:
         ValueError: if a set has fewer than two rows.
     """
+    halves = replace(inputs, validation={}, held_back={}, hashes=dict(inputs.hashes))
     for name, rows in inputs.validation.items():
         what = describe_set(name)
         if len(rows) < 2:
@@ -126,9 +131,10 @@ def hold_back(inputs: Inputs, seed: int, preparation: Preparation, templates: It
                 "nothing. Give more rows, or name a strategy."
             )
         selects, judges = draw_halves(rows, seed, preparation)
-        inputs.validation[name], inputs.held_back[name] = rows.select(selects), rows.select(judges)
-        inputs.hashes[what] = hash_set(inputs.validation[name], preparation.columns, templates)
-        inputs.facts[what] |= {"rows": len(selects), "held_back": len(judges)}
+        halves.validation[name], halves.held_back[name] = rows.select(selects), rows.select(judges)
+        halves.hashes[what] = hash_set(halves.validation[name], preparation.columns, templates)
+        inputs.facts[what]["judging"] = len(judges)
+    return halves
 
 
 def draw_halves(rows: Dataset, seed: int, preparation: Preparation) -> tuple[np.ndarray, np.ndarray]:

@@ -81,7 +81,11 @@ DAY = "day"
 
 @dataclass
 class Job:
-    """A checked run: its settings, models by name, data, and the identity of everything that results depend on."""
+    """
+    A checked run: its settings, models by name, data, and the identity of everything that results depend on.
+
+    `halves` are the inputs of its tournament, where it holds one.
+    """
 
     settings: Settings
     folder: Path
@@ -93,6 +97,7 @@ class Job:
     prepared_test: Dataset
     identities: dict[str, str]
     target_parameters: int
+    halves: Inputs | None = None
     tokens: dict[str, Dataset] = field(default_factory=dict, repr=False)
 
     @property
@@ -158,24 +163,21 @@ def check(settings: Settings) -> Job:
     with quiet_loading():
         models = (reference_args, reference_tokenizer), (target_args, target_tokenizer)
         inputs = load_inputs(args, validation_sources, *models)
+        halves = None
         if args.strategy == AUTO:
             templates = [read_template(tokenizer) for _, tokenizer in models]
             preparation = Preparation.from_args(reference_args, reference_tokenizer, inputs.pool)
-            hold_back(inputs, reference_args.seed, preparation, templates)
+            halves = hold_back(inputs, reference_args.seed, preparation, templates)
     if args.strategy == AUTO:
         check_tournament(args, target_args, len(inputs.pool))
     given = None if args.group_column in CLUSTERS else args.group_column
     needed = [args.task_column, args.wrong_column, given]
-    columns = list_method_columns(list_columns(args.methods))
-    also = [*columns, *[PER_CHECKPOINT] * bool(args.reference_checkpoints)]
+    also = list_method_columns(list_columns(args.methods)) + [PER_CHECKPOINT] * bool(args.reference_checkpoints)
     check_pool_columns(inputs.pool, inputs.validation, needed, needs_queries(args.methods), also)
     if args.task_column is not None:
         check_tasks(inputs.validation, args.task_column)
     if found is not None:
-        features = Features(dict(inputs.pool.features) | describe_columns(list(inputs.validation)))
-        whole = {name for name in columns if name.endswith(("_rank", "_taker")) or name in CLUSTERS}
-        features |= {name: Value("int64" if name in whole else "float64") for name in columns}
-        check_published_columns(found.head, features, ["train", *map(name_coreset, args.fractions)], "default")
+        check_published(args, found, dict(inputs.pool.features) | describe_columns(list(inputs.validation)))
     smallest = min(args.fractions)
     if round(smallest * len(inputs.pool)) == 0:
         raise ValueError(f"fraction {smallest} of a pool of {len(inputs.pool)} rows is no row. Give a larger one.")
@@ -186,6 +188,8 @@ def check(settings: Settings) -> Job:
             what = describe_set(name)
             prepared = check_trainable(rows, f"{what} set", *models[0], inputs.pool)
             inputs.facts[what]["loss_tokens"] = count_loss_tokens(prepared)["loss_tokens"]
+            for half in (halves.validation[name], halves.held_back[name]) if halves else ():
+                check_trainable(half, f"half of the {what} set that --strategy auto draws", *models[0], inputs.pool)
         prepared_test = check_trainable(inputs.test, "test set", *models[1], inputs.pool)
         inputs.facts["test"]["loss_tokens"] = count_loss_tokens(prepared_test)["loss_tokens"]
 
@@ -197,7 +201,9 @@ def check(settings: Settings) -> Job:
     queries = sum(map(len, sets)) if needs_queries(args.methods) else len(sets)
     # Of some layers alone it is less, and how much less is not known yet.
     directions = 0 if reference_args.influence_layers else queries * reference_parameters
-    check_disk(folder, inputs.pool, parameters, len(plan_arms(args)), directions)
+    # Half of the queries are those of a tournament too.
+    directions += directions // 2 * bool(halves)
+    check_disk(folder, inputs.pool, parameters, len(plan_arms(args)), directions, num_scored=1 + bool(halves))
     identities = inputs.hashes | {
         "reference model": hash_folder(reference_model.model_name_or_path or ""),
         "target model": hash_folder(target_model.model_name_or_path or ""),
@@ -215,6 +221,7 @@ def check(settings: Settings) -> Job:
         prepared_test,
         identities,
         parameters,
+        halves,
     )
     if not args.dry_run:
         claim_folder(job)
@@ -252,7 +259,30 @@ def check_hub(args: In2CoreArguments, private: bool | None) -> PushCheck | None:
     return found
 
 
-def check_disk(folder: Path, pool: Dataset, adapter_parameters: int, num_arms: int, directions: int) -> None:
+def check_published(args: In2CoreArguments, found: PushCheck, features: dict[str, Any]) -> None:
+    """
+    Check that the columns of the run can stand beside what its repository holds; of `auto`, those of some winner.
+
+    Raises:
+        ValueError: if they cannot, whichever method wins.
+    """
+    refused = None
+    for strategy in ("random", *args.candidates) if args.strategy == AUTO else (args.strategy,):
+        columns = list_method_columns(list_columns(args.list_methods(strategy)))
+        whole = {name for name in columns if name.endswith(("_rank", "_taker")) or name in CLUSTERS}
+        added = {name: Value("int64" if name in whole else "float64") for name in columns}
+        splits = ["train", *map(name_coreset, args.fractions)]
+        try:
+            return check_published_columns(found.head, Features(features | added), splits, "default")
+        except ValueError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
+
+
+def check_disk(
+    folder: Path, pool: Dataset, adapter_parameters: int, num_arms: int, directions: int, num_scored: int = 1
+) -> None:
     """
     Check that the adapters, the annotated pool and the scorer with so many numbers in its directions fit on the disk.
 
@@ -260,7 +290,7 @@ def check_disk(folder: Path, pool: Dataset, adapter_parameters: int, num_arms: i
         ValueError: if they do not.
     """
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
-    needed = estimate_disk(pool, adapter_parameters, num_arms) + 4 * directions
+    needed = estimate_disk(pool, adapter_parameters, num_arms, num_scored) + 4 * directions
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
@@ -271,9 +301,9 @@ def check_disk(folder: Path, pool: Dataset, adapter_parameters: int, num_arms: i
         )
 
 
-def estimate_disk(pool: Dataset, adapter_parameters: int, num_arms: int) -> int:
-    """Bytes of the adapters and of the annotated pool, which is written anew beside itself."""
-    return 2 * pool.data.nbytes + 4 * adapter_parameters * (num_arms + 1)
+def estimate_disk(pool: Dataset, adapter_parameters: int, num_arms: int, num_scored: int = 1) -> int:
+    """Bytes of the adapters and of so many annotated pools, of which one is written anew beside itself."""
+    return (1 + num_scored) * pool.data.nbytes + 4 * adapter_parameters * (num_arms + 1)
 
 
 def claim_folder(job: Job) -> None:

@@ -159,11 +159,14 @@ def plan_run(job: Job, begun: float) -> None:
         return max_steps if budget == "steps" and max_steps > 0 else count_target(rows)
 
     if args.strategy == AUTO:
+        assert job.halves is not None
         target_steps = count_arm(largest, "steps")
         tournament = plan_tournament(args.candidates, int(args.auto_budget * target_steps), target_steps)
-        held_back = sum(map(len, job.inputs.held_back.values()))
+        held_back = sum(map(len, job.halves.held_back.values()))
         judging = speed.token * count_tokens(selecting) / len(selecting) * held_back
         parts["tournament"] = tournament.num_runs * (speed.start + tournament.steps * speed.step + judging)
+        # Half of the validation rows scores for it; then all do, for what costs most where it wins.
+        parts["tournament"] += parts["influence"] + parts.get("columns of methods", 0.0)
     say("".join(f"Test set: {text}." for name, text in describe_data(job.inputs.facts) if name == "test"))
     arms = plan_arms(args)
     say(f"Targets: {len(arms)} trainings and evaluations after that: {', '.join(arm.name for arm in arms)}.")
@@ -174,7 +177,8 @@ def plan_run(job: Job, begun: float) -> None:
     parts["start and checks"] = started - begun
     # At each checkpoint the gradients are others, and so is the index.
     indexes = (1 + (args.reference_checkpoints or 0)) * bool(plan.index)
-    disk = plan.disk + indexes * plan.store + estimate_disk(job.inputs.pool, job.target_parameters, len(runs))
+    disk = estimate_disk(job.inputs.pool, job.target_parameters, len(runs), num_scored=1 + bool(job.halves))
+    disk += plan.disk + indexes * plan.store
     told = ", ".join(f"{name} {show_seconds(seconds)}" for name, seconds in parts.items())
     say(f"Altogether: about {show_seconds(sum(parts.values()))} on this machine ({told}), and {disk / 1e9:.2f} GB.")
 

@@ -1,7 +1,7 @@
 """The steps of `in2core run`: each returns at once what an earlier run of the same settings has finished."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,11 @@ def train_reference(job: Job) -> tuple[str, dict[str, Any]]:
     return str(folder), result
 
 
-def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, Any]:
+def score_pool(
+    job: Job, adapter: str, reference: dict[str, Any], methods: Iterable[str], folder: Path
+) -> dict[str, Any]:
     """
-    Score the pool and keep `scored/` and `scorer/`.
+    Score the pool and keep `scored/` and `scorer/` in a folder, for methods that choose rows by it.
 
     Returns:
         `dict`: the `selection` of `results.json`.
@@ -92,7 +94,7 @@ def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, A
     validation = job.inputs.validation
     # Scores in run folders are marked so: a set without a name is "" in their hash.
     sets = {name if has_named_sets(validation) else "": job.identities[describe_set(name)] for name in validation}
-    per_example = needs_queries(job.args.methods)
+    per_example = needs_queries(methods)
     shaping = (reference["identity"], sets, job.identities[POOL], *(["per example"] * per_example))
     influence_args = job.settings.make(InfluenceConfig, reference=True)
     if influence_args.gradient_store_dir is not None:
@@ -101,7 +103,7 @@ def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, A
     identity = job.identify(True, InfluenceConfig, *shaping)
     # What was fitted on all rows is what a sample of them stands for.
     exact = job.identify(True, InfluenceConfig, *shaping, fit_examples=None)
-    path = job.folder / "selection.json"
+    path = folder / "selection.json"
     result = agree(lambda: read_result(path, identity) or read_result(path, exact))
     if result is None:
         resumed = agree(lambda: any((job.folder / "influence").glob("*/*.safetensors")))
@@ -115,10 +117,10 @@ def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, A
             per_example,
             list_checkpoints(job.folder),
         )
-        with written_folder(job.folder / "scored") as temporary:
+        with written_folder(folder / "scored") as temporary:
             if PartialState().is_main_process:
                 scored.save_to_disk(str(temporary))
-        with written_folder(job.folder / "scorer") as temporary:
+        with written_folder(folder / "scorer") as temporary:
             if PartialState().is_main_process:
                 scorer.save_pretrained(temporary)
         result = {

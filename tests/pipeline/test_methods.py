@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_in2core import select_coreset
 from hf_in2core.cards.dataset import render_influence_section
 from hf_in2core.evaluation.arms import tabulate_tournament
-from hf_in2core.evaluation.formats import format_seconds
+from hf_in2core.evaluation.formats import format_seconds, read_json
 from hf_in2core.names import METHODS
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.rows.sources import load_rows
@@ -348,12 +348,17 @@ def test_auto_takes_what_won_on_rows_that_selected_nothing(held: Path) -> None:
     tournament, selection = results["tournament"], results["selection"]
     # 160 steps are 8 runs of 20: controls and two candidates once, random rows and one of those twice more.
     assert tournament["num_runs"] * tournament["steps"] <= 160 and tournament["steps"] == 20
-    runs = [folder.name for folder in (held / "run" / "tournament").iterdir()]
+    runs = [path.parent.name for path in (held / "run" / "tournament").glob("*/result.json")]
     assert len(runs) == tournament["num_runs"] and {"random-seed0", "random-seed2", "full-seed0"} <= set(runs)
     validation = len(load_rows(yaml.safe_load((held / "settings.yaml").read_text())["validation"][0], "validation"))
-    facts = results["data"]["validation set"] if "validation set" in results["data"] else results["data"]["validation"]
-    assert facts["rows"] + facts["held_back"] == validation and facts["held_back"] == validation // 2
-    assert selection["validation_rows"] == {"validation": facts["rows"]}
+    facts = results["data"]["validation"]
+    assert facts["rows"] == validation and facts["judging"] == validation // 2
+    # Half of the rows selected for the tournament, and all of them for the coreset.
+    assert selection["validation_rows"] == {"validation": validation}
+    half = read_json(held / "run" / "tournament" / "selection.json")
+    assert half["validation_rows"] == {"validation": validation - validation // 2}
+    by_half, by_all = (load_from_disk(str(folder / "scored")) for folder in (held / "run/tournament", held / "run"))
+    assert by_half["influence"][:] != by_all["influence"][:] and by_half["row"][:] == by_all["row"][:]
     _, coresets = read_record(held / "run" / "coresets.json", len(load_from_disk(str(held / "run" / "scored"))))
     chosen = coresets["coreset_25"].arguments
     if tournament["winner"] == "random":
