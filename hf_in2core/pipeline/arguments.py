@@ -220,7 +220,12 @@ class In2CoreArguments(DataArguments):
 
     def list_methods(self, *strategies: str) -> list[str]:
         """Ways to choose the coreset, the arms, and clusters: what columns are made for."""
-        return [*strategies, *self.arms, *([self.group_column] if self.group_column in CLUSTERS else [])]
+        return [*strategies, *self.arms, *self.clusters]
+
+    @property
+    def clusters(self) -> list[str]:
+        """The column of clusters within which rows are chosen, if they are."""
+        return [self.group_column] if self.group_column in CLUSTERS else []
 
     @property
     def groups(self) -> dict[str, str]:

@@ -44,8 +44,9 @@ def hold_tournament(job: Job, adapter: str, reference: dict[str, Any]) -> dict[s
     args, halves, folder = job.args, job.halves, job.folder / "tournament"
     assert halves is not None
     half = replace(job, inputs=halves, identities=job.identities | halves.hashes)
-    selection = score_pool(half, adapter, reference, args.candidates, folder)
-    scored, columns = add_method_columns(half, adapter, args.candidates, folder)
+    methods = [*args.candidates, *args.clusters]
+    selection = score_pool(half, adapter, reference, methods, folder)
+    scored, columns = add_method_columns(half, adapter, methods, folder)
     fraction = next((fraction for fraction in args.fractions if fraction < 1), 1.0)
     largest = 1.0 if "full" in args.arms else max(args.fractions)
     draw = select_positions(scored, fraction=largest, strategy="random", order="original").tolist()

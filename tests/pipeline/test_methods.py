@@ -386,6 +386,18 @@ def test_a_tournament_goes_on_where_it_stopped(held: Path, tmp_path: Path) -> No
     assert losses[0] == losses[1]  # the same seed and rows again
 
 
+@pytest.mark.slow
+def test_methods_compete_within_clusters(finished: Path, tmp_path: Path) -> None:
+    """Clusters are made for the rows of the tournament, and for those of the coreset."""
+    config = yaml.safe_load((finished / "settings.yaml").read_text(encoding="utf-8"))
+    config |= {"output_dir": str(tmp_path / "run"), "strategy": "auto", "auto_budget": 8, "budgets": ["steps"]}
+    config |= {"max_steps": 20, "arms": ["coreset", "random"], "seeds": [0], "group_column": "answer_cluster"}
+    run_command("run", "--config", write_config(tmp_path, config))
+    folders = tmp_path / "run", tmp_path / "run" / "tournament"
+    first, second = (load_from_disk(str(folder / "scored"))["answer_cluster"][:] for folder in folders)
+    assert first == second and len(set(first)) > 1
+
+
 def test_terminal_page_and_card_show_the_tournament(held: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = read_results(held)
     table = tabulate_tournament(results)
