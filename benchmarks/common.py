@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import disable_progress_bars
 
-from hf_in2core.evaluation.intervals import compare_losses, compute_confidence_interval
+from hf_in2core.evaluation.intervals import Interval, compare_losses, compute_confidence_interval
 from hf_in2core.pipeline import comparison
 from hf_in2core.pipeline.parser import Settings, make_run_parser
 from hf_in2core.pipeline.run_folder import join_processes, run_setup_script
@@ -126,9 +126,9 @@ def show_difference(ours: Mapping[int, float], others: Mapping[int, float]) -> s
     return show_interval(compare_losses(ours, others), "{:+.3f}")
 
 
-def show_interval(interval: Mapping[str, Any], pattern: str) -> str:
+def show_interval(interval: Interval, pattern: str) -> str:
     """The mean ± half of an interval; the mean alone where one seed has none."""
-    mean, half = pattern.format(interval["mean"]), interval["half_width"]
+    mean, half = pattern.format(interval.mean), interval.half_width
     return mean if half is None else f"{mean.rstrip('%')} ± {pattern.replace('+', '').format(half)}"
 
 

@@ -75,7 +75,7 @@ def correlate(coverage: Dataset, method: str, outcomes: dict[str, np.ndarray], t
                 if among == "within tasks":
                     first, second = rank_within(values, tasks), rank_within(outcome, tasks)
                 found = compute_rank_correlation(first, second)
-                rows.append({"method": method, "coverage": column, "outcome": name, "among": among} | found)
+                rows.append({"method": method, "coverage": column, "outcome": name, "among": among} | vars(found))
     return rows
 
 
@@ -123,7 +123,7 @@ def show(rows: list[dict[str, Any]]) -> str:
     if any(row["estimate"] is None for row in rows):
         return "constant"
     mean, low, high = (float(np.mean([row[key] for row in rows])) for key in ("estimate", "low", "high"))
-    half_width = compute_confidence_interval([row["estimate"] for row in rows])["half_width"]
+    half_width = compute_confidence_interval([row["estimate"] for row in rows]).half_width
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]" + ("" if half_width is None else f" ± {half_width:.2f}")
 
 

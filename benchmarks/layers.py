@@ -57,7 +57,7 @@ def list_sets(scores: LayerScores) -> dict[tuple[str, int], list[int]]:
 
 
 def correlate(first: np.ndarray, second: np.ndarray) -> float:
-    return compute_rank_correlation(first, second)["estimate"] or 0.0
+    return compute_rank_correlation(first, second).estimate or 0.0
 
 
 def time_passes(trainer: InfluenceTrainer, layers: list[int] | None, rows: int) -> float:
@@ -159,8 +159,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         memory = [100 * float(np.mean([row["memory"] for row in group])) + 0.6 * (shift - 2) for group in groups]
         axes.errorbar(
             memory,
-            [interval["mean"] for interval in found],
-            yerr=[interval["half_width"] or 0 for interval in found],
+            [interval.mean for interval in found],
+            yerr=[interval.half_width or 0 for interval in found],
             label=name,
             color=colour,
             marker="o",

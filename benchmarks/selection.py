@@ -203,7 +203,7 @@ def plot(results: dict[str, Any], budget: str, fractions: list[float], path: Pat
             colour = "#0072B2" if METHODS[name][0].startswith(("influence", "turns")) else "#009E73"
             colour = COLOURS.get(name, colour)
             axes.plot(groups[name], [height] * len(groups[name]), "o", color=colour, alpha=0.35, markersize=4)
-            axes.errorbar(interval["mean"], height, xerr=interval["half_width"], fmt="|", color=colour, capsize=3)
+            axes.errorbar(interval.mean, height, xerr=interval.half_width, fmt="|", color=colour, capsize=3)
         if "random" in groups:
             axes.axvline(np.mean(groups["random"]), color="#E69F00", linewidth=0.8, linestyle="--")
         axes.set_yticks(range(len(order)), [METHODS[name][3] for name in order])
@@ -233,7 +233,7 @@ def plot_fractions(results: dict[str, Any], budget: str, fractions: list[float],
             continue
         colour, mark = (COLOURS[name], "s") if name in COLOURS else next(styles)
         means = [float(np.mean(found)) for found in values.values()]
-        halves = [compute_confidence_interval(found)["half_width"] or 0.0 for found in values.values()]
+        halves = [compute_confidence_interval(found).half_width or 0.0 for found in values.values()]
         places = np.array(list(values)) * (1 + 0.006 * (len(axes.containers) - len(lines) / 2))
         axes.errorbar(
             places,

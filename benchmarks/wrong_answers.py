@@ -127,7 +127,7 @@ def plot(rows: list[dict[str, Any]], methods: list[str], path: Path) -> None:
             place = height + 0.35 - 0.7 * methods.index(method) / max(len(methods) - 1, 1)
             interval = compute_confidence_interval(aucs)
             axes.plot(aucs, [place] * len(aucs), "o", color=colour, alpha=0.35, markersize=4)
-            axes.errorbar(interval["mean"], place, xerr=interval["half_width"], fmt="|", color=colour, capsize=2)
+            axes.errorbar(interval.mean, place, xerr=interval.half_width, fmt="|", color=colour, capsize=2)
         axes.plot([], [], "o", color=colour, markersize=4, label=METHODS[method][3])
     axes.axvline(0.5, color="#999999", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(kinds)), kinds[::-1])

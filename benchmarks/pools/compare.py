@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def train_pool(
         # As many equally frequent ones would be as mixed as those of the coreset, and of as many random rows.
         "answers": {kind: results["answers"][f"{kind}_kinds"] for kind in ("coreset", "expected")},
         "tournament": tournament | spent | {"target_seconds": float(np.mean(seconds))},
-        "intervals": {f"{a}_minus_{b}": compare_losses(losses[a], losses[b]) for a, b in pairs if a != b},
+        "intervals": {f"{a}_minus_{b}": asdict(compare_losses(losses[a], losses[b])) for a, b in pairs if a != b},
     }
 
 
@@ -197,7 +198,7 @@ def compare_draws(pools: dict[str, Any], name: str) -> dict[str, Any] | None:
         "means": {arm: float(np.mean(list(by_draw.values()))) for arm, by_draw in losses.items()},
         "missed": find_missed(losses),
         "intervals": {
-            f"{a}_minus_{b}": compare_losses(losses[a], losses[b]) for a, b in pairs if a != b and a in losses
+            f"{a}_minus_{b}": asdict(compare_losses(losses[a], losses[b])) for a, b in pairs if a != b and a in losses
         },
     }
 
@@ -213,7 +214,7 @@ def find_missed(losses: dict[str, Any]) -> dict[str, Any] | None:
         return None
     means = {arm: float(np.mean(list(by_seed.values()))) for arm, by_seed in losses.items()}
     best = min((arm for arm in means if arm not in ("full", "random")), key=means.__getitem__)
-    high = compare_losses(losses[best], losses["random"])["high"]
+    high = compare_losses(losses[best], losses["random"]).high
     if high is None or high >= 0:
         return None
     return {"best": best, "share": (means["coreset"] - means[best]) / (means["random"] - means[best])}

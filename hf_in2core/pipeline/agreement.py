@@ -32,7 +32,7 @@ def find_agreement(scored: Dataset, selection: Mapping[str, Any], arguments: Map
     found = dict(selection.get("validation_agreement") or {})
     if PER_QUERY in scored.column_names:
         with suppress(ValueError):  # too few rows to say anything
-            found = {VALIDATION: measure_agreement(scored)["agreement"]}
+            found = {VALIDATION: measure_agreement(scored).agreement}
     strategy, column = arguments.get("strategy", "top"), arguments.get("column", INFLUENCE)
     if strategy == "top" and column == INFLUENCE:
         said = [say_disagreement(value, f"{describe_set(name)} set") for name, value in found.items()]

@@ -133,10 +133,10 @@ def analyse_coverage(job: Job, trainer: InfluenceTrainer) -> dict[str, Any]:
     release(trainer)
     correlations = correlate_coverage(coverage)
     found = correlations["coverage_top_k"]
-    if found["estimate"] is not None:
+    if found.estimate is not None:
         say(
-            f"Coverage: {found['n']:,} test rows, Spearman with their loss {found['estimate']:+.3f} "
-            f"[{found['low']:+.3f}, {found['high']:+.3f}]."
+            f"Coverage: {found.n:,} test rows, Spearman with their loss {found.estimate:+.3f} "
+            f"[{found.low:+.3f}, {found.high:+.3f}]."
         )
     rows = choose_test_rows(job)[coverage["test_row"][:]]
     values, losses = (np.array(coverage[name][:]) for name in ("coverage_top_k", "loss"))
@@ -144,7 +144,7 @@ def analyse_coverage(job: Job, trainer: InfluenceTrainer) -> dict[str, Any]:
         "top_k": TOP_K,
         "estimator": trainer.args.estimator,
         "test_rows": len(job.inputs.test),
-        "correlations": correlations,
+        "correlations": {name: asdict(correlation) for name, correlation in correlations.items()},
         "points": {"row": rows.tolist(), "coverage": values.tolist(), "loss": losses.tolist()},
         "least_covered": list_least_covered(job, coverage, rows),
     }
