@@ -35,7 +35,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Difference(Interval):
+class LossDifference(Interval):
     """
     An [`Interval`] of the difference of two arms' mean losses.
 
@@ -47,9 +47,9 @@ class Difference(Interval):
 
 
 @dataclass(frozen=True)
-class JudgedDifference(Difference):
+class JudgedDifference(LossDifference):
     """
-    A [`Difference`] and what it says.
+    A [`LossDifference`] and what it says.
 
     Attributes:
         outcome (`str`): `"better"`, `"worse"`, `"inconclusive"` or `"no interval"`; against the full pool also
@@ -101,9 +101,9 @@ def compute_confidence_interval(values: Sequence[float] | np.ndarray, level: flo
     return Interval(*_find_ends(mean, float(array.std(ddof=1)) / math.sqrt(n), n - 1, level), n, level)
 
 
-def compare_losses(first: Mapping[int, float], second: Mapping[int, float], level: float = LEVEL) -> Difference:
+def compare_losses(first: Mapping[int, float], second: Mapping[int, float], level: float = LEVEL) -> LossDifference:
     r"""
-    Difference `first - second` of the mean losses of two arms, with its t-interval.
+    LossDifference `first - second` of the mean losses of two arms, with its t-interval.
 
     Args:
         first (`Mapping[int, float]`):
@@ -115,7 +115,7 @@ def compare_losses(first: Mapping[int, float], second: Mapping[int, float], leve
             Confidence level in (0, 1).
 
     Returns:
-        [`Difference`]: with a `mean` below 0 the first arm has the lower loss. `half_width`, `low` and `high` are
+        [`LossDifference`]: with a `mean` below 0 the first arm has the lower loss. `half_width`, `low` and `high` are
         `None` where no interval can be given: an arm has fewer than two seeds, or the loss is the same for all seeds
         in both arms, so that the seeds say nothing about noise.
 
@@ -129,14 +129,14 @@ def compare_losses(first: Mapping[int, float], second: Mapping[int, float], leve
     difference = float(a.mean() - b.mean())
     method = "paired t" if paired else "Welch t"
     if n < 2 or (np.ptp(a) == 0 and np.ptp(b) == 0):
-        return Difference(difference, None, None, None, n, level, method)
+        return LossDifference(difference, None, None, None, n, level, method)
     if paired:
         differences = [first[seed] - second[seed] for seed in first]
-        return Difference(**vars(compute_confidence_interval(differences, level)), method=method)
+        return LossDifference(**vars(compute_confidence_interval(differences, level)), method=method)
     square_a, square_b = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
     freedom = (square_a + square_b) ** 2 / (square_a**2 / (len(a) - 1) + square_b**2 / (len(b) - 1))
     ends = _find_ends(difference, math.sqrt(square_a + square_b), float(freedom), level)
-    return Difference(*ends, n, level, method)
+    return LossDifference(*ends, n, level, method)
 
 
 def compute_rank_correlation(

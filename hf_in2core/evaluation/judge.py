@@ -16,9 +16,9 @@ from hf_in2core.names import ALL_ARMS, ARMS, BUDGETS
 from .gain import measure_gain
 from .intervals import (
     LEVEL,
-    Difference,
     Interval,
     JudgedDifference,
+    LossDifference,
     compare_losses,
     compute_confidence_interval,
 )
@@ -214,7 +214,7 @@ def _judge_fraction(
     )
 
 
-def _read_outcome(interval: Difference, allowed: float) -> str:
+def _read_outcome(interval: LossDifference, allowed: float) -> str:
     """What an interval of a difference of losses says; up to `allowed` above 0 is "no worse"."""
     if interval.low is None or interval.high is None:
         return "no interval"

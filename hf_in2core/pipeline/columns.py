@@ -5,7 +5,7 @@ from datasets import Dataset, load_from_disk
 
 from hf_in2core import InfluenceConfig
 from hf_in2core.evaluation.formats import read_json
-from hf_in2core.names import list_method_columns
+from hf_in2core.names import ENCODER_RANK, list_method_columns
 
 from .job import Job
 from .methods import Reference, add_columns, list_columns
@@ -31,8 +31,8 @@ def add_method_columns(job: Job, adapter: str) -> tuple[Dataset, dict[str, float
     folder, path = job.folder / "scored", job.folder / "columns.json"
     scored = load_from_disk(str(folder))
     before = agree(lambda: read_json(path)) or {}
-    if "encoder_rank" in scored.column_names and before.get(ENCODER_USED) != args.encoder:
-        made = list_method_columns(["encoder_rank"])
+    if ENCODER_RANK in scored.column_names and before.get(ENCODER_USED) != args.encoder:
+        made = list_method_columns([ENCODER_RANK])
         scored = scored.remove_columns([name for name in made if name in scored.column_names])
     for column in list_columns(args.methods):
         scored, seconds = add_columns(scored, [column], reference)
