@@ -124,9 +124,9 @@ def measure_pool(job: Retraining, args: argparse.Namespace, pool_seed: int) -> l
                 ("mean loss", score.mean(1), measured.mean(2)),
             ):
                 result = compare(s, x)
-                row[f"{column}, {kind}"] = result.get("lds", result.get("spearman"))
-                row[f"{column}, {kind}: seed agreement"] = result["seed_agreement"]
-                row[f"{column}, {kind}: ceiling"] = result["ceiling"]
+                row[f"{column}, {kind}"] = result.spearman
+                row[f"{column}, {kind}: seed agreement"] = result.seed_agreement
+                row[f"{column}, {kind}: ceiling"] = result.ceiling
         found.append(row)
     return found
 

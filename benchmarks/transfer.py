@@ -81,7 +81,7 @@ def run_seed(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
             row = train_target(name, label, select_rows(influence, strategy, fraction=args.fraction))
             if name != "target itself" and strategy == "top":
                 agreement = compare_scores(influence.mean(1), own.mean(1), args.fraction)
-                row |= {"spearman": agreement["spearman"], "overlap": agreement["overlap"]}
+                row |= {"spearman": agreement.spearman, "overlap": agreement.overlap}
                 by_row = [spearmanr(influence[:, q], own[:, q]).statistic for q in range(own.shape[1])]
                 row["spearman by row"] = float(np.mean(by_row))
             found.append(row)
