@@ -24,6 +24,7 @@ from workload import (
     make_rows,
     make_topics,
     make_trainer,
+    measure_error,
     run_fit_and_score,
     storing,
     time_interleaved,
@@ -231,7 +232,7 @@ def main() -> None:
         scores["difference"] = run_central_difference(every, rows, u)
 
     seconds = time_interleaved({"score pass": score, "central difference": difference}, 1 if args.quick else 3)
-    error = np.linalg.norm(scores["difference"] - scores["backward"]) / np.linalg.norm(scores["backward"])
+    error = measure_error(scores["difference"], scores["backward"])
     rank = spearmanr(scores["difference"], scores["backward"]).statistic
     for name, target in (
         ("score pass", ""),
@@ -251,7 +252,7 @@ def main() -> None:
         run_score_pass(in_half, rows, u, cosine=False).influence[:, 0],
         run_central_difference(in_half, rows, u),
     )
-    error, rank = np.linalg.norm(found - exact) / np.linalg.norm(exact), spearmanr(found, exact).statistic
+    error, rank = measure_error(found, exact), spearmanr(found, exact).statistic
     what = f"the same with a bfloat16 base of width {half.config.hidden_size}: relative error {error:.0e}, "
     table.append({"what": f"{what}Spearman {rank:.2f}"})
     profile = profile_passes({"plain pass, s": lambda: run_plain(model, rows, 4096), "score pass, s": score})
@@ -279,7 +280,7 @@ def main() -> None:
     keep(slow)
     seconds[slow] = time.process_time() - start
     for name in runs:
-        error = np.linalg.norm(influence[name] - influence[slow]) / np.linalg.norm(influence[slow])
+        error = measure_error(influence[name], influence[slow])
         table.append(
             {
                 "what": f"DataInf of {len(train)} x {len(held_out)} rows, mean over queries: {name}"

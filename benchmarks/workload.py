@@ -120,6 +120,11 @@ def run_fit_and_score(passes: Passes, rows: Dataset, v: dict[str, Tensor]) -> np
     return run_score_pass(passes, rows, directions, cosine=False).influence
 
 
+def measure_error(found: np.ndarray, exact: np.ndarray) -> float:
+    """`||found - exact|| / ||exact||`."""
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
 @contextmanager
 def storing(passes: Passes) -> Iterator[Passes]:
     """The same passes with the gradients of the fit pass kept on disk (`gradient_store_gb`), float32."""

@@ -31,7 +31,7 @@ from trl import ModelConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import write_results
+from common import print_table, write_results
 
 from benchmarks.pools.make import POOLS, make_pool
 from benchmarks.pools.pool import HARMFUL, ROOT, USEFUL, write_pool
@@ -226,18 +226,13 @@ def read_commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def show_table(columns: list[str], rows: list[list[str]]) -> None:
-    """Print rows as Markdown, as documents have them."""
-    for cells in (columns, ["---"] * len(columns), *rows):
-        print(f"| {' | '.join(cells)} |")
-
-
 def show_ranked(found: dict[str, Any]) -> None:
     rows = []
     for name, pool in found.items():
-        entries = [pool, *(pool["methods"].get(method) for method in METHODS)]
-        rows += [[f"`{name}`", *("" if one is None else f"{one[USEFUL]:.2f} / {one[HARMFUL]:.2f}" for one in entries)]]
-    show_table(["pool", "random rows", *(f"`{name}`" for name in METHODS)], rows)
+        entries = {"random rows": pool} | {f"`{method}`": pool["methods"].get(method) for method in METHODS}
+        shown = {by: f"{one[USEFUL]:.2f} / {one[HARMFUL]:.2f}" for by, one in entries.items() if one is not None}
+        rows.append({"pool": f"`{name}`", **dict.fromkeys(entries, ""), **shown})
+    print_table("Useful / harmful rows among those kept", rows)
 
 
 def draw_ranked(found: dict[str, Any], path: Path) -> None:
@@ -265,16 +260,24 @@ def show_trained(found: dict[str, Any]) -> None:
     arms = list(dict.fromkeys(arm for pool in found.values() for arm in pool["losses"]))
     rows = []
     for name, pool in found.items():
-        means = [f"{pool['means'][arm]:.3f}" if arm in pool["means"] else "" for arm in arms]
-        gain = pool["intervals"].get("cosine_minus_random") or {"mean": None, "half_width": None}
-        mean = "" if gain["mean"] is None else f"{gain['mean']:+.3f}"
-        half_width = "" if gain["half_width"] is None else f"{gain['half_width']:.3f}"
-        tournament, commits = pool["tournament"], ", ".join(dict.fromkeys(pool["commits"].values()))
-        took = f"{tournament['winner']} ({tournament['outcome']})"
-        missed = f"{pool['missed']['share']:.2f}" if pool.get("missed") else ""
-        rows += [[f"`{name}`", took, *means, missed, mean, half_width, commits]]
-    columns = ["missed of the best gain", "cosine less random", "half its interval", "commits"]
-    show_table(["pool", "`auto` took", *arms, *columns], rows)
+        took = f"{pool['tournament']['winner']} ({pool['tournament']['outcome']})"
+        line = {"pool": f"`{name}`", "`auto` took": took, **show_means(pool, arms)}
+        line |= show_interval("cosine less random", pool["intervals"].get("cosine_minus_random"))
+        rows.append(line | {"commits": ", ".join(dict.fromkeys(pool["commits"].values()))})
+    print_table("Test losses", rows)
+
+
+def show_means(found: dict[str, Any], arms: list[str]) -> dict[str, str]:
+    """The mean losses of some arms, and what the coreset misses of the best gain."""
+    means = {arm: f"{found['means'][arm]:.3f}" if arm in found["means"] else "" for arm in arms}
+    return means | {"missed of the best gain": f"{found['missed']['share']:.2f}" if found.get("missed") else ""}
+
+
+def show_interval(what: str, interval: dict[str, float] | None) -> dict[str, str]:
+    """A difference and half of its interval, where there is one."""
+    parts = ((what, "mean", "+.3f"), ("half its interval", "half_width", ".3f"))
+    known = interval or {}
+    return {name: "" if known.get(key) is None else format(known[key], form) for name, key, form in parts}
 
 
 def show_draws(found: dict[str, Any]) -> None:
@@ -282,12 +285,10 @@ def show_draws(found: dict[str, Any]) -> None:
     arms = list(dict.fromkeys(arm for draws in found.values() for arm in draws["means"]))
     rows = []
     for name, draws in found.items():
-        means = [f"{draws['means'][arm]:.3f}" if arm in draws["means"] else "" for arm in arms]
-        gain = draws["intervals"]["coreset_minus_random"]
-        missed = f"{draws['missed']['share']:.2f}" if draws["missed"] else ""
         taken = ", ".join(f"{what} {count}" for what, count in Counter(draws["taken"]).items())
-        rows += [[f"`{name}`", taken, *means, missed, f"{gain['mean']:+.3f}", f"{gain['half_width']:.3f}"]]
-    show_table(["pool", "`auto` took", *arms, "missed of the best gain", "`auto` less random", "half"], rows)
+        line = {"pool": f"`{name}`", "`auto` took": taken, **show_means(draws, arms)}
+        rows.append(line | show_interval("`auto` less random", draws["intervals"]["coreset_minus_random"]))
+    print_table("Fresh draws", rows)
 
 
 def main() -> None:
