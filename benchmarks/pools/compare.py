@@ -70,7 +70,7 @@ def call(command: Any, folder: Path, name: str, settings: dict[str, Any]) -> Non
     """Call a command of `in2core` in this process with settings from a file."""
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    command.main(command.make_parser().parse(["--config", str(path)]))
+    command.main(command.PARSER.parse(["--config", str(path)]))
 
 
 def rank_pool(folder: Path, names: list[str], before: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def score_by_words(folder: Path, methods: list[str], settings: dict[str, Any]) -
     """The pool with the columns of methods that read no reference, for which `in2core score` would ask."""
     path = folder / "words.yaml"
     path.write_text(yaml.safe_dump(settings | {"output_dir": str(folder / "words")}), encoding="utf-8")
-    parsed = score_command.make_parser().parse(["--config", str(path)])
+    parsed = score_command.PARSER.parse(["--config", str(path)])
     model, args = parsed.make(ModelConfig), parsed.make(InfluenceConfig)
     pool = load_rows(settings["pool"], "pool")
     validation = load_validation(parse_named_sources(settings["validation"]), None)

@@ -18,9 +18,7 @@ from hf_in2core.pipeline.parser import TRAINING, RecipeParser, Settings
 from hf_in2core.pipeline.stage_arguments import SftCoresetArguments
 
 
-def make_parser() -> RecipeParser:
-    """Parser of this command."""
-    return RecipeParser("sft", SftCoresetArguments, __doc__, shown={"targets": TRAINING})
+PARSER = RecipeParser("sft", SftCoresetArguments, __doc__, shown={"targets": TRAINING})
 
 
 def main(settings: Settings) -> None:

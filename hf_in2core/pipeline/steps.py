@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,14 @@ def compute_reference_losses(job: Job, adapter: str) -> np.ndarray:
     return losses
 
 
+def make_target_trainer(job: Job, positions: list[int], name: str, **changes: Any) -> Any:
+    """The trainer of a target on rows of the pool, by the settings of the run but for some `changes`."""
+    checkpoints = job.folder / "checkpoints" / name
+    training_args = job.settings.make(InfluenceConfig, output_dir=str(checkpoints), **changes)
+    tokens = job.tokenize_pool(training_args, job.target_tokenizer).select(positions)
+    return make_trainer(job.target_model, training_args, tokens, job.target_tokenizer)
+
+
 def evaluate_base(job: Job, positions: list[int]) -> dict[str, Any]:
     """
     Evaluate the target model before any training, and count the steps of the largest arm.
@@ -182,13 +191,7 @@ def evaluate_base(job: Job, positions: list[int]) -> dict[str, Any]:
     Returns:
         `dict`: `steps`, and the loss, perplexity and accuracy on the test set.
     """
-    folder = job.folder / "arms" / "base"
-
-    def make() -> Any:
-        training_args = job.settings.make(InfluenceConfig, output_dir=str(job.folder / "checkpoints" / "base"))
-        tokens = job.tokenize_pool(training_args, job.target_tokenizer).select(positions)
-        return make_trainer(job.target_model, training_args, tokens, job.target_tokenizer)
-
+    folder, make = job.folder / "arms" / "base", partial(make_target_trainer, job, positions, "base")
     found = take_or_judge(folder, job.identify_target(positions), make, job.prepared_test)
     return found | tasks_of(folder)
 
@@ -211,12 +214,7 @@ def train_arm(job: Job, arm: Arm, positions: list[int], steps: int) -> dict[str,
     folder = run.find_folder(job.folder)
     budget: dict[str, Any] = {"max_steps": steps if run.budget == "steps" else -1}
     identity = job.identify_target(positions, run.seed, budget)
-
-    def make() -> Any:
-        checkpoints = job.folder / "checkpoints" / run.name
-        training_args = job.settings.make(InfluenceConfig, output_dir=str(checkpoints), seed=run.seed, **budget)
-        tokens = job.tokenize_pool(training_args, job.target_tokenizer).select(positions)
-        return make_trainer(job.target_model, training_args, tokens, job.target_tokenizer)
+    make = partial(make_target_trainer, job, positions, run.name, seed=run.seed, **budget)
 
     def save(trainer: Any, temporary: Path) -> None:
         save_adapter(trainer.model, temporary)
