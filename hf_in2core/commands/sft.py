@@ -132,7 +132,6 @@ def prepare_card(settings: Settings, revision: str | None) -> Callable[..., str]
     from hf_in2core.evaluation.formats import read_object
     from hf_in2core.hub.state import read_head
     from hf_in2core.pipeline.arguments import describe_command
-    from hf_in2core.pipeline.run_folder import read_json
     from hf_in2core.rows.sources import find_hub_id
 
     args: SftCoresetArguments = settings.arguments
@@ -141,7 +140,7 @@ def prepare_card(settings: Settings, revision: str | None) -> Callable[..., str]
     # Of a run's folder: its pool, or one of its coresets.
     folder = Path(source)
     run_folder = folder.parent if folder.name == "scored" else folder.parent.parent
-    results: dict[str, Any] = {} if hub_id else read_json(run_folder / RESULTS) or {}
+    results: dict[str, Any] = {} if hub_id else read_object(run_folder / RESULTS)
     if hub_id is not None:
         split = split or (source.split(":")[-1] if ":" in source else "train")
         results = read_object(read_head(hub_id, repo_type="dataset", revision=revision).read(RESULTS))

@@ -12,19 +12,11 @@ from .intervals import LEVEL, Interval, compute_confidence_interval
 DASH = "\N{EN DASH}"
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON; `None` where there is no whole file."""
+def read_object(source: Path | bytes | None) -> dict[str, Any]:
+    """What JSON that may be anybody's holds, or a file of it; empty where it is not whole, or no object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(source.read_bytes() if isinstance(source, Path) else source or b"{}")
     except (OSError, ValueError, RecursionError):
-        return None
-
-
-def read_object(content: bytes | None) -> dict[str, Any]:
-    """What JSON that may be anybody's holds; empty where it is no object."""
-    try:
-        value = json.loads(content or b"{}")
-    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -4,7 +4,6 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,8 @@ from hf_in2core.rows.text import render_row
 from .arguments import ANALYSES
 from .comparison import LONGEST_TEXT
 from .job import Job
-from .run_folder import agree, say, warn, write_json
-from .steps import read_result
+from .run_folder import say, warn, write_json
+from .steps import find_influence
 from .training import make_influence_trainer, release
 
 
@@ -62,13 +61,8 @@ def analyse_run(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, 
     for name in ANALYSES:
         judges = ["test"] if name == "coverage" else map(describe_set, job.inputs.validation)
         inputs = {key: job.identities[key] for key in [POOL, *judges]}
-        shaping = (reference["identity"], inputs, name, sizes[name])
-        identity = job.identify(True, InfluenceConfig, *shaping)
         path = job.folder / "analyses" / f"{name}.json"
-        result = agree(partial(read_result, path, identity))
-        if result is None:  # what was fitted on all rows is what a sample of them stands for
-            exact = job.identify(True, InfluenceConfig, *shaping, fit_examples=None)
-            result = agree(partial(read_result, path, exact))
+        result, identity = find_influence(job, path, reference["identity"], inputs, name, sizes[name])
         if result is None and name in job.args.analyses:
             started = time.perf_counter()
             try:

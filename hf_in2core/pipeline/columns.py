@@ -4,7 +4,7 @@ from accelerate import PartialState
 from datasets import Dataset, load_from_disk
 
 from hf_in2core import InfluenceConfig
-from hf_in2core.evaluation.formats import read_json
+from hf_in2core.evaluation.formats import read_object
 from hf_in2core.names import ENCODER_RANK, list_method_columns
 
 from .job import Job
@@ -30,7 +30,7 @@ def add_method_columns(job: Job, adapter: str) -> tuple[Dataset, dict[str, float
     reference = Reference(job.reference_model, reference_args, adapter, *inputs, checkpoints)
     folder, path = job.folder / "scored", job.folder / "columns.json"
     scored = load_from_disk(str(folder))
-    before = agree(lambda: read_json(path)) or {}
+    before = agree(lambda: read_object(path))
     if ENCODER_RANK in scored.column_names and before.get(ENCODER_USED) != args.encoder:
         made = list_method_columns([ENCODER_RANK])
         scored = scored.remove_columns([name for name in made if name in scored.column_names])
@@ -41,7 +41,7 @@ def add_method_columns(job: Job, adapter: str) -> tuple[Dataset, dict[str, float
             with written_folder(folder) as temporary:
                 if PartialState().is_main_process:
                     scored.save_to_disk(str(temporary))
-                    write_json(path, (read_json(path) or {}) | seconds | {ENCODER_USED: args.encoder})
+                    write_json(path, read_object(path) | seconds | {ENCODER_USED: args.encoder})
             scored = load_from_disk(str(folder))
-    known = agree(lambda: read_json(path)) or {}
+    known = agree(lambda: read_object(path))
     return scored, {column: known[column] for column in known if column in scored.column_names}

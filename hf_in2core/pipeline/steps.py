@@ -14,7 +14,7 @@ from trl import ModelConfig, SFTConfig
 
 from hf_in2core import InfluenceConfig, push_influence_dataset
 from hf_in2core.engine.sharding import save_adapter
-from hf_in2core.evaluation.formats import read_json
+from hf_in2core.evaluation.formats import read_object
 from hf_in2core.names import POOL, describe_set, has_named_sets, name_coreset
 from hf_in2core.rows.hashes import hash_value
 from hf_in2core.rows.preparation import Preparation, prepare_rows
@@ -99,11 +99,8 @@ def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, A
     if influence_args.gradient_store_dir is not None:
         # Gradients of an index that has less room are rounded.
         shaping = (*shaping, f"index of {influence_args.gradient_store_gb} GB")
-    identity = job.identify(True, InfluenceConfig, *shaping)
-    # What was fitted on all rows is what a sample of them stands for.
-    exact = job.identify(True, InfluenceConfig, *shaping, fit_examples=None)
     path = job.folder / "selection.json"
-    result = agree(lambda: read_result(path, identity) or read_result(path, exact))
+    result, identity = find_influence(job, path, *shaping)
     if result is None:
         resumed = agree(lambda: any((job.folder / "influence").glob("*/*.safetensors")))
         scorer, scored, seconds = compute_influence(
@@ -144,6 +141,14 @@ def score_pool(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, A
         f"{result['seconds']:.0f} s."
     )
     return result
+
+
+def find_influence(job: Job, path: Path, *shaping: Any) -> tuple[dict[str, Any] | None, str]:
+    """What an earlier run of the same settings has found by influence, and the identity of this one's result."""
+    identity = job.identify(True, InfluenceConfig, *shaping)
+    # What was fitted on all rows is what a sample of them stands for.
+    exact = job.identify(True, InfluenceConfig, *shaping, fit_examples=None)
+    return agree(lambda: read_result(path, identity) or read_result(path, exact)), identity
 
 
 def find_answers(job: Job, coreset: Coreset) -> dict[str, Any]:
@@ -347,8 +352,8 @@ def publish(job: Job, scored: Dataset, coresets: dict[str, Coreset]) -> None:
 
 def read_result(path: Path, identity: str) -> dict[str, Any] | None:
     """What an earlier run of the same settings on the same data has finished."""
-    result = read_json(path)
-    return result if isinstance(result, dict) and result.get("identity") == identity else None
+    result = read_object(path)
+    return result if result.get("identity") == identity else None
 
 
 def remove_checkpoints(folder: Path) -> None:
