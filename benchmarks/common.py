@@ -120,8 +120,10 @@ def show(values: Iterable[float], pattern: str = "{:.3f}") -> str:
     return show_interval(compute_confidence_interval(list(values)), pattern)
 
 
-def show_difference(ours: Mapping[int, float], others: Mapping[int, float]) -> str:
-    """How much higher the mean over seeds is than another, ± half of its 95 % interval."""
+def show_difference(ours: Mapping[int, float], others: Mapping[int, float] | None) -> str:
+    """How much higher a mean over seeds is than another, ± half of its 95 % interval; empty beside none or itself."""
+    if not ours or not others or ours is others:
+        return ""
     return show_interval(compare_losses(ours, others), "{:+.3f}")
 
 

@@ -134,8 +134,7 @@ def summarise(found: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
         rows = [row for row in found if row["pool"] == kind and row["kept by"] == method]
         line: dict[str, Any] = {"kept by": method, "test loss": show(losses[method].values())}
         for other in ("influence, top", "random"):
-            difference = show_difference(losses[method], losses[other])
-            line[f"minus {other.split(', ')[-1]}"] = "" if method == other else difference
+            line[f"minus {other.split(', ')[-1]}"] = show_difference(losses[method], losses[other])
         line["distinct rows"] = f"{np.mean([row['distinct'] for row in rows]):.0f} of {rows[0]['rows']}"
         line["distinct of the task"] = f"{np.mean([row['task'] for row in rows]):.0f}"
         lines.append(line | {"of the task": f"{np.mean([row['of the task'] for row in rows]):.0%}"})

@@ -160,7 +160,7 @@ def summarise_losses(found: list[dict[str, Any]], strategy: str) -> list[dict[st
             "minus random": show_difference(losses, random),
         }
         mean = pick(found, "mean", strategy, "test_loss")
-        line["minus mean's"] = "" if name == "mean" else show_difference(losses, mean)
+        line["minus mean's"] = show_difference(losses, None if name == "mean" else mean)
         if strategy == TOP:
             matched = pick(found, name, MATCHED, "test_loss")
             line["rows as long"] = show(matched.values())

@@ -162,9 +162,7 @@ def summarise(results: dict[str, Any], budget: str, fraction: float) -> list[dic
     for method in sorted(losses, key=lambda name: np.mean(list(losses[name].values()))):
         arms = found[method]
         row = {"kept by": METHODS[method][3], "test loss": show(losses[method].values())}
-        row["minus random"] = (
-            show_difference(losses[method], losses["random"]) if "random" in losses and method != "random" else ""
-        )
+        row["minus random"] = show_difference(losses[method], losses.get("random"))
         for test in results["base"]["tests"]:
             of = f", {test}" if several else ""
             if several:

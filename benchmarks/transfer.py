@@ -105,10 +105,7 @@ def summarise(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for label in STRATEGIES.values():
             losses = {row["seed"]: row["test_loss"] for row in ours if row["strategy"] == label}
             line[f"loss, {label}"] = show(losses.values()) if losses else ""
-            if losses and name != "random rows":
-                line[f"minus random, {label}"] = show_difference(losses, random)
-            else:
-                line[f"minus random, {label}"] = ""
+            line[f"minus random, {label}"] = show_difference(losses, None if name == "random rows" else random)
         lines.append(line)
     return lines
 

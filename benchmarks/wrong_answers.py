@@ -101,10 +101,7 @@ def summarise_training(arms: list[dict[str, Any]], fraction: float) -> list[dict
     for method in sorted(losses, key=lambda name: np.mean(list(losses[name].values()))):
         line = {"kept by": METHODS[method][3], "test loss": show(losses[method].values())}
         for other in ("random", "full"):
-            if other in losses and method != other:
-                line[f"minus {METHODS[other][3]}"] = show_difference(losses[method], losses[other])
-            else:
-                line[f"minus {METHODS[other][3]}"] = ""
+            line[f"minus {METHODS[other][3]}"] = show_difference(losses[method], losses.get(other))
         line["wrong answers"] = f"{np.mean([run['wrong'] for run in found[method]]):.0%}"
         lines.append(line)
     return lines

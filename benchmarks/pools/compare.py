@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common import print_table, write_results
 
-from benchmarks.pools.make import POOLS, make_pool
-from benchmarks.pools.pool import HARMFUL, ROOT, USEFUL, write_pool
+from benchmarks.pools.make import POOLS, find_pool
+from benchmarks.pools.pool import HARMFUL, ROOT, USEFUL
 from hf_in2core import InfluenceConfig
 from hf_in2core.commands import run as run_command
 from hf_in2core.commands import score as score_command
@@ -56,14 +56,6 @@ SETTINGS = """
     lora_dropout lora_target_modules activation_checkpointing
 """.split()
 BY_WORDS = ("bm25", "encoder")
-
-
-def find_pool(name: str, seed: int, shared: Path) -> Path:
-    """The folder of a pool, made where it is not there yet."""
-    folder = Path("runs/pools") / (name if seed == 0 else f"{name}-{seed}")
-    if not folder.is_dir():
-        write_pool(make_pool(name, seed, shared), folder, seed)
-    return folder
 
 
 def call(command: Any, folder: Path, name: str, settings: dict[str, Any]) -> None:
