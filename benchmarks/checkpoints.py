@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import group, make_parser, parse_run, print_table, save_figure, show, write_results
+from common import drawing, group, make_parser, parse_run, print_table, show, write_results
 from datasets import concatenate_datasets
 from plain_training import compute_influence, keep_gradients
 from references import REFERENCE_QUICK
@@ -230,49 +230,46 @@ def tabulate_diagnostics(rows: list[dict[str, Any]], diagnostics: list[dict[str,
 
 def plot(rows: list[dict[str, Any]], diagnostics: list[dict[str, Any]], path: Path) -> None:
     """AUC along the training, and the losses and the agreement of halves beside it; lines are means over seeds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    colours = {"DataInf": "#0072B2", "gradient cosine": "#009E73", "highest loss": "#E69F00"}
-    steps = sorted({row["step"] for row in diagnostics})
-    for name, colour in colours.items():
-        for suffix, style in (("", "-"), (", validation rows in turn", "--")):
-            points = {
-                step: [row["AUC"] for row in rows if (row["step"], row["ranked by"]) == (step, name + suffix)]
-                for step in steps
-            }
-            if not points[steps[0]]:
-                continue
-            left.plot(
-                steps,
-                [np.mean(points[step]) for step in steps],
-                style,
-                color=colour,
-                label=name + (" in turn" if suffix else ""),
+    with drawing(path, 9, 3.8) as figure:
+        left, right = figure.subplots(1, 2)
+        colours = {"DataInf": "#0072B2", "gradient cosine": "#009E73", "highest loss": "#E69F00"}
+        steps = sorted({row["step"] for row in diagnostics})
+        for name, colour in colours.items():
+            for suffix, style in (("", "-"), (", validation rows in turn", "--")):
+                points = {
+                    step: [row["AUC"] for row in rows if (row["step"], row["ranked by"]) == (step, name + suffix)]
+                    for step in steps
+                }
+                if not points[steps[0]]:
+                    continue
+                left.plot(
+                    steps,
+                    [np.mean(points[step]) for step in steps],
+                    style,
+                    color=colour,
+                    label=name + (" in turn" if suffix else ""),
+                )
+                for step in steps:
+                    left.plot([step] * len(points[step]), points[step], "o", color=colour, alpha=0.4, markersize=3)
+        left.axhline(0.5, color="0.7", linewidth=0.8)
+        left.set_ylim(0.0, 1.05)  # room for the legend
+        left.set_ylabel("AUC of the task's rows")
+        for name, colour in (
+            ("pool loss", "#000000"),
+            ("validation loss", "#CC79A7"),
+            ("agreement of halves", "#0072B2"),
+            ("effective rows", "#009E73"),
+        ):
+            means = [np.mean([row[name] for row in diagnostics if row["step"] == step]) for step in steps]
+            right.plot(steps, means, "o-", color=colour, markersize=3, label=name)
+        for axes in (left, right):
+            axes.set_xscale("log")
+            axes.set_xticks(steps, [str(step) for step in steps])
+            axes.minorticks_off()
+            axes.set_xlabel("step of the reference")
+            axes.legend(
+                frameon=False, fontsize=8, ncols=2 if axes is left else 1, loc="lower left" if axes is left else "best"
             )
-            for step in steps:
-                left.plot([step] * len(points[step]), points[step], "o", color=colour, alpha=0.4, markersize=3)
-    left.axhline(0.5, color="0.7", linewidth=0.8)
-    left.set_ylim(0.0, 1.05)  # room for the legend
-    left.set_ylabel("AUC of the task's rows")
-    for name, colour in (
-        ("pool loss", "#000000"),
-        ("validation loss", "#CC79A7"),
-        ("agreement of halves", "#0072B2"),
-        ("effective rows", "#009E73"),
-    ):
-        means = [np.mean([row[name] for row in diagnostics if row["step"] == step]) for step in steps]
-        right.plot(steps, means, "o-", color=colour, markersize=3, label=name)
-    for axes in (left, right):
-        axes.set_xscale("log")
-        axes.set_xticks(steps, [str(step) for step in steps])
-        axes.minorticks_off()
-        axes.set_xlabel("step of the reference")
-        axes.legend(
-            frameon=False, fontsize=8, ncols=2 if axes is left else 1, loc="lower left" if axes is left else "best"
-        )
-    save_figure(figure, path)
 
 
 def main() -> None:

@@ -3,14 +3,15 @@
 import argparse
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import disable_progress_bars
 
-from hf_in2core.evaluation.intervals import compare_losses, compute_confidence_interval
+from hf_in2core.evaluation.intervals import Interval, compare_losses, compute_confidence_interval
 from hf_in2core.pipeline import comparison
 from hf_in2core.pipeline.parser import Settings, make_run_parser
 from hf_in2core.pipeline.run_folder import join_processes, run_setup_script
@@ -83,14 +84,12 @@ class Found:
         stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         self.rows: list[dict[str, Any]] = stored["rows"] if stored.get("settings") == self.settings else []
 
-    def has(self, **unit: Any) -> bool:
-        """Whether a unit of work is done."""
-        return any(all(row[name] == value for name, value in unit.items()) for row in self.rows)
-
-    def add(self, rows: list[dict[str, Any]]) -> None:
-        """Keep the rows of a finished unit."""
-        self.rows += rows
-        write_results(self.path, settings=self.settings, rows=self.rows)
+    def take(self, work: Callable[[], list[dict[str, Any]]], **unit: Any) -> list[dict[str, Any]]:
+        """The rows of a unit of work, which is done where it has none yet."""
+        if not any(unit.items() <= row.items() for row in self.rows):
+            self.rows += work()
+            write_results(self.path, settings=self.settings, rows=self.rows)
+        return [row for row in self.rows if unit.items() <= row.items()]
 
 
 def write_results(path: Path, **results: Any) -> None:
@@ -121,25 +120,34 @@ def show(values: Iterable[float], pattern: str = "{:.3f}") -> str:
     return show_interval(compute_confidence_interval(list(values)), pattern)
 
 
-def show_difference(ours: Mapping[int, float], others: Mapping[int, float]) -> str:
-    """How much higher the mean over seeds is than another, ± half of its 95 % interval."""
+def show_difference(ours: Mapping[int, float], others: Mapping[int, float] | None) -> str:
+    """How much higher a mean over seeds is than another, ± half of its 95 % interval; empty beside none or itself."""
+    if not ours or not others or ours is others:
+        return ""
     return show_interval(compare_losses(ours, others), "{:+.3f}")
 
 
-def show_interval(interval: Mapping[str, Any], pattern: str) -> str:
+def show_interval(interval: Interval, pattern: str) -> str:
     """The mean ± half of an interval; the mean alone where one seed has none."""
-    mean, half = pattern.format(interval["mean"]), interval["half_width"]
+    mean, half = pattern.format(interval.mean), interval.half_width
     return mean if half is None else f"{mean.rstrip('%')} ± {pattern.replace('+', '').format(half)}"
 
 
-def draw_seeds(axes: "Axes", values: list[float], height: float, colour: str) -> None:
-    """One line of a picture: a point for each seed, and their mean."""
-    axes.plot(values, [height] * len(values), "o", color=colour, alpha=0.4, markersize=4)
-    axes.plot([sum(values) / len(values)], [height], "|", color=colour, markersize=12)
+@contextmanager
+def drawing(path: Path, width: float, height: float) -> Iterator["Figure"]:
+    """A picture of a size in inches, written without the frame's upper and right line."""
+    from matplotlib.figure import Figure
 
-
-def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a picture, without the frame's upper and right line."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+
+
+def draw_seeds(axes: "Axes", values: list[float], height: float, colour: str, interval: bool = False) -> None:
+    """One line of a picture: a point for each seed, and their mean, with its 95 % interval where that is wanted."""
+    axes.plot(values, [height] * len(values), "o", color=colour, alpha=0.4, markersize=4)
+    found = compute_confidence_interval(values)
+    half_width = found.half_width if interval else None
+    axes.errorbar(found.mean, height, xerr=half_width, fmt="|", color=colour, capsize=3, markersize=12)  # type: ignore

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import group, make_parser, parse_run, print_table, save_figure, write_results
+from common import drawing, group, make_parser, parse_run, print_table, write_results
 from datasets import Dataset
 from references import REFERENCE_QUICK, make_trainer, train_references
 from scipy.stats import rankdata
@@ -75,7 +75,7 @@ def correlate(coverage: Dataset, method: str, outcomes: dict[str, np.ndarray], t
                 if among == "within tasks":
                     first, second = rank_within(values, tasks), rank_within(outcome, tasks)
                 found = compute_rank_correlation(first, second)
-                rows.append({"method": method, "coverage": column, "outcome": name, "among": among} | found)
+                rows.append({"method": method, "coverage": column, "outcome": name, "among": among} | vars(found))
     return rows
 
 
@@ -123,37 +123,36 @@ def show(rows: list[dict[str, Any]]) -> str:
     if any(row["estimate"] is None for row in rows):
         return "constant"
     mean, low, high = (float(np.mean([row[key] for row in rows])) for key in ("estimate", "low", "high"))
-    half_width = compute_confidence_interval([row["estimate"] for row in rows])["half_width"]
+    half_width = compute_confidence_interval([row["estimate"] for row in rows]).half_width
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]" + ("" if half_width is None else f" ± {half_width:.2f}")
 
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:
     """Correlation of every coverage with loss and gain within tasks; bars are 95 % intervals over test rows."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
-    keys = list(dict.fromkeys((row["method"], row["coverage"]) for row in found))[::-1]
-    for axes, outcome in zip(figure.subplots(1, 2, sharey=True), OUTCOMES, strict=True):
-        for height, (method, column) in enumerate(keys):
-            rows = [
-                row
-                for row in found
-                if (row["method"], row["coverage"]) == (method, column)
-                and (row["outcome"], row["among"]) == (outcome, "within tasks")
-                and row["estimate"] is not None
-            ]
-            colour = "#0072B2" if method in INFLUENCE.values() else "#E69F00" if column != "num_loss_tokens" else "0.4"
-            if not rows:
-                continue
-            mean, low, high = (float(np.mean([row[key] for row in rows])) for key in ("estimate", "low", "high"))
-            axes.plot([row["estimate"] for row in rows], [height] * len(rows), "o", color=colour, alpha=0.4, ms=4)
-            axes.errorbar(mean, height, xerr=[[mean - low], [high - mean]], fmt="|", color=colour, capsize=3)
-        axes.axvline(0, color="0.5", linewidth=0.8)
-        labels = [f"{method}{', ' * bool(AGGREGATIONS[column])}{AGGREGATIONS[column]}" for method, column in keys]
-        axes.set_yticks(range(len(keys)), labels, fontsize=8)
-        axes.set_xlabel(f"Spearman with {OUTCOMES[outcome]}", fontsize=9)
-    figure.suptitle("within tasks; dots: seeds, bars: 95 % interval over test rows", fontsize=10)
-    save_figure(figure, path)
+    with drawing(path, 9, 4.6) as figure:
+        keys = list(dict.fromkeys((row["method"], row["coverage"]) for row in found))[::-1]
+        for axes, outcome in zip(figure.subplots(1, 2, sharey=True), OUTCOMES, strict=True):
+            for height, (method, column) in enumerate(keys):
+                rows = [
+                    row
+                    for row in found
+                    if (row["method"], row["coverage"]) == (method, column)
+                    and (row["outcome"], row["among"]) == (outcome, "within tasks")
+                    and row["estimate"] is not None
+                ]
+                colour = (
+                    "#0072B2" if method in INFLUENCE.values() else "#E69F00" if column != "num_loss_tokens" else "0.4"
+                )
+                if not rows:
+                    continue
+                mean, low, high = (float(np.mean([row[key] for row in rows])) for key in ("estimate", "low", "high"))
+                axes.plot([row["estimate"] for row in rows], [height] * len(rows), "o", color=colour, alpha=0.4, ms=4)
+                axes.errorbar(mean, height, xerr=[[mean - low], [high - mean]], fmt="|", color=colour, capsize=3)
+            axes.axvline(0, color="0.5", linewidth=0.8)
+            labels = [f"{method}{', ' * bool(AGGREGATIONS[column])}{AGGREGATIONS[column]}" for method, column in keys]
+            axes.set_yticks(range(len(keys)), labels, fontsize=8)
+            axes.set_xlabel(f"Spearman with {OUTCOMES[outcome]}", fontsize=9)
+        figure.suptitle("within tasks; dots: seeds, bars: 95 % interval over test rows", fontsize=10)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import json
 import random
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,11 +179,10 @@ def main() -> None:
     if args.quick:
         args.seeds, args.read_at = [0], [0, 1]
     found = Found(args.output, args, ("output", "seeds", "quick", "loss_on"))
+    asked = []
     for seed in args.seeds:
         for loss_on in args.loss_on:
-            if not found.has(**{"loss on": loss_on, "seed": seed}):
-                found.add(run(args, seed, loss_on == "answer"))
-    asked = [row for row in found.rows if row["seed"] in args.seeds and row["loss on"] in args.loss_on]
+            asked += found.take(partial(run, args, seed, loss_on == "answer"), **{"loss on": loss_on, "seed": seed})
     table = []
     for (loss_on, epochs, method), rows in group(asked, "loss on", "epochs", "method").items():
         loss = np.mean([row["test loss"] for row in rows])

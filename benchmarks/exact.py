@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import group, make_parser, print_table, save_figure, set_up, show, write_results
+from common import drawing, group, make_parser, print_table, set_up, show, write_results
 from plain_training import Schedule, find_sources, keep_gradients, prepare_source, train_on
 from scipy.stats import spearmanr
 
@@ -106,24 +106,21 @@ def main() -> None:
 
 def plot(groups: dict[tuple[Any, ...], list[dict[str, Any]]], path: Path) -> None:
     """Agreement with the exact answer against damping, a panel for each rank, a line for each n."""
-    from matplotlib.figure import Figure
-
     ranks, sizes, scales = (sorted({key[i] for key in groups}) for i in range(3))
-    figure = Figure(figsize=(3 * len(ranks), 3), layout="constrained")
-    for axes, rank in zip(np.atleast_1d(figure.subplots(1, len(ranks), sharey=True)), ranks, strict=True):
-        for n, colour in zip(sizes, ("#56B4E9", "#0072B2", "#000000", "#009E73", "#CC79A7"), strict=False):
-            values = [np.mean([row["DataInf"] for row in groups[rank, n, scale]]) for scale in scales]
-            axes.plot(scales, values, "o-", color=colour, markersize=3, label=f"DataInf, {n} rows")
-        dots = [np.mean([row["gradient dot"] for row in groups[rank, sizes[-1], scale]]) for scale in scales]
-        axes.plot(scales, dots, "--", color="#E69F00", label=f"gradient dot, {sizes[-1]} rows")
-        axes.axvline(0.1, color="#999999", linewidth=0.8)
-        axes.set_xscale("log")
-        axes.set_xlabel("damping_scale (grey: default)")
-        axes.set_title(f"LoRA rank {rank}", fontsize=10)
-    first = figure.axes[0]
-    first.set_ylabel("Spearman with the exact inverse")
-    first.legend(fontsize=7, frameon=False)
-    save_figure(figure, path)
+    with drawing(path, 3 * len(ranks), 3) as figure:
+        for axes, rank in zip(np.atleast_1d(figure.subplots(1, len(ranks), sharey=True)), ranks, strict=True):
+            for n, colour in zip(sizes, ("#56B4E9", "#0072B2", "#000000", "#009E73", "#CC79A7"), strict=False):
+                values = [np.mean([row["DataInf"] for row in groups[rank, n, scale]]) for scale in scales]
+                axes.plot(scales, values, "o-", color=colour, markersize=3, label=f"DataInf, {n} rows")
+            dots = [np.mean([row["gradient dot"] for row in groups[rank, sizes[-1], scale]]) for scale in scales]
+            axes.plot(scales, dots, "--", color="#E69F00", label=f"gradient dot, {sizes[-1]} rows")
+            axes.axvline(0.1, color="#999999", linewidth=0.8)
+            axes.set_xscale("log")
+            axes.set_xlabel("damping_scale (grey: default)")
+            axes.set_title(f"LoRA rank {rank}", fontsize=10)
+        first = figure.axes[0]
+        first.set_ylabel("Spearman with the exact inverse")
+        first.legend(fontsize=7, frameon=False)
 
 
 if __name__ == "__main__":

@@ -4,21 +4,55 @@ Negative influence = proponent: a row that is trained on lowers the validation l
 is negative, so a set of rows is predicted to have the loss `sum of their influence`, up to a constant and a factor.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import spearmanr
 
 
 MIN_SUBSETS = 10
-NUM_RESAMPLES = 1000
 # Seeds of the same training agree less than this: no score can be told from noise by such retraining.
 MIN_SEED_AGREEMENT = 0.1
 
 
-def compute_lds(
-    influence: np.ndarray, members: np.ndarray, losses: np.ndarray, level: float = 0.95, seed: int = 0
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Fidelity:
+    """
+    How a score agrees with retraining.
+
+    Attributes:
+        spearman (`float`): Rank correlation with the loss averaged over seeds; its mean over validation rows if there
+            are several.
+        seed_agreement (`float`, *optional*): Mean rank correlation of the losses of two seeds; `None` with one.
+        ceiling (`float`, *optional*): Expected score of a perfect prediction, the square root of the reliability of
+            the average over k seeds (Spearman-Brown: `k r / (1 + (k - 1) r)`, `r` = `seed_agreement`).
+        warning (`str`, *optional*): Why nothing can be concluded, where the seeds do not agree.
+    """
+
+    spearman: float
+    seed_agreement: float | None
+    ceiling: float | None
+    warning: str | None = None
+
+
+@dataclass(frozen=True)
+class ScoreAgreement:
+    """
+    How two scores of the same rows agree.
+
+    Attributes:
+        spearman (`float`): Rank correlation.
+        overlap (`float`): Share of the first coreset that is in the second; the fraction by chance.
+        rows (`int`): Rows that have both scores.
+    """
+
+    spearman: float
+    overlap: float
+    rows: int
+
+
+def compute_lds(influence: np.ndarray, members: np.ndarray, losses: np.ndarray) -> Fidelity:
     r"""
     Linear datamodeling score: does summed influence order subsets of the pool as training on them does?
 
@@ -29,7 +63,7 @@ def compute_lds(
     ```python
     >>> members = np.stack([np.isin(np.arange(64), rng.choice(64, 32, replace=False)) for _ in range(50)])
     >>> losses = np.stack([[train_and_evaluate(subset, seed) for seed in (0, 1, 2)] for subset in members])
-    >>> compute_lds(np.array(scored["influence"]), members, losses)["lds"]
+    >>> compute_lds(np.array(scored["influence"]), members, losses).spearman
     ```
 
     Args:
@@ -41,21 +75,9 @@ def compute_lds(
         losses (`numpy.ndarray` of shape `[m, seeds]` or `[m, seeds, Q]`):
             Validation loss (nats) after training on each subset with each seed; for each validation row if
             `influence` has a column for each.
-        level (`float`, *optional*, defaults to `0.95`):
-            Confidence level of the interval.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the bootstrap.
 
     Returns:
-        `dict`:
-
-        - `lds` (`float`): Spearman correlation with the loss averaged over seeds; its mean over validation rows if
-          there are several.
-        - `low`, `high` (`float`): bootstrap interval over subsets.
-        - `seed_agreement` (`float` or `None`): mean Spearman correlation of the losses of two seeds; `None` with one.
-        - `ceiling` (`float` or `None`): expected score of a perfect prediction, the square root of the reliability of
-          the average over k seeds (Spearman-Brown: `k r / (1 + (k - 1) r)`, `r` = `seed_agreement`).
-        - `warning` (`str` or `None`): why nothing can be concluded, where the seeds do not agree.
+        [`Fidelity`]
 
     Raises:
         ValueError: if shapes do not fit, there are fewer than 10 subsets, a value is not finite, or predictions or
@@ -67,12 +89,10 @@ def compute_lds(
             f"`members` is {members.dtype} of shape {members.shape}, but it tells for each subset which of the "
             f"{len(influence)} rows it holds: pass booleans of shape [subsets, {len(influence)}]."
         )
-    return _measure_agreement(members.astype(np.float64) @ influence, losses, "subsets", level, seed)
+    return _measure_fidelity(members.astype(np.float64) @ influence, losses, "subsets")
 
 
-def compare_leave_one_out(
-    influence: np.ndarray, left_out: np.ndarray, level: float = 0.95, seed: int = 0
-) -> dict[str, Any]:
+def compare_leave_one_out(influence: np.ndarray, left_out: np.ndarray) -> Fidelity:
     r"""
     Does influence order the rows as training without each of them does?
 
@@ -82,31 +102,23 @@ def compare_leave_one_out(
         left_out (`numpy.ndarray` of shape `[n, seeds]` or `[n, seeds, Q]`):
             Validation loss (nats) after training on all rows but one, for each row and seed. The loss with all rows is
             the same for every row and does not matter. Influence is compared with minus this loss.
-        level (`float`, *optional*, defaults to `0.95`):
-            Confidence level of the interval.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the bootstrap over rows.
 
     Returns:
-        `dict` as from [`compute_lds`]; `lds` is named `spearman`.
+        [`Fidelity`]
 
     Raises:
         ValueError: as [`compute_lds`], rows in the place of subsets.
     """
-    influence, left_out = np.asarray(influence, dtype=np.float64), np.asarray(left_out)
-    result = _measure_agreement(influence, -left_out, "rows", level, seed)
-    return {"spearman": result.pop("lds"), **result}
+    return _measure_fidelity(np.asarray(influence, dtype=np.float64), -np.asarray(left_out), "rows")
 
 
-def compare_scores(
-    first: np.ndarray, second: np.ndarray, fraction: float, level: float = 0.95, seed: int = 0
-) -> dict[str, Any]:
+def compare_scores(first: np.ndarray, second: np.ndarray, fraction: float) -> ScoreAgreement:
     r"""
     How far two scores of the same rows agree, such as the influence of a small reference model and of the target.
 
     ```python
     >>> small, large = (np.array(scored["influence"]) for scored in (scored_by_small, scored_by_target))
-    >>> compare_scores(small, large, fraction=0.25)["spearman"]
+    >>> compare_scores(small, large, fraction=0.25).spearman
     ```
 
     Args:
@@ -114,14 +126,9 @@ def compare_scores(
             Scores in the order of the rows; NaN where a row carries no loss (left out if either is).
         fraction (`float`):
             Share of the rows that a coreset of either would keep (smallest first), in (0, 1).
-        level (`float`, *optional*, defaults to `0.95`):
-            Confidence level of the interval.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the bootstrap over rows.
 
     Returns:
-        `dict`: `spearman`, its bootstrap interval `low` and `high`, `overlap` (share of the first coreset that is in
-        the second; `fraction` by chance) and `rows` compared.
+        [`ScoreAgreement`]
 
     Raises:
         ValueError: if the lengths differ, fewer than 10 rows have both scores, or either is constant.
@@ -135,14 +142,9 @@ def compare_scores(
         raise ValueError(f"fraction={fraction} is outside (0, 1): it is the share of the rows that a coreset keeps.")
     both = ~(np.isnan(first) | np.isnan(second))
     first, second = first[both], second[both]
-    result = _measure_agreement(first, second[:, None], "rows with both scores", level, seed)
-    return {
-        "spearman": result["lds"],
-        "low": result["low"],
-        "high": result["high"],
-        "overlap": share_kept(first, second, max(round(fraction * len(first)), 1)),
-        "rows": len(first),
-    }
+    spearman = _measure_fidelity(first, second[:, None], "rows with both scores").spearman
+    overlap = share_kept(first, second, max(round(fraction * len(first)), 1))
+    return ScoreAgreement(spearman, overlap, len(first))
 
 
 def share_kept(first: np.ndarray, second: np.ndarray, count: int) -> float:
@@ -151,12 +153,8 @@ def share_kept(first: np.ndarray, second: np.ndarray, count: int) -> float:
     return len(np.intersect1d(kept, other)) / count
 
 
-def _measure_agreement(
-    predicted: np.ndarray, measured: np.ndarray, what: str, level: float, seed: int
-) -> dict[str, Any]:
+def _measure_fidelity(predicted: np.ndarray, measured: np.ndarray, what: str) -> Fidelity:
     """Rank correlation of `[m]` or `[m, Q]` predictions with `[m, seeds]` or `[m, seeds, Q]` measurements."""
-    if not 0 < level < 1:
-        raise ValueError(f"level={level} is outside (0, 1). A 95 % interval is level=0.95.")
     measured = np.asarray(measured, dtype=np.float64)
     if measured.ndim != predicted.ndim + 1 or (len(measured), *measured.shape[2:]) != predicted.shape:
         raise ValueError(
@@ -180,43 +178,20 @@ def _measure_agreement(
                 f"The {name} are the same for all {what} in {constant} of {values.shape[1]} columns, so they order "
                 "nothing. Check that the scores differ between rows and that the trainings saw different ones."
             )
-    generator = np.random.default_rng(seed)
-    resampled = np.array(
-        [
-            _correlate(predicted[rows], mean[rows]).mean()
-            for rows in generator.integers(len(mean), size=(NUM_RESAMPLES, len(mean)))
-        ]
-    )
-    low, high = np.nanquantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    num_seeds = measured.shape[1]
-    result: dict[str, Any] = {
-        "lds": float(_correlate(predicted, mean).mean()),
-        "low": float(low),
-        "high": float(high),
-        "seed_agreement": None,
-        "ceiling": None,
-        "warning": None,
-    }
-    if num_seeds > 1:
-        pairs = [
-            float(np.nanmean(_correlate(measured[:, i], measured[:, j])))
-            for i in range(num_seeds)
-            for j in range(i + 1, num_seeds)
-        ]
-        agreement = result["seed_agreement"] = float(np.mean(pairs))
-        if agreement < MIN_SEED_AGREEMENT:
-            result["warning"] = (
-                f"Two seeds of the same training agree by {agreement:.2f} only: what is measured is mostly noise, and "
-                "no score can be judged by it. Average over more seeds, or train on fewer rows for more steps."
-            )
-        else:
-            result["ceiling"] = float(np.sqrt(num_seeds * agreement / (1 + (num_seeds - 1) * agreement)))
-    return result
+    spearman, seeds = _correlate(predicted, mean), measured.swapaxes(0, 1)
+    if len(seeds) == 1:
+        return Fidelity(spearman, None, None)
+    agreement = float(np.mean([_correlate(first, second) for first, second in combinations(seeds, 2)]))
+    if agreement < MIN_SEED_AGREEMENT:
+        warning = (
+            f"Two seeds of the same training agree by {agreement:.2f} only: what is measured is mostly noise, and no "
+            "score can be judged by it. Average over more seeds, or train on fewer rows for more steps."
+        )
+        return Fidelity(spearman, agreement, None, warning)
+    return Fidelity(spearman, agreement, float(np.sqrt(len(seeds) * agreement / (1 + (len(seeds) - 1) * agreement))))
 
 
-def _correlate(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Spearman correlation of each column of `[m, Q]` with that of another; NaN where one is constant."""
-    ranks = [rankdata(values, axis=0) - (len(values) + 1) / 2 for values in (first, second)]
-    norms = np.sqrt((ranks[0] ** 2).sum(0) * (ranks[1] ** 2).sum(0))
-    with np.errstate(invalid="ignore"):
-        return (ranks[0] * ranks[1]).sum(0) / norms
+def _correlate(first: np.ndarray, second: np.ndarray) -> float:
+    """Mean rank correlation of each column of `[m, Q]` with that of another, of those where neither is constant."""
+    pairs = [pair for pair in zip(first.T, second.T, strict=True) if np.ptp(pair[0]) > 0 and np.ptp(pair[1]) > 0]
+    return float(np.mean([spearmanr(*pair).statistic for pair in pairs]))

@@ -42,6 +42,7 @@ from workload import (
     make_rows,
     make_tokenizer,
     make_topics,
+    measure_error,
     run_fit_and_score,
     time_interleaved,
 )
@@ -206,8 +207,8 @@ def measure_precision(device: torch.device, quick: bool) -> dict[str, Any]:
     keep("float32", partial(ours, make_passes(model, 8192)))
 
     def compare(one: str, other: str) -> dict[str, float]:
-        difference = np.linalg.norm(scores[one] - scores[other]) / np.linalg.norm(scores[other])
-        return {"spearman": float(spearmanr(scores[one], scores[other]).statistic), "relative": float(difference)}
+        found, exact = scores[one], scores[other]
+        return {"spearman": float(spearmanr(found, exact).statistic), "relative": measure_error(found, exact)}
 
     published = "published, one mean query"
     return {
@@ -274,7 +275,7 @@ def measure_trainer(device: torch.device, quick: bool) -> dict[str, Any]:
                     trainer.prepared_pool,
                     compute_mean_gradients(passes, trainer.prepared_validation["validation"]),
                 )[:, 0]
-                entry["relative_to_cpu"] = float(np.linalg.norm(scores - expected) / np.linalg.norm(expected))
+                entry["relative_to_cpu"] = measure_error(scores, expected)
                 entry["spearman_with_cpu"] = float(spearmanr(scores, expected).statistic)
             found[name] = entry
     return found

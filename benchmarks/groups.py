@@ -14,11 +14,12 @@ import argparse
 import random
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Found, draw_seeds, make_parser, print_table, save_figure, set_up, show, show_difference
+from common import Found, draw_seeds, drawing, make_parser, print_table, set_up, show, show_difference
 from datasets import Dataset
 from plain_training import (
     Schedule,
@@ -133,8 +134,7 @@ def summarise(found: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
         rows = [row for row in found if row["pool"] == kind and row["kept by"] == method]
         line: dict[str, Any] = {"kept by": method, "test loss": show(losses[method].values())}
         for other in ("influence, top", "random"):
-            difference = show_difference(losses[method], losses[other])
-            line[f"minus {other.split(', ')[-1]}"] = "" if method == other else difference
+            line[f"minus {other.split(', ')[-1]}"] = show_difference(losses[method], losses[other])
         line["distinct rows"] = f"{np.mean([row['distinct'] for row in rows]):.0f} of {rows[0]['rows']}"
         line["distinct of the task"] = f"{np.mean([row['task'] for row in rows]):.0f}"
         lines.append(line | {"of the task": f"{np.mean([row['of the task'] for row in rows]):.0%}"})
@@ -143,20 +143,17 @@ def summarise(found: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:
     """Test loss by method, one panel for each pool; points are seeds."""
-    from matplotlib.figure import Figure
-
     kinds = list(dict.fromkeys(row["pool"] for row in found))
-    figure = Figure(figsize=(7.5, 0.6 + 2.6 * len(kinds)), layout="constrained")
-    for axes, kind in zip(np.atleast_1d(figure.subplots(len(kinds), 1)), kinds, strict=True):
-        order = [line["kept by"] for line in summarise(found, kind)][::-1]
-        for height, method in enumerate(order):
-            values = [row["test_loss"] for row in found if row["pool"] == kind and row["kept by"] == method]
-            colour = "#D55E00" if "greedy" in method else "#E69F00" if method == "random" else "#0072B2"
-            draw_seeds(axes, values, height, colour)
-        axes.set_yticks(range(len(order)), order, fontsize=8)
-        axes.set_title(f"Pool: {kind}", fontsize=10)
-    axes.set_xlabel("Test loss, nats per token (left is better)")
-    save_figure(figure, path)
+    with drawing(path, 7.5, 0.6 + 2.6 * len(kinds)) as figure:
+        for axes, kind in zip(np.atleast_1d(figure.subplots(len(kinds), 1)), kinds, strict=True):
+            order = [line["kept by"] for line in summarise(found, kind)][::-1]
+            for height, method in enumerate(order):
+                values = [row["test_loss"] for row in found if row["pool"] == kind and row["kept by"] == method]
+                colour = "#D55E00" if "greedy" in method else "#E69F00" if method == "random" else "#0072B2"
+                draw_seeds(axes, values, height, colour)
+            axes.set_yticks(range(len(order)), order, fontsize=8)
+            axes.set_title(f"Pool: {kind}", fontsize=10)
+        axes.set_xlabel("Test loss, nats per token (left is better)")
 
 
 def main() -> None:
@@ -180,13 +177,11 @@ def main() -> None:
     data = {"pool": parts["pool"], "tasks": sorted({str(row[args.task_column]) for row in parts["validation"]})}
     data |= {name: prepare_source(getattr(args, name), name, args.model) for name in ("validation", "test")}
     found = Found(args.output / "groups.json", args, ("output", "kinds", "seeds", "quick"))
+    rows: list[dict[str, Any]] = []
     for kind in args.kinds:
         for seed in args.seeds:
-            if not found.has(pool=kind, seed=seed):
-                found.add(run_seed(args, kind, seed, data))
-        rows = [row for row in found.rows if row["seed"] in args.seeds]
+            rows += found.take(partial(run_seed, args, kind, seed, data), pool=kind, seed=seed)
         print_table(f"Pool: {kind}, {args.fraction:.0%} kept", summarise(rows, kind))
-    rows = [row for row in found.rows if row["seed"] in args.seeds and row["pool"] in args.kinds]
     plot(rows, args.output / "groups.png")
 
 

@@ -22,7 +22,7 @@ from fidelity import share_kept
 from peft import PeftModel
 from plain_training import Schedule, find_sources, prepare_source, train_on
 from scipy.stats import spearmanr
-from workload import make_model, make_topics, make_trainer
+from workload import make_model, make_topics, make_trainer, measure_error
 
 from hf_in2core import InfluenceTrainer
 from hf_in2core.engine import encoding
@@ -118,7 +118,7 @@ def measure_rounding(folder: Path, args: Any) -> list[dict[str, Any]]:
                 "index": name,
                 "bytes per row": runs.measure_bytes(name) / len(pool),
                 "bytes per element": runs.measure_bytes(name) / len(pool) / runs.elements,
-                "relative error of the scores": float(np.linalg.norm(scores - exact) / np.linalg.norm(exact)),
+                "relative error of the scores": measure_error(scores, exact),
                 "Spearman of the scores": float(spearmanr(scores, exact).statistic),
                 "same strongest quarter": share_kept(scores, exact, len(exact) // 4),
                 "store_error": config.store_error,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import group, make_parser, parse_run, print_table, save_figure, show, write_results
+from common import drawing, group, make_parser, parse_run, print_table, show, write_results
 from fidelity import share_kept
 from references import REFERENCE_QUICK, make_trainer, train_references
 
@@ -57,7 +57,7 @@ def list_sets(scores: LayerScores) -> dict[tuple[str, int], list[int]]:
 
 
 def correlate(first: np.ndarray, second: np.ndarray) -> float:
-    return compute_rank_correlation(first, second)["estimate"] or 0.0
+    return compute_rank_correlation(first, second).estimate or 0.0
 
 
 def time_passes(trainer: InfluenceTrainer, layers: list[int] | None, rows: int) -> float:
@@ -147,32 +147,29 @@ def summarise(results: dict[str, Any]) -> tuple[list[dict[str, str]], list[dict[
 
 def plot(results: dict[str, Any], path: Path) -> None:
     """Spearman against the share of gradient memory, a line for each way of choosing; bars are 95 % intervals."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.subplots()
-    for shift, (name, colour) in enumerate(COLOURS.items()):
-        rows = [row for row in results["sets"] if row["chosen"] == name]
-        counts = sorted({row["count"] for row in rows})
-        groups = [[row for row in rows if row["count"] == count] for count in counts]
-        found = [compute_confidence_interval([row["spearman"] for row in group]) for group in groups]
-        memory = [100 * float(np.mean([row["memory"] for row in group])) + 0.6 * (shift - 2) for group in groups]
-        axes.errorbar(
-            memory,
-            [interval["mean"] for interval in found],
-            yerr=[interval["half_width"] or 0 for interval in found],
-            label=name,
-            color=colour,
-            marker="o",
-            markersize=4,
-            capsize=3,
-            linewidth=1.2,
-        )
-    axes.set_xlabel("Gradient memory, % of all layers")
-    axes.set_ylabel("Spearman with all layers")
-    axes.legend(frameon=False, title="layers chosen")
-    axes.set_title("bars: 95 % interval over references of different seeds", fontsize=10)
-    save_figure(figure, path)
+    with drawing(path, 6.4, 4) as figure:
+        axes = figure.subplots()
+        for shift, (name, colour) in enumerate(COLOURS.items()):
+            rows = [row for row in results["sets"] if row["chosen"] == name]
+            counts = sorted({row["count"] for row in rows})
+            groups = [[row for row in rows if row["count"] == count] for count in counts]
+            found = [compute_confidence_interval([row["spearman"] for row in group]) for group in groups]
+            memory = [100 * float(np.mean([row["memory"] for row in group])) + 0.6 * (shift - 2) for group in groups]
+            axes.errorbar(
+                memory,
+                [interval.mean for interval in found],
+                yerr=[interval.half_width or 0 for interval in found],
+                label=name,
+                color=colour,
+                marker="o",
+                markersize=4,
+                capsize=3,
+                linewidth=1.2,
+            )
+        axes.set_xlabel("Gradient memory, % of all layers")
+        axes.set_ylabel("Spearman with all layers")
+        axes.legend(frameon=False, title="layers chosen")
+        axes.set_title("bars: 95 % interval over references of different seeds", fontsize=10)
 
 
 def main() -> None:

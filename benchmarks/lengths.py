@@ -13,11 +13,12 @@ seeds; differences are paired by seed.
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Found, draw_seeds, make_parser, print_table, save_figure, set_up, show, show_difference
+from common import Found, draw_seeds, drawing, make_parser, print_table, set_up, show, show_difference
 from datasets import Dataset
 from plain_training import (
     Schedule,
@@ -159,7 +160,7 @@ def summarise_losses(found: list[dict[str, Any]], strategy: str) -> list[dict[st
             "minus random": show_difference(losses, random),
         }
         mean = pick(found, "mean", strategy, "test_loss")
-        line["minus mean's"] = "" if name == "mean" else show_difference(losses, mean)
+        line["minus mean's"] = show_difference(losses, None if name == "mean" else mean)
         if strategy == TOP:
             matched = pick(found, name, MATCHED, "test_loss")
             line["rows as long"] = show(matched.values())
@@ -171,28 +172,25 @@ def summarise_losses(found: list[dict[str, Any]], strategy: str) -> list[dict[st
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:
     """Length correlation and test loss by reduction; points are seeds, ticks their means."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.5, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    names = RANKINGS[::-1]
-    for strategy, colour, shift in ((TOP, "#0072B2", 0.2), (IN_TURN, "#D55E00", 0.0), (MATCHED, "#009E73", -0.2)):
-        for axes, value in ((left, "spearman"), (right, "test_loss")):
-            if value == "spearman" and strategy == MATCHED:
-                continue
-            for height, name in enumerate(names):
-                values = list(pick(found, name, strategy, value).values())
-                draw_seeds(axes, values, height + shift, colour)
-        label = "random rows as long as top's" if strategy == MATCHED else strategy
-        right.plot([], [], "o", color=colour, label=label)
-    left.axvline(0, color="#999999", linewidth=0.8)
-    left.set_yticks(range(len(names)), names, fontsize=8)
-    left.set_xlabel("Spearman with loss tokens (left: long rows first)")
-    random = list(pick(found, "random rows", TOP, "test_loss").values())
-    right.axvline(float(np.mean(random)), color="#E69F00", linewidth=1.2, label="random rows")
-    right.set_xlabel("Test loss, nats per token (left is better)")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    save_figure(figure, path)
+    with drawing(path, 8.5, 3.5) as figure:
+        left, right = figure.subplots(1, 2, sharey=True)
+        names = RANKINGS[::-1]
+        for strategy, colour, shift in ((TOP, "#0072B2", 0.2), (IN_TURN, "#D55E00", 0.0), (MATCHED, "#009E73", -0.2)):
+            for axes, value in ((left, "spearman"), (right, "test_loss")):
+                if value == "spearman" and strategy == MATCHED:
+                    continue
+                for height, name in enumerate(names):
+                    values = list(pick(found, name, strategy, value).values())
+                    draw_seeds(axes, values, height + shift, colour)
+            label = "random rows as long as top's" if strategy == MATCHED else strategy
+            right.plot([], [], "o", color=colour, label=label)
+        left.axvline(0, color="#999999", linewidth=0.8)
+        left.set_yticks(range(len(names)), names, fontsize=8)
+        left.set_xlabel("Spearman with loss tokens (left: long rows first)")
+        random = list(pick(found, "random rows", TOP, "test_loss").values())
+        right.axvline(float(np.mean(random)), color="#E69F00", linewidth=1.2, label="random rows")
+        right.set_xlabel("Test loss, nats per token (left is better)")
+        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
 
 
 def main() -> None:
@@ -215,10 +213,7 @@ def main() -> None:
     data: dict[str, Any] = {"pool": pool, "tokens": tokens, "ours": np.isin(tasks, parts["validation"][1])}
     data |= {name: parts[name][0] for name in ("validation", "test")}
     found = Found(args.output / "lengths.json", args, ("output", "seeds", "quick"))
-    for seed in args.seeds:
-        if not found.has(seed=seed):
-            found.add(run_seed(args, seed, data))
-    rows = [row for row in found.rows if row["seed"] in args.seeds]
+    rows = [row for seed in args.seeds for row in found.take(partial(run_seed, args, seed, data), seed=seed)]
     num_tasks = len(set(tasks))
     for strategy in (TOP, IN_TURN):
         title = f"Lengths: {args.fraction:.0%} of {args.rows} rows kept, {strategy}"

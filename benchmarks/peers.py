@@ -67,6 +67,7 @@ from workload import (
     make_model,
     make_passes,
     make_rows,
+    measure_error,
     run_fit_and_score,
     storing,
     time_interleaved,
@@ -311,8 +312,8 @@ def run_bergson(model: PeftModel, train: Dataset, queries: Dataset, mean: bool) 
 
 
 def relative_difference(found: np.ndarray, expected: np.ndarray) -> str:
-    """`||found - expected|| / ||expected||`."""
-    return f"{np.linalg.norm(found - expected) / np.linalg.norm(expected):.0e} relative to ours"
+    """The error in words."""
+    return f"{measure_error(found, expected):.0e} relative to ours"
 
 
 def mean_spearman(found: np.ndarray, expected: np.ndarray) -> str:

@@ -11,12 +11,13 @@ seeds, per validation row (then averaged) and for the mean validation loss; ± i
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import Found, draw_seeds, group, make_parser, print_table, save_figure, set_up, show
+from common import Found, draw_seeds, drawing, group, make_parser, print_table, set_up, show
 from datasets import Dataset
 from fidelity import compare_leave_one_out, compute_lds
 from plain_training import (
@@ -124,9 +125,9 @@ def measure_pool(job: Retraining, args: argparse.Namespace, pool_seed: int) -> l
                 ("mean loss", score.mean(1), measured.mean(2)),
             ):
                 result = compare(s, x)
-                row[f"{column}, {kind}"] = result.get("lds", result.get("spearman"))
-                row[f"{column}, {kind}: seed agreement"] = result["seed_agreement"]
-                row[f"{column}, {kind}: ceiling"] = result["ceiling"]
+                row[f"{column}, {kind}"] = result.spearman
+                row[f"{column}, {kind}: seed agreement"] = result.seed_agreement
+                row[f"{column}, {kind}: ceiling"] = result.ceiling
         found.append(row)
     return found
 
@@ -161,24 +162,21 @@ def summarise(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:
     """Agreement of every score, with the ceiling as a line; points are pools."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes_list = figure.subplots(1, 2, sharey=True)
-    lines = [line["score"] for line in summarise(found)[2:]][::-1]
-    for axes, column in zip(axes_list, (COLUMNS[0], COLUMNS[2]), strict=True):
-        for height, name in enumerate(lines):
-            values = [row[column] for row in found if row["score"] == name]
-            colour = "#0072B2" if name.startswith("DataInf") else "#000000"
-            draw_seeds(axes, values, height, colour)
-        ceilings = [row[f"{column}: ceiling"] for row in found if row[f"{column}: ceiling"] is not None]
-        if ceilings:
-            axes.axvline(np.mean(ceilings), color="#E69F00", linestyle="--", linewidth=1)
-        axes.axvline(0, color="#999999", linewidth=0.8)
-        axes.set_yticks(range(len(lines)), lines)
-        axes.set_xlabel("Spearman with retraining (right is better)")
-        axes.set_title(f"{column}; dashed: ceiling", fontsize=10)
-    save_figure(figure, path)
+    with drawing(path, 9, 4) as figure:
+        axes_list = figure.subplots(1, 2, sharey=True)
+        lines = [line["score"] for line in summarise(found)[2:]][::-1]
+        for axes, column in zip(axes_list, (COLUMNS[0], COLUMNS[2]), strict=True):
+            for height, name in enumerate(lines):
+                values = [row[column] for row in found if row["score"] == name]
+                colour = "#0072B2" if name.startswith("DataInf") else "#000000"
+                draw_seeds(axes, values, height, colour)
+            ceilings = [row[f"{column}: ceiling"] for row in found if row[f"{column}: ceiling"] is not None]
+            if ceilings:
+                axes.axvline(np.mean(ceilings), color="#E69F00", linestyle="--", linewidth=1)
+            axes.axvline(0, color="#999999", linewidth=0.8)
+            axes.set_yticks(range(len(lines)), lines)
+            axes.set_xlabel("Spearman with retraining (right is better)")
+            axes.set_title(f"{column}; dashed: ceiling", fontsize=10)
 
 
 def main() -> None:
@@ -209,12 +207,13 @@ def main() -> None:
     found = Found(args.output / "retraining.json", args, ("output", "pool_seeds", "quick"))
     difference = check_against_trl(args.model, everything.select(range(args.rows)), schedule)
     print(f"This loop and TRL's trainer end at adapters that differ by {difference:.0e} of the largest weight.")
-    for pool_seed in args.pool_seeds:
-        if not found.has(pool=pool_seed):
-            drawn = np.sort(np.random.default_rng(pool_seed).choice(len(everything), args.rows, replace=False))
-            job = Retraining(args.model, everything.select(drawn), validation, schedule, args.seeds)
-            found.add(measure_pool(job, args, pool_seed))
-    rows = [row for row in found.rows if row["pool"] in args.pool_seeds]
+
+    def measure(pool_seed: int) -> list[dict[str, Any]]:
+        drawn = np.sort(np.random.default_rng(pool_seed).choice(len(everything), args.rows, replace=False))
+        job = Retraining(args.model, everything.select(drawn), validation, schedule, args.seeds)
+        return measure_pool(job, args, pool_seed)
+
+    rows = [row for seed in args.pool_seeds for row in found.take(partial(measure, seed), pool=seed)]
     print_table(f"{len(args.pool_seeds)} pools of {args.rows} rows, {steps} steps", summarise(rows))
     plot(rows, args.output / "retraining.png")
 

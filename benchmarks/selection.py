@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import make_parser, parse_run, print_table, save_figure, show, show_difference, write_results
+from common import draw_seeds, drawing, make_parser, parse_run, print_table, show, show_difference, write_results
 from datasets import Dataset, load_from_disk
 from selection_methods import METHODS, MethodArm, compute_method_aucs, find_tasks, make_columns
 
@@ -162,9 +162,7 @@ def summarise(results: dict[str, Any], budget: str, fraction: float) -> list[dic
     for method in sorted(losses, key=lambda name: np.mean(list(losses[name].values()))):
         arms = found[method]
         row = {"kept by": METHODS[method][3], "test loss": show(losses[method].values())}
-        row["minus random"] = (
-            show_difference(losses[method], losses["random"]) if "random" in losses and method != "random" else ""
-        )
+        row["minus random"] = show_difference(losses[method], losses.get("random"))
         for test in results["base"]["tests"]:
             of = f", {test}" if several else ""
             if several:
@@ -191,69 +189,61 @@ COLOURS = {"random": "#E69F00", "length": "#E69F00", "full": "#000000", "opponen
 
 def plot(results: dict[str, Any], budget: str, fractions: list[float], path: Path) -> None:
     """Test loss of every method: points are seeds, the bar their 95 % interval."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 1 + 4.2 * len(fractions)), layout="constrained")
-    for axes, fraction in zip(np.atleast_1d(figure.subplots(len(fractions), 1)), fractions, strict=True):
-        found = pick(results["arms"], budget, fraction)
-        groups = {name: list(mean_losses(arms).values()) for name, arms in found.items()}
-        order = sorted(groups, key=lambda name: -float(np.mean(groups[name])))
-        for height, name in enumerate(order):
-            interval = compute_confidence_interval(groups[name])
-            colour = "#0072B2" if METHODS[name][0].startswith(("influence", "turns")) else "#009E73"
-            colour = COLOURS.get(name, colour)
-            axes.plot(groups[name], [height] * len(groups[name]), "o", color=colour, alpha=0.35, markersize=4)
-            axes.errorbar(interval["mean"], height, xerr=interval["half_width"], fmt="|", color=colour, capsize=3)
-        if "random" in groups:
-            axes.axvline(np.mean(groups["random"]), color="#E69F00", linewidth=0.8, linestyle="--")
-        axes.set_yticks(range(len(order)), [METHODS[name][3] for name in order])
-        axes.set_xlabel("Test loss, nats per token (left is better)")
-        axes.set_title(f"{fraction:.0%} of the pool, equal {budget}; bars: 95 % interval over seeds", fontsize=10)
-    save_figure(figure, path)
+    with drawing(path, 7.5, 1 + 4.2 * len(fractions)) as figure:
+        for axes, fraction in zip(np.atleast_1d(figure.subplots(len(fractions), 1)), fractions, strict=True):
+            found = pick(results["arms"], budget, fraction)
+            groups = {name: list(mean_losses(arms).values()) for name, arms in found.items()}
+            order = sorted(groups, key=lambda name: -float(np.mean(groups[name])))
+            for height, name in enumerate(order):
+                colour = "#0072B2" if METHODS[name][0].startswith(("influence", "turns")) else "#009E73"
+                colour = COLOURS.get(name, colour)
+                draw_seeds(axes, groups[name], height, colour, interval=True)
+            if "random" in groups:
+                axes.axvline(np.mean(groups["random"]), color="#E69F00", linewidth=0.8, linestyle="--")
+            axes.set_yticks(range(len(order)), [METHODS[name][3] for name in order])
+            axes.set_xlabel("Test loss, nats per token (left is better)")
+            axes.set_title(f"{fraction:.0%} of the pool, equal {budget}; bars: 95 % interval over seeds", fontsize=10)
 
 
 def plot_fractions(results: dict[str, Any], budget: str, fractions: list[float], path: Path) -> None:
     """Test loss against the share of the pool that is kept, a line for each method."""
-    from matplotlib.figure import Figure
-
     lines: dict[str, dict[float, list[float]]] = {}
     for fraction in sorted(fractions):
         for name, arms in pick(results["arms"], budget, fraction).items():
             lines.setdefault(name, {})[fraction] = list(mean_losses(arms).values())
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    styles = iter(
-        (colour, mark) for mark in "os^" for colour in ("#0072B2", "#D55E00", "#009E73", "#56B4E9", "#999999")
-    )
-    for name, values in lines.items():
-        if name == "full":
-            axes.axhline(
-                float(np.mean(next(iter(values.values())))), color="#000000", linewidth=0.8, label=METHODS[name][3]
-            )
-            continue
-        colour, mark = (COLOURS[name], "s") if name in COLOURS else next(styles)
-        means = [float(np.mean(found)) for found in values.values()]
-        halves = [compute_confidence_interval(found)["half_width"] or 0.0 for found in values.values()]
-        places = np.array(list(values)) * (1 + 0.006 * (len(axes.containers) - len(lines) / 2))
-        axes.errorbar(
-            places,
-            means,
-            yerr=halves,
-            fmt=f"{mark}-",
-            color=colour,
-            markersize=4,
-            linewidth=1,
-            capsize=2,
-            label=METHODS[name][3],
+    with drawing(path, 7.5, 4.5) as figure:
+        axes = figure.subplots()
+        styles = iter(
+            (colour, mark) for mark in "os^" for colour in ("#0072B2", "#D55E00", "#009E73", "#56B4E9", "#999999")
         )
-    axes.set_xscale("log")
-    axes.set_xticks(sorted(fractions), [f"{fraction:.0%}" for fraction in sorted(fractions)])
-    axes.minorticks_off()
-    axes.set_xlabel("Share of the pool that is kept")
-    axes.set_ylabel("Test loss, nats per token")
-    axes.set_title(f"Equal {budget}; bars: 95 % interval over seeds", fontsize=10)
-    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    save_figure(figure, path)
+        for name, values in lines.items():
+            if name == "full":
+                axes.axhline(
+                    float(np.mean(next(iter(values.values())))), color="#000000", linewidth=0.8, label=METHODS[name][3]
+                )
+                continue
+            colour, mark = (COLOURS[name], "s") if name in COLOURS else next(styles)
+            means = [float(np.mean(found)) for found in values.values()]
+            halves = [compute_confidence_interval(found).half_width or 0.0 for found in values.values()]
+            places = np.array(list(values)) * (1 + 0.006 * (len(axes.containers) - len(lines) / 2))
+            axes.errorbar(
+                places,
+                means,
+                yerr=halves,
+                fmt=f"{mark}-",
+                color=colour,
+                markersize=4,
+                linewidth=1,
+                capsize=2,
+                label=METHODS[name][3],
+            )
+        axes.set_xscale("log")
+        axes.set_xticks(sorted(fractions), [f"{fraction:.0%}" for fraction in sorted(fractions)])
+        axes.minorticks_off()
+        axes.set_xlabel("Share of the pool that is kept")
+        axes.set_ylabel("Test loss, nats per token")
+        axes.set_title(f"Equal {budget}; bars: 95 % interval over seeds", fontsize=10)
+        axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def main() -> None:

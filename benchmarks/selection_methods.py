@@ -10,7 +10,7 @@ from references import make_trainer
 
 from hf_in2core import InfluenceConfig
 from hf_in2core.evaluation.judge import compute_auc
-from hf_in2core.names import INFLUENCE, NUM_LOSS_TOKENS, name_set_column
+from hf_in2core.names import BM25_RANK, IFD, INFLUENCE, LOSS, NUM_LOSS_TOKENS, RDS_RANK, name_set_column
 from hf_in2core.pipeline.comparison import Arm
 from hf_in2core.pipeline.job import Job
 from hf_in2core.pipeline.methods import MAKERS, Reference, add_columns
@@ -42,11 +42,11 @@ METHODS: dict[str, tuple[str, str, str, str]] = {
     "sets": ("influence", "round_robin", "reference", "influence, validation sets in turn"),
     "turns": ("turns_rank", "top", "reference", "influence, validation rows in turn"),
     "turns_cosine": ("turns_cosine_rank", "top", "reference", "gradient cosine, validation rows in turn"),
-    "rds": ("rds_rank", "top", "", "RDS+"),
-    "bm25": ("bm25_rank", "top", "", "BM25"),
-    "low_loss": ("loss", "top", "reference", "lowest loss"),
-    "high_loss": ("loss", "bottom", "reference", "highest loss"),
-    "low_ifd": ("ifd", "top", "reference", "lowest IFD"),
+    "rds": (RDS_RANK, "top", "", "RDS+"),
+    "bm25": (BM25_RANK, "top", "", "BM25"),
+    "low_loss": (LOSS, "top", "reference", "lowest loss"),
+    "high_loss": (LOSS, "bottom", "reference", "highest loss"),
+    "low_ifd": (IFD, "top", "reference", "lowest IFD"),
     "length": ("influence", "length", "reference", "random, as long as influence's"),
     "right": ("is_wrong", "right", "", "only right answers (oracle)"),
     "oracle": ("", "oracle", "", "only rows of the task (oracle)"),

@@ -19,11 +19,13 @@ from scipy.stats import spearmanr
 from torch.nn import functional as F
 from workload import (
     compute_mean_gradients,
+    fit_directions,
     make_model,
     make_passes,
     make_rows,
     make_topics,
     make_trainer,
+    measure_error,
     run_fit_and_score,
     storing,
     time_interleaved,
@@ -31,7 +33,6 @@ from workload import (
 
 from hf_in2core.engine.batches import collate, plan_batches, read_token_rows
 from hf_in2core.engine.blocks import find_blocks, select_blocks
-from hf_in2core.engine.fit import run_fit_pass
 from hf_in2core.engine.losses import compute_token_nll, compute_token_weights, frozen_eval_mode
 from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.scoring import run_score_pass
@@ -201,7 +202,10 @@ def main() -> None:
     if args.trainer_only:
         return
     width, layers, num_rows, repetitions = (64, 4, 24, 1) if args.quick else (512, 8, 64, 3)
-    table = []
+    table: list[dict[str, object]] = []
+
+    def add(what: str, seconds: float, base: float, target: str = "") -> None:
+        table.append({"what": what, "CPU s": seconds, "ratio": seconds / base, "target": target})
 
     # Passes at the floor.
     model = make_model(width, layers, vocab_size=4096)
@@ -213,15 +217,11 @@ def main() -> None:
         v = compute_mean_gradients(passes, held_out)
         works[name] = lambda passes=passes, v=v: run_fit_and_score(passes, rows, v)
     seconds = time_interleaved(works, repetitions)
-    targets = [None, "<= 1.10", "<= 0.70"]
-    for (name, value), target in zip(seconds.items(), targets, strict=True):
-        table.append(
-            {"what": name, "CPU s": value, "ratio": value / seconds["two plain passes"], "target": target or ""}
-        )
+    for (name, value), target in zip(seconds.items(), ("", "<= 1.10", "<= 0.70"), strict=True):
+        add(name, value, seconds["two plain passes"], target)
 
     # Where the score pass spends its time, and scores without any backward.
-    v = compute_mean_gradients(every, held_out)
-    u = {name: value.float() for name, value in run_fit_pass(every, rows, v, 0.1, None, 0).ihvp.items()}
+    u = fit_directions(every, rows, compute_mean_gradients(every, held_out))
     scores: dict[str, np.ndarray] = {}
 
     def score() -> None:
@@ -231,27 +231,20 @@ def main() -> None:
         scores["difference"] = run_central_difference(every, rows, u)
 
     seconds = time_interleaved({"score pass": score, "central difference": difference}, 1 if args.quick else 3)
-    error = np.linalg.norm(scores["difference"] - scores["backward"]) / np.linalg.norm(scores["backward"])
+    error = measure_error(scores["difference"], scores["backward"])
     rank = spearmanr(scores["difference"], scores["backward"]).statistic
-    for name, target in (
-        ("score pass", ""),
-        ("central difference", f"relative error {error:.0e}, Spearman {rank:.4f}"),
-    ):
-        what = f"{name} alone" if not target else f"scores by a {name} of two forward passes"
-        table.append(
-            {"what": what, "CPU s": seconds[name], "ratio": seconds[name] / seconds["score pass"], "target": target}
-        )
+    alone = seconds["score pass"]
+    add("score pass alone", alone, alone)
+    what, agreement = "scores by a central difference of two forward passes", f"Spearman {rank:.4f}"
+    add(what, seconds["central difference"], alone, f"relative error {error:.0e}, {agreement}")
     half = make_model(64 if args.quick else 256, 4, vocab_size=4096)
     for name, parameter in half.named_parameters():
         parameter.data = parameter.data if "lora" in name else parameter.data.bfloat16()
     in_half = make_passes(half, autocast=torch.bfloat16)
-    v = compute_mean_gradients(in_half, held_out)
-    u = {name: value.float() for name, value in run_fit_pass(in_half, rows, v, 0.1, None, 0).ihvp.items()}
-    exact, found = (
-        run_score_pass(in_half, rows, u, cosine=False).influence[:, 0],
-        run_central_difference(in_half, rows, u),
-    )
-    error, rank = np.linalg.norm(found - exact) / np.linalg.norm(exact), spearmanr(found, exact).statistic
+    u_half = fit_directions(in_half, rows, compute_mean_gradients(in_half, held_out))
+    exact = run_score_pass(in_half, rows, u_half, cosine=False).influence[:, 0]
+    found = run_central_difference(in_half, rows, u_half)
+    error, rank = measure_error(found, exact), spearmanr(found, exact).statistic
     what = f"the same with a bfloat16 base of width {half.config.hidden_size}: relative error {error:.0e}, "
     table.append({"what": f"{what}Spearman {rank:.2f}"})
     profile = profile_passes({"plain pass, s": lambda: run_plain(model, rows, 4096), "score pass, s": score})
@@ -279,16 +272,10 @@ def main() -> None:
     keep(slow)
     seconds[slow] = time.process_time() - start
     for name in runs:
-        error = np.linalg.norm(influence[name] - influence[slow]) / np.linalg.norm(influence[slow])
-        table.append(
-            {
-                "what": f"DataInf of {len(train)} x {len(held_out)} rows, mean over queries: {name}"
-                + (f" (relative difference {error:.0e})" if name != slow else ""),
-                "CPU s": seconds[name],
-                "ratio": seconds[name] / seconds[slow],
-                "target": "<= 0.10" if name.startswith("ours") else "",
-            }
-        )
+        what = f"DataInf of {len(train)} x {len(held_out)} rows, mean over queries: {name}"
+        if name != slow:
+            what += f" (relative difference {measure_error(influence[name], influence[slow]):.0e})"
+        add(what, seconds[name], seconds[slow], "<= 0.10" if name.startswith("ours") else "")
 
     # Prompt-heavy rows.
     vocab_size = 1024 if args.quick else 32_768
@@ -305,9 +292,7 @@ def main() -> None:
     )
     for name, target in (("full logits", ""), ("fit + score", "<= 0.50")):
         work = name if target else "two plain passes with full logits"
-        what = f"90 % prompt, vocabulary {vocab_size:,}: {work}"
-        ratio = seconds[name] / seconds["full logits"]
-        table.append({"what": what, "CPU s": seconds[name], "ratio": ratio, "target": target})
+        add(f"90 % prompt, vocabulary {vocab_size:,}: {work}", seconds[name], seconds["full logits"], target)
     report("speed", table, args.output_dir)
     report("speed_profile", profile, args.output_dir)
 

@@ -11,11 +11,12 @@ agree. ± is the 95 % interval over seeds; rank correlations are with the target
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Found, draw_seeds, make_parser, print_table, save_figure, set_up, show, show_difference
+from common import Found, draw_seeds, drawing, make_parser, print_table, set_up, show, show_difference
 from fidelity import compare_scores
 from plain_training import (
     Schedule,
@@ -81,7 +82,7 @@ def run_seed(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
             row = train_target(name, label, select_rows(influence, strategy, fraction=args.fraction))
             if name != "target itself" and strategy == "top":
                 agreement = compare_scores(influence.mean(1), own.mean(1), args.fraction)
-                row |= {"spearman": agreement["spearman"], "overlap": agreement["overlap"]}
+                row |= {"spearman": agreement.spearman, "overlap": agreement.overlap}
                 by_row = [spearmanr(influence[:, q], own[:, q]).statistic for q in range(own.shape[1])]
                 row["spearman by row"] = float(np.mean(by_row))
             found.append(row)
@@ -104,31 +105,25 @@ def summarise(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for label in STRATEGIES.values():
             losses = {row["seed"]: row["test_loss"] for row in ours if row["strategy"] == label}
             line[f"loss, {label}"] = show(losses.values()) if losses else ""
-            if losses and name != "random rows":
-                line[f"minus random, {label}"] = show_difference(losses, random)
-            else:
-                line[f"minus random, {label}"] = ""
+            line[f"minus random, {label}"] = show_difference(losses, None if name == "random rows" else random)
         lines.append(line)
     return lines
 
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:
     """Test loss of the target by reference; points are seeds."""
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(row["reference"] for row in found))[::-1]
-    figure = Figure(figsize=(7.5, 0.8 + 0.36 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    for label, colour, shift in (("mean", "#0072B2", 0.12), ("in turn", "#D55E00", -0.12)):
-        for height, name in enumerate(names):
-            values = [row["test_loss"] for row in found if row["reference"] == name and row["strategy"] == label]
-            if values:
-                draw_seeds(axes, values, height + shift, "#E69F00" if name == "random rows" else colour)
-        axes.plot([], [], "o", color=colour, label=f"kept by the {label}" if label == "mean" else f"kept {label}")
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_xlabel("Test loss of the target, nats per token (left is better)")
-    axes.legend(frameon=False, fontsize=8)
-    save_figure(figure, path)
+    with drawing(path, 7.5, 0.8 + 0.36 * len(names)) as figure:
+        axes = figure.subplots()
+        for label, colour, shift in (("mean", "#0072B2", 0.12), ("in turn", "#D55E00", -0.12)):
+            for height, name in enumerate(names):
+                values = [row["test_loss"] for row in found if row["reference"] == name and row["strategy"] == label]
+                if values:
+                    draw_seeds(axes, values, height + shift, "#E69F00" if name == "random rows" else colour)
+            axes.plot([], [], "o", color=colour, label=f"kept by the {label}" if label == "mean" else f"kept {label}")
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set_xlabel("Test loss of the target, nats per token (left is better)")
+        axes.legend(frameon=False, fontsize=8)
 
 
 def main() -> None:
@@ -153,10 +148,7 @@ def main() -> None:
     if args.rows > available:
         raise ValueError(f"--rows {args.rows} is more than the {available} rows of {args.pool}.")
     found = Found(args.output / "transfer.json", args, ("output", "seeds", "quick"))
-    for seed in args.seeds:
-        if not found.has(seed=seed):
-            found.add(run_seed(args, seed))
-    rows = [row for row in found.rows if row["seed"] in args.seeds]
+    rows = [row for seed in args.seeds for row in found.take(partial(run_seed, args, seed), seed=seed)]
     print_table(f"{args.fraction:.0%} of the pool kept", summarise(rows))
     plot(rows, args.output / "transfer.png")
 

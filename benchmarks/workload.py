@@ -113,11 +113,19 @@ def compute_mean_gradients(passes: Passes, rows: Dataset) -> dict[str, Tensor]:
     return {name: v[None] for name, v in run_validation_pass(passes, rows, "v", "v").items()}
 
 
+def fit_directions(passes: Passes, rows: Dataset, v: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What rows are scored on, by DataInf: the fit pass."""
+    return {name: u.float() for name, u in run_fit_pass(passes, rows, v, 0.1, None, 0).ihvp.items()}
+
+
 def run_fit_and_score(passes: Passes, rows: Dataset, v: dict[str, Tensor]) -> np.ndarray:
     """DataInf of the rows on the queries, `[n, Q]`: the fit pass and the score pass."""
-    fitted = run_fit_pass(passes, rows, v, 0.1, None, 0)
-    directions = {name: u.float() for name, u in fitted.ihvp.items()}
-    return run_score_pass(passes, rows, directions, cosine=False).influence
+    return run_score_pass(passes, rows, fit_directions(passes, rows, v), cosine=False).influence
+
+
+def measure_error(found: np.ndarray, exact: np.ndarray) -> float:
+    """`||found - exact|| / ||exact||`."""
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 
 
 @contextmanager

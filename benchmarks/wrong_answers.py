@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import make_parser, parse_run, print_table, save_figure, show, show_difference, write_results
+from common import draw_seeds, drawing, make_parser, parse_run, print_table, show, show_difference, write_results
 from datasets import Dataset, load_from_disk
 from selection import QUICK, mean_losses, pick, train_arms
 from selection_methods import METHODS, compute_method_aucs, make_columns
 
-from hf_in2core.evaluation.intervals import compute_confidence_interval
 from hf_in2core.pipeline.arguments import In2CoreArguments
 from hf_in2core.pipeline.job import check
 from hf_in2core.pipeline.parser import Settings
@@ -102,10 +101,7 @@ def summarise_training(arms: list[dict[str, Any]], fraction: float) -> list[dict
     for method in sorted(losses, key=lambda name: np.mean(list(losses[name].values()))):
         line = {"kept by": METHODS[method][3], "test loss": show(losses[method].values())}
         for other in ("random", "full"):
-            if other in losses and method != other:
-                line[f"minus {METHODS[other][3]}"] = show_difference(losses[method], losses[other])
-            else:
-                line[f"minus {METHODS[other][3]}"] = ""
+            line[f"minus {METHODS[other][3]}"] = show_difference(losses[method], losses.get(other))
         line["wrong answers"] = f"{np.mean([run['wrong'] for run in found[method]]):.0%}"
         lines.append(line)
     return lines
@@ -113,27 +109,22 @@ def summarise_training(arms: list[dict[str, Any]], fraction: float) -> list[dict
 
 def plot(rows: list[dict[str, Any]], methods: list[str], path: Path) -> None:
     """AUC by method and kind of row; points are seeds, the bar their 95 % interval."""
-    from matplotlib.figure import Figure
-
     kinds = list(dict.fromkeys(row["among"] for row in rows))
-    figure = Figure(figsize=(7.5, 1.2 + 0.2 * len(kinds) * len(methods)), layout="constrained")
-    axes = figure.subplots()
-    colours = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000")
-    for method, colour in zip(methods, colours, strict=False):
-        for height, among in enumerate(reversed(kinds)):
-            aucs = [row["auc"] for row in rows if row["among"] == among and row["method"] == method]
-            if None in aucs or not aucs:
-                continue
-            place = height + 0.35 - 0.7 * methods.index(method) / max(len(methods) - 1, 1)
-            interval = compute_confidence_interval(aucs)
-            axes.plot(aucs, [place] * len(aucs), "o", color=colour, alpha=0.35, markersize=4)
-            axes.errorbar(interval["mean"], place, xerr=interval["half_width"], fmt="|", color=colour, capsize=2)
-        axes.plot([], [], "o", color=colour, markersize=4, label=METHODS[method][3])
-    axes.axvline(0.5, color="#999999", linewidth=0.8, linestyle="--")
-    axes.set_yticks(range(len(kinds)), kinds[::-1])
-    axes.set_xlabel("AUC with which wrong answers come last (0.5 = chance); bars: 95 % interval over seeds")
-    figure.legend(fontsize=8, frameon=False, loc="outside upper center", ncols=3)
-    save_figure(figure, path)
+    with drawing(path, 7.5, 1.2 + 0.2 * len(kinds) * len(methods)) as figure:
+        axes = figure.subplots()
+        colours = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000")
+        for method, colour in zip(methods, colours, strict=False):
+            for height, among in enumerate(reversed(kinds)):
+                aucs = [row["auc"] for row in rows if row["among"] == among and row["method"] == method]
+                if None in aucs or not aucs:
+                    continue
+                place = height + 0.35 - 0.7 * methods.index(method) / max(len(methods) - 1, 1)
+                draw_seeds(axes, aucs, place, colour, interval=True)
+            axes.plot([], [], "o", color=colour, markersize=4, label=METHODS[method][3])
+        axes.axvline(0.5, color="#999999", linewidth=0.8, linestyle="--")
+        axes.set_yticks(range(len(kinds)), kinds[::-1])
+        axes.set_xlabel("AUC with which wrong answers come last (0.5 = chance); bars: 95 % interval over seeds")
+        figure.legend(fontsize=8, frameon=False, loc="outside upper center", ncols=3)
 
 
 def main() -> None:

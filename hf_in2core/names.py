@@ -9,6 +9,10 @@ from typing import NamedTuple
 
 INFLUENCE, RANK, NUM_LOSS_TOKENS = "influence", "influence_rank", "num_loss_tokens"
 PER_QUERY, PER_CHECKPOINT = "influence_per_query", "influence_per_checkpoint"
+# By these the methods of a comparison rank, beside influence.
+LOSS, IFD, LESS = "loss", "ifd", "less"
+COSINE_RANK, RDS_RANK, BM25_RANK, ENCODER_RANK = "cosine_rank", "rds_rank", "bm25_rank", "encoder_rank"
+COSINE_CLEAN_RANK, RDS_CLEAN_RANK, FUSED_RANK = "cosine_clean_rank", "rds_clean_rank", "fused_rank"
 # `influence_<name>` of a validation set cannot have these.
 RESERVED_SET_NAMES = ("rank", "per_query", "per_checkpoint", "")
 
@@ -41,26 +45,26 @@ class Method(NamedTuple):
 METHODS = {
     "mean": Method(INFLUENCE, "top", "influence on the mean"),
     "turns": Method(INFLUENCE, "round_robin_rows", "influence on single validation rows, in turn"),
-    "cosine": Method("cosine_rank", "top", "influence over the norm of the row's gradient, validation rows in turn"),
-    "rds": Method("rds_rank", "top", "RDS+: hidden states of the untrained reference, validation rows in turn"),
-    "bm25": Method("bm25_rank", "top", "BM25: shared words, validation rows in turn"),
-    "encoder": Method("encoder_rank", "top", "meaning by a sentence encoder, validation rows in turn"),
-    "loss": Method("loss", "top", "lowest loss under the reference"),
-    "high_loss": Method("loss", "bottom", "highest loss under the reference"),
-    "ifd": Method("ifd", "top", "lowest IFD: the prompt helps most"),
-    "cosine_clean": Method("cosine_clean_rank", "top", "as cosine, the quarter of highest loss last"),
-    "rds_clean": Method("rds_clean_rank", "top", "as rds, the quarter of highest loss last"),
-    "fused": Method("fused_rank", "top", "the ranks of cosine and rds fused"),
-    "less": Method("less", "top", "LESS: cosine with Adam's step on the row, over checkpoints of the reference"),
+    "cosine": Method(COSINE_RANK, "top", "influence over the norm of the row's gradient, validation rows in turn"),
+    "rds": Method(RDS_RANK, "top", "RDS+: hidden states of the untrained reference, validation rows in turn"),
+    "bm25": Method(BM25_RANK, "top", "BM25: shared words, validation rows in turn"),
+    "encoder": Method(ENCODER_RANK, "top", "meaning by a sentence encoder, validation rows in turn"),
+    "loss": Method(LOSS, "top", "lowest loss under the reference"),
+    "high_loss": Method(LOSS, "bottom", "highest loss under the reference"),
+    "ifd": Method(IFD, "top", "lowest IFD: the prompt helps most"),
+    "cosine_clean": Method(COSINE_CLEAN_RANK, "top", "as cosine, the quarter of highest loss last"),
+    "rds_clean": Method(RDS_CLEAN_RANK, "top", "as rds, the quarter of highest loss last"),
+    "fused": Method(FUSED_RANK, "top", "the ranks of cosine and rds fused"),
+    "less": Method(LESS, "top", "LESS: cosine with Adam's step on the row, over checkpoints of the reference"),
 }
 # Ranks that are turns in which validation rows took the rows, or come of such: by whose score, which two columns keep.
 TAKEN_BY = {
-    "cosine_rank": "cosine",
-    "cosine_clean_rank": "cosine",
-    "rds_rank": "rds",
-    "rds_clean_rank": "rds",
-    "bm25_rank": "bm25",
-    "encoder_rank": "encoder",
+    COSINE_RANK: "cosine",
+    COSINE_CLEAN_RANK: "cosine",
+    RDS_RANK: "rds",
+    RDS_CLEAN_RANK: "rds",
+    BM25_RANK: "bm25",
+    ENCODER_RANK: "encoder",
 }
 # That score in words. Cosines are those of influence, negative for proponents; similarities are large for close rows.
 TAKING_SCORES = {"cosine": "cosine", "rds": "similarity", "bm25": "BM25 score", "encoder": "similarity"}

@@ -36,7 +36,7 @@ def run_command(name: str, *flags: str, pictures: bool = False) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if not pictures:
             patch.setitem(sys.modules, "matplotlib", None)
-        module.main(module.make_parser().parse(flags))
+        module.main(module.PARSER.parse(flags))
 
 
 def make_rows(task: str, num_rows: int, seed: int) -> list[dict[str, Any]]:

@@ -79,7 +79,7 @@ def make_analyses() -> dict[str, Any]:
             "top_k": 10,
             "estimator": "datainf",
             "test_rows": 1234,
-            "correlations": correlate_coverage(coverage),
+            "correlations": {name: asdict(found) for name, found in correlate_coverage(coverage).items()},
             "points": {"row": list(range(80)), "coverage": values.tolist(), "loss": losses.tolist()},
             "least_covered": least,
         },

@@ -121,7 +121,7 @@ def test_every_flag_of_a_command_exists(name: str, flags: str, tmp_path: Path, m
     (tmp_path / "runs" / "my_run" / "sft.yaml").write_text("model_name_or_path: my_model\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     settings = split_flags(resolve_config(flags.split()), launch_command_parser())[1]
-    load_command(name.replace("-", "_")).make_parser().parse(settings)
+    load_command(name.replace("-", "_")).PARSER.parse(settings)
 
 
 LINKING = sorted(

@@ -74,7 +74,7 @@ FROZEN = {
         "One task of interest among real instructions (`recipes/mixture`: GSM8K in GSM8K, BoolQ, ARC-Easy and Dolly)"
     ): "fbd67f84838eeb52",
     "Two tasks of interest among real instructions": "e1917a95a97692ea",
-    "When to read influence": "c91a57b86beb863e",
+    "When to read influence": "fa02c065ceb96dfd",
     "Wrong answers": "73670c26acca2fad",
     "Length": "70a221fe48e0fbc9",
     "DataInf's own task": "302720389a6c8846",
@@ -97,7 +97,7 @@ def summarise(record: dict[str, Any], arm: str, fraction: float, budget: str = "
         name: sum(run[name] for run in runs) / len(runs)
         for name in ("rows", "loss_tokens", "steps", "seconds", "test_loss", "test_perplexity")
     }
-    return means | {"half": compute_confidence_interval([run["test_loss"] for run in runs])["half_width"]}
+    return means | {"half": compute_confidence_interval([run["test_loss"] for run in runs]).half_width}
 
 
 def strip_zero(value: float) -> str:

@@ -64,7 +64,7 @@ def test_a_verdict_keeps_and_shows_its_sentences() -> None:
     text = Shown(verdict).text
     assert verdict.headline in text and verdict.text in text
     loss = verdict.by_fraction[0].losses["coreset"]
-    assert f"coreset 0.25 equal steps {loss['mean']:.4g} {loss['half_width']:.4g} 3" in text
+    assert f"coreset 0.25 equal steps {loss.mean:.4g} {loss.half_width:.4g} 3" in text
 
 
 def test_a_verdict_of_one_seed_or_of_nothing_shows() -> None:

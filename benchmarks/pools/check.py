@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import report
 from plain_training import Schedule, compute_test_loss, load_adapter, prepare_source, train_on
 
-from benchmarks.pools.make import POOLS, make_pool
-from benchmarks.pools.pool import HARMFUL, ROOT, USEFUL, write_pool
+from benchmarks.pools.make import POOLS, find_pool
+from benchmarks.pools.pool import HARMFUL, ROOT, USEFUL
 
 
 # The recipes measure the demo and the mixture; in `multiple_choice` all rows are useful and nothing tells them apart.
@@ -87,10 +87,7 @@ def main() -> None:
     known = json.loads(record.read_text(encoding="utf-8"))["rows"] if record.is_file() else []
     found = {row["pool"]: row for row in known}
     for name in args.pools:
-        folder = Path("runs/pools") / name
-        if not folder.is_dir():
-            write_pool(make_pool(name, 0, args.shared), folder, 0)
-        found[name] = check_pool(name, folder)
+        found[name] = check_pool(name, find_pool(name, 0, args.shared))
         # After each pool, so that an interruption loses one.
         report("pools", [found[name] for name in POOLS if name in found], args.output)
 

@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ from trl import ModelConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import write_results
+from common import print_table, write_results
 
-from benchmarks.pools.make import POOLS, make_pool
-from benchmarks.pools.pool import HARMFUL, ROOT, USEFUL, write_pool
+from benchmarks.pools.make import POOLS, find_pool
+from benchmarks.pools.pool import HARMFUL, ROOT, USEFUL
 from hf_in2core import InfluenceConfig
 from hf_in2core.commands import run as run_command
 from hf_in2core.commands import score as score_command
@@ -57,19 +58,11 @@ SETTINGS = """
 BY_WORDS = ("bm25", "encoder")
 
 
-def find_pool(name: str, seed: int, shared: Path) -> Path:
-    """The folder of a pool, made where it is not there yet."""
-    folder = Path("runs/pools") / (name if seed == 0 else f"{name}-{seed}")
-    if not folder.is_dir():
-        write_pool(make_pool(name, seed, shared), folder, seed)
-    return folder
-
-
 def call(command: Any, folder: Path, name: str, settings: dict[str, Any]) -> None:
     """Call a command of `in2core` in this process with settings from a file."""
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    command.main(command.make_parser().parse(["--config", str(path)]))
+    command.main(command.PARSER.parse(["--config", str(path)]))
 
 
 def rank_pool(folder: Path, names: list[str], before: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +106,7 @@ def score_by_words(folder: Path, methods: list[str], settings: dict[str, Any]) -
     """The pool with the columns of methods that read no reference, for which `in2core score` would ask."""
     path = folder / "words.yaml"
     path.write_text(yaml.safe_dump(settings | {"output_dir": str(folder / "words")}), encoding="utf-8")
-    parsed = score_command.make_parser().parse(["--config", str(path)])
+    parsed = score_command.PARSER.parse(["--config", str(path)])
     model, args = parsed.make(ModelConfig), parsed.make(InfluenceConfig)
     pool = load_rows(settings["pool"], "pool")
     validation = load_validation(parse_named_sources(settings["validation"]), None)
@@ -171,7 +164,7 @@ def train_pool(
         # As many equally frequent ones would be as mixed as those of the coreset, and of as many random rows.
         "answers": {kind: results["answers"][f"{kind}_kinds"] for kind in ("coreset", "expected")},
         "tournament": tournament | spent | {"target_seconds": float(np.mean(seconds))},
-        "intervals": {f"{a}_minus_{b}": compare_losses(losses[a], losses[b]) for a, b in pairs if a != b},
+        "intervals": {f"{a}_minus_{b}": asdict(compare_losses(losses[a], losses[b])) for a, b in pairs if a != b},
     }
 
 
@@ -197,7 +190,7 @@ def compare_draws(pools: dict[str, Any], name: str) -> dict[str, Any] | None:
         "means": {arm: float(np.mean(list(by_draw.values()))) for arm, by_draw in losses.items()},
         "missed": find_missed(losses),
         "intervals": {
-            f"{a}_minus_{b}": compare_losses(losses[a], losses[b]) for a, b in pairs if a != b and a in losses
+            f"{a}_minus_{b}": asdict(compare_losses(losses[a], losses[b])) for a, b in pairs if a != b and a in losses
         },
     }
 
@@ -213,7 +206,7 @@ def find_missed(losses: dict[str, Any]) -> dict[str, Any] | None:
         return None
     means = {arm: float(np.mean(list(by_seed.values()))) for arm, by_seed in losses.items()}
     best = min((arm for arm in means if arm not in ("full", "random")), key=means.__getitem__)
-    high = compare_losses(losses[best], losses["random"])["high"]
+    high = compare_losses(losses[best], losses["random"]).high
     if high is None or high >= 0:
         return None
     return {"best": best, "share": (means["coreset"] - means[best]) / (means["random"] - means[best])}
@@ -225,18 +218,13 @@ def read_commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def show_table(columns: list[str], rows: list[list[str]]) -> None:
-    """Print rows as Markdown, as documents have them."""
-    for cells in (columns, ["---"] * len(columns), *rows):
-        print(f"| {' | '.join(cells)} |")
-
-
 def show_ranked(found: dict[str, Any]) -> None:
     rows = []
     for name, pool in found.items():
-        entries = [pool, *(pool["methods"].get(method) for method in METHODS)]
-        rows += [[f"`{name}`", *("" if one is None else f"{one[USEFUL]:.2f} / {one[HARMFUL]:.2f}" for one in entries)]]
-    show_table(["pool", "random rows", *(f"`{name}`" for name in METHODS)], rows)
+        entries = {"random rows": pool} | {f"`{method}`": pool["methods"].get(method) for method in METHODS}
+        shown = {by: f"{one[USEFUL]:.2f} / {one[HARMFUL]:.2f}" for by, one in entries.items() if one is not None}
+        rows.append({"pool": f"`{name}`", **dict.fromkeys(entries, ""), **shown})
+    print_table("Useful / harmful rows among those kept", rows)
 
 
 def draw_ranked(found: dict[str, Any], path: Path) -> None:
@@ -264,16 +252,24 @@ def show_trained(found: dict[str, Any]) -> None:
     arms = list(dict.fromkeys(arm for pool in found.values() for arm in pool["losses"]))
     rows = []
     for name, pool in found.items():
-        means = [f"{pool['means'][arm]:.3f}" if arm in pool["means"] else "" for arm in arms]
-        gain = pool["intervals"].get("cosine_minus_random") or {"mean": None, "half_width": None}
-        mean = "" if gain["mean"] is None else f"{gain['mean']:+.3f}"
-        half_width = "" if gain["half_width"] is None else f"{gain['half_width']:.3f}"
-        tournament, commits = pool["tournament"], ", ".join(dict.fromkeys(pool["commits"].values()))
-        took = f"{tournament['winner']} ({tournament['outcome']})"
-        missed = f"{pool['missed']['share']:.2f}" if pool.get("missed") else ""
-        rows += [[f"`{name}`", took, *means, missed, mean, half_width, commits]]
-    columns = ["missed of the best gain", "cosine less random", "half its interval", "commits"]
-    show_table(["pool", "`auto` took", *arms, *columns], rows)
+        took = f"{pool['tournament']['winner']} ({pool['tournament']['outcome']})"
+        line = {"pool": f"`{name}`", "`auto` took": took, **show_means(pool, arms)}
+        line |= show_interval("cosine less random", pool["intervals"].get("cosine_minus_random"))
+        rows.append(line | {"commits": ", ".join(dict.fromkeys(pool["commits"].values()))})
+    print_table("Test losses", rows)
+
+
+def show_means(found: dict[str, Any], arms: list[str]) -> dict[str, str]:
+    """The mean losses of some arms, and what the coreset misses of the best gain."""
+    means = {arm: f"{found['means'][arm]:.3f}" if arm in found["means"] else "" for arm in arms}
+    return means | {"missed of the best gain": f"{found['missed']['share']:.2f}" if found.get("missed") else ""}
+
+
+def show_interval(what: str, interval: dict[str, float] | None) -> dict[str, str]:
+    """A difference and half of its interval, where there is one."""
+    parts = ((what, "mean", "+.3f"), ("half its interval", "half_width", ".3f"))
+    known = interval or {}
+    return {name: "" if known.get(key) is None else format(known[key], form) for name, key, form in parts}
 
 
 def show_draws(found: dict[str, Any]) -> None:
@@ -281,12 +277,10 @@ def show_draws(found: dict[str, Any]) -> None:
     arms = list(dict.fromkeys(arm for draws in found.values() for arm in draws["means"]))
     rows = []
     for name, draws in found.items():
-        means = [f"{draws['means'][arm]:.3f}" if arm in draws["means"] else "" for arm in arms]
-        gain = draws["intervals"]["coreset_minus_random"]
-        missed = f"{draws['missed']['share']:.2f}" if draws["missed"] else ""
         taken = ", ".join(f"{what} {count}" for what, count in Counter(draws["taken"]).items())
-        rows += [[f"`{name}`", taken, *means, missed, f"{gain['mean']:+.3f}", f"{gain['half_width']:.3f}"]]
-    show_table(["pool", "`auto` took", *arms, "missed of the best gain", "`auto` less random", "half"], rows)
+        line = {"pool": f"`{name}`", "`auto` took": taken, **show_means(draws, arms)}
+        rows.append(line | show_interval("`auto` less random", draws["intervals"]["coreset_minus_random"]))
+    print_table("Fresh draws", rows)
 
 
 def main() -> None:

@@ -28,6 +28,14 @@ def make_pool(name: str, seed: int, shared: Path) -> Pool:
     return GENERATED[name](seed) if name in GENERATED else FROM_SHARED[name](seed, shared)
 
 
+def find_pool(name: str, seed: int, shared: Path) -> Path:
+    """The folder of a pool, made where it is not there yet."""
+    folder = Path("runs/pools") / (name if seed == 0 else f"{name}-{seed}")
+    if not folder.is_dir():
+        write_pool(make_pool(name, seed, shared), folder, seed)
+    return folder
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--pool", choices=list(POOLS))

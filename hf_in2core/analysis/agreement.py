@@ -5,27 +5,52 @@ which `influence` is read with, is hardly more than chance. No label of any task
 of the validation set are the same question asked twice, and their answers drift apart.
 """
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from datasets import Dataset
 
 from hf_in2core.engine.halves import MIN_QUERIES, correlate_halves, extrapolate, say_disagreement
+from hf_in2core.evaluation.intervals import LEVEL
 from hf_in2core.rows.scored import read_query_scores
 
 
 MIN_ROWS, MAX_ROWS = 30, 10_000
 
 
-def measure_agreement(scored: Dataset, seed: int = 0) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Agreement:
+    """
+    How far random halves of the validation set rank the pool alike.
+
+    Attributes:
+        agreement (`float`): Spearman's correlation over the pool between the mean influence on one half of the
+            validation rows and on the other, mean over 50 random halves; 1 = the same ranking, 0 = chance.
+        low, high (`float`): Between which 95 % of the halves lie.
+        reliability (`float`): The agreement that two validation sets of the full size are to be expected to have,
+            `2 r / (1 + r)` (Spearman and Brown); 0 for `r` below 0.
+        num_queries, num_rows (`int`): Validation rows and rows of the pool.
+        warning (`str`, *optional*): What to do, if the agreement is below 0.75.
+    """
+
+    agreement: float
+    low: float
+    high: float
+    reliability: float
+    num_queries: int
+    num_rows: int
+    warning: str | None
+
+
+def measure_agreement(scored: Dataset, seed: int = 0) -> Agreement:
     r"""
     Measure how far random halves of the validation set rank the pool alike; tells a reference past its useful point.
 
     ```python
     >>> trainer.fit_influence(per_example=True)
-    >>> measure_agreement(trainer.score_influence())["warning"]
+    >>> measure_agreement(trainer.score_influence()).warning
     >>> for folder in checkpoints:  # the latest one that is not warned of
-    ...     print(folder, measure_agreement(trainer.score_influence(checkpoints=[folder]))["agreement"])
+    ...     print(folder, measure_agreement(trainer.score_influence(checkpoints=[folder])).agreement)
     ```
 
     It says whether `influence` is a stable answer, not whether it is the right one: an early reading may agree on
@@ -39,15 +64,7 @@ def measure_agreement(scored: Dataset, seed: int = 0) -> dict[str, Any]:
             Seed of the halves and of the sample.
 
     Returns:
-        `dict`:
-
-        - `agreement` (`float`): Spearman's correlation over the pool between the mean influence on one half of the
-          validation rows and on the other, mean over 50 random halves; 1 = the same ranking, 0 = chance.
-        - `low`, `high` (`float`): between which 95 % of the halves lie.
-        - `reliability` (`float`): the agreement that two validation sets of the full size are to be expected to have,
-          `2 r / (1 + r)` (Spearman and Brown); 0 for `r` below 0.
-        - `num_queries`, `num_rows` (`int`): validation rows and rows of the pool.
-        - `warning` (`str` or `None`): what to do, if the agreement is below 0.75.
+        [`Agreement`]
 
     Raises:
         ValueError: if there is no `influence_per_query`, if there are fewer than 10 validation rows or 30 rows with
@@ -70,13 +87,6 @@ def measure_agreement(scored: Dataset, seed: int = 0) -> dict[str, Any]:
             "reference's adapter first, and check that the validation rows differ from one another."
         )
     agreement = float(np.mean(found))
-    low, high = (float(value) for value in np.quantile(found, [0.025, 0.975]))
-    return {
-        "agreement": agreement,
-        "low": low,
-        "high": high,
-        "reliability": max(extrapolate(agreement, 2), 0.0),
-        "num_queries": num_queries,
-        "num_rows": num_rows,
-        "warning": say_disagreement(agreement),
-    }
+    low, high = (float(value) for value in np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    reliability = max(extrapolate(agreement, 2), 0.0)
+    return Agreement(agreement, low, high, reliability, num_queries, num_rows, say_disagreement(agreement))

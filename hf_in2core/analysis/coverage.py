@@ -8,6 +8,7 @@ same aggregations of semantic similarity (RDS+, BM25, sentence embeddings) are t
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from peft import PeftModel
 
 from hf_in2core.engine.losses import compute_row_losses
 from hf_in2core.engine.scoring import TopRows
-from hf_in2core.evaluation.intervals import MIN_PAIRS, compute_rank_correlation
+from hf_in2core.evaluation.intervals import LEVEL, MIN_PAIRS, RankCorrelation, compute_rank_correlation
 from hf_in2core.influence.config import AUTOCAST_DTYPES
 from hf_in2core.rows.hashes import find_shared_tokens
 from hf_in2core.rows.scored import read_query_scores, read_scores
@@ -36,6 +37,19 @@ if TYPE_CHECKING:
 SIMILARITIES = ("rds", "bm25", "embedding")
 
 
+@dataclass(frozen=True)
+class CoverageCorrelation(RankCorrelation):
+    """
+    A [`~hf_in2core.evaluation.intervals.RankCorrelation`] of coverage with an outcome, and what it says.
+
+    Attributes:
+        conclusion (`str`): `"negative"` or `"positive"` where the whole interval is on that side of 0, `"none"` where
+            it holds 0 or where either column is constant.
+    """
+
+    conclusion: str
+
+
 def compute_coverage(trainer: "InfluenceTrainer", *, top_k: int = 10) -> Dataset:
     r"""
     Coverage of every test row by the pool, from the influence of the pool's rows on the test row's loss.
@@ -49,7 +63,7 @@ def compute_coverage(trainer: "InfluenceTrainer", *, top_k: int = 10) -> Dataset
     >>> trainer.train()
     >>> coverage = compute_coverage(trainer)
     >>> worst = coverage.sort("coverage_top_k").select(range(10))
-    >>> correlate_coverage(coverage)["coverage_top_k"]
+    >>> correlate_coverage(coverage)["coverage_top_k"].estimate
     ```
 
     Args:
@@ -160,7 +174,9 @@ def measure_coverage(strength: np.ndarray, top_k: int = 10) -> dict[str, np.ndar
     }
 
 
-def correlate_coverage(coverage: Dataset, column: str = "loss", level: float = 0.95) -> dict[str, dict[str, Any]]:
+def correlate_coverage(
+    coverage: Dataset, column: str = "loss", level: float = LEVEL
+) -> dict[str, CoverageCorrelation]:
     r"""
     Whether better covered test rows have another loss: Spearman's correlation of every aggregation with a column.
 
@@ -175,9 +191,7 @@ def correlate_coverage(coverage: Dataset, column: str = "loss", level: float = 0
             Confidence level in (0, 1).
 
     Returns:
-        `dict[str, dict]`: for every `coverage_*` column the result of [`intervals.compute_rank_correlation`]
-        (`estimate`, `low`, `high`, `n`, `level`) and `conclusion`: `"negative"` or `"positive"` where the whole
-        interval is on that side of 0, `"none"` where it holds 0 or where either column is constant.
+        `dict[str, CoverageCorrelation]`: by the `coverage_*` column.
 
     Raises:
         ValueError: if a column is missing, or fewer than 10 test rows are left.
@@ -199,9 +213,9 @@ def correlate_coverage(coverage: Dataset, column: str = "loss", level: float = 0
     for name in names:
         found = compute_rank_correlation(read_scores(coverage, name)[kept], outcome[kept], level)
         conclusion = "none"
-        if found["estimate"] is not None and found["low"] * found["high"] > 0:
-            conclusion = "negative" if found["high"] < 0 else "positive"
-        results[name] = found | {"conclusion": conclusion}
+        if found.low is not None and found.high is not None and found.low * found.high > 0:
+            conclusion = "negative" if found.high < 0 else "positive"
+        results[name] = CoverageCorrelation(**vars(found), conclusion=conclusion)
     return results
 
 

@@ -306,22 +306,22 @@ def choose_layers(scores: LayerScores, *, budget: float, seed: int = 0) -> Layer
     everyone = np.arange(len(scores.rows))
     candidates = _compare_candidates(scores, budget, everyone)
     best = candidates[0]
-    interval = _correlate(scores, best["layers"], everyone)
+    spearman, low, high = _correlate(scores, best["layers"], everyone)
     generator = np.random.default_rng(seed)
     held_out, overlaps = [], []
     for _ in range(HALVES):
         half, other = np.array_split(generator.permutation(len(everyone)), 2)
         found = _compare_candidates(scores, budget, half)[0]["layers"]
-        held_out.append(_correlate(scores, found, other)["estimate"])
+        held_out.append(_correlate(scores, found, other)[0])
         overlaps.append(len(set(found) & set(best["layers"])) / len(set(found) | set(best["layers"])))
     return LayerChoice(
         layers=best["layers"],
         memory=best["memory"],
         memory_efficiency=1 / best["memory"],
         backward_layers=best["backward_layers"],
-        spearman=interval["estimate"],
-        low=interval["low"],
-        high=interval["high"],
+        spearman=spearman,
+        low=low,
+        high=high,
         held_out_spearman=float(np.mean(held_out)),
         overlap=float(np.mean(overlaps)),
         candidates=candidates,
@@ -355,7 +355,7 @@ def _compare_candidates(scores: LayerScores, budget: float, rows: np.ndarray) ->
             "layers": list(layers),
             "memory": scores.measure_memory(layers),
             "backward_layers": scores.layers[-1] - layers[0] + 1,
-            "spearman": _correlate(scores, list(layers), rows)["estimate"],
+            "spearman": _correlate(scores, list(layers), rows)[0],
         }
         for layers, name in named.items()
     ]
@@ -381,20 +381,19 @@ def grow_layers(scores: LayerScores, budget: float, rows: np.ndarray | None = No
         if not fitting:
             return steps
         # Later layers first: among equals the one with the shorter backward pass.
-        correlations = {layer: _correlate(scores, [*chosen, layer], picked)["estimate"] for layer in reversed(fitting)}
+        correlations = {layer: _correlate(scores, [*chosen, layer], picked)[0] for layer in reversed(fitting)}
         chosen = [*chosen, max(correlations, key=correlations.__getitem__)]
         steps.append(chosen)
 
 
-def _correlate(scores: LayerScores, layers: list[int], rows: np.ndarray) -> dict[str, Any]:
-    """Rank correlation of the influence through some layers with that through all; 0 where it is constant."""
+def _correlate(scores: LayerScores, layers: list[int], rows: np.ndarray) -> tuple[float, float, float]:
+    """Rank correlation of the influence through some layers with all, and its interval; 0 where it is constant."""
     found = compute_rank_correlation(scores.compute_influence(layers, rows), scores.compute_influence(None, rows))
-    return found if found["estimate"] is not None else found | {"estimate": 0.0, "low": -1.0, "high": 1.0}
+    if found.estimate is None or found.low is None or found.high is None:
+        return 0.0, -1.0, 1.0
+    return found.estimate, found.low, found.high
 
 
 def _check_budget(budget: float) -> None:
     if not 0 < budget <= 1:
-        raise ValueError(
-            f"budget={budget} is outside (0, 1]: it is the share of all layers' gradient memory, so a quarter of it "
-            "is budget=0.25."
-        )
+        raise ValueError(f"budget={budget} is outside (0, 1]: a quarter of all layers' gradient memory is 0.25.")

@@ -14,8 +14,9 @@ from hf_in2core.evaluation.formats import read_object
 from hf_in2core.hub.checks import get_data_folder
 from hf_in2core.hub.state import Head, LocalFile
 from hf_in2core.names import REPLAY, RESULTS
+from hf_in2core.rows.places import is_hub_id
 
-from .dataset import InfluenceSummary, is_hub_id, render_influence_section
+from .dataset import InfluenceSummary, render_influence_section
 from .metadata import SplitFacts, add_tags, inherit_metadata, join_card, merge_splits, parse_card, replace_section
 from .splits import Record, read_records, write_records
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +44,6 @@ from .splits import Record, list_commands, say_choice
 from .text import Markdown, escape_markdown, format_block, format_code, render_template
 
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", flags=re.ASCII)
 _NO_TEMPLATE = hashlib.sha256(b"").hexdigest()
 _LONGEST_ROW = 2000
 _CAPTIONS = {
@@ -152,11 +150,6 @@ def summarise_influence(
             ]
         ],
     )
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a model's or dataset's name has the form of a Hub id, rather than that of a path."""
-    return _HUB_ID.fullmatch(name) is not None
 
 
 def render_influence_section(

@@ -10,8 +10,9 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from hf_in2core.evaluation.arms import FIGURES, explain_means, summarize_arms
 from hf_in2core.evaluation.formats import format_number, get_value, is_number, list_objects
 from hf_in2core.names import ALL_ARMS, LENGTH_MATCHED, METHODS
+from hf_in2core.rows.places import is_hub_id
 
-from .dataset import is_hub_id, list_provenance, say_validation
+from .dataset import list_provenance, say_validation
 from .metadata import add_tags, join_card, parse_card, replace_section
 from .splits import format_command
 from .text import Markdown, escape_markdown, format_code, render_template

@@ -166,7 +166,7 @@ def push_influence_dataset(
         sources = _read_sources(source_datasets, token)
         found = (find_coreset(name, given, scored) for name, given in (coresets or {}).items())
         told = files.get(f"{prefix}{SCORER}/config.json")
-        fitted_on = get_object(read_object(told.read_bytes() if isinstance(told, Path) else None), "validation_sets")
+        fitted_on = get_object(read_object(told if isinstance(told, Path) else None), "validation_sets")
         summary = summarise_influence(
             scored, [coreset for coreset in found if coreset is not None], validation_sets=fitted_on
         )
@@ -262,9 +262,9 @@ def _find_own_folders(report: str | Path | None, command: str) -> list[str]:
     """The folders of this machine that a run's configuration, results and commands name."""
     if report is None:
         return list_own_folders({}, command)
-    config, results = Path(report) / REPLAY, Path(report) / RESULTS
+    config = Path(report) / REPLAY
     settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None
-    told = get_object(read_object(results.read_bytes() if results.is_file() else None), "config")
+    told = get_object(read_object(Path(report) / RESULTS), "config")
     return list_own_folders({"told": told, "settings": settings}, command)
 
 

@@ -5,15 +5,13 @@
 `in2core run` on the quickstart, into runs/quickstart/ of the folder you are in; its flags are those of `in2core run`.
 """
 
-from hf_in2core.pipeline.parser import RecipeParser, make_run_parser
+from hf_in2core.pipeline.parser import make_run_parser
 from hf_in2core.shipped import find_shipped
 
 from .run import main
 
 
-__all__ = ["main", "make_parser"]
+__all__ = ["PARSER", "main"]
 
 
-def make_parser() -> RecipeParser:
-    """Parser of this command."""
-    return make_run_parser(__doc__, "demo", find_shipped("recipes/quickstart/in2core.yaml"))
+PARSER = make_run_parser(__doc__, "demo", find_shipped("recipes/quickstart/in2core.yaml"))

@@ -19,9 +19,7 @@ from hf_in2core.pipeline.parser import RecipeParser, Settings
 from hf_in2core.pipeline.stage_arguments import EvaluateArguments
 
 
-def make_parser() -> RecipeParser:
-    """Parser of this command."""
-    return RecipeParser("evaluate", EvaluateArguments, __doc__, shown={"targets": ("per_device_eval_batch_size",)})
+PARSER = RecipeParser("evaluate", EvaluateArguments, __doc__, shown={"targets": ("per_device_eval_batch_size",)})
 
 
 def main(settings: Settings) -> None:

@@ -23,9 +23,7 @@ from hf_in2core.pipeline.parser import RecipeParser, Settings
 from hf_in2core.pipeline.stage_arguments import GrowArguments
 
 
-def make_parser() -> RecipeParser:
-    """Parser of this command."""
-    return RecipeParser("grow", GrowArguments, __doc__, model=False)
+PARSER = RecipeParser("grow", GrowArguments, __doc__, model=False)
 
 
 def main(settings: Settings) -> None:

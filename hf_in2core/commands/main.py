@@ -68,7 +68,7 @@ def run_here(name: str, flags: Sequence[str]) -> None:
     # Of the libraries to each other: nothing that a user could do about.
     warnings.filterwarnings("ignore", message=r"`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning)
     module = import_module(f"hf_in2core.commands.{name.replace('-', '_')}")
-    module.make_parser().run(module.main, flags)
+    module.PARSER.run(module.main, flags)
 
 
 def run_script(name: str) -> None:

@@ -17,9 +17,7 @@ from hf_in2core.pipeline.parser import RecipeParser, Settings
 from hf_in2core.pipeline.stage_arguments import PublishArguments
 
 
-def make_parser() -> RecipeParser:
-    """Parser of this command."""
-    return RecipeParser("publish", PublishArguments, __doc__, model=False, training=False)
+PARSER = RecipeParser("publish", PublishArguments, __doc__, model=False, training=False)
 
 
 def main(settings: Settings) -> None:

@@ -7,9 +7,7 @@ from hf_in2core.pipeline.parser import RecipeParser, Settings
 from hf_in2core.pipeline.stage_arguments import ReportArguments
 
 
-def make_parser() -> RecipeParser:
-    """Parser of this command."""
-    return RecipeParser("report", ReportArguments, __doc__, model=False, training=False)
+PARSER = RecipeParser("report", ReportArguments, __doc__, model=False, training=False)
 
 
 def main(settings: Settings) -> None:

@@ -13,12 +13,10 @@ from typing import Any
 
 from hf_in2core.names import AUTO, NUM_LOSS_TOKENS, POOL, name_coreset
 from hf_in2core.pipeline.arguments import In2CoreArguments, describe_command
-from hf_in2core.pipeline.parser import RecipeParser, Settings, make_run_parser
+from hf_in2core.pipeline.parser import Settings, make_run_parser
 
 
-def make_parser() -> RecipeParser:
-    """Parser of this command."""
-    return make_run_parser(__doc__)
+PARSER = make_run_parser(__doc__)
 
 
 def main(settings: Settings) -> None:

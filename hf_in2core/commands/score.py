@@ -15,14 +15,12 @@ from hf_in2core.pipeline.parser import RecipeParser, Settings
 from hf_in2core.pipeline.stage_arguments import ScoreInfluenceArguments
 
 
-def make_parser() -> RecipeParser:
-    """Parser of this command."""
-    return RecipeParser(
-        "score",
-        ScoreInfluenceArguments,
-        __doc__,
-        shown={"influence": ("estimator", "fit_examples", "tokens_per_batch", "max_length")},
-    )
+PARSER = RecipeParser(
+    "score",
+    ScoreInfluenceArguments,
+    __doc__,
+    shown={"influence": ("estimator", "fit_examples", "tokens_per_batch", "max_length")},
+)
 
 
 def main(settings: Settings) -> None:

@@ -12,9 +12,7 @@ from hf_in2core.pipeline.parser import RecipeParser, Settings
 from hf_in2core.pipeline.stage_arguments import SelectCoresetArguments
 
 
-def make_parser() -> RecipeParser:
-    """Parser of this command."""
-    return RecipeParser("select", SelectCoresetArguments, __doc__, model=False, training=False)
+PARSER = RecipeParser("select", SelectCoresetArguments, __doc__, model=False, training=False)
 
 
 def main(settings: Settings) -> None:

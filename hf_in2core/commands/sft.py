@@ -18,9 +18,7 @@ from hf_in2core.pipeline.parser import TRAINING, RecipeParser, Settings
 from hf_in2core.pipeline.stage_arguments import SftCoresetArguments
 
 
-def make_parser() -> RecipeParser:
-    """Parser of this command."""
-    return RecipeParser("sft", SftCoresetArguments, __doc__, shown={"targets": TRAINING})
+PARSER = RecipeParser("sft", SftCoresetArguments, __doc__, shown={"targets": TRAINING})
 
 
 def main(settings: Settings) -> None:
@@ -134,7 +132,6 @@ def prepare_card(settings: Settings, revision: str | None) -> Callable[..., str]
     from hf_in2core.evaluation.formats import read_object
     from hf_in2core.hub.state import read_head
     from hf_in2core.pipeline.arguments import describe_command
-    from hf_in2core.pipeline.run_folder import read_json
     from hf_in2core.rows.sources import find_hub_id
 
     args: SftCoresetArguments = settings.arguments
@@ -143,7 +140,7 @@ def prepare_card(settings: Settings, revision: str | None) -> Callable[..., str]
     # Of a run's folder: its pool, or one of its coresets.
     folder = Path(source)
     run_folder = folder.parent if folder.name == "scored" else folder.parent.parent
-    results: dict[str, Any] = {} if hub_id else read_json(run_folder / RESULTS) or {}
+    results: dict[str, Any] = {} if hub_id else read_object(run_folder / RESULTS)
     if hub_id is not None:
         split = split or (source.split(":")[-1] if ":" in source else "train")
         results = read_object(read_head(hub_id, repo_type="dataset", revision=revision).read(RESULTS))

@@ -11,9 +11,7 @@ from hf_in2core.pipeline.parser import TRAINING, RecipeParser, Settings
 from hf_in2core.pipeline.stage_arguments import TrainReferenceArguments
 
 
-def make_parser() -> RecipeParser:
-    """Parser of this command."""
-    return RecipeParser("train-reference", TrainReferenceArguments, __doc__, shown={"reference": TRAINING})
+PARSER = RecipeParser("train-reference", TrainReferenceArguments, __doc__, shown={"reference": TRAINING})
 
 
 def main(settings: Settings) -> None:

@@ -12,7 +12,6 @@ from hf_in2core.names import ALL_ARMS, BUDGETS, METHODS
 
 from .formats import (
     DASH,
-    LEVEL,
     format_difference,
     format_interval,
     format_mean,
@@ -23,6 +22,7 @@ from .formats import (
     is_number,
     list_objects,
 )
+from .intervals import LEVEL
 from .leakage import describe_shared
 
 
@@ -194,7 +194,7 @@ def list_differences(entries: Any) -> list[Difference]:
                 Difference(
                     str(name).replace("_", " ").replace(" minus ", " \N{MINUS SIGN} "),
                     f"{format_number(entry.get('fraction'), 'g')}, {BUDGETS.get(budget, budget)}",
-                    *format_difference(interval),
+                    *format_difference(interval["mean"], interval.get("low"), interval.get("high")),
                     format_number(interval.get("n"), ".0f"),
                     OUTCOMES.get(str(interval.get("outcome")), "no interval"),
                 )

@@ -6,26 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .intervals import compute_confidence_interval
+from .intervals import LEVEL, Interval, compute_confidence_interval
 
 
-LEVEL = 0.95
 DASH = "\N{EN DASH}"
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON; `None` where there is no whole file."""
+def read_object(source: Path | bytes | None) -> dict[str, Any]:
+    """What JSON that may be anybody's holds, or a file of it; empty where it is not whole, or no object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(source.read_bytes() if isinstance(source, Path) else source or b"{}")
     except (OSError, ValueError, RecursionError):
-        return None
-
-
-def read_object(content: bytes | None) -> dict[str, Any]:
-    """What JSON that may be anybody's holds; empty where it is no object."""
-    try:
-        value = json.loads(content or b"{}")
-    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -78,20 +69,25 @@ def format_interval(values: Sequence[Any], decimals: int) -> str:
     if not known:
         return DASH
     interval = compute_confidence_interval(known, LEVEL)
-    half = "" if interval["half_width"] is None else f" ± {interval['half_width']:.{decimals}f}"
-    return f"{interval['mean']:.{decimals}f}{half}"
+    half = "" if interval.half_width is None else f" ± {interval.half_width:.{decimals}f}"
+    return f"{interval.mean:.{decimals}f}{half}"
 
 
-def format_difference(interval: Mapping[str, Any]) -> tuple[str, str]:
+def say_difference(interval: Interval) -> str:
+    """A difference of losses with its interval, where it has one."""
+    mean, ends = format_difference(interval.mean, interval.low, interval.high)
+    return mean if interval.low is None else f"{mean}, {interval.level * 100:g} % interval {ends}"
+
+
+def format_difference(mean: Any, low: Any, high: Any) -> tuple[str, str]:
     """
-    A difference of losses and the ends of its interval, from one of `intervals` of a verdict; dashes for no numbers.
+    A difference of losses and the ends of its interval, as of one of `intervals` of a verdict; dashes for no numbers.
 
     Digits are two of the half-width, three decimals at least, so that an end close to 0 does not read as 0.
     """
-    mean, low, high = (interval.get(key) for key in ("mean", "low", "high"))
     if not (is_number(low) and is_number(high)):
         return format_number(mean, "+.3f"), DASH
-    half_width = abs(high - low) / 2  # type: ignore[operator]
+    half_width = abs(high - low) / 2
     decimals = 3 if half_width < 1e-6 else max(3, 1 - math.floor(math.log10(half_width)))
     return format_number(mean, f"+.{decimals}f"), f"{low:+.{decimals}f} to {high:+.{decimals}f}"
 

@@ -3,10 +3,9 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from .formats import format_difference
-from .intervals import compute_confidence_interval
+from .formats import say_difference
+from .intervals import Interval, compute_confidence_interval
 
 
 # Three times the margin within which a coreset is no worse than the full pool: it has kept two thirds of what training
@@ -25,8 +24,7 @@ class TrainingGain:
         arm (`str`): The arm that stands for the training: `"full"`, or the best suited one where that was not run.
         before (`float`): Test loss of the untrained model.
         after (`float`): Mean test loss of the arm over its seeds.
-        difference (`dict`): Student-t interval over seeds of the arm's loss minus `before`, as from
-            [`~hf_in2core.evaluation.intervals.compute_confidence_interval`]; without ends for a single seed.
+        difference ([`~hf_in2core.evaluation.intervals.Interval`]): Of the arm's loss minus `before`, over seeds.
         share (`float`): How much lower `after` is, as a share of `before`; negative where training raised the loss.
         min_share (`float`): The share that is asked for.
         clear (`bool`): Every seed is below `before`, and the share is as large as asked for. The interval does not
@@ -36,7 +34,7 @@ class TrainingGain:
     arm: str
     before: float
     after: float
-    difference: dict[str, Any]
+    difference: Interval
     share: float
     min_share: float
     clear: bool
@@ -63,11 +61,12 @@ def measure_gain(
     if arm is None or base_loss is None or not 0 < base_loss < math.inf:
         return None
     difference = compute_confidence_interval([loss - base_loss for loss in losses[arm].values()], level)
-    share = -difference["mean"] / base_loss
+    assert difference.mean is not None
+    share = -difference.mean / base_loss
     return TrainingGain(
         arm=arm,
         before=base_loss,
-        after=base_loss + difference["mean"],
+        after=base_loss + difference.mean,
         difference=difference,
         share=share,
         min_share=MIN_GAIN,
@@ -77,9 +76,8 @@ def measure_gain(
 
 def say_no_gain(gain: TrainingGain, where: str, coreset_loss: float | None) -> str:
     """Why nothing is concluded, and what to do, in a few sentences; `coreset_loss`: mean of the coreset's arm."""
-    mean, ends = format_difference(gain.difference)
-    interval = f", {gain.difference['level'] * 100:g} % interval {ends}" if gain.difference["low"] is not None else ""
-    found = f"test loss {gain.before:.3f} before and {gain.after:.3f} after it, difference {mean}{interval}"
+    difference = say_difference(gain.difference)
+    found = f"test loss {gain.before:.3f} before and {gain.after:.3f} after it, difference {difference}"
     if gain.share <= 0:
         why = "did not lower the test loss of the untrained model"
         advice = (

@@ -2,17 +2,82 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
 from scipy.stats import spearmanr
 
 
+# Confidence level of whatever is told with an interval.
+LEVEL = 0.95
 MIN_PAIRS = 10
 
 
-def compute_confidence_interval(values: Sequence[float] | np.ndarray, level: float = 0.95) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Interval:
+    """
+    A mean and its confidence interval.
+
+    Attributes:
+        mean (`float`): The mean; `None` where a value is not finite.
+        half_width, low, high (`float`): Half of the interval, and its ends; `None` where none can be given.
+        n (`int`): Values, or seeds of the smaller arm.
+        level (`float`): Confidence level.
+    """
+
+    mean: float | None
+    half_width: float | None
+    low: float | None
+    high: float | None
+    n: int
+    level: float
+
+
+@dataclass(frozen=True)
+class LossDifference(Interval):
+    """
+    An [`Interval`] of the difference of two arms' mean losses.
+
+    Attributes:
+        method (`str`): `"paired t"` or `"Welch t"`; `None` where a loss is not finite.
+    """
+
+    method: str | None
+
+
+@dataclass(frozen=True)
+class JudgedDifference(LossDifference):
+    """
+    A [`LossDifference`] and what it says.
+
+    Attributes:
+        outcome (`str`): `"better"`, `"worse"`, `"inconclusive"` or `"no interval"`; against the full pool also
+            `"no worse"`.
+    """
+
+    outcome: str
+
+
+@dataclass(frozen=True)
+class RankCorrelation:
+    """
+    Spearman's rank correlation.
+
+    Attributes:
+        estimate, low, high (`float`): In [-1, 1]; `None` where either side is constant.
+        n (`int`): Pairs.
+        level (`float`): Confidence level.
+    """
+
+    estimate: float | None
+    low: float | None
+    high: float | None
+    n: int
+    level: float
+
+
+def compute_confidence_interval(values: Sequence[float] | np.ndarray, level: float = LEVEL) -> Interval:
     r"""
     Student-t confidence interval of the mean of independent values, such as one loss per seed.
 
@@ -23,8 +88,8 @@ def compute_confidence_interval(values: Sequence[float] | np.ndarray, level: flo
             Confidence level in (0, 1).
 
     Returns:
-        `dict`: `mean`, `half_width`, `low`, `high` (floats), `n` (`int`) and `level`. With a single value
-        `half_width`, `low` and `high` are `None`: one value says nothing about its own spread.
+        [`Interval`]: with a single value `half_width`, `low` and `high` are `None`: one value says nothing about its
+        own spread.
 
     Raises:
         `ValueError`: no values, a value that is not finite, or a level outside (0, 1).
@@ -32,13 +97,13 @@ def compute_confidence_interval(values: Sequence[float] | np.ndarray, level: flo
     array = _check_values(values, level)
     mean, n = float(array.mean()), len(array)
     if n < 2:
-        return {"mean": mean, "half_width": None, "low": None, "high": None, "n": n, "level": level}
-    return _interval(mean, float(array.std(ddof=1)) / math.sqrt(n), n - 1, level) | {"n": n, "level": level}
+        return Interval(mean, None, None, None, n, level)
+    return Interval(*_find_ends(mean, float(array.std(ddof=1)) / math.sqrt(n), n - 1, level), n, level)
 
 
-def compare_losses(first: Mapping[int, float], second: Mapping[int, float], level: float = 0.95) -> dict[str, Any]:
+def compare_losses(first: Mapping[int, float], second: Mapping[int, float], level: float = LEVEL) -> LossDifference:
     r"""
-    Difference `first - second` of the mean losses of two arms, with its t-interval.
+    LossDifference `first - second` of the mean losses of two arms, with its t-interval.
 
     Args:
         first (`Mapping[int, float]`):
@@ -50,10 +115,9 @@ def compare_losses(first: Mapping[int, float], second: Mapping[int, float], leve
             Confidence level in (0, 1).
 
     Returns:
-        `dict`: `mean` (the difference; below 0 = the first arm has the lower loss), `half_width`, `low`, `high`, `n`
-        (seeds of the smaller arm), `level` and `method` (`"paired t"` or `"Welch t"`). `half_width`, `low` and `high`
-        are `None` where no interval can be given: an arm has fewer than two seeds, or the loss is the same for all
-        seeds in both arms, so that the seeds say nothing about noise.
+        [`LossDifference`]: with a `mean` below 0 the first arm has the lower loss. `half_width`, `low` and `high` are
+        `None` where no interval can be given: an arm has fewer than two seeds, or the loss is the same for all seeds
+        in both arms, so that the seeds say nothing about noise.
 
     Raises:
         `ValueError`: an arm without values, a loss that is not finite, or a level outside (0, 1).
@@ -63,19 +127,21 @@ def compare_losses(first: Mapping[int, float], second: Mapping[int, float], leve
     paired = set(first) == set(second)
     n = min(len(a), len(b))
     difference = float(a.mean() - b.mean())
-    rest = {"n": n, "level": level, "method": "paired t" if paired else "Welch t"}
+    method = "paired t" if paired else "Welch t"
     if n < 2 or (np.ptp(a) == 0 and np.ptp(b) == 0):
-        return {"mean": difference, "half_width": None, "low": None, "high": None} | rest
+        return LossDifference(difference, None, None, None, n, level, method)
     if paired:
-        return compute_confidence_interval([first[seed] - second[seed] for seed in first], level) | rest
+        differences = [first[seed] - second[seed] for seed in first]
+        return LossDifference(**vars(compute_confidence_interval(differences, level)), method=method)
     square_a, square_b = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
     freedom = (square_a + square_b) ** 2 / (square_a**2 / (len(a) - 1) + square_b**2 / (len(b) - 1))
-    return _interval(difference, math.sqrt(square_a + square_b), float(freedom), level) | rest
+    ends = _find_ends(difference, math.sqrt(square_a + square_b), float(freedom), level)
+    return LossDifference(*ends, n, level, method)
 
 
 def compute_rank_correlation(
-    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, level: float = 0.95
-) -> dict[str, Any]:
+    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, level: float = LEVEL
+) -> RankCorrelation:
     r"""
     Spearman's rank correlation with its confidence interval.
 
@@ -89,8 +155,8 @@ def compute_rank_correlation(
             Confidence level in (0, 1).
 
     Returns:
-        `dict`: `estimate`, `low` and `high` in [-1, 1], `n` and `level`. The three are `None` where either side is
-        constant: without an order there is nothing to correlate.
+        [`RankCorrelation`]: without an estimate where either side is constant: without an order there is nothing to
+        correlate.
 
     Raises:
         `ValueError`: different lengths, fewer than ten pairs, a value that is not finite, or a level outside (0, 1).
@@ -100,19 +166,18 @@ def compute_rank_correlation(
         raise ValueError(
             f"A rank correlation needs pairs, at least {MIN_PAIRS} of them, but got {len(a)} and {len(b)} values."
         )
-    rest = {"n": len(a), "level": level}
     if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return {"estimate": None, "low": None, "high": None} | rest
+        return RankCorrelation(None, None, None, len(a), level)
     # Rounding takes a correlation of 1 a hair beyond it.
     r = float(np.clip(spearmanr(a, b).statistic, -1, 1))
     z = math.atanh(np.clip(r, -1 + 1e-15, 1 - 1e-15))
     half_width = float(ndtri((1 + level) / 2)) * math.sqrt((1 + r * r / 2) / (len(a) - 3))
-    return {"estimate": r, "low": math.tanh(z - half_width), "high": math.tanh(z + half_width)} | rest
+    return RankCorrelation(r, math.tanh(z - half_width), math.tanh(z + half_width), len(a), level)
 
 
 def _check_values(values: Sequence[float] | np.ndarray, level: float) -> np.ndarray:
     if not 0 < level < 1:
-        raise ValueError(f"level={level} is outside (0, 1). A 95 % interval is level=0.95.")
+        raise ValueError(f"level={level} is outside (0, 1). A {100 * LEVEL:g} % interval is level={LEVEL}.")
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or len(array) == 0:
         raise ValueError(
@@ -125,6 +190,7 @@ def _check_values(values: Sequence[float] | np.ndarray, level: float) -> np.ndar
     return array
 
 
-def _interval(mean: float, standard_error: float, freedom: float, level: float) -> dict[str, Any]:
+def _find_ends(mean: float, standard_error: float, freedom: float, level: float) -> tuple[float, float, float, float]:
+    """The first four values of an [`Interval`]."""
     half_width = float(stdtrit(freedom, (1 + level) / 2)) * standard_error
-    return {"mean": mean, "half_width": half_width, "low": mean - half_width, "high": mean + half_width}
+    return mean, half_width, mean - half_width, mean + half_width

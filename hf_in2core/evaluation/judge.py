@@ -14,7 +14,14 @@ from scipy.stats import mannwhitneyu
 from hf_in2core.names import ALL_ARMS, ARMS, BUDGETS
 
 from .gain import measure_gain
-from .intervals import compare_losses, compute_confidence_interval
+from .intervals import (
+    LEVEL,
+    Interval,
+    JudgedDifference,
+    LossDifference,
+    compare_losses,
+    compute_confidence_interval,
+)
 from .verdict import FractionVerdict, SelectionCost, Verdict, say_headline, say_verdict
 
 
@@ -61,7 +68,7 @@ def judge(
     *,
     fractions: Sequence[float] | None = None,
     margin: float = 0.01,
-    level: float = 0.95,
+    level: float = LEVEL,
     base_loss: float | None = None,
 ) -> Verdict:
     r"""
@@ -172,8 +179,7 @@ def _judge_fraction(
         if _key(arm, fraction, budget) in runs
     }
     diverged = [arm for arm, by_seed in losses.items() if not all(map(math.isfinite, by_seed.values()))]
-    unknown = {"mean": None, "half_width": None, "low": None, "high": None}
-    intervals: dict[str, Any] = {}
+    intervals: dict[str, JudgedDifference | None] = {}
     others = [arm for arm in losses if arm not in ARMS]
     for first, second in [*COMPARISONS, *((arm, "random") for arm in others), *(("coreset", arm) for arm in others)]:
         name = f"{first}_minus_{second}"
@@ -181,19 +187,20 @@ def _judge_fraction(
             intervals[name] = None
         elif first in diverged or second in diverged:
             n = min(len(losses[first]), len(losses[second]))
-            intervals[name] = unknown | {"n": n, "level": level, "method": None, "outcome": "no interval"}
+            intervals[name] = JudgedDifference(None, None, None, None, n, level, None, "no interval")
         else:
             interval = compare_losses(losses[first], losses[second], level)
             allowed = margin * sum(losses["full"].values()) / len(losses["full"]) if second == "full" else 0.0
-            intervals[name] = interval | {"outcome": _read_outcome(interval, allowed)}
+            intervals[name] = JudgedDifference(**vars(interval), outcome=_read_outcome(interval, allowed))
     gain = measure_gain({arm: found for arm, found in losses.items() if arm not in diverged}, base_loss, level)
-    outcomes = {} if gain is not None and not gain.clear else intervals
-    outcomes = {name: None if found is None else found["outcome"] for name, found in outcomes.items()}
+    outcomes = {name: found.outcome for name, found in intervals.items() if found is not None}
+    if gain is not None and not gain.clear:
+        outcomes = {}
     return FractionVerdict(
         fraction=fraction,
         budget=budget,
         losses={
-            arm: unknown | {"n": len(by_seed), "level": level}
+            arm: Interval(None, None, None, None, len(by_seed), level)
             if arm in diverged
             else compute_confidence_interval(list(by_seed.values()), level)
             for arm, by_seed in losses.items()
@@ -207,15 +214,15 @@ def _judge_fraction(
     )
 
 
-def _read_outcome(interval: dict[str, Any], allowed: float) -> str:
+def _read_outcome(interval: LossDifference, allowed: float) -> str:
     """What an interval of a difference of losses says; up to `allowed` above 0 is "no worse"."""
-    if interval["low"] is None:
+    if interval.low is None or interval.high is None:
         return "no interval"
-    if interval["high"] < 0:
+    if interval.high < 0:
         return "better"
-    if interval["high"] < allowed:
+    if interval.high < allowed:
         return "no worse"
-    return "worse" if interval["low"] > 0 else "inconclusive"
+    return "worse" if interval.low > 0 else "inconclusive"
 
 
 def _compute_cost(

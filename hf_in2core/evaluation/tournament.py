@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hf_in2core.names import METHODS
 
-from .formats import format_difference
+from .formats import say_difference
 from .gain import MIN_GAIN
-from .intervals import compare_losses
+from .intervals import Interval, compare_losses
 
 
 # Fewer steps than this say more of the warm-up than of the rows.
@@ -40,8 +40,7 @@ class Tournament:
         steps (`int`): Optimiser steps of each run.
         num_runs (`int`): Runs that there were.
         left_out (`list[str]`): Candidates for which the budget had no runs.
-        intervals (`dict[str, dict]`): `<finalist>_minus_random` and `<first>_minus_<second>`, as from
-            [`~hf_in2core.evaluation.intervals.compare_losses`].
+        intervals (`dict[str, Interval]`): `<finalist>_minus_random` and `<first>_minus_<second>`.
     """
 
     outcome: str
@@ -51,7 +50,7 @@ class Tournament:
     steps: int
     num_runs: int
     left_out: list[str]
-    intervals: dict[str, dict[str, Any]]
+    intervals: dict[str, Interval]
 
 
 class TournamentPlan(NamedTuple):
@@ -179,27 +178,27 @@ def run_tournament(
     return Tournament(outcome, winner, text, losses, steps, num_runs, left_out, intervals)
 
 
-def _compare(losses: Mapping[str, Mapping[int, float]], first: str, second: str) -> dict[str, Any]:
+def _compare(losses: Mapping[str, Mapping[int, float]], first: str, second: str) -> Interval:
     if not all(map(math.isfinite, [*losses[first].values(), *losses[second].values()])):
-        return {"mean": None, "low": None, "high": None, "half_width": None, "n": len(losses[first]), "level": LEVEL}
+        return Interval(None, None, None, None, len(losses[first]), LEVEL)
     return compare_losses(losses[first], losses[second], LEVEL)
 
 
-def _is_below(interval: Mapping[str, Any]) -> bool:
+def _is_below(interval: Interval) -> bool:
     """Whether a whole interval is below 0; random rows that diverged are beaten by rows that did not."""
-    return interval["mean"] is None or (interval["high"] is not None and interval["high"] < 0)
+    return interval.mean is None or (interval.high is not None and interval.high < 0)
 
 
-def _may_gain(interval: Mapping[str, Any], smallest: float) -> bool:
+def _may_gain(interval: Interval, smallest: float) -> bool:
     """Whether the mean is below 0, and the interval leaves room for a gain that is worth selecting for."""
-    return interval["mean"] < 0 and (interval["low"] is None or interval["low"] < smallest)
+    return interval.mean is not None and interval.mean < 0 and (interval.low is None or interval.low < smallest)
 
 
 def _say(
     outcome: str,
     winner: str,
     finalists: Sequence[str],
-    intervals: Mapping[str, Mapping[str, Any]],
+    intervals: Mapping[str, Interval],
     losses: Mapping[str, Mapping[int, float]],
     steps: int,
     num_runs: int,
@@ -207,12 +206,9 @@ def _say(
 ) -> str:
     """The tournament in a few sentences."""
     head = f"Tournament on held-back validation rows, {num_runs} runs of {steps} steps"
-    shown = []
-    for name in finalists:
-        interval = intervals[f"{name}_minus_random"]
-        if interval["low"] is not None:
-            difference, ends = format_difference(interval)
-            shown.append(f"{name} \N{MINUS SIGN} random {difference}, {interval['level'] * 100:g} % interval {ends}")
+    against = {name: intervals[f"{name}_minus_random"] for name in finalists}
+    known = {name: interval for name, interval in against.items() if interval.low is not None}
+    shown = [f"{name} \N{MINUS SIGN} random {say_difference(interval)}" for name, interval in known.items()]
     numbers = f" ({'; '.join(shown)})" if shown else ""
     if outcome == "won":
         words = f" ({METHODS[winner].words})" if winner in METHODS else ""
@@ -225,7 +221,7 @@ def _say(
             "coreset is random rows. Take random rows, or the whole pool; a larger --auto_budget may tell more."
         )
     else:
-        below = [name for name in finalists if intervals[f"{name}_minus_random"]["mean"] < 0]
+        below = [name for name, interval in against.items() if interval.mean is not None and interval.mean < 0]
         small = [name for name in below if losses[name][0] < losses["full"][0]]
         room = f", and {' and '.join(small)} can gain less than {100 * MIN_GAIN:g} % of their loss" if small else ""
         if others := [name for name in below if name not in small]:

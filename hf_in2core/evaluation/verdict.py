@@ -1,14 +1,15 @@
 """The verdict between the arms of a run in words; `hf_in2core.evaluation.judge.judge` computes what it says."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from hf_in2core.names import ARMS, BUDGETS
 from hf_in2core.notebook import render_html, show_figure
 
 from .arms import name_arm
-from .formats import format_difference, format_seconds
+from .formats import format_seconds, say_difference
 from .gain import TrainingGain, say_no_gain
+from .intervals import Interval, JudgedDifference
 
 
 AGAINST_RANDOM = {
@@ -39,13 +40,11 @@ class FractionVerdict:
     Attributes:
         fraction (`float`): Share of the pool's rows in the coreset.
         budget (`str`): `"steps"` or `"epochs"`.
-        losses (`dict[str, dict]`): Interval of each arm's own loss.
+        losses (`dict[str, Interval]`): Of each arm's own loss.
         diverged (`list[str]`): Arms with a loss that is not finite.
-        intervals (`dict[str, dict | None]`): `coreset_minus_random`, `coreset_minus_full`, `opponents_minus_random`
-            and `coreset_minus_opponents`, and of each other method `<method>_minus_random` and
-            `coreset_minus_<method>`, as from [`~hf_in2core.evaluation.intervals.compare_losses`] plus `outcome`:
-            `"better"`, `"worse"`, `"inconclusive"` or `"no interval"`, against the full pool also `"no worse"`. `None`
-            where an arm is missing.
+        intervals (`dict[str, JudgedDifference | None]`): `coreset_minus_random`, `coreset_minus_full`,
+            `opponents_minus_random` and `coreset_minus_opponents`, and of each other method `<method>_minus_random`
+            and `coreset_minus_<method>`. `None` where an arm is missing.
         beats_random (`bool`): The whole interval of coreset - random is below 0.
         matches_full (`bool`): The upper end of coreset - full is below the margin.
         beats_full (`bool`): The whole interval of coreset - full is below 0.
@@ -55,9 +54,9 @@ class FractionVerdict:
 
     fraction: float
     budget: str
-    losses: dict[str, dict[str, Any]]
+    losses: dict[str, Interval]
     diverged: list[str]
-    intervals: dict[str, Any]
+    intervals: Mapping[str, JudgedDifference | None]
     beats_random: bool
     matches_full: bool
     beats_full: bool
@@ -77,14 +76,14 @@ class FractionVerdict:
     def opponents_won(self) -> bool:
         """Whether the opponents have the lower mean loss, so that the ranking does not point the right way."""
         interval = self.intervals["coreset_minus_opponents"]
-        return self.taught and interval is not None and interval["mean"] is not None and interval["mean"] > 0
+        return self.taught and interval is not None and interval.mean is not None and interval.mean > 0
 
     def get_outcome(self, first: str, second: str) -> str:
         """Outcome of one comparison; `"not run"` without one of its arms, `"not concluded"` if nothing was taught."""
         interval = self.intervals[f"{first}_minus_{second}"]
         if interval is None:
             return "not run"
-        return interval["outcome"] if self.taught else "not concluded"
+        return interval.outcome if self.taught else "not concluded"
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ class Verdict:
     budget: str | None
     margin: float
     level: float
-    intervals: dict[str, Any]
+    intervals: Mapping[str, JudgedDifference | None]
     by_fraction: list[FractionVerdict]
     cost: SelectionCost
     gain: TrainingGain | None = None
@@ -155,8 +154,8 @@ class Verdict:
             (
                 name_arm(arm, entry.fraction),
                 BUDGETS[entry.budget],
-                *map(show_figure, (loss["mean"], loss["half_width"])),
-                loss["n"],
+                *map(show_figure, (loss.mean, loss.half_width)),
+                loss.n,
             )
             for entry in self.by_fraction
             for arm, loss in entry.losses.items()
@@ -185,7 +184,7 @@ def say_verdict(by_fraction: list[FractionVerdict], cost: SelectionCost, margin:
         return f"Nothing was compared: there is no coreset, random or opponents arm. {_say_cost(cost)}"
     head = by_fraction[0]
     if head.gain is not None and not head.taught:
-        coreset_loss = head.losses["coreset"]["mean"] if "coreset" in head.losses else None
+        coreset_loss = head.losses["coreset"].mean if "coreset" in head.losses else None
         refusal = say_no_gain(head.gain, head.where, coreset_loss)
         return " ".join(filter(None, [refusal, _say_others(by_fraction[1:]), _say_cost(cost)]))
     sentences = [
@@ -249,18 +248,17 @@ def _say_outcomes(entry: FractionVerdict) -> str:
 def _numbers(head: FractionVerdict, first: str, second: str) -> str:
     """Both losses and their difference with its interval."""
     interval = head.intervals[f"{first}_minus_{second}"]
-    losses = f"test loss {head.losses[first]['mean']:.3f} against {head.losses[second]['mean']:.3f}"
-    if interval["low"] is None:
+    losses = f"test loss {head.losses[first].mean:.3f} against {head.losses[second].mean:.3f}"
+    if interval is None or interval.low is None:
         return losses
-    difference, ends = format_difference(interval)
-    return f"{losses}, difference {difference}, {interval['level'] * 100:g} % interval {ends}, {interval['n']} seeds"
+    return f"{losses}, difference {say_difference(interval)}, {interval.n} seeds"
 
 
 def _why_no_interval(head: FractionVerdict, first: str, second: str) -> str:
     diverged = [arm for arm in (first, second) if arm in head.diverged]
     if diverged:
         return f"the test loss of the {' and the '.join(diverged)} arm is not finite for at least one seed"
-    n = head.intervals[f"{first}_minus_{second}"]["n"]
+    n = min(head.losses[first].n, head.losses[second].n)
     if n < 2:
         return f"with {n} seed no confidence interval can be given, which takes at least 2 (better 3)"
     return f"all {n} seeds gave exactly the same loss, so they say nothing about noise"
@@ -327,7 +325,7 @@ def _say_methods(head: FractionVerdict) -> str:
             AGAINST_RANDOM.get(head.get_outcome(method, "random")) if "random" in head.losses else None,
             AGAINST_METHOD.get(head.get_outcome("coreset", method)) if "coreset" in head.losses else None,
         ]
-        mean = head.losses[method]["mean"]
+        mean = head.losses[method].mean
         shown = "a loss that is not finite" if mean is None else f"{mean:.3f}"
         said.append(", ".join([f"{method} {shown}", *filter(None, outcomes)]))
     return f"Other ways to choose as many rows: {'; '.join(said)}." if said else ""

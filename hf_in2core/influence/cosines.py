@@ -25,6 +25,7 @@ from torch import Tensor
 from hf_in2core.engine.passes import Transform
 from hf_in2core.engine.scoring import Scores, run_score_pass
 from hf_in2core.engine.state import hash_json, open_state
+from hf_in2core.names import LESS
 from hf_in2core.selection.baselines import add_prepared_columns
 from hf_in2core.selection.taking import make_turn_columns
 
@@ -96,7 +97,7 @@ def add_less(scored: Dataset, trainer: "InfluenceTrainer", checkpoints: Sequence
             reference, or holds no moments of Adam.
     """
     _check_pool(scored, trainer)
-    return add_prepared_columns(scored, trainer.prepared_pool, {"less": compute_less(trainer, checkpoints)})
+    return add_prepared_columns(scored, trainer.prepared_pool, {LESS: compute_less(trainer, checkpoints)})
 
 
 def _check_pool(scored: Dataset, trainer: "InfluenceTrainer") -> None:

@@ -5,7 +5,6 @@ import logging
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
@@ -17,7 +16,7 @@ from hf_in2core.engine.passes import Passes
 from hf_in2core.engine.state import hash_json
 from hf_in2core.engine.store import GradientStore, name_temporary
 from hf_in2core.engine.verification import verify_gradients
-from hf_in2core.evaluation.formats import read_json
+from hf_in2core.evaluation.formats import read_object
 
 from .config import InfluenceConfig
 from .identity import RECORDING, find_store_dtype, hash_source, identify_model
@@ -66,7 +65,7 @@ def make_index_folder(index: GradientStore) -> None:
     if not index.folder.is_dir():
         different = {}
         for path in index.folder.parent.glob("*/identity.json"):
-            other = read_identity(path)
+            other = read_object(path)
             different[path.parent] = [name for name, value in index.identity.items() if other.get(name) != value]
         if different:
             nearest = min(different, key=lambda folder: (len(different[folder]), folder))
@@ -76,16 +75,10 @@ def make_index_folder(index: GradientStore) -> None:
             )
     index.folder.mkdir(parents=True, exist_ok=True)
     path = index.folder / "identity.json"
-    if read_identity(path) != index.identity:
+    if read_object(path) != index.identity:
         temporary = name_temporary(path)
         temporary.write_text(json.dumps(index.identity, indent=2), encoding="utf-8")
         temporary.replace(path)
-
-
-def read_identity(path: Path) -> dict[str, Any]:
-    """What the index of a folder is of; nothing where that cannot be read."""
-    found = read_json(path)
-    return found if isinstance(found, dict) else {}
 
 
 def prepare_store(passes: Passes, pool: Dataset, args: InfluenceConfig, fitted: bool) -> None:

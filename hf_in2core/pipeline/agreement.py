@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from hf_in2core.analysis.agreement import measure_agreement
 from hf_in2core.engine.halves import say_disagreement
-from hf_in2core.names import INFLUENCE, PER_QUERY, TAKEN_BY, VALIDATION, describe_set
+from hf_in2core.names import FUSED_RANK, INFLUENCE, PER_QUERY, TAKEN_BY, VALIDATION, describe_set
 from hf_in2core.rows.scored import read_query_scores
 from hf_in2core.selection.taking import find_overlap, measure_halves, read_overlap, say_overlap
 
@@ -32,13 +32,13 @@ def find_agreement(scored: Dataset, selection: Mapping[str, Any], arguments: Map
     found = dict(selection.get("validation_agreement") or {})
     if PER_QUERY in scored.column_names:
         with suppress(ValueError):  # too few rows to say anything
-            found = {VALIDATION: measure_agreement(scored)["agreement"]}
+            found = {VALIDATION: measure_agreement(scored).agreement}
     strategy, column = arguments.get("strategy", "top"), arguments.get("column", INFLUENCE)
     if strategy == "top" and column == INFLUENCE:
         said = [say_disagreement(value, f"{describe_set(name)} set") for name, value in found.items()]
         return {"agreement": found, "warning": " ".join(text for text in said if text is not None) or None}
     by_rows = strategy in ("round_robin_rows", "greedy")
-    if not by_rows and not (strategy == "top" and column in {*TAKEN_BY, "fused_rank"}):
+    if not by_rows and not (strategy == "top" and column in {*TAKEN_BY, FUSED_RANK}):
         return {"agreement": found, "warning": None}
     fraction = float(arguments.get("fraction") or 1.0)
     if strategy == "round_robin_rows":

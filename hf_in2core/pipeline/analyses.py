@@ -4,7 +4,6 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,8 @@ from hf_in2core.rows.text import render_row
 from .arguments import ANALYSES
 from .comparison import LONGEST_TEXT
 from .job import Job
-from .run_folder import agree, say, warn, write_json
-from .steps import read_result
+from .run_folder import say, warn, write_json
+from .steps import find_influence
 from .training import make_influence_trainer, release
 
 
@@ -62,13 +61,8 @@ def analyse_run(job: Job, adapter: str, reference: dict[str, Any]) -> dict[str, 
     for name in ANALYSES:
         judges = ["test"] if name == "coverage" else map(describe_set, job.inputs.validation)
         inputs = {key: job.identities[key] for key in [POOL, *judges]}
-        shaping = (reference["identity"], inputs, name, sizes[name])
-        identity = job.identify(True, InfluenceConfig, *shaping)
         path = job.folder / "analyses" / f"{name}.json"
-        result = agree(partial(read_result, path, identity))
-        if result is None:  # what was fitted on all rows is what a sample of them stands for
-            exact = job.identify(True, InfluenceConfig, *shaping, fit_examples=None)
-            result = agree(partial(read_result, path, exact))
+        result, identity = find_influence(job, path, reference["identity"], inputs, name, sizes[name])
         if result is None and name in job.args.analyses:
             started = time.perf_counter()
             try:
@@ -133,10 +127,10 @@ def analyse_coverage(job: Job, trainer: InfluenceTrainer) -> dict[str, Any]:
     release(trainer)
     correlations = correlate_coverage(coverage)
     found = correlations["coverage_top_k"]
-    if found["estimate"] is not None:
+    if found.estimate is not None:
         say(
-            f"Coverage: {found['n']:,} test rows, Spearman with their loss {found['estimate']:+.3f} "
-            f"[{found['low']:+.3f}, {found['high']:+.3f}]."
+            f"Coverage: {found.n:,} test rows, Spearman with their loss {found.estimate:+.3f} "
+            f"[{found.low:+.3f}, {found.high:+.3f}]."
         )
     rows = choose_test_rows(job)[coverage["test_row"][:]]
     values, losses = (np.array(coverage[name][:]) for name in ("coverage_top_k", "loss"))
@@ -144,7 +138,7 @@ def analyse_coverage(job: Job, trainer: InfluenceTrainer) -> dict[str, Any]:
         "top_k": TOP_K,
         "estimator": trainer.args.estimator,
         "test_rows": len(job.inputs.test),
-        "correlations": correlations,
+        "correlations": {name: asdict(correlation) for name, correlation in correlations.items()},
         "points": {"row": rows.tolist(), "coverage": values.tolist(), "loss": losses.tolist()},
         "least_covered": list_least_covered(job, coverage, rows),
     }

@@ -10,6 +10,7 @@ from trl import ModelConfig
 
 from hf_in2core import InfluenceConfig
 from hf_in2core.cards.model import add_task_results
+from hf_in2core.evaluation.formats import read_object
 from hf_in2core.evaluation.tasks import evaluate_tasks, load_tasks
 from hf_in2core.influence.config import AUTOCAST_DTYPES, choose_autocast
 from hf_in2core.names import REPLAY, RESULTS
@@ -22,7 +23,7 @@ from .arguments import In2CoreArguments
 from .comparison import Arm, find_equal_run
 from .models import hash_folder, load_tokenizer
 from .parser import make_run_parser
-from .run_folder import agree, lock_folder, quiet_loading, read_json, read_tasks, say, warn, write_json
+from .run_folder import agree, lock_folder, quiet_loading, read_tasks, say, warn, write_json
 from .stage_arguments import EvaluateArguments, TaskArguments
 from .training import load_model
 
@@ -94,9 +95,9 @@ def evaluate_run(args: EvaluateArguments, batch_size: int) -> None:
     lock_folder(run)
     files = hash_folder(args.include_path, (".yaml", ".py", ".json", ".jsonl", ".csv")) if args.include_path else ""
     for number, (name, folder) in enumerate({"base": run / "arms" / "base", **folders}.items(), 1):
-        model_identity = (read_json(folder / "result.json") or {}).get("identity")
+        model_identity = read_object(folder / "result.json").get("identity")
         identity = hash_value([model_identity, files, args.num_fewshot, args.limit, version("lm_eval")])
-        before = agree(lambda folder=folder: read_json(folder / "tasks.json")) or {}  # type: ignore[misc]
+        before = agree(lambda folder=folder: read_object(folder / "tasks.json"))  # type: ignore[misc]
         missing = {task: found for task, found in loaded.items() if before.get(task, {}).get("identity") != identity}
         if missing:
             with quiet_loading(repeated=True):

@@ -7,8 +7,8 @@ from accelerate import PartialState
 from datasets import Dataset, load_from_disk
 
 from hf_in2core import InfluenceConfig
-from hf_in2core.evaluation.formats import read_json
-from hf_in2core.names import list_method_columns
+from hf_in2core.evaluation.formats import read_object
+from hf_in2core.names import ENCODER_RANK, list_method_columns
 
 from .job import Job
 from .methods import Reference, add_columns, list_columns
@@ -35,9 +35,9 @@ def add_method_columns(
     reference = Reference(job.reference_model, reference_args, adapter, *inputs, checkpoints)
     folder, path = folder / "scored", folder / "columns.json"
     scored = load_from_disk(str(folder))
-    before = agree(lambda: read_json(path)) or {}
-    if "encoder_rank" in scored.column_names and before.get(ENCODER_USED) != args.encoder:
-        made = list_method_columns(["encoder_rank"])
+    before = agree(lambda: read_object(path))
+    if ENCODER_RANK in scored.column_names and before.get(ENCODER_USED) != args.encoder:
+        made = list_method_columns([ENCODER_RANK])
         scored = scored.remove_columns([name for name in made if name in scored.column_names])
     for column in list_columns(methods):
         scored, seconds = add_columns(scored, [column], reference)
@@ -46,7 +46,7 @@ def add_method_columns(
             with written_folder(folder) as temporary:
                 if PartialState().is_main_process:
                     scored.save_to_disk(str(temporary))
-                    write_json(path, (read_json(path) or {}) | seconds | {ENCODER_USED: args.encoder})
+                    write_json(path, read_object(path) | seconds | {ENCODER_USED: args.encoder})
             scored = load_from_disk(str(folder))
-    known = agree(lambda: read_json(path)) or {}
+    known = agree(lambda: read_object(path))
     return scored, {column: known[column] for column in known if column in scored.column_names}

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftConfig
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from hf_in2core import InfluenceConfig
@@ -42,7 +42,7 @@ from .job import HARMLESS
 from .models import hash_folder, load_tokenizer
 from .run_folder import lock_folder, quiet_loading, warn
 from .steps import take_or_judge, take_or_train, train_arms
-from .training import count_loss_tokens
+from .training import count_loss_tokens, make_sft_trainer
 
 
 def compare_arms(
@@ -152,19 +152,10 @@ def compare_arms(
 
     def make(positions: list[int], name: str, **changes: Any) -> SFTTrainer:
         target_args = copy(args)
-        # The labels say so already, and TRL would look for conversations.
-        target_args.assistant_only_loss = False
         for key, value in {"output_dir": str(run / "checkpoints" / name), **changes}.items():
             setattr(target_args, key, value)
-        set_seed(target_args.seed)
-        return SFTTrainer(
-            model=model,
-            args=target_args,
-            train_dataset=tokens.select(positions),
-            processing_class=tokenizer,
-            peft_config=copy(peft_config),
-            quantization_config=quantization_config,
-        )
+        options = {"peft_config": copy(peft_config), "quantization_config": quantization_config}
+        return make_sft_trainer(model, target_args, tokens.select(positions), tokenizer, **options)
 
     def save(trainer: Any, folder: Path) -> None:
         save_adapter(trainer.model, folder)

@@ -18,15 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_in2core.evaluation.judge import compute_auc, judge
 from hf_in2core.evaluation.leakage import say_shared
 from hf_in2core.evaluation.verdict import Verdict
-from hf_in2core.names import (
-    INFLUENCE,
-    LIBRARIES,
-    METHODS,
-    NUM_LOSS_TOKENS,
-    RANK,
-    RESULTS,
-    name_coreset,
-)
+from hf_in2core.names import INFLUENCE, LIBRARIES, LOSS, METHODS, NUM_LOSS_TOKENS, RANK, RESULTS, name_coreset
 from hf_in2core.report.page import write_report
 from hf_in2core.report.plots import plot_arms, plot_influence, plot_length
 from hf_in2core.report.run import RESULTS_VERSION
@@ -342,9 +334,9 @@ def compute_aucs(
         interest, and large ones of wrong answers), and `auc_rows`, how many there are.
     """
     # A method's best rows are at its smallest values, as those of influence; the loss stands for itself.
-    told = (INFLUENCE, "loss", deciding.name)
+    told = (INFLUENCE, LOSS, deciding.name)
     columns = {name: method.column for name, method in METHODS.items() if method.column not in told}
-    by_name = {deciding.name: deciding.values, INFLUENCE: read_scores(scored, INFLUENCE), "loss": row_losses}
+    by_name = {deciding.name: deciding.values, INFLUENCE: read_scores(scored, INFLUENCE), LOSS: row_losses}
     by_name |= {name: read_scores(scored, column) for name, column in columns.items() if column in scored.column_names}
     everything = np.ones(len(scored), dtype=bool)
     interest = everything

@@ -16,7 +16,7 @@ from trl import ModelConfig, SFTConfig
 
 from hf_in2core import InfluenceConfig
 from hf_in2core.cards.publish import check_published_columns
-from hf_in2core.evaluation.formats import read_json
+from hf_in2core.evaluation.formats import read_object
 from hf_in2core.evaluation.tournament import plan_tournament
 from hf_in2core.hub.checks import PushCheck, check_can_push
 from hf_in2core.influence.launcher import check_launcher
@@ -155,7 +155,7 @@ def check(settings: Settings) -> Job:
     reference_tokenizer = load_tokenizer(reference_model, reference_args)
     target_tokenizer = load_tokenizer(target_model, target_args)
     before = folder / "inputs.json"
-    day = agree(lambda: (read_json(before) or {}).get(DAY) or read_clock(reference_tokenizer).isoformat())
+    day = agree(lambda: read_object(before).get(DAY) or read_clock(reference_tokenizer).isoformat())
     reference_tokenizer, target_tokenizer = (
         pin_day(tokenizer, model_args, datetime.fromisoformat(day))
         for tokenizer, model_args in ((reference_tokenizer, reference_args), (target_tokenizer, target_args))
@@ -346,7 +346,7 @@ def find_differences(job: Job) -> list[str]:
         for name in sorted(before.keys() | now.keys())
         if name.removeprefix("reference_") not in harmless and before.get(name) != now.get(name)
     ]
-    identities = read_json(job.folder / "inputs.json") or {}
+    identities = read_object(job.folder / "inputs.json")
     return different + [
         f"the content of the {name} changed, or how this version reads it"
         for name in sorted((identities.keys() | job.identities.keys()) - {DAY})

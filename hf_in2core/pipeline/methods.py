@@ -15,7 +15,24 @@ from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.influence.config import AUTOCAST_DTYPES, choose_autocast
 from hf_in2core.influence.cosines import add_cosine, add_less, check_moments, make_gradient_dot
 from hf_in2core.influence.launcher import check_launcher
-from hf_in2core.names import ANSWER_CLUSTER, CLUSTERS, METHODS, ROW_CLUSTER, STRATEGIES_BY_ROW
+from hf_in2core.names import (
+    ANSWER_CLUSTER,
+    BM25_RANK,
+    CLUSTERS,
+    COSINE_CLEAN_RANK,
+    COSINE_RANK,
+    ENCODER_RANK,
+    FUSED_RANK,
+    IFD,
+    LESS,
+    LOSS,
+    METHODS,
+    RDS_CLEAN_RANK,
+    RDS_RANK,
+    ROW_CLUSTER,
+    STRATEGIES_BY_ROW,
+    list_method_columns,
+)
 from hf_in2core.rows.preparation import Preparation
 from hf_in2core.selection.baselines import add_bm25, add_encoder, add_ifd, add_loss, add_rds
 from hf_in2core.selection.clusters import add_clusters
@@ -30,9 +47,9 @@ from .training import load_model, make_influence_trainer
 ADAM = ("adamw_torch", "adamw_torch_fused")
 # What a column is made of, where it is made of others.
 INGREDIENTS = {
-    "cosine_clean_rank": ("cosine_rank", "loss"),
-    "rds_clean_rank": ("rds_rank", "loss"),
-    "fused_rank": ("cosine_rank", "rds_rank"),
+    COSINE_CLEAN_RANK: (COSINE_RANK, LOSS),
+    RDS_CLEAN_RANK: (RDS_RANK, LOSS),
+    FUSED_RANK: (COSINE_RANK, RDS_RANK),
 }
 
 
@@ -54,7 +71,7 @@ def needs_queries(methods: Iterable[str]) -> bool:
     """Whether a method or strategy reads the influence on single validation rows, so that each is a query."""
     methods = list(methods)
     strategies = [METHODS[method].strategy if method in METHODS else method for method in methods]
-    return "cosine_rank" in list_columns(methods) or any(strategy in STRATEGIES_BY_ROW for strategy in strategies)
+    return COSINE_RANK in list_columns(methods) or any(strategy in STRATEGIES_BY_ROW for strategy in strategies)
 
 
 def list_columns(methods: Iterable[str]) -> list[str]:
@@ -88,16 +105,16 @@ def check_methods(
         ValueError: if the launcher shards the model and a column needs it whole, or LESS finds no moments of Adam.
     """
     columns = list_columns(methods)
-    if "bm25_rank" in columns:
+    if BM25_RANK in columns:
         import_bm25s()
-    if "encoder_rank" in columns:
+    if ENCODER_RANK in columns:
         with quiet_loading():
             load_encoder(encoder or ENCODER)
-    if whole := [column for column in columns if column in ("loss", "ifd", "rds_rank", "less", *CLUSTERS)]:
+    if whole := [column for column in columns if column in (LOSS, IFD, RDS_RANK, LESS, *CLUSTERS)]:
         check_launcher(f"methods that rank by {', '.join(whole)}")
-    if "less" in columns and checkpoints is not None:
+    if LESS in columns and checkpoints is not None:
         check_moments(checkpoints)
-    if "less" in columns and optim is not None and optim not in ADAM:
+    if LESS in columns and optim is not None and optim not in ADAM:
         raise ValueError(
             f"LESS reads Adam's moments from checkpoints of the reference, but --optim {optim} trains it. Give one of "
             f"{', '.join(ADAM)} (as --reference_optim, for the reference alone), or leave out `less`."
@@ -124,7 +141,10 @@ def add_columns(scored: Dataset, columns: Iterable[str], reference: Reference) -
         if column not in scored.column_names:
             start = time.perf_counter()
             with quiet_loading(repeated=True):
-                scored = MAKERS[column](scored, reference)
+                made = MAKERS[column](scored, reference)
+            # Not the mean similarity, by which nothing is ranked.
+            kept = {*scored.column_names, *list_method_columns([column])}
+            scored = made.select_columns([name for name in made.column_names if name in kept])
             seconds[column] = time.perf_counter() - start
             # Each process has made it: they wait for the slowest, not for the next collective call's time limit.
             PartialState().wait_for_everyone()
@@ -151,36 +171,6 @@ def _join_validation(reference: Reference) -> Dataset:
     return concatenate_datasets([rows.select_columns(shared) for rows in sets]) if len(sets) > 1 else sets[0]
 
 
-def _add_loss(scored: Dataset, reference: Reference) -> Dataset:
-    return add_loss(scored, *_list_options(reference, reference.adapter))
-
-
-def _add_ifd(scored: Dataset, reference: Reference) -> Dataset:
-    return add_ifd(scored, *_list_options(reference, reference.adapter))
-
-
-def _add_rds(scored: Dataset, reference: Reference) -> Dataset:
-    options = _list_options(reference, adapter=None)
-    return add_rds(scored, _join_validation(reference), *options).remove_columns("rds_similarity")
-
-
-def _add_bm25(scored: Dataset, reference: Reference) -> Dataset:
-    return add_bm25(scored, _join_validation(reference), _prepare(reference)).remove_columns("bm25_similarity")
-
-
-def _add_encoder(scored: Dataset, reference: Reference) -> Dataset:
-    options = (_join_validation(reference), _prepare(reference), reference.encoder or ENCODER)
-    return add_encoder(scored, *options).remove_columns("encoder_similarity")
-
-
-def _add_cosine(scored: Dataset, reference: Reference) -> Dataset:
-    return add_cosine(scored, _make_trainer(reference, reference.args))
-
-
-def _add_less(scored: Dataset, reference: Reference) -> Dataset:
-    return add_less(scored, _make_trainer(reference, make_gradient_dot(reference.args)), reference.checkpoints)
-
-
 def _make_trainer(reference: Reference, args: InfluenceConfig) -> InfluenceTrainer:
     rows = (reference.pool, reference.validation, reference.tokenizer)
     return make_influence_trainer(reference.model, args, reference.adapter, *rows)
@@ -192,16 +182,16 @@ def _add_clusters(scored: Dataset, reference: Reference, column: str) -> Dataset
 
 
 MAKERS: dict[str, Callable[[Dataset, Reference], Dataset]] = {
-    "loss": _add_loss,
-    "ifd": _add_ifd,
-    "rds_rank": _add_rds,
-    "bm25_rank": _add_bm25,
-    "encoder_rank": _add_encoder,
-    "cosine_rank": _add_cosine,
-    "less": _add_less,
-    "cosine_clean_rank": lambda scored, _: add_clean_rank(scored, "cosine_rank", "loss", "cosine_clean_rank"),
-    "rds_clean_rank": lambda scored, _: add_clean_rank(scored, "rds_rank", "loss", "rds_clean_rank"),
-    ANSWER_CLUSTER: lambda scored, reference: _add_clusters(scored, reference, ANSWER_CLUSTER),
-    ROW_CLUSTER: lambda scored, reference: _add_clusters(scored, reference, ROW_CLUSTER),
-    "fused_rank": lambda scored, _: add_fused_rank(scored, ["cosine_rank", "rds_rank"]),
+    LOSS: lambda scored, by: add_loss(scored, *_list_options(by, by.adapter)),
+    IFD: lambda scored, by: add_ifd(scored, *_list_options(by, by.adapter)),
+    RDS_RANK: lambda scored, by: add_rds(scored, _join_validation(by), *_list_options(by, adapter=None)),
+    BM25_RANK: lambda scored, by: add_bm25(scored, _join_validation(by), _prepare(by)),
+    ENCODER_RANK: lambda scored, by: add_encoder(scored, _join_validation(by), _prepare(by), by.encoder or ENCODER),
+    COSINE_RANK: lambda scored, by: add_cosine(scored, _make_trainer(by, by.args)),
+    LESS: lambda scored, by: add_less(scored, _make_trainer(by, make_gradient_dot(by.args)), by.checkpoints),
+    COSINE_CLEAN_RANK: lambda scored, _: add_clean_rank(scored, *INGREDIENTS[COSINE_CLEAN_RANK], COSINE_CLEAN_RANK),
+    RDS_CLEAN_RANK: lambda scored, _: add_clean_rank(scored, *INGREDIENTS[RDS_CLEAN_RANK], RDS_CLEAN_RANK),
+    ANSWER_CLUSTER: lambda scored, by: _add_clusters(scored, by, ANSWER_CLUSTER),
+    ROW_CLUSTER: lambda scored, by: _add_clusters(scored, by, ROW_CLUSTER),
+    FUSED_RANK: lambda scored, _: add_fused_rank(scored, INGREDIENTS[FUSED_RANK]),
 }

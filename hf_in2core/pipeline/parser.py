@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, field, fields, make_dataclass
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
@@ -61,20 +61,20 @@ They hold for the targets and for the reference model. Where the reference diffe
 ConfigType = TypeVar("ConfigType")
 
 
+@dataclass
 class Settings:
     """
     Resolved settings of a run, flat, as `config.yaml` holds them.
 
-    Args:
+    Attributes:
         arguments (`Any`):
             The command's own dataclass, filled.
         values (`dict[str, Any]`):
             Every setting by name; those of the reference model, where they differ, with the prefix `reference_`.
     """
 
-    def __init__(self, arguments: Any, values: dict[str, Any]) -> None:
-        self.arguments = arguments
-        self.values = values
+    arguments: Any
+    values: dict[str, Any]
 
     def make(self, config_type: type[ConfigType], reference: bool = False, **overrides: Any) -> ConfigType:
         """Fill a configuration class, for the targets or for the reference model."""
@@ -97,11 +97,12 @@ class Settings:
         write_whole(path, yaml.safe_dump(self.values, sort_keys=False, allow_unicode=True))
 
 
+@dataclass
 class RecipeParser:
     """
     Parser of a command: YAML gives settings, flags override them, unknown names are errors that suggest the right one.
 
-    Args:
+    Attributes:
         name (`str`):
             The command, for its messages.
         arguments_type (`type`):
@@ -120,23 +121,14 @@ class RecipeParser:
             YAML file that is read where `--config` names none.
     """
 
-    def __init__(
-        self,
-        name: str,
-        arguments_type: type,
-        description: str | None = None,
-        model: bool = True,
-        training: bool = True,
-        reference: bool = False,
-        shown: Mapping[str, Sequence[str]] | None = None,
-        config: Path | None = None,
-    ) -> None:
-        self.name = name
-        self.arguments_type = arguments_type
-        self.description = description
-        self.model, self.training, self.reference = model, training, reference
-        self.shown = shown or {}
-        self.config = config
+    name: str
+    arguments_type: type
+    description: str | None = None
+    model: bool = True
+    training: bool = True
+    reference: bool = False
+    shown: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    config: Path | None = None
 
     def parse(self, argv: Iterable[str] | None = None) -> Settings:
         """

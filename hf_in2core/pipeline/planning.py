@@ -17,7 +17,7 @@ from hf_in2core.engine.batches import read_token_rows
 from hf_in2core.evaluation.arms import describe_data
 from hf_in2core.evaluation.tournament import plan_tournament
 from hf_in2core.influence.plan import InfluencePlan, plan_influence, show_seconds
-from hf_in2core.names import AUTO, CLUSTERS
+from hf_in2core.names import AUTO, CLUSTERS, COSINE_RANK, IFD, LOSS, RDS_RANK
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 
 from .analyses import PILOT_ROWS, choose_test_rows
@@ -39,7 +39,7 @@ from .training import (
 # Steps and rows that are timed; the first step, which is slower, counts as starting.
 TIMED_STEPS, TIMED_ROWS = 6, 64
 # Passes over the pool's tokens that a column takes, beside those of the influence, in forward passes.
-FORWARDS = {"loss": 1, "ifd": 2, "rds_rank": 1, **dict.fromkeys(CLUSTERS, 1)}
+FORWARDS = {LOSS: 1, IFD: 2, RDS_RANK: 1, **dict.fromkeys(CLUSTERS, 1)}
 
 
 @dataclass
@@ -189,7 +189,7 @@ def plan_columns(methods: list[str], plan: InfluencePlan, loading: float, forwar
     for column in list_columns(methods):
         if column in FORWARDS:
             seconds += loading + FORWARDS[column] * forward
-        elif column == "cosine_rank":
+        elif column == COSINE_RANK:
             seconds += loading + sum(item.seconds for item in plan.passes if item.name == "score")
     return {"columns of methods": seconds} if seconds else {}
 

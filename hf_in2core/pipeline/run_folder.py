@@ -19,7 +19,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging as transformers_logging
 
 from hf_in2core import InfluenceConfig
-from hf_in2core.evaluation.formats import read_json
+from hf_in2core.evaluation.formats import read_object
 from hf_in2core.files import write_whole
 from hf_in2core.shipped import find_shipped
 
@@ -151,10 +151,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_tasks(folder: Path) -> dict[str, dict[str, Any]]:
     """What `in2core evaluate` found for the model in a folder, by task; empty where it was not evaluated."""
-    stored = read_json(folder / "tasks.json")
     return {
         task: {name: value for name, value in found.items() if name != "identity"}
-        for task, found in (stored if isinstance(stored, dict) else {}).items()
+        for task, found in read_object(folder / "tasks.json").items()
     }
 
 

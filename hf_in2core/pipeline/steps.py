@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from trl import ModelConfig, SFTConfig
 
 from hf_in2core import InfluenceConfig, push_influence_dataset
 from hf_in2core.engine.sharding import save_adapter
-from hf_in2core.evaluation.formats import read_json
+from hf_in2core.evaluation.formats import read_object
 from hf_in2core.names import POOL, describe_set, has_named_sets, name_coreset
 from hf_in2core.rows.hashes import hash_value
 from hf_in2core.rows.preparation import Preparation, prepare_rows
@@ -100,11 +101,8 @@ def score_pool(
     if influence_args.gradient_store_dir is not None:
         # Gradients of an index that has less room are rounded.
         shaping = (*shaping, f"index of {influence_args.gradient_store_gb} GB")
-    identity = job.identify(True, InfluenceConfig, *shaping)
-    # What was fitted on all rows is what a sample of them stands for.
-    exact = job.identify(True, InfluenceConfig, *shaping, fit_examples=None)
     path = folder / "selection.json"
-    result = agree(lambda: read_result(path, identity) or read_result(path, exact))
+    result, identity = find_influence(job, path, *shaping)
     if result is None:
         resumed = agree(lambda: any((job.folder / "influence").glob("*/*.safetensors")))
         scorer, scored, seconds = compute_influence(
@@ -147,6 +145,14 @@ def score_pool(
     return result
 
 
+def find_influence(job: Job, path: Path, *shaping: Any) -> tuple[dict[str, Any] | None, str]:
+    """What an earlier run of the same settings has found by influence, and the identity of this one's result."""
+    identity = job.identify(True, InfluenceConfig, *shaping)
+    # What was fitted on all rows is what a sample of them stands for.
+    exact = job.identify(True, InfluenceConfig, *shaping, fit_examples=None)
+    return agree(lambda: read_result(path, identity) or read_result(path, exact)), identity
+
+
 def find_answers(job: Job, coreset: Coreset) -> dict[str, Any]:
     """How mixed the answers of a coreset are, by the tokens that carry loss."""
     training_args = job.settings.make(InfluenceConfig, reference=True)
@@ -173,6 +179,14 @@ def compute_reference_losses(job: Job, adapter: str) -> np.ndarray:
     return losses
 
 
+def make_target_trainer(job: Job, positions: list[int], name: str, **changes: Any) -> Any:
+    """The trainer of a target on rows of the pool, by the settings of the run but for some `changes`."""
+    checkpoints = job.folder / "checkpoints" / name
+    training_args = job.settings.make(InfluenceConfig, output_dir=str(checkpoints), **changes)
+    tokens = job.tokenize_pool(training_args, job.target_tokenizer).select(positions)
+    return make_trainer(job.target_model, training_args, tokens, job.target_tokenizer)
+
+
 def evaluate_base(job: Job, positions: list[int]) -> dict[str, Any]:
     """
     Evaluate the target model before any training, and count the steps of the largest arm.
@@ -184,13 +198,7 @@ def evaluate_base(job: Job, positions: list[int]) -> dict[str, Any]:
     Returns:
         `dict`: `steps`, and the loss, perplexity and accuracy on the test set.
     """
-    folder = job.folder / "arms" / "base"
-
-    def make() -> Any:
-        training_args = job.settings.make(InfluenceConfig, output_dir=str(job.folder / "checkpoints" / "base"))
-        tokens = job.tokenize_pool(training_args, job.target_tokenizer).select(positions)
-        return make_trainer(job.target_model, training_args, tokens, job.target_tokenizer)
-
+    folder, make = job.folder / "arms" / "base", partial(make_target_trainer, job, positions, "base")
     found = take_or_judge(folder, job.identify_target(positions), make, job.prepared_test)
     return found | tasks_of(folder)
 
@@ -213,12 +221,7 @@ def train_arm(job: Job, arm: Arm, positions: list[int], steps: int) -> dict[str,
     folder = run.find_folder(job.folder)
     budget: dict[str, Any] = {"max_steps": steps if run.budget == "steps" else -1}
     identity = job.identify_target(positions, run.seed, budget)
-
-    def make() -> Any:
-        checkpoints = job.folder / "checkpoints" / run.name
-        training_args = job.settings.make(InfluenceConfig, output_dir=str(checkpoints), seed=run.seed, **budget)
-        tokens = job.tokenize_pool(training_args, job.target_tokenizer).select(positions)
-        return make_trainer(job.target_model, training_args, tokens, job.target_tokenizer)
+    make = partial(make_target_trainer, job, positions, run.name, seed=run.seed, **budget)
 
     def save(trainer: Any, temporary: Path) -> None:
         save_adapter(trainer.model, temporary)
@@ -351,8 +354,8 @@ def publish(job: Job, scored: Dataset, coresets: dict[str, Coreset]) -> None:
 
 def read_result(path: Path, identity: str) -> dict[str, Any] | None:
     """What an earlier run of the same settings on the same data has finished."""
-    result = read_json(path)
-    return result if isinstance(result, dict) and result.get("identity") == identity else None
+    result = read_object(path)
+    return result if result.get("identity") == identity else None
 
 
 def remove_checkpoints(folder: Path) -> None:

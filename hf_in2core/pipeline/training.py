@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
-from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config, get_quantization_config
 from trl.trainer.utils import create_model_from_path
 
 from hf_in2core import InfluenceConfig, InfluenceScorer, InfluenceTrainer
@@ -85,25 +85,25 @@ def make_trainer(
 ) -> Any:
     """A TRL SFTTrainer on rows from [`tokenize`], for a trained adapter or a fresh one, seeded by `training_args`."""
     args = copy(training_args)
+    if adapter is not None:
+        args.model_init_kwargs = None
+        trainer = make_sft_trainer(load_model(model_args, training_args, adapter), args, tokens, tokenizer)
+        args.model_init_kwargs = training_args.model_init_kwargs  # of use to who loads the model anew
+        return trainer
+    args.model_init_kwargs = make_model_kwargs(model_args, training_args)
+    options = {"quantization_config": get_quantization_config(model_args), "peft_config": get_peft_config(model_args)}
+    return make_sft_trainer(model_args.model_name_or_path or "", args, tokens, tokenizer, **options)
+
+
+def make_sft_trainer(
+    model: Any, args: SFTConfig, tokens: Dataset, tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> Any:
+    """A TRL SFTTrainer on rows from [`tokenize`], which changes its `args`, with further `options` of TRL's."""
     # The labels say so already, and TRL would look for conversations.
     args.assistant_only_loss = False
     # TRL 1.14 draws the adapter without a seed of its own.
     set_seed(args.seed)
-    if adapter is not None:
-        args.model_init_kwargs = None
-        model = load_model(model_args, training_args, adapter)
-        trainer = SFTTrainer(model=model, args=args, train_dataset=tokens, processing_class=tokenizer)
-        args.model_init_kwargs = training_args.model_init_kwargs  # of use to who loads the model anew
-        return trainer
-    args.model_init_kwargs = make_model_kwargs(model_args, training_args)
-    return SFTTrainer(
-        model=model_args.model_name_or_path or "",
-        args=args,
-        train_dataset=tokens,
-        processing_class=tokenizer,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    return SFTTrainer(model=model, args=args, train_dataset=tokens, processing_class=tokenizer, **options)
 
 
 def make_reference_trainer(

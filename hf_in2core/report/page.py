@@ -286,7 +286,7 @@ def _collect_rows(
     """The rows of the table as the script reads them: a list for each column."""
     scored = run.scored
     assert scored is not None
-    sets = find_set_columns(scored)[:MAX_SETS]
+    sets = find_set_columns(scored.features)[:MAX_SETS]
     told = list_method_columns([pool.deciding.name]) if pool.deciding.name in TAKEN_BY else [pool.deciding.name]
     added = (*list_added_columns([], per_query=True, per_checkpoint=True), *sets, *told)
     others = [name for name in scored.column_names if name not in added and name not in text_columns]

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_in2core.evaluation.arms import ArmSummary, count_seeds, require_arms, split_by_budget
-from hf_in2core.evaluation.formats import LEVEL
-from hf_in2core.evaluation.intervals import compute_confidence_interval
+from hf_in2core.evaluation.intervals import LEVEL, compute_confidence_interval
 from hf_in2core.names import INFLUENCE
 
 
@@ -381,10 +380,11 @@ def _draw_panel(panel: "Axes", arms: list[ArmSummary]) -> None:
                 )  # fmt: skip
                 continue
             interval = compute_confidence_interval(losses, LEVEL)
+            assert interval.mean is not None
             panel.errorbar(
                 x,
-                interval["mean"],
-                yerr=interval["half_width"],
+                interval.mean,
+                yerr=interval.half_width,
                 fmt=MARKERS.get(arm.arm, OTHER_MARKER),
                 color=colour,
                 markersize=8,
@@ -394,7 +394,7 @@ def _draw_panel(panel: "Axes", arms: list[ArmSummary]) -> None:
             )
             panel.plot([x + 0.08] * len(losses), losses, ".", color=colour, markersize=4, alpha=0.8)
             if arm.arm == "full":
-                panel.axhline(interval["mean"], color=colour, linewidth=0.8, linestyle=":", zorder=0)
+                panel.axhline(interval.mean, color=colour, linewidth=0.8, linestyle=":", zorder=0)
     panel.set_xticks(range(len(groups)), groups)
     panel.set_xlim(-0.6, len(groups) - 0.4)
     _rule(panel)

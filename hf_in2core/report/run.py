@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, load_from_disk
 
-from hf_in2core.evaluation.formats import get_value, is_number, read_json
+from hf_in2core.evaluation.formats import get_value, is_number, read_object
 from hf_in2core.names import INFLUENCE, RESULTS
 from hf_in2core.rows.places import describe_missing
 
@@ -73,8 +73,7 @@ def read_run(folder: str | Path) -> Run:
             f"scored/ has {len(scored):,} rows, but results.json was written for {expected:,}: they are of different "
             "runs, or one of them is half-written. Start `in2core run` again into this folder."
         )
-    scorer = read_json(path / "scorer" / "config.json")
-    return Run(path.resolve().name, results, scored, scorer if isinstance(scorer, dict) else {}, path, notes)
+    return Run(path.resolve().name, results, scored, read_object(path / "scorer" / "config.json"), path, notes)
 
 
 def read_results(folder: Path) -> dict[str, Any]:

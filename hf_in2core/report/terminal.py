@@ -62,17 +62,17 @@ def print_tables(results: Mapping[str, Any]) -> None:
     console = Console()
     for budget, members in split_by_budget(arms).items():
         _write(console, f"Arms at {budget}", style="bold")
-        _print_table(console, ("arm", *FIGURES), [[arm.name, *arm.figures] for arm in members])
+        print_table(("arm", *FIGURES), [[arm.name, *arm.figures] for arm in members], console)
     note = "Test loss in nats per labelled token, lower is better."
     _write(console, f"{explain_means(arms)} {note}\n")
     if (tournament := tabulate_tournament(results)) is not None:
         _write(console, "Tournament of the methods", style="bold")
-        _print_table(console, tournament.columns, tournament.lines)
+        print_table(tournament.columns, tournament.lines, console)
         _write(console, f"{tournament.notes[0]}\n")
     print_tasks(results, console)
     if (auc := tabulate_auc(results)).lines:
         _write(console, "Finding rows by a score", style="bold")
-        _print_table(console, auc.columns, auc.lines)
+        print_table(auc.columns, auc.lines, console)
 
     examples, choice = results.get("examples", {}), results.get("choice", {"score": INFLUENCE})
     by_influence, calibration = choice["score"] == INFLUENCE, results.get("calibration")
@@ -96,15 +96,10 @@ def print_tasks(results: Mapping[str, Any], console: Console | None = None) -> N
     if tasks is None:
         return
     _write(console, "Benchmarks", style="bold")
-    _print_table(console, tasks.columns, tasks.lines)
+    print_table(tasks.columns, tasks.lines, console)
     for note in [*tasks.notes, "The verdict is of the test loss alone."]:
         _write(console, note)
     console.print()
-
-
-def print_table(names: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """Print a table to the terminal, wrapped to its width, plain when piped; the first column names the rows."""
-    _print_table(Console(), names, lines)
 
 
 # --- the terminal ---
@@ -116,8 +111,13 @@ def _write(console: Console, text: object, style: str = "", indent: int = 0) -> 
     console.print(Padding(shown, (0, 0, 0, indent)) if indent else shown)
 
 
-def _print_table(console: Console, names: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """Print a table, or a list where the terminal is too narrow for one: a folded number is hard to read."""
+def print_table(names: Sequence[str], lines: Sequence[Sequence[str]], console: Console | None = None) -> None:
+    """
+    Print a table whose first column names the rows, plain when piped.
+
+    A list where the terminal is too narrow for one: a folded number is hard to read.
+    """
+    console = console or Console()
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for i, name in enumerate(names):
         table.add_column(Text(_fit(name, console.encoding)), justify="right" if i else "left", no_wrap=True)

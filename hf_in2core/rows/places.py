@@ -10,13 +10,13 @@ from pathlib import Path
 from huggingface_hub import constants
 
 
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", flags=re.ASCII)
 SHOWN_NAMES = 6
 
 
 def is_hub_id(source: str) -> bool:
     """Whether a name can be that of a repository on the Hub, by its form."""
-    return source[:1] not in "./~" and HUB_ID.fullmatch(source) is not None
+    return HUB_ID.fullmatch(source) is not None
 
 
 def describe_missing(source: str) -> str:

@@ -245,22 +245,18 @@ def find_scored_columns(features: Mapping[str, Any]) -> list[str]:
     recorded = read_record(features)
     if recorded:
         return [name for name in features if name in recorded]
-    fixed = (INFLUENCE, RANK, NUM_LOSS_TOKENS, PER_QUERY, PER_CHECKPOINT)
-    return [name for name in features if name in fixed or name in _find_set_columns(features)]
+    added = (INFLUENCE, RANK, NUM_LOSS_TOKENS, PER_QUERY, PER_CHECKPOINT, *find_set_columns(features))
+    return [name for name in features if name in added]
 
 
-def _find_set_columns(features: Mapping[str, Any]) -> list[str]:
+def find_set_columns(features: Mapping[str, Any]) -> list[str]:
+    """The columns with the influence on each of several named validation sets."""
     recorded = read_record(features)
     return [
         name
         for name in list_set_columns(recorded or list(features))
         if isinstance(features[name], Value) and features[name].dtype.startswith("float")
     ]
-
-
-def find_set_columns(scored: Dataset) -> list[str]:
-    """The columns with the influence on each of several named validation sets."""
-    return _find_set_columns(scored.features)
 
 
 def find_mean_columns(scored: Dataset) -> list[str]:
@@ -271,7 +267,7 @@ def find_mean_columns(scored: Dataset) -> list[str]:
         `list[str]`: with `influence` and the number of loss tokens; empty where there are none, or their mean is
         another, so that one of them is somebody's own.
     """
-    names = find_set_columns(scored)
+    names = find_set_columns(scored.features)
     if not names or not {INFLUENCE, NUM_LOSS_TOKENS} <= set(scored.column_names):
         return []
     mean = np.mean([read_numbers(scored, name) for name in names], axis=0)
@@ -308,7 +304,7 @@ def read_query_scores(scored: Dataset, reader: str = "This") -> np.ndarray:
 def hash_scores(scored: Dataset) -> str:
     """Hash of the influence of every row, all that rows are chosen by: 32 hexadecimal digits."""
     digest = xxhash.xxh3_128()
-    for name in [INFLUENCE, *find_set_columns(scored)]:
+    for name in [INFLUENCE, *find_set_columns(scored.features)]:
         digest.update(name.encode())
         digest.update(read_scores(scored, name).tobytes())
     if PER_QUERY in scored.column_names:

@@ -23,7 +23,7 @@ from datasets import Dataset, Value
 from torch import nn
 
 from hf_in2core.engine.losses import compute_row_losses
-from hf_in2core.names import list_method_columns
+from hf_in2core.names import IFD, LOSS, METHODS, list_method_columns
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 
 from .coreset import select_positions
@@ -76,10 +76,10 @@ def add_loss(
     Raises:
         ValueError: if fewer than two rows carry loss, or the column is there already.
     """
-    dataset = _drop_clashes(dataset, ["loss"], overwrite)
+    dataset = _drop_clashes(dataset, [LOSS], overwrite)
     prepared = _prepare(dataset, preparation, "dataset", least=2)
     losses = compute_row_losses(model, prepared, tokens_per_batch, autocast, "Loss")
-    return add_prepared_columns(dataset, prepared, {"loss": losses.nll / losses.num_loss_tokens})
+    return add_prepared_columns(dataset, prepared, {LOSS: losses.nll / losses.num_loss_tokens})
 
 
 def add_ifd(
@@ -126,7 +126,7 @@ def add_ifd(
         ValueError: if fewer than two rows carry loss, if every token of every row carries loss (there is no prompt to
             leave out), or if the column is there already.
     """
-    dataset = _drop_clashes(dataset, ["ifd"], overwrite)
+    dataset = _drop_clashes(dataset, [IFD], overwrite)
     prepared = _prepare(dataset, preparation, "dataset", least=2)
     alone = prepared.map(_keep_answers, batched=True, desc="IFD: answers alone")
     if all(len(ids) == len(rest) for ids, rest in zip(prepared["input_ids"], alone["input_ids"], strict=True)):
@@ -140,7 +140,7 @@ def add_ifd(
     )
     # A loss of 0 without any prompt: nothing is left for the prompt to take off.
     return add_prepared_columns(
-        dataset, prepared, {"ifd": np.divide(nll, answer_nll, out=np.ones_like(nll), where=answer_nll > 0)}
+        dataset, prepared, {IFD: np.divide(nll, answer_nll, out=np.ones_like(nll), where=answer_nll > 0)}
     )
 
 
@@ -338,7 +338,7 @@ def _keep_answers(batch: dict[str, list]) -> dict[str, list]:
 
 
 def _list_names(method: str) -> list[str]:
-    return [f"{method}_similarity", *list_method_columns([f"{method}_rank"])]
+    return [f"{method}_similarity", *list_method_columns([METHODS[method].column])]
 
 
 def _drop_clashes(dataset: Dataset, names: list[str], overwrite: bool) -> Dataset:

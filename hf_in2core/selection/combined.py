@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from datasets import Dataset, Value
 
+from hf_in2core.names import FUSED_RANK
 from hf_in2core.rows.scored import rank_rows, read_scores
 
 
@@ -12,7 +13,7 @@ from hf_in2core.rows.scored import rank_rows, read_scores
 FUSION_CONSTANT = 60
 
 
-def add_fused_rank(scored: Dataset, columns: Sequence[str], name: str = "fused_rank") -> Dataset:
+def add_fused_rank(scored: Dataset, columns: Sequence[str], name: str = FUSED_RANK) -> Dataset:
     r"""
     Add the rank by several columns together: reciprocal rank fusion (Cormack et al., SIGIR 2009).
 

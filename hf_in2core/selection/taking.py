@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from hf_in2core.names import name_taking_columns
+from hf_in2core.names import METHODS, name_taking_columns
 
 from .turns import count_turns, find_sign
 
@@ -20,9 +20,7 @@ MIN_GAIN = 0.1
 SHARES = (0.01, 0.02, 0.05, *(tenth / 10 for tenth in range(1, 10)))
 
 
-def make_turn_columns(
-    method: str, similarities: np.ndarray, seed: int = 0
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def make_turn_columns(method: str, similarities: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """
     The columns of a round-robin: each validation row in turn takes the nearest row that none has taken yet.
 
@@ -32,8 +30,6 @@ def make_turn_columns(
         similarities (`np.ndarray` of shape `[Q, n]`):
             The score of every row on every validation row: for cosines of influence the smallest is taken first, for
             similarities the largest.
-        seed (`int`, *optional*, defaults to `0`):
-            Of [`measure_halves`].
 
     Returns:
         `tuple`: `<method>_rank` (the turn, 0 = taken first), `<method>_score` (that of the row on who took it) and
@@ -43,9 +39,10 @@ def make_turn_columns(
     set_scores = similarities if find_sign(method) > 0 else -similarities
     turns = count_turns(set_scores).astype(np.int64)
     takers = turns % len(similarities)
-    score, taker = name_taking_columns(f"{method}_rank")
-    columns = {f"{method}_rank": turns, score: similarities[takers, np.arange(len(turns))], taker: takers}
-    halves = measure_halves(set_scores, seed)
+    rank = METHODS[method].column
+    score, taker = name_taking_columns(rank)
+    columns = {rank: turns, score: similarities[takers, np.arange(len(turns))], taker: takers}
+    halves = measure_halves(set_scores)
     return columns, {} if halves is None else {taker: json.dumps({"halves": halves})}
 
 

@@ -103,7 +103,7 @@ def read_taking_scores(scored: Dataset, strategy: str) -> tuple[np.ndarray | Non
         ValueError: if a column that is needed is missing, or a set has not scored every row that carries loss.
     """
     if strategy == "round_robin":
-        names = find_set_columns(scored)
+        names = find_set_columns(scored.features)
         return np.array([name.removeprefix(name_set_column("")) for name in names]), _read_set_scores(scored, names)
     if strategy in STRATEGIES_BY_ROW:
         set_scores = read_query_scores(scored, f"strategy={strategy!r}")

@@ -25,14 +25,14 @@ def test_agreement_is_that_of_signal_and_noise(signal) -> None:
     found = measure_agreement(make_scored(signal))
     pearson = signal**2 / (signal**2 + 1 / 20)  # of the means over 20 rows
     spearman = 6 / math.pi * math.asin(pearson / 2)
-    assert found["agreement"] == pytest.approx(spearman, abs=0.05)
-    assert found["low"] <= found["agreement"] <= found["high"]
-    assert (found["warning"] is None) == (spearman > 0.75)
+    assert found.agreement == pytest.approx(spearman, abs=0.05)
+    assert found.low <= found.agreement <= found.high
+    assert (found.warning is None) == (spearman > 0.75)
     # Two whole validation sets of that size agree as `reliability` says.
     both = make_scored(signal, num_queries=80, seed=1)
     halves = np.array(both["influence_per_query"]).reshape(len(both), 2, 40).mean(2)
     expected = spearmanr(halves[:, 0], halves[:, 1]).statistic
-    assert found["reliability"] == pytest.approx(expected, abs=0.07)
+    assert found.reliability == pytest.approx(expected, abs=0.07)
 
 
 def test_rows_without_loss_and_a_seed_change_little() -> None:
@@ -40,9 +40,9 @@ def test_rows_without_loss_and_a_seed_change_little() -> None:
     matrix = np.array(scored["influence_per_query"])
     matrix[5] = np.nan
     gappy = measure_agreement(add_list_column(scored.select_columns(["id"]), PER_QUERY, matrix))
-    assert gappy["num_rows"] == 1999
-    assert gappy["agreement"] == pytest.approx(measure_agreement(scored)["agreement"], abs=0.01)
-    assert measure_agreement(scored, seed=1)["agreement"] == pytest.approx(gappy["agreement"], abs=0.03)
+    assert gappy.num_rows == 1999
+    assert gappy.agreement == pytest.approx(measure_agreement(scored).agreement, abs=0.01)
+    assert measure_agreement(scored, seed=1).agreement == pytest.approx(gappy.agreement, abs=0.03)
     assert measure_agreement(scored) == measure_agreement(scored)
 
 
@@ -51,7 +51,7 @@ def test_a_validation_set_of_copies_agrees_with_itself(tmp_path) -> None:
     copies = Dataset.from_list(one.to_list() * 12)
     trainer = make_trainer(tmp_path, rows, copies, model=add_trained_adapter(make_model()))
     trainer.fit_influence(per_example=True)
-    assert measure_agreement(trainer.score_influence())["agreement"] == pytest.approx(1)
+    assert measure_agreement(trainer.score_influence()).agreement == pytest.approx(1)
 
 
 def test_what_says_nothing_is_refused() -> None:

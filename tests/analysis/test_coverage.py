@@ -136,15 +136,15 @@ def test_correlations_conclude_only_what_the_interval_says() -> None:
     }
     coverage = Dataset.from_dict(columns)
     found = correlate_coverage(coverage)
-    conclusions = {name: entry["conclusion"] for name, entry in found.items()}
+    conclusions = {name: entry.conclusion for name, entry in found.items()}
     assert conclusions == {
         "coverage_good": "negative",
         "coverage_bad": "positive",
         "coverage_none": "none",
         "coverage_flat": "none",
     }
-    assert found["coverage_flat"]["estimate"] is None
-    assert correlate_coverage(coverage, "gain")["coverage_good"]["n"] == 299
+    assert found["coverage_flat"].estimate is None
+    assert correlate_coverage(coverage, "gain")["coverage_good"].n == 299
     with pytest.raises(ValueError, match="9 test rows have a `loss`"):
         correlate_coverage(coverage.select(range(9)))
     with pytest.raises(ValueError, match="no column accuracy"):

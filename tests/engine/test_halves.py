@@ -25,7 +25,7 @@ def test_a_sample_tells_what_the_pool_would(tmp_path, caplog, monkeypatch, estim
         told = make_trainer(tmp_path / "mean", pool, validation, **options).fit_influence().config
     trainer = make_trainer(tmp_path / "rows", pool, validation, **options)
     assert trainer.fit_influence(per_example=True).config.validation_agreement == {}
-    expected = measure_agreement(trainer.score_influence())["agreement"]
+    expected = measure_agreement(trainer.score_influence()).agreement
     agreement = told.validation_agreement["validation"]
     assert agreement == pytest.approx(expected, abs=0.15)
     warned = re.findall(r"Halves of the validation set .*Spearman ([\d.-]+)", caplog.text)

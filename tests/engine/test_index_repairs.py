@@ -18,8 +18,8 @@ from safetensors import safe_open
 
 from hf_in2core.engine.encoding import decode, encode
 from hf_in2core.engine.store import GradientStore, name_temporary
+from hf_in2core.evaluation.formats import read_object
 from hf_in2core.influence.cosines import make_gradient_dot
-from hf_in2core.influence.store import read_identity
 
 
 ELEMENTS = {"first": 6, "second": 3}
@@ -177,7 +177,7 @@ def test_a_file_of_an_index_without_a_digest_is_damaged(index, caplog) -> None:
 
 def test_an_identity_that_is_no_object_is_nothing(tmp_path) -> None:
     (tmp_path / "identity.json").write_text(json.dumps(["a", "list"]))
-    assert read_identity(tmp_path / "identity.json") == {}
+    assert read_object(tmp_path / "identity.json") == {}
 
 
 def test_what_another_run_fills_meanwhile_is_not_filled_again(tmp_path) -> None:

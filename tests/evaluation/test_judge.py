@@ -16,7 +16,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from hf_in2core.evaluation.intervals import compare_losses, compute_confidence_interval, compute_rank_correlation
+from hf_in2core.evaluation.intervals import (
+    Interval,
+    compare_losses,
+    compute_confidence_interval,
+    compute_rank_correlation,
+)
 from hf_in2core.evaluation.judge import compute_auc, judge
 from hf_in2core.evaluation.metrics import TokenAccuracy, TokenPerplexity
 
@@ -149,9 +154,9 @@ def test_interval_equals_scipy(values: list[float], level: float) -> None:
     assume(np.std(values) > 1e-6)
     interval = compute_confidence_interval(values, level)
     low, high = scipy.stats.t.interval(level, len(values) - 1, np.mean(values), scipy.stats.sem(values))
-    assert (interval["low"], interval["high"]) == pytest.approx((low, high), rel=1e-9, abs=1e-9)
-    assert interval["half_width"] == pytest.approx((high - low) / 2)
-    assert (interval["mean"], interval["n"]) == (pytest.approx(np.mean(values)), len(values))
+    assert (interval.low, interval.high) == pytest.approx((low, high), rel=1e-9, abs=1e-9)
+    assert interval.half_width == pytest.approx((high - low) / 2)
+    assert (interval.mean, interval.n) == (pytest.approx(np.mean(values)), len(values))
 
 
 def test_interval_covers_the_truth_as_often_as_it_says() -> None:
@@ -159,7 +164,8 @@ def test_interval_covers_the_truth_as_often_as_it_says() -> None:
     covered = 0
     for sample in generator.normal(2.0, 0.3, (2000, 3)):
         interval = compute_confidence_interval(sample)
-        covered += interval["low"] <= 2.0 <= interval["high"]
+        assert interval.low is not None and interval.high is not None
+        covered += interval.low <= 2.0 <= interval.high
     # 0.95 with a standard error of 0.005; with a normal instead of a t quantile it would be 0.81.
     assert 0.93 < covered / 2000 < 0.97
 
@@ -173,9 +179,9 @@ def test_paired_difference_equals_scipy(pairs: list[tuple[float, float]]) -> Non
     assume(np.std(differences) > 1e-6)
     expected = scipy.stats.ttest_rel([a for a, _ in pairs], [b for _, b in pairs]).confidence_interval(0.95)
     interval = compare_losses(first, second)
-    assert interval["method"] == "paired t"
-    assert interval["mean"] == pytest.approx(np.mean(differences), abs=1e-9)
-    assert (interval["low"], interval["high"]) == pytest.approx((expected.low, expected.high), rel=1e-7, abs=1e-7)
+    assert interval.method == "paired t"
+    assert interval.mean == pytest.approx(np.mean(differences), abs=1e-9)
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), rel=1e-7, abs=1e-7)
 
 
 @given(st.lists(LOSSES, min_size=2, max_size=8), st.lists(LOSSES, min_size=2, max_size=8))
@@ -183,8 +189,8 @@ def test_unpaired_difference_equals_scipy(a: list[float], b: list[float]) -> Non
     assume(np.std(a) > 1e-3 and np.std(b) > 1e-3)
     expected = scipy.stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.9)
     interval = compare_losses(dict(enumerate(a)), {100 + seed: loss for seed, loss in enumerate(b)}, level=0.9)
-    assert interval["method"] == "Welch t"
-    assert (interval["low"], interval["high"]) == pytest.approx((expected.low, expected.high), rel=1e-6, abs=1e-7)
+    assert interval.method == "Welch t"
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), rel=1e-6, abs=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -197,8 +203,8 @@ def test_unpaired_difference_equals_scipy(a: list[float], b: list[float]) -> Non
 )
 def test_no_interval(first: dict[int, float], second: dict[int, float]) -> None:
     interval = compare_losses(first, second)
-    assert interval["half_width"] is interval["low"] is interval["high"] is None
-    assert interval["mean"] == pytest.approx(np.mean(list(first.values())) - np.mean(list(second.values())))
+    assert interval.half_width is interval.low is interval.high is None
+    assert interval.mean == pytest.approx(np.mean(list(first.values())) - np.mean(list(second.values())))
 
 
 def test_rank_correlation_covers_the_truth_as_often_as_it_says() -> None:
@@ -206,26 +212,26 @@ def test_rank_correlation_covers_the_truth_as_often_as_it_says() -> None:
     covered = 0
     for sample in generator.multivariate_normal([0, 0], [[1, 0.7], [0.7, 1]], (2000, 40)):
         found = compute_rank_correlation(np.exp(sample[:, 0]), sample[:, 1])
-        assert found["estimate"] == pytest.approx(scipy.stats.spearmanr(sample[:, 0], sample[:, 1]).statistic)
-        covered += found["low"] <= 6 / math.pi * math.asin(0.7 / 2) <= found["high"]  # Spearman's of that normal
+        assert found.low is not None and found.high is not None
+        assert found.estimate == pytest.approx(scipy.stats.spearmanr(sample[:, 0], sample[:, 1]).statistic)
+        covered += found.low <= 6 / math.pi * math.asin(0.7 / 2) <= found.high  # Spearman's of that normal
     # Without the r^2 / 2 of Bonett and Wright it would be 0.926.
     assert 0.935 < covered / 2000 < 0.965
 
 
 def test_rank_correlation_of_equals_and_of_nothing() -> None:
     rising = list(range(12))
-    assert compute_rank_correlation(rising, [x**3 for x in rising])["estimate"] == pytest.approx(1)
-    assert compute_rank_correlation(rising, rising[::-1])["low"] == pytest.approx(-1)
+    assert compute_rank_correlation(rising, [x**3 for x in rising]).estimate == pytest.approx(1)
+    assert compute_rank_correlation(rising, rising[::-1]).low == pytest.approx(-1)
     constant = compute_rank_correlation(rising, [2.0] * 12)
-    assert constant["estimate"] is constant["low"] is constant["high"] is None
+    assert constant.estimate is constant.low is constant.high is None
     for first, second in ((rising, rising[:-1]), (rising[:9], rising[:9])):
         with pytest.raises(ValueError, match="at least 10"):
             compute_rank_correlation(first, second)
 
 
 def test_interval_of_one_value() -> None:
-    expected = {"mean": 1.5, "half_width": None, "low": None, "high": None, "n": 1, "level": 0.95}
-    assert compute_confidence_interval([1.5]) == expected
+    assert compute_confidence_interval([1.5]) == Interval(1.5, None, None, None, n=1, level=0.95)
 
 
 @pytest.mark.parametrize(
@@ -303,8 +309,9 @@ def test_a_coreset_that_wins() -> None:
     assert "what it saves was not measured" in verdict.text
     assert verdict.headline == "Coreset (fraction 0.25): at equal steps beat random rows and beat the full pool"
     interval = verdict.intervals["coreset_minus_random"]
+    assert interval is not None
     low, high = scipy.stats.ttest_rel(GOOD["coreset"], RANDOM).confidence_interval(0.95)
-    assert (interval["low"], interval["high"]) == pytest.approx((low, high))
+    assert (interval.low, interval.high) == pytest.approx((low, high))
     assert f"{low:+.3f} to {high:+.3f}" in verdict.text
 
 
@@ -345,7 +352,7 @@ def test_what_hardly_trained_is_not_concluded_from() -> None:
     assert gain is not None and (gain.arm, gain.before, gain.clear) == ("full", 3.40, False)
     assert gain.after == pytest.approx(np.mean(FULL)) and gain.share == pytest.approx(1 - np.mean(FULL) / 3.40)
     test = scipy.stats.ttest_1samp(np.subtract(FULL, 3.40), 0).confidence_interval(0.95)
-    assert (gain.difference["low"], gain.difference["high"]) == pytest.approx((test.low, test.high))
+    assert (gain.difference.low, gain.difference.high) == pytest.approx((test.low, test.high))
     assert "training on the full pool has hardly changed the untrained model: 1.5 % of its test loss" in verdict.text
     assert "test loss 3.400 before and 3.350 after" in verdict.text
     for flag in ("--learning_rate", "--max_steps", "--lora_target_modules all-linear"):
@@ -353,7 +360,7 @@ def test_what_hardly_trained_is_not_concluded_from() -> None:
     assert "beat" not in verdict.text and "beat" not in verdict.headline and "pays" not in verdict.headline
     assert "no conclusion" in verdict.headline and verdict.cost.break_even_runs is None
     # What was measured stays, and what may come of it is said.
-    assert verdict.intervals["coreset_minus_random"]["outcome"] == "better"
+    assert (interval := verdict.intervals["coreset_minus_random"]) is not None and interval.outcome == "better"
     assert f"The coreset's arm did lower it, to {np.mean(GOOD['coreset']):.3f}" in verdict.text
     json.dumps(asdict(verdict), allow_nan=False)
 
@@ -493,8 +500,8 @@ def test_the_headline_weighs_both_budgets_and_the_cost() -> None:
 
 def test_unequal_seeds_are_not_paired() -> None:
     verdict = judge(make_arms(GOOD | {"random": [*RANDOM, 3.35]}), SELECTION)
-    assert verdict.intervals["coreset_minus_random"]["method"] == "Welch t"
-    assert verdict.intervals["coreset_minus_full"]["method"] == "paired t"
+    against = {name: interval and interval.method for name, interval in verdict.intervals.items()}
+    assert (against["coreset_minus_random"], against["coreset_minus_full"]) == ("Welch t", "paired t")
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,10 @@ def test_a_later_scoring_takes_the_columns_of_the_earlier_one_away(tmp_path, poo
     law = {"law": sets["math"], "med": sets["code"]}
     mapped = validation.map(make_trainer(tmp_path / "map", own, sets, torch.float32).fit_influence(), batched=True)
     again = make_trainer(tmp_path / "again", mapped, law, torch.float32).score_influence(overwrite=True)
-    assert find_set_columns(again) == ["influence_law", "influence_med"] and "influence_math" not in again.column_names
+    assert (
+        find_set_columns(again.features) == ["influence_law", "influence_med"]
+        and "influence_math" not in again.column_names
+    )
     for number, earlier in enumerate(
         (old, load_from_disk(str(tmp_path / "disk")), kept, old.filter(lambda row: True))
     ):
@@ -248,7 +251,7 @@ def test_a_later_scoring_takes_the_columns_of_the_earlier_one_away(tmp_path, poo
         added = ["influence", "influence_rank", "influence_law", "influence_med", "num_loss_tokens"]
         assert scored.column_names == [*own.column_names, *added]
         assert list_own_columns(scored) == own.column_names
-        assert find_set_columns(scored) == ["influence_law", "influence_med"]
+        assert find_set_columns(scored.features) == ["influence_law", "influence_med"]
 
 
 def test_named_sets_add_their_columns(tmp_path, pool, validation, model_folder) -> None:

@@ -29,7 +29,8 @@ def make_arguments(finished: Path, folder: Path, **changes: Any) -> dict[str, An
     return {
         "model": str(finished / "model"),
         "args": args,
-        "scored": load_from_disk(str(finished / "run" / "scored")),
+        # In memory: maps of it would leave their files in the run that other tests look at.
+        "scored": load_from_disk(str(finished / "run" / "scored"), keep_in_memory=True),
         "test": load_dataset("json", data_files=str(finished / "test.jsonl"), split="train"),
         "peft_config": LoraConfig(r=4, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear"),
         "seeds": [0],

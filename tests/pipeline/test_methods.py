@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_in2core import select_coreset
 from hf_in2core.cards.dataset import render_influence_section
 from hf_in2core.evaluation.arms import tabulate_tournament
-from hf_in2core.evaluation.formats import format_seconds, read_json
+from hf_in2core.evaluation.formats import format_seconds, read_object
 from hf_in2core.names import METHODS
 from hf_in2core.rows.preparation import Preparation, prepare_rows
 from hf_in2core.rows.sources import load_rows
@@ -355,7 +355,7 @@ def test_auto_takes_what_won_on_rows_that_selected_nothing(held: Path) -> None:
     assert facts["rows"] == validation and facts["judging"] == validation // 2
     # Half of the rows selected for the tournament, and all of them for the coreset.
     assert selection["validation_rows"] == {"validation": validation}
-    half = read_json(held / "run" / "tournament" / "selection.json")
+    half = read_object(held / "run" / "tournament" / "selection.json")
     assert half["validation_rows"] == {"validation": validation - validation // 2}
     by_half, by_all = (load_from_disk(str(folder / "scored")) for folder in (held / "run/tournament", held / "run"))
     assert by_half["influence"][:] != by_all["influence"][:] and by_half["row"][:] == by_all["row"][:]

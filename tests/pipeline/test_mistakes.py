@@ -55,7 +55,7 @@ def refuse(project: Path, command: str, *flags: str, capfd: pytest.CaptureFixtur
     module = load_command(command)
     capfd.readouterr()
     with pytest.raises(SystemExit) as left:
-        module.make_parser().run(module.main, flags)
+        module.PARSER.run(module.main, flags)
     said = capfd.readouterr().err
     assert left.value.code == 2 and "Traceback" not in said
     assert not any((project / "run" / name).exists() for name in ("reference", "checkpoints", "scored"))
@@ -180,7 +180,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error that nobody raised for a reader: the commands must not hide where it comes from."""
     module = load_command("select")
     with pytest.raises(ValueError, match="invalid literal"):
-        module.make_parser().run(lambda _: int("three"), ["--scored", "a", "--output", "b"])
+        module.PARSER.run(lambda _: int("three"), ["--scored", "a", "--output", "b"])
 
 
 @pytest.mark.slow

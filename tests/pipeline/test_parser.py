@@ -131,7 +131,7 @@ def test_defaults_are_those_of_trl_but_for_the_stated_ones() -> None:
 )
 def test_lora_is_trained_as_trl_advises(command: str, needed: list[str]) -> None:
     """Ten times the learning rate of full fine-tuning, which is SFTConfig's, on every linear layer."""
-    settings = load_command(command).make_parser().parse(needed)
+    settings = load_command(command).PARSER.parse(needed)
     assert settings.make(InfluenceConfig, bf16=False).learning_rate == pytest.approx(10 * SFTConfig.learning_rate)
     config: Any = get_peft_config(settings.make(ModelConfig))
     assert config.target_modules == "all-linear"

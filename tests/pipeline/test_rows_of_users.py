@@ -226,7 +226,7 @@ def test_what_sft_takes_without_a_word_is_told_before_any_work(
     assert "assistant turns of the pool have" in caplog.text
     caplog.clear()
     command = load_command("run")
-    command.make_parser().run(command.main, ["--config", str(tmp_path / "settings.yaml"), "--dry_run"])
+    command.PARSER.run(command.main, ["--config", str(tmp_path / "settings.yaml"), "--dry_run"])
     assert capsys.readouterr().err.count("assistant turns of the pool have") == 1
     assert "assistant turns of the" not in caplog.text
     pictures = as_lines(lambda rows: [row | {"image": "a.png"} for row in rows])

@@ -113,7 +113,7 @@ def test_training_on_tokens_is_training_on_raw_rows(tmp_path, folder, case) -> N
 
 def test_models_of_a_run_share_the_tokens_of_the_pool(inputs: Inputs, tmp_path: Path) -> None:
     config = inputs[1] | {"output_dir": str(tmp_path / "run"), "reference_max_length": 20}
-    job = check(load_command("run").make_parser().parse(["--config", write_config(tmp_path, config)]))
+    job = check(load_command("run").PARSER.parse(["--config", write_config(tmp_path, config)]))
     target, reference = job.settings.make(InfluenceConfig), job.settings.make(InfluenceConfig, reference=True)
     assert target.max_length != reference.max_length
     tokens = job.tokenize_pool(target, job.target_tokenizer)
