@@ -358,7 +358,7 @@ def test_auto_takes_what_won_on_rows_that_selected_nothing(held: Path) -> None:
     half = read_object(held / "run" / "tournament" / "selection.json")
     assert half["validation_rows"] == {"validation": validation - validation // 2}
     by_half, by_all = (load_from_disk(str(folder / "scored")) for folder in (held / "run/tournament", held / "run"))
-    assert by_half["influence"][:] != by_all["influence"][:] and by_half["row"][:] == by_all["row"][:]
+    assert by_half["influence"][:] != by_all["influence"][:] and by_half["prompt"][:] == by_all["prompt"][:]
     _, coresets = read_record(held / "run" / "coresets.json", len(load_from_disk(str(held / "run" / "scored"))))
     chosen = coresets["coreset_25"].arguments
     if tournament["winner"] == "random":
