@@ -4,11 +4,10 @@ import copy
 from typing import Any
 
 import torch
-from helpers import add_trained_adapter, make_model, make_prompt_completion, make_trainer, prepare
+from helpers import add_trained_adapter, make_model, make_tokens, make_trainer
 
 
-# As tokens, which every trainer would make anew of texts: what an index holds does not hang on how they came about.
-POOL, OTHER = (prepare(make_prompt_completion(*of)).select_columns(["input_ids", "labels"]) for of in ((40, 0), (6, 7)))
+POOL, OTHER = make_tokens(40, seed=0), make_tokens(6, seed=7)
 # Rows of the pool that two checks of a run look at, each of two rows.
 CHECKED = 4
 

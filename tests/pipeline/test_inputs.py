@@ -336,7 +336,8 @@ def test_every_format(inputs: Inputs, tmp_path: Path, form: str) -> None:
         "output_dir": str(tmp_path / "run"),
         "arms": ["coreset"],
         "budgets": ["epochs"],
-        "max_steps": 2,
+        "max_steps": 1,
+        "reference_max_steps": 1,
     }
     run_command("run", "--config", write_config(tmp_path, config))
     results = read_results(tmp_path)
