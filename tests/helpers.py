@@ -156,6 +156,11 @@ def prepare(rows: Dataset) -> Dataset:
 _prepared: dict[str, Dataset] = {}
 
 
+def make_tokens(num_rows: int, seed: int) -> Dataset:
+    """The rows of `make_prompt_completion` as tokens, which take each trainer less time than texts."""
+    return prepare(make_prompt_completion(num_rows, seed)).select_columns(["input_ids", "labels"])
+
+
 def assert_same(actual, expected, tolerance: float) -> None:
     actual, expected = np.asarray(actual, dtype=float), np.asarray(expected, dtype=float)
     np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance * np.nanmax(np.abs(expected)))

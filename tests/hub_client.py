@@ -224,9 +224,9 @@ class Cases:
     def __init__(self, hub: LoopbackHub):
         self.hub = hub
         self.cases: list[dict[str, Any]] = []
-        self.names: dict[str, str] = {}
+        self.names: dict[Any, str] = {}
 
-    def add(self, name: str, faults: list[Fault], existing: bool = False, **case: Any) -> Repo | None:
+    def add(self, name: Any, faults: list[Fault], existing: bool = False, **case: Any) -> Repo | None:
         number = len(self.hub.users)
         user, token = f"user{number}", f"hf_{number:034d}"
         self.hub.add_user(token, user)
@@ -240,10 +240,10 @@ class Cases:
         self.cases.append({"repo_id": f"{user}/x", "token": token} | case)
         return repo
 
-    def run(self, client: HubClient) -> dict[str, dict]:
+    def run(self, client: HubClient) -> dict[Any, dict]:
         return dict(zip(self.names, client.run("result = push_all(cases)", cases=self.cases), strict=True))
 
-    def get_repo(self, name: str) -> Repo | None:
+    def get_repo(self, name: Any) -> Repo | None:
         return self.hub.repos.get(("dataset", f"{self.names[name]}/x"))
 
 

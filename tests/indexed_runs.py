@@ -4,10 +4,10 @@ import copy
 from typing import Any
 
 import torch
-from helpers import add_trained_adapter, make_model, make_prompt_completion, make_trainer
+from helpers import add_trained_adapter, make_model, make_tokens, make_trainer
 
 
-POOL, OTHER = make_prompt_completion(40, seed=0), make_prompt_completion(6, seed=7)
+POOL, OTHER = make_tokens(40, seed=0), make_tokens(6, seed=7)
 # Rows of the pool that two checks of a run look at, each of two rows.
 CHECKED = 4
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
-from helpers import add_trained_adapter, make_model, make_prompt_completion, make_trainer
+from helpers import add_trained_adapter, make_model, make_tokens, make_trainer
 from tqdm import tqdm
 
 from hf_in2core.engine import fit, passes, scoring, validation
@@ -27,7 +27,7 @@ tqdm.set_lock(threading.RLock())
 
 
 def build(folder: Path, pool: Dataset | None = None, **options):
-    pool, validation = pool or make_prompt_completion(40, seed=0), make_prompt_completion(5, seed=1)
+    pool, validation = pool or make_tokens(40, seed=0), make_tokens(5, seed=1)
     model = add_trained_adapter(make_model(), target_modules=["q_proj", "down_proj"])
     return make_trainer(folder, pool, validation, torch.float32, model=model, **{**OPTIONS, **options})
 

@@ -121,6 +121,8 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # An answer is two writes; together with a client's delayed acknowledgement Nagle's algorithm makes it wait 40 ms.
+    disable_nagle_algorithm = True
     hub: Any
     origin: str
     request_now: Request | None = None

@@ -53,11 +53,11 @@ def compute_datainf(
         damping = damping_scale * sum(float(x @ x) for x in g) / n / v.numel()
         if damping == 0:  # no row has a gradient for it
             continue
-        along, squares = [float(v @ x) for x in g], [float(x @ x) for x in g]
+        along, dots = [float(v @ x) for x in g], (torch.stack(g) @ torch.stack(g).T).tolist()
         for k in range(n):
             total = 0.0
             for i in range(n):
-                total += along[k] - along[i] * float(g[i] @ g[k]) / (damping + squares[i])
+                total += along[k] - along[i] * dots[i][k] / (damping + dots[i][i])
             influence[k] -= total / n / damping
     return influence
 

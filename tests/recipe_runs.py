@@ -6,6 +6,8 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,10 +35,16 @@ def load_command(name: str) -> ModuleType:
 def run_command(name: str, *flags: str, pictures: bool = False) -> None:
     """A command in this process; as where matplotlib is missing, since pictures take a third of a short run."""
     module = load_command(name)
-    with pytest.MonkeyPatch.context() as patch:
-        if not pictures:
-            patch.setitem(sys.modules, "matplotlib", None)
+    with nullcontext() if pictures else no_pictures():
         module.main(module.PARSER.parse(flags))
+
+
+@contextmanager
+def no_pictures() -> Iterator[None]:
+    """As where matplotlib is missing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        yield
 
 
 def make_rows(task: str, num_rows: int, seed: int) -> list[dict[str, Any]]:

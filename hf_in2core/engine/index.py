@@ -18,7 +18,7 @@ from .reductions import stack_on
 from .state import logger
 from .store import GradientStore
 from .validation import run_per_example_validation_pass
-from .verification import find_tolerance
+from .verification import find_tolerances
 
 
 # Rows of a chunk whose products with each other are compared before and after rounding.
@@ -221,7 +221,7 @@ def check_index(passes: Passes, prepared: Dataset, seed: int) -> None:
             squares += torch.stack([difference, now]).square().sum(2).cpu()
     with GradientRecorder(passes.model, passes.blocks, passes.autocast) as recorder:
         finish_together(passes, recorder)
-    accepted = max(find_tolerance(passes, name) for name in passes.blocks) + ROUNDING[store.dtype]
+    accepted = max(find_tolerances(passes).values()) + ROUNDING[store.dtype]
     # A row with hardly any gradient is all rounding, and adds as little to the influence.
     norms, worst = squares[1].sqrt(), []
     if len(rows):

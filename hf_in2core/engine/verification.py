@@ -59,6 +59,7 @@ def verify_gradients(passes: Passes, prepared: Dataset) -> None:
                     recorder.run(batch, loss_reduction, reduce)
                     break
         device = recorder.device
+    tolerances = find_tolerances(passes)
     for index, row in enumerate(chosen):
         alone = collate(rows, np.array([row])).to(device)
         expected = differentiate(passes, alone.input_ids, alone.targets, alone.positions, loss_reduction)
@@ -70,25 +71,27 @@ def verify_gradients(passes: Passes, prepared: Dataset) -> None:
                 difference -= found.x
             else:
                 difference.index_add_(0, found.tokens, found.x, alpha=-1)
-            tolerance = find_tolerance(passes, name)
             # A block with hardly any gradient is all rounding, and adds as little to the influence.
             error = difference.norm()
-            if not float(error) <= tolerance * max(float(gradient.norm()), 0.01 * float(total_norm)):
+            if not float(error) <= tolerances[name] * max(float(gradient.norm()), 0.01 * float(total_norm)):
                 raise ValueError(
                     f"The per-example gradient recorded for `{name}` differs from automatic differentiation by "
-                    f"{float(error / gradient.norm()):.1e} of its norm (row {rows.row[row]}; at most {tolerance} "
-                    "is accepted): this model or adapter uses the module in a way that cannot be recorded. Leave it "
-                    "out of `target_modules`."
+                    f"{float(error / gradient.norm()):.1e} of its norm (row {rows.row[row]}; at most "
+                    f"{tolerances[name]} is accepted): this model or adapter uses the module in a way that cannot be "
+                    "recorded. Leave it out of `target_modules`."
                 )
 
 
-def find_tolerance(passes: Passes, name: str) -> float:
-    """Relative error accepted between two ways of computing a gradient of a block."""
+def find_tolerances(passes: Passes) -> dict[str, float]:
+    """Relative error accepted between two ways of computing the gradient of each block."""
     # The coarsest precision counts. TRL keeps the adapter of a quantised model in bfloat16, and weights in 8 bits
     # round their inputs to as many.
-    dtypes = {passes.autocast or _model_dtype(passes), passes.blocks[name].tensor.dtype}
-    dtypes |= {torch.int8} & {parameter.dtype for parameter in passes.model.parameters()}
-    return max(TOLERANCES[dtype] for dtype in dtypes)
+    forward = {passes.autocast or _model_dtype(passes)}
+    forward |= {torch.int8} & {parameter.dtype for parameter in passes.model.parameters()}
+    return {
+        name: max(TOLERANCES[dtype] for dtype in {*forward, block.tensor.dtype})
+        for name, block in passes.blocks.items()
+    }
 
 
 def _model_dtype(passes: Passes) -> torch.dtype:

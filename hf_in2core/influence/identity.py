@@ -1,6 +1,7 @@
 """What identifies a run, and the gradients of a pool: all that shapes them. Its hash is their fingerprint."""
 
 import hashlib
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -51,6 +52,12 @@ ENGINE = (*RECORDING, datainf, fit, fit_sums, passes, reductions, sample, scorin
 def hash_source(modules: tuple[ModuleType, ...]) -> str:
     """Hash of the source of modules."""
     return hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in modules)).hexdigest()
+
+
+@cache
+def read_versions() -> dict[str, str]:
+    """Versions of the libraries that a figure may hang on; read once, since runs note them after every arm."""
+    return {library: version(library) for library in LIBRARIES}
 
 
 def find_store_dtype(args: InfluenceConfig, num_rows: int, blocks: Blocks) -> torch.dtype | None:
@@ -135,7 +142,7 @@ def identify_run(
     return {
         "version": __version__,
         "source": hash_source(ENGINE),
-        "libraries": {library: version(library) for library in LIBRARIES},
+        "libraries": read_versions(),
         "data": data,
         **identify_model(model, blocks, autocast),
         "estimator": args.estimator,

@@ -4,7 +4,6 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from hf_in2core.evaluation.judge import compute_auc, judge
 from hf_in2core.evaluation.leakage import say_shared
 from hf_in2core.evaluation.verdict import Verdict
-from hf_in2core.names import INFLUENCE, LIBRARIES, LOSS, METHODS, NUM_LOSS_TOKENS, RANK, RESULTS, name_coreset
+from hf_in2core.influence.identity import read_versions
+from hf_in2core.names import INFLUENCE, LOSS, METHODS, NUM_LOSS_TOKENS, RANK, RESULTS, name_coreset
 from hf_in2core.report.page import write_report
 from hf_in2core.report.plots import plot_arms, plot_influence, plot_length
 from hf_in2core.report.run import RESULTS_VERSION
@@ -201,7 +201,7 @@ def describe_machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "processes": PartialState().num_processes,
         "python": platform.python_version(),
-        **{library: version(library) for library in LIBRARIES},
+        **read_versions(),
     }
 
 

@@ -349,11 +349,10 @@ def _without(config_types: list[type], refused: Iterable[str]) -> list[Any]:
 
 def _for_reference(config_types: list[type]) -> type:
     """All fields of several dataclasses with `reference_` before their names and no defaults."""
-    parts = [
-        (f"reference_{item.name}", get_type_hints(config_type)[item.name], field(default=None))
-        for config_type in config_types
-        for item in fields(config_type)
-    ]
+    parts = []
+    for config_type in config_types:
+        hints = get_type_hints(config_type)  # once a class: for 250 fields it takes milliseconds
+        parts += [(f"reference_{item.name}", hints[item.name], field(default=None)) for item in fields(config_type)]
     return make_dataclass("ReferenceConfig", parts)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,11 +100,7 @@ def render_page(run: Run) -> str:
         _draw_results(run, layers, coverage, plots)
     style, script = load_asset("page.css"), load_asset("page.js")
     data = json.dumps(values.pop("data"), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"influence": format_influence, "percent": lambda value: f"{value:.0%}".replace("%", " %")}
-    return environment.from_string(load_asset("page.html")).render(
+    return _compile_page().render(
         style=Markup(style),
         script=Markup(script),
         policy=make_policy(style, script),
@@ -128,6 +125,15 @@ def render_page(run: Run) -> str:
         notes=notes,
         **values,
     )
+
+
+@cache
+def _compile_page() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"influence": format_influence, "percent": lambda value: f"{value:.0%}".replace("%", " %")}
+    return environment.from_string(load_asset("page.html"))
 
 
 def _draw_results(

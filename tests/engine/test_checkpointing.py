@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import add_trained_adapter, assert_same, make_model, make_prompt_completion, make_trainer, prepare
+from helpers import add_trained_adapter, assert_same, make_model, make_tokens, make_trainer, prepare
 from loops import compute_loops
 from naive import compute_datainf
 from torch import nn
@@ -20,7 +20,7 @@ from hf_in2core.engine.reductions import compute_gradient_sum
 
 @pytest.mark.usefixtures("exact_damping")
 def test_scores_are_those_of_the_loop_and_bit_for_bit_those_without(tmp_path, validation) -> None:
-    rows = make_prompt_completion(14, seed=2)
+    rows = make_tokens(14, seed=2)
     model = add_trained_adapter(make_model(), lora_dropout=0.5)
     options = {"tokens_per_batch": 64, "influence_activation_checkpointing": True}
     trainer = make_trainer(tmp_path / "a", rows, validation, model=copy.deepcopy(model), **options)
@@ -101,9 +101,7 @@ def test_a_model_without_checkpointable_layers_is_refused(tmp_path, pool, valida
 
 
 def test_the_scores_by_layer_run_so_too(tmp_path, validation) -> None:
-    trainer = make_trainer(
-        tmp_path, make_prompt_completion(31, seed=2), validation, influence_activation_checkpointing=True
-    )
+    trainer = make_trainer(tmp_path, make_tokens(31, seed=2), validation, influence_activation_checkpointing=True)
     runs: Counter[str] = Counter()
     last = trainer.model.base_model.model.model.layers[-1].self_attn
     last.register_forward_pre_hook(lambda *_: runs.update(["forward"]))

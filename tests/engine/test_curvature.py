@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, make_prompt_completion, make_trainer, prepare
+from helpers import assert_same, make_tokens, make_trainer, prepare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loops import compute_loops
@@ -67,7 +67,7 @@ def fit_and_measure(trainer) -> float:
 
 
 def test_a_fit_measures_what_single_backwards_give(tmp_path, caplog) -> None:
-    pool, validation = make_prompt_completion(40, seed=5), make_prompt_completion(6, seed=6)
+    pool, validation = make_tokens(40, seed=5), make_tokens(6, seed=6)
     trainer = make_trainer(tmp_path, pool, validation)
     with caplog.at_level(logging.WARNING):
         agreement = fit_and_measure(trainer)
@@ -86,7 +86,7 @@ def test_a_fit_measures_what_single_backwards_give(tmp_path, caplog) -> None:
 
 
 def test_a_larger_damping_brings_both_together(tmp_path) -> None:
-    pool, validation = make_prompt_completion(40, seed=5), make_prompt_completion(6, seed=6)
+    pool, validation = make_tokens(40, seed=5), make_tokens(6, seed=6)
     apart = fit_and_measure(make_trainer(tmp_path / "a", pool, validation, damping_scale=1e-4))
     near = fit_and_measure(make_trainer(tmp_path / "b", pool, validation, damping_scale=1e4))
     assert apart < 0.7 < 0.99 < near
@@ -94,7 +94,7 @@ def test_a_larger_damping_brings_both_together(tmp_path) -> None:
 
 @pytest.mark.parametrize(("num_rows", "estimator"), [(23, "datainf"), (40, "gradient_dot")])
 def test_few_rows_or_no_curvature_conclude_nothing(tmp_path, validation, num_rows, estimator) -> None:
-    trainer = make_trainer(tmp_path, make_prompt_completion(num_rows, seed=5), validation, estimator=estimator)
+    trainer = make_trainer(tmp_path, make_tokens(num_rows, seed=5), validation, estimator=estimator)
     assert np.isnan(fit_and_measure(trainer)) and trainer.fit_influence().config.exact_agreement is None
 
 
@@ -124,7 +124,7 @@ def test_blocks_that_fit_are_of_every_kind(tmp_path, pool, validation, share) ->
 def test_the_fit_keeps_the_gradients_of_the_sample(tmp_path, monkeypatch, num_rows, options) -> None:
     """So the check passes no row of its own."""
     monkeypatch.setattr("hf_in2core.engine.sample.MIN_SAMPLED_POOL", 300)
-    pool, validation = make_prompt_completion(num_rows, seed=5), make_prompt_completion(6, seed=6)
+    pool, validation = make_tokens(num_rows, seed=5), make_tokens(6, seed=6)
     trainer = make_trainer(tmp_path, pool, validation, **options)
     job = trainer.make_passes(trainer.blocks, "")
     job.folder = None
@@ -142,7 +142,7 @@ def test_the_fit_keeps_the_gradients_of_the_sample(tmp_path, monkeypatch, num_ro
 
 def test_a_part_of_the_sample_is_enough_if_it_is_large(tmp_path) -> None:
     """A fit that went on where another stopped has not passed all of the rows."""
-    pool, validation = make_prompt_completion(80, seed=5), make_prompt_completion(6, seed=6)
+    pool, validation = make_tokens(80, seed=5), make_tokens(6, seed=6)
     trainer = make_trainer(tmp_path, pool, validation)
     job = trainer.make_passes(trainer.blocks, "")
     job.folder = None

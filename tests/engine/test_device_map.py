@@ -11,8 +11,8 @@ from helpers import (
     add_trained_adapter,
     assert_same,
     make_model,
-    make_prompt_completion,
     make_tokenizer,
+    make_tokens,
     make_trainer,
 )
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -35,7 +35,7 @@ def dispatch(model, prefix: str = ""):
 @pytest.mark.parametrize("options", [{}, {"influence_activation_checkpointing": True}])
 @pytest.mark.parametrize("adapter_comes", ["before", "after"])
 def test_hooks_stay_and_change_nothing(tmp_path, monkeypatch, validation, adapter_comes, options) -> None:
-    rows = make_prompt_completion(14, seed=2)
+    rows = make_tokens(14, seed=2)
     model = add_trained_adapter(make_model())
     plain = make_trainer(tmp_path / "a", rows, validation, model=copy.deepcopy(model)).score_influence()
     if adapter_comes == "before":

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 from datasets import Dataset
-from helpers import add_trained_adapter, make_model, make_prompt_completion, make_trainer
+from helpers import add_trained_adapter, make_model, make_tokens, make_trainer
 
 from hf_in2core.analysis.agreement import measure_agreement
 from hf_in2core.engine.halves import MIN_AGREEMENT, correlate_halves, extrapolate
@@ -18,7 +18,7 @@ from hf_in2core.influence.scorer_files import read_scorer_config
 @pytest.mark.parametrize("num_queries", [12, 80])
 def test_a_sample_tells_what_the_pool_would(tmp_path, caplog, monkeypatch, estimator, num_queries) -> None:
     monkeypatch.setattr("hf_in2core.influence.quality.MAX_CHECKED_SHARE", 1.0)  # the dot product has no fit
-    pool, validation = make_prompt_completion(150, seed=5), make_prompt_completion(num_queries, seed=6)
+    pool, validation = make_tokens(150, seed=5), make_tokens(num_queries, seed=6)
     model = add_trained_adapter(make_model())
     options = {"model": model, "estimator": estimator}
     with caplog.at_level(logging.WARNING):
@@ -38,7 +38,7 @@ def test_a_sample_tells_what_the_pool_would(tmp_path, caplog, monkeypatch, estim
 
 def test_the_checks_pass_a_hundredth_of_the_pool_at_most(tmp_path, caplog, monkeypatch) -> None:
     """What no fit has kept (there is none, or it went on where another stopped) is measured where that is enough."""
-    pool, validation = make_prompt_completion(150, seed=5), make_prompt_completion(12, seed=6)
+    pool, validation = make_tokens(150, seed=5), make_tokens(12, seed=6)
     passed = []
 
     def count(passes, rows, text):
@@ -59,8 +59,8 @@ def test_the_checks_pass_a_hundredth_of_the_pool_at_most(tmp_path, caplog, monke
 
 
 def test_copies_agree_and_few_rows_say_nothing(tmp_path, caplog) -> None:
-    pool, one = make_prompt_completion(40, seed=0), make_prompt_completion(1, seed=1)
-    sets = {"same": Dataset.from_list(one.to_list() * 12), "few": make_prompt_completion(9, seed=2)}
+    pool, one = make_tokens(40, seed=0), make_tokens(1, seed=1)
+    sets = {"same": Dataset.from_list(one.to_list() * 12), "few": make_tokens(9, seed=2)}
     with caplog.at_level(logging.WARNING):
         config = make_trainer(tmp_path, pool, sets, model=add_trained_adapter(make_model())).fit_influence().config
     assert config.validation_agreement == {"same": pytest.approx(1)}

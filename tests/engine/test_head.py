@@ -7,8 +7,8 @@ import torch
 from helpers import (
     add_trained_adapter,
     make_model,
-    make_prompt_completion,
     make_tokenizer,
+    make_tokens,
     make_trainer,
 )
 from loops import assert_equals_loop
@@ -29,7 +29,7 @@ SCALED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("loss_reduction", ["mean", "max"])
 def test_chunks_of_logits_change_nothing(tmp_path, monkeypatch, loss_reduction) -> None:
-    pool, validation = make_prompt_completion(9, seed=0), make_prompt_completion(4, seed=1)
+    pool, validation = make_tokens(9, seed=0), make_tokens(4, seed=1)
     # 7 tokens at a time, and rows of up to some 20 labelled ones.
     monkeypatch.setattr(losses, "MAX_LOGITS_PER_CHUNK", 7 * make_model().config.vocab_size)
     model = add_trained_adapter(make_model().to(torch.float64))
@@ -40,7 +40,7 @@ def test_chunks_of_logits_change_nothing(tmp_path, monkeypatch, loss_reduction) 
 
 @pytest.mark.parametrize("family", list(SCALED))
 def test_what_a_model_does_to_its_logits_is_seen(tmp_path, family) -> None:
-    pool, validation = make_prompt_completion(9, seed=0), make_prompt_completion(4, seed=1)
+    pool, validation = make_tokens(9, seed=0), make_tokens(4, seed=1)
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": len(make_tokenizer())}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
     torch.manual_seed(0)

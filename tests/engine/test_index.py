@@ -14,7 +14,7 @@ from helpers import (
     launch_worker,
     make_config,
     make_model,
-    make_prompt_completion,
+    make_tokens,
     prepare,
 )
 from indexed_runs import CHECKED, OTHER, POOL, PoolRows, list_index, make
@@ -31,7 +31,7 @@ from hf_in2core.influence.plan import plan_influence
 def filled(tmp_path_factory):
     """An index of the pool, made by a run on a validation set of its own; nobody writes into it."""
     folder = tmp_path_factory.mktemp("index")
-    make(folder / "first", folder / "index", make_prompt_completion(5, seed=1)).score_influence()
+    make(folder / "first", folder / "index", make_tokens(5, seed=1)).score_influence()
     return folder / "index"
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import add_trained_adapter, make_model, make_prompt_completion, make_trainer
+from helpers import add_trained_adapter, make_model, make_tokens, make_trainer
 
 from hf_in2core.engine import gradients
 from hf_in2core.engine.batches import collate, read_token_rows
@@ -27,7 +27,7 @@ def test_scores_do_not_hang_on_where_the_adapter_was_trained(tmp_path, dtype, pr
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     scores, fingerprints = [], []
     for train in (False, True):
-        pool, validation = make_prompt_completion(14, seed=0), make_prompt_completion(5, seed=1)
+        pool, validation = make_tokens(14, seed=0), make_tokens(5, seed=1)
         options |= {"learning_rate": 0.0, "max_steps": 1, "per_device_train_batch_size": 2}
         trainer = make_trainer(tmp_path / str(train), pool, validation, dtype, **options)
         if train:
@@ -83,7 +83,7 @@ def test_float16_keeps_the_gradients_of_long_rows() -> None:
 
 def test_a_scale_that_is_too_large_gets_smaller_and_the_batch_runs_again(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(gradients, "LOSS_SCALE", 2.0**40)
-    pool, validation = make_prompt_completion(9, seed=0), make_prompt_completion(4, seed=1)
+    pool, validation = make_tokens(9, seed=0), make_tokens(4, seed=1)
     scaled = make_trainer(tmp_path / "a", pool, validation, torch.float32, fp16=True).score_influence()
     monkeypatch.setattr(gradients, "LOSS_SCALE", 2.0**14)
     plain = make_trainer(tmp_path / "b", pool, validation, torch.float32, fp16=True).score_influence()

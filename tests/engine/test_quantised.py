@@ -8,8 +8,8 @@ from helpers import (
     add_trained_adapter,
     assert_same,
     make_model,
-    make_prompt_completion,
     make_tokenizer,
+    make_tokens,
     make_trainer,
 )
 from loops import compute_loops
@@ -46,7 +46,7 @@ def load_quantised(folder, bits: int):
 def test_influence_through_a_quantised_base_equals_the_loop(
     tmp_path, validation, bits, is_float32, tokens_per_batch, tolerance
 ) -> None:
-    rows = make_prompt_completion(12, seed=2)
+    rows = make_tokens(12, seed=2)
     make_model(hidden_size=64).save_pretrained(tmp_path / "base")
     trainer = make_trainer(
         tmp_path / "run",

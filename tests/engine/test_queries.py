@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers import add_trained_adapter, assert_same, make_model, make_prompt_completion, make_trainer
+from helpers import add_trained_adapter, assert_same, make_model, make_prompt_completion, make_tokens, make_trainer
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_queries_equal_separate_fits(tmp_path, pool, validation, model, estimato
 
 
 def test_the_mean_over_queries_is_the_influence_on_the_mean(tmp_path, pool, validation, model) -> None:
-    sets = {"a": validation, "b": make_prompt_completion(4, seed=8)}
+    sets = {"a": validation, "b": make_tokens(4, seed=8)}
     _, scored = score_queries(tmp_path / "queries", pool, sets, model)
     means = make_trainer(tmp_path / "means", pool, sets, model=copy.deepcopy(model)).score_influence()
     for column in ("influence", "influence_a", "influence_b"):
@@ -72,7 +72,8 @@ def test_the_strongest_rows_resume(tmp_path, pool, validation, model) -> None:
     assert again.top_rows.to_list() == first.top_rows.to_list()
 
 
-def test_a_query_scorer_maps_raw_rows(tmp_path, pool, validation, model) -> None:
+def test_a_query_scorer_maps_raw_rows(tmp_path, model) -> None:
+    pool, validation = make_prompt_completion(23, seed=0), make_prompt_completion(7, seed=1)
     trainer, scored = score_queries(tmp_path, pool, validation, model)
     mapped = pool.map(trainer.fit_influence(per_example=True), batched=True)
     assert_same(mapped["influence_per_query"], scored["influence_per_query"], 1e-6)
@@ -80,8 +81,9 @@ def test_a_query_scorer_maps_raw_rows(tmp_path, pool, validation, model) -> None
 
 
 def test_rows_without_loss_have_no_list(tmp_path, validation, model) -> None:
-    rows = make_prompt_completion(6, seed=3)
-    rows = rows.map(lambda row, i: {"prompt": "the cat " * 90 if i == 2 else row["prompt"]}, with_indices=True)
+    rows = make_prompt_completion(6, seed=3).map(
+        lambda row, i: {"prompt": "the cat " * 90 if i == 2 else row["prompt"]}, with_indices=True
+    )
     _, scored = score_queries(tmp_path, rows, validation, model, max_length=60)
     assert [value is None for value in scored["influence_per_query"]] == [False, False, True, False, False, False]
 

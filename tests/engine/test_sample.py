@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import add_trained_adapter, assert_same, make_model, make_prompt_completion, make_trainer
+from helpers import add_trained_adapter, assert_same, make_model, make_tokens, make_trainer
 from scipy.stats import spearmanr
 
 from hf_in2core.engine.sample import MIN_AGREEMENT, compare_halves, is_sampled, list_sample_sizes
@@ -13,7 +13,7 @@ OPTIONS = {"tokens_per_batch": 4096, "chunk_size": 4096}
 
 
 def score(folder, num_rows: int, fit_examples, damping_scale: float, per_example: bool = False, seed=1, **options):
-    pool, validation = make_prompt_completion(num_rows, seed=0), make_prompt_completion(6, seed=1)
+    pool, validation = make_tokens(num_rows, seed=0), make_tokens(6, seed=1)
     model = add_trained_adapter(make_model(num_layers=3).to(torch.float64), seed)
     options = {**OPTIONS, "fit_examples": fit_examples, "damping_scale": damping_scale, **options}
     trainer = make_trainer(folder, pool, validation, model=model, **options)

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import add_trained_adapter, assert_same, make_config, make_model, make_prompt_completion, make_trainer
+from helpers import add_trained_adapter, assert_same, make_config, make_model, make_tokens, make_trainer
 from killed_runs import build, count_batches, kill_after_progress, start_two_processes
 
 from hf_in2core.influence.plan import plan_influence
@@ -140,7 +140,7 @@ def test_two_processes_with_a_store(tmp_path) -> None:
 
 
 def test_the_plan_names_the_store(tmp_path, pool, validation) -> None:
-    _, stored = make_pair(tmp_path, make_prompt_completion(30, seed=0), validation)
+    _, stored = make_pair(tmp_path, make_tokens(30, seed=0), validation)
     plan = plan_influence(stored, timed_batches=1)
     stored.fit_influence()
     size = sum(path.stat().st_size for path in find_stored(tmp_path))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_prompt_completion, make_trainer
+from helpers import make_tokens, make_trainer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,7 +47,7 @@ class Copies(TorchFunctionMode):
 @pytest.mark.parametrize(("rows", "read_by_transformers"), [([0, 1, 2], 2), ([0, 0], 1)])
 @pytest.mark.parametrize("work", ["score", "fit", "validation"])
 def test_a_batch_waits_once(tmp_path, validation, work, rows, read_by_transformers) -> None:
-    trainer = make_trainer(tmp_path, make_prompt_completion(6, seed=2), validation, torch.float32)
+    trainer = make_trainer(tmp_path, make_tokens(6, seed=2), validation, torch.float32)
     passes = trainer.make_passes(trainer.blocks, "")
     batch = collate(read_token_rows(trainer.prepared_pool), torch.tensor(rows).numpy())
     v = {name: torch.full((1, *block.tensor.shape), 1e-3) for name, block in passes.blocks.items()}

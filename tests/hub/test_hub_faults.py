@@ -69,34 +69,34 @@ class Tally:
 def sweep(hub: LoopbackHub, client: HubClient, kinds: list, every_kind: bool) -> dict[str, Tally]:
     """Publish once per request and kind of fault, to a new repository and to an existing one; how they ended."""
     tallies = {label: Tally() for label, _ in kinds}
+    cases, faults = Cases(hub), {}
     for existing in (False, True):
-        cases, faults = Cases(hub), {}
         for number in range(count_requests(hub, client, existing)):
             chosen = kinds if every_kind else [kinds[(number + existing) % len(kinds)]]
             for label, fields in chosen:
-                name = f"{label} at request {number}"
+                name = label, number, existing
                 faults[name] = Fault(number=number, **fields)
                 cases.add(name, [faults[name]], existing)
-        outcomes = cases.run(client)
-        again = []
-        for name, outcome in outcomes.items():
-            assert faults[name].hits == 1, name
-            repo, tally = cases.get_repo(name), tallies[name.split(" at ")[0]]
-            if "error" not in outcome:
-                assert repo is not None and is_complete(repo, existing), (name, outcome)
-                assert SHA.fullmatch(outcome["commit"]) and outcome["commit"] == repo.resolve("main").oid, name
-                tally.complete += 1
-            else:
-                # A refusal to be asked what it holds, after the commit, is an error over a complete publication.
-                done = repo is not None and is_complete(repo, existing)
-                assert done or is_untouched(repo, existing), name
-                again += [] if done else [name]
-                tally.complete, tally.untouched = tally.complete + done, tally.untouched + (not done)
-        # Nothing was lost: the same call afterwards completes every one of them.
-        for name, outcome in cases.run(client).items():
-            repo = cases.get_repo(name)
+    again = []
+    for name, outcome in cases.run(client).items():
+        assert faults[name].hits == 1, name
+        label, _, existing = name
+        repo, tally = cases.get_repo(name), tallies[label]
+        if "error" not in outcome:
             assert repo is not None and is_complete(repo, existing), (name, outcome)
-            assert (outcome["changed"] == []) == (name not in again), (name, outcome)
+            assert SHA.fullmatch(outcome["commit"]) and outcome["commit"] == repo.resolve("main").oid, name
+            tally.complete += 1
+        else:
+            # A refusal to be asked what it holds, after the commit, is an error over a complete publication.
+            done = repo is not None and is_complete(repo, existing)
+            assert done or is_untouched(repo, existing), name
+            again += [] if done else [name]
+            tally.complete, tally.untouched = tally.complete + done, tally.untouched + (not done)
+    # Nothing was lost: the same call afterwards completes every one of them.
+    for name, outcome in cases.run(client).items():
+        repo = cases.get_repo(name)
+        assert repo is not None and is_complete(repo, existing=name[2]), (name, outcome)
+        assert (outcome["changed"] == []) == (name not in again), (name, outcome)
     return tallies
 
 

@@ -336,12 +336,18 @@ def test_every_format(inputs: Inputs, tmp_path: Path, form: str) -> None:
         "output_dir": str(tmp_path / "run"),
         "arms": ["coreset"],
         "budgets": ["epochs"],
-        "max_steps": 2,
+        "max_steps": 1,
+        "reference_max_steps": 1,
     }
     run_command("run", "--config", write_config(tmp_path, config))
     results = read_results(tmp_path)
     assert results["arms"][0]["rows"] == 15
-    assert results["examples"]["proponents"][0]["text"].strip()
+    first = results["examples"]["proponents"][0]
+    raw = json.loads(Path(inputs[1]["pool"]).read_text(encoding="utf-8").splitlines()[first["row"]])
+    assert all(said.strip() in first["text"] for said in (raw["prompt"], raw["completion"]))
+    # What carries loss: of a text every token but its first, and otherwise the answer.
+    whole, answer = (len(tokenizer(said)["input_ids"]) for said in (raw["prompt"], raw["completion"]))
+    assert first["num_loss_tokens"] >= (whole + answer - 1 if form in ("text", "field", "messages") else answer)
 
 
 @pytest.mark.parametrize("num_answers", [4, 7, 40])

@@ -9,6 +9,8 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import pytest
 import scipy.stats
 from datasets import Dataset
 from helpers import ROOT, make_prompt_completion
+from recipe_runs import no_pictures
 from report_runs import (
     HOSTILE,
     NUM_ROWS,
@@ -56,6 +59,12 @@ def page(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
     return Page(write_report(run, tmp_path_factory.mktemp("page") / "page.html"))
 
 
+@pytest.fixture
+def undrawn() -> Iterator[None]:
+    with no_pictures():
+        yield
+
+
 @pytest.fixture(scope="session")
 def scored(run: Path) -> Dataset:
     return Dataset.load_from_disk(str(run / "scored"))
@@ -74,8 +83,11 @@ TASKS = {
 }
 
 
-def plain(folder: Path, scored: Dataset, results: dict[str, Any] | None = None) -> Page:
-    return Page(write_report(write_run(folder, scored, results or make_results())))
+def plain(folder: Path, scored: Dataset, results: dict[str, Any] | None = None, pictures: bool = False) -> Page:
+    """The page of made-up rows; pictures take most of the time, and few tests look at them."""
+    run = write_run(folder, scored, results or make_results())
+    with nullcontext() if pictures else no_pictures():
+        return Page(write_report(run))
 
 
 # --- what it says ---
@@ -224,7 +236,7 @@ def test_the_script_never_reads_text_as_markup() -> None:
 def test_a_large_pool_is_sampled_with_a_note(tmp_path: Path) -> None:
     num_rows = 12_000
     scored = make_scored(num_rows)
-    page = plain(tmp_path / "run", scored)
+    page = plain(tmp_path / "run", scored, pictures=True)
     rows = page.data["rows"]
     order = np.argsort(scored["influence"][:])
     assert len(rows) == MAX_ROWS and rows == sorted(set(rows))
@@ -237,7 +249,7 @@ def test_texts_that_are_no_utf8_or_enormous(tmp_path: Path) -> None:
     broken = pa.Array.from_buffers(pa.string(), 5, texts.buffers())
     nested = pa.array([[{"role": "user", "content": "hi"}]] * 5)
     table = pa.table({"text": broken, "note": nested, "influence": [0.5, -1.0, 2.0, math.nan, None]})
-    page = plain(tmp_path / "run", Dataset(table))
+    page = plain(tmp_path / "run", Dataset(table), pictures=True)
     column = page.data["columns"]["text"]
     assert column[0] == "fine" and column[1] == "\N{REPLACEMENT CHARACTER}" * 2 + " broken"
     assert column[2] == "é" * LIMITS[0] and page.data["cut"] == [2] and column[3:] == ["", None]
@@ -264,6 +276,7 @@ def test_conversations_and_flags(tmp_path: Path) -> None:
     assert data["groups"][0]["column"] == "is_wrong" and sorted(data["groups"][0]["names"]) == ["false", "true"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_without_scorer_or_rows_the_page_says_so(tmp_path: Path) -> None:
     page = plain(tmp_path / "run", make_scored(20))
     assert page.data["masks"] == {} and "has no scorer/" in page.data["maskNote"]
@@ -275,6 +288,7 @@ def test_without_scorer_or_rows_the_page_says_so(tmp_path: Path) -> None:
     assert "scored/ cannot be read" in Page(write_report(tmp_path / "run")).words
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_damaged_scorer_or_another_tokenizer_shows_no_mask(run: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(run, tmp_path / "run"))
     config = json.loads((copied / "scorer" / "config.json").read_text())
@@ -311,13 +325,13 @@ def test_an_unfinished_comparison(tmp_path: Path) -> None:
         "complete": False,
         "verdict": {"text": "The comparison is not finished: 1 of 2."},
     }
-    page = plain(tmp_path / "run", make_scored(20), results)
+    page = plain(tmp_path / "run", make_scored(20), results, pictures=True)
     assert "The comparison is not finished: 1 of 2." in page.words and "1 seed (none can be given)" in page.words
 
 
 def test_without_matplotlib_there_are_no_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report_page, "find_spec", lambda name: None)
-    page = plain(tmp_path / "run", make_scored(20))
+    page = plain(tmp_path / "run", make_scored(20), pictures=True)
     assert "pip install hf-in2core[report]" in page.words and "svg" not in {tag for tag, _ in page.elements}
     assert len(page.data["rows"]) == 20
 
