@@ -76,7 +76,7 @@ def main(settings: Settings) -> None:
                 say(str(plan_influence(make_influence_trainer(*inputs), per_query)))
             return
         lock_folder(folder)
-        scorer, scored, seconds = compute_influence(*inputs, per_query, args.checkpoints)
+        scorer, scored, seconds, _ = compute_influence(*inputs, per_query, args.checkpoints)
         scored, _ = add_columns(scored, columns, Reference(*inputs, args.encoder, args.checkpoints))
         say(f"Influence: {len(scored):,} rows, {seconds:.0f} s.")
     with written_folder(folder / "scored") as temporary:

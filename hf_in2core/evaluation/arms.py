@@ -215,6 +215,7 @@ def list_costs(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     took = " on the full pool, ".join(format_seconds(cost.get(f"{arm}_seconds")) for arm in ("full", "coreset"))
     known = {
         "Training the reference": (selection.get("reference_seconds"), ""),
+        "Holding the tournament": (selection.get("tournament_seconds"), ""),
         "Computing influence": (selection.get("seconds"), resumed),
         "Training and testing the arms": (sum(run[-1] for run in runs) or None, f" for {len(runs)} runs"),
         "Saved by each target run at equal epochs": (cost.get("saving_per_run"), f" ({took} on the coreset)"),
@@ -238,7 +239,7 @@ def describe_data(data: Any) -> list[tuple[str, str]]:
         if is_number(held_back := get_value(facts, "held_back")):
             parts.append(f"{held_back:,.0f} more held back to judge the methods")
         if is_number(judging := get_value(facts, "judging")):
-            parts.append(f"{judging:,.0f} of which judged the methods that the others chose by")
+            parts.append(f"{judging:,.0f} of the rows judged the methods, which chose by the others")
         if is_number(missing := get_value(facts, "without_label")):
             parts.append(f"{missing:,.0f} without a label")
         if is_number(dropped := get_value(facts, "dropped")):

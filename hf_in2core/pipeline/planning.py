@@ -178,7 +178,7 @@ def plan_run(job: Job, begun: float) -> None:
     # At each checkpoint the gradients are others, and so is the index.
     indexes = (1 + (args.reference_checkpoints or 0)) * bool(plan.index)
     disk = estimate_disk(job.inputs.pool, job.target_parameters, len(runs), num_scored=1 + bool(job.halves))
-    disk += plan.disk + indexes * plan.store
+    disk += (1 + bool(job.halves)) * plan.disk + indexes * plan.store
     told = ", ".join(f"{name} {show_seconds(seconds)}" for name, seconds in parts.items())
     say(f"Altogether: about {show_seconds(sum(parts.values()))} on this machine ({told}), and {disk / 1e9:.2f} GB.")
 

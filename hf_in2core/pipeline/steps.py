@@ -104,8 +104,7 @@ def score_pool(
     path = folder / "selection.json"
     result, identity = find_influence(job, path, *shaping)
     if result is None:
-        resumed = agree(lambda: any((job.folder / "influence").glob("*/*.safetensors")))
-        scorer, scored, seconds = compute_influence(
+        scorer, scored, seconds, resumed = compute_influence(
             job.reference_model,
             influence_args,
             adapter,
@@ -131,7 +130,6 @@ def score_pool(
             "estimator": influence_args.estimator,
             "exact_agreement": scorer.config.exact_agreement,
             "validation_agreement": scorer.config.validation_agreement,
-            # The seconds are then those of the last part alone.
             "resumed": resumed,
             "identity": identity,
         }
@@ -187,18 +185,19 @@ def make_target_trainer(job: Job, positions: list[int], name: str, **changes: An
     return make_trainer(job.target_model, training_args, tokens, job.target_tokenizer)
 
 
-def evaluate_base(job: Job, positions: list[int]) -> dict[str, Any]:
+def evaluate_base(job: Job, positions: list[int], folder: Path | None = None) -> dict[str, Any]:
     """
     Evaluate the target model before any training, and count the steps of the largest arm.
 
     Args:
         job ([`Job`]): The run.
         positions (`list[int]`): Rows of the pool that the largest arm trains on.
+        folder (`Path`, *optional*): Where the result is kept, if not among the arms.
 
     Returns:
         `dict`: `steps`, and the loss, perplexity and accuracy on the test set.
     """
-    folder, make = job.folder / "arms" / "base", partial(make_target_trainer, job, positions, "base")
+    folder, make = folder or job.folder / "arms" / "base", partial(make_target_trainer, job, positions, "base")
     found = take_or_judge(folder, job.identify_target(positions), make, job.prepared_test)
     return found | tasks_of(folder)
 

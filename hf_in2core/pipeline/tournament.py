@@ -50,7 +50,8 @@ def hold_tournament(job: Job, adapter: str, reference: dict[str, Any]) -> dict[s
     fraction = next((fraction for fraction in args.fractions if fraction < 1), 1.0)
     largest = 1.0 if "full" in args.arms else max(args.fractions)
     draw = select_positions(scored, fraction=largest, strategy="random", order="original").tolist()
-    target_steps = evaluate_base(job, draw)["steps"]
+    # The rows of the whole pool are those of the arm; those of a coreset are not known yet, and are as many.
+    target_steps = evaluate_base(job, draw, None if "full" in args.arms else folder / "base")["steps"]
     reference_args = job.settings.make(InfluenceConfig, reference=True)
     preparation = Preparation.from_args(reference_args, job.reference_tokenizer, job.inputs.pool)
     held_back = concatenate_datasets([prepare_rows(rows, preparation) for rows in halves.held_back.values()])

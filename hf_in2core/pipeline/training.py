@@ -292,7 +292,7 @@ def compute_influence(
     tokenizer: PreTrainedTokenizerBase,
     per_example: bool = False,
     checkpoints: Sequence[str] = (),
-) -> tuple[InfluenceScorer, Dataset, float]:
+) -> tuple[InfluenceScorer, Dataset, float, bool]:
     """
     Influence of the pool on the validation sets through a trained adapter; resumes under `output_dir/influence/`.
 
@@ -300,13 +300,18 @@ def compute_influence(
     the scores are averaged over them; the scorer is that of the adapter.
 
     Returns:
-        `tuple`: the scorer, the pool with the columns that it adds, and the seconds of this call.
+        `tuple`: the scorer, the pool with the columns that it adds, the seconds of this call, and whether they are of
+        the last part alone, for it resumed.
     """
     started = time.perf_counter()
     trainer = make_influence_trainer(model_args, influence_args, adapter, pool, validation, tokenizer)
+    # What else lies there is of other validation rows, such as those of a tournament.
+    states = Path(influence_args.output_dir or "") / "influence"
+    begun = {path.parent.name for path in states.glob("*/*.safetensors")}
     scorer = trainer.fit_influence(per_example)
+    resumed = trainer.fingerprint in begun
     scored = trainer.score_influence(checkpoints=checkpoints or None)
-    return scorer, scored, time.perf_counter() - started
+    return scorer, scored, time.perf_counter() - started, resumed
 
 
 def find_gathered_order(num_rows: int) -> np.ndarray:

@@ -357,6 +357,7 @@ def test_auto_takes_what_won_on_rows_that_selected_nothing(held: Path) -> None:
     # Half of the rows selected for the tournament, and all of them for the coreset.
     assert selection["validation_rows"] == {"validation": validation}
     half = read_object(held / "run" / "tournament" / "selection.json")
+    assert not selection["resumed"] and not half["resumed"]
     assert half["validation_rows"] == {"validation": validation - validation // 2}
     by_half, by_all = (load_from_disk(str(folder / "scored")) for folder in (held / "run/tournament", held / "run"))
     assert by_half["influence"][:] != by_all["influence"][:] and by_half["prompt"][:] == by_all["prompt"][:]
@@ -387,6 +388,17 @@ def test_a_tournament_goes_on_where_it_stopped(held: Path, tmp_path: Path) -> No
     assert losses[0] == losses[1]  # the same seed and rows again
 
 
+def test_what_is_evaluated_without_the_whole_pool_is_not_evaluated_again(held: Path, tmp_path: Path) -> None:
+    """How many steps a target takes is told by random rows before the coreset is known."""
+    shutil.copytree(held / "run", tmp_path / "run", symlinks=True)
+    config = yaml.safe_load((held / "settings.yaml").read_text(encoding="utf-8"))
+    config |= {"output_dir": str(tmp_path / "run"), "arms": ["coreset", "random"]}
+    run_command("run", "--config", write_config(tmp_path, config))
+    before = stamp(tmp_path)
+    run_command("run", "--config", str(tmp_path / "settings.yaml"))
+    assert stamp(tmp_path) == before
+
+
 @pytest.mark.slow
 def test_methods_compete_within_clusters(finished: Path, tmp_path: Path) -> None:
     """Clusters are made for the rows of the tournament, and for those of the coreset."""
@@ -409,9 +421,12 @@ def test_terminal_page_and_card_show_the_tournament(held: Path, capsys: pytest.C
     page = " ".join((held / "run" / "report.html").read_text(encoding="utf-8").split())
     scored = load_from_disk(str(held / "run" / "scored"))
     card = render_influence_section("ada/pool", features=scored.features, splits={"train": 60}, results=results)
-    for shown in (printed, html.unescape(page), html.unescape(card).replace("\\", "")):
+    shown_elsewhere = html.unescape(page), html.unescape(card).replace("\\", "")
+    for shown in (printed, *shown_elsewhere):
         assert results["tournament"]["text"] in shown
         assert all(line[2] in shown for line in table.lines)
+    judged = f"{results['data']['validation']['judging']} of the rows judged the methods"
+    assert all(judged in shown and "Holding the tournament" in shown for shown in shown_elsewhere)
 
 
 def test_a_budget_without_runs_is_refused_before_any_work(finished: Path, tmp_path: Path) -> None:
