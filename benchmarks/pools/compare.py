@@ -149,7 +149,7 @@ def train_pool(
     if before.get("losses", {}).get("random") == losses["random"]:
         losses, commits = before["losses"] | losses, before["commits"] | commits
     tournament = {key: results["tournament"][key] for key in ("outcome", "winner", "steps", "num_runs", "losses")}
-    # The runs, and the columns of the methods beside them.
+    # The runs, and beside them influence on half of the validation rows and the columns of the methods.
     spent = {"run_seconds": results["tournament"]["seconds"]}
     spent["seconds"] = results["verdict"]["cost"]["tournament_seconds"]
     seconds = [arm["seconds"] for arm in results["arms"] if arm["arm"] == "random"]

@@ -103,7 +103,7 @@ def compute_confidence_interval(values: Sequence[float] | np.ndarray, level: flo
 
 def compare_losses(first: Mapping[int, float], second: Mapping[int, float], level: float = LEVEL) -> LossDifference:
     r"""
-    LossDifference `first - second` of the mean losses of two arms, with its t-interval.
+    Difference `first - second` of the mean losses of two arms, with its t-interval.
 
     Args:
         first (`Mapping[int, float]`):
