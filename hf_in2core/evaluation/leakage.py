@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from hf_in2core.names import POOL
+
 from .formats import get_object, get_value, is_number, list_objects
 
 
@@ -44,7 +46,10 @@ def say_judge(data: Any) -> str:
         return "the test set"
     found = [pair for pair in pairs if pair[1] == "test" and pair[2] > 0]
     if not found:
-        return "the test set, which neither trained nor selected anything"
+        # What the rows were chosen by is not known to every comparison.
+        selected = any(name != POOL and other == "test" for name, other, _ in pairs)
+        known = "which neither trained nor selected anything" if selected else "of which no row is in the pool"
+        return f"the test set, {known}"
     return f"the test set, which is not apart from what trained and selected: {_say_pairs(data, found)}"
 
 

@@ -26,6 +26,7 @@ from hf_in2core.rows.preparation import Preparation, tokenize_rows
 from hf_in2core.rows.scored import read_scores, require_scores
 
 from .arguments import check_comparison
+from .arm_folders import write_card
 from .comparison import (
     Arm,
     Comparison,
@@ -33,14 +34,17 @@ from .comparison import (
     choose_coresets,
     describe_selection,
     find_equal_run,
+    judge_run,
     plan_arms,
     write_results,
 )
 from .coreset_folders import keep_rows, write_coresets
 from .inputs import check_trainable
 from .job import HARMLESS
+from .leakage import count_near_copies
 from .models import hash_folder, load_tokenizer
-from .run_folder import lock_folder, quiet_loading, warn
+from .next_steps import describe_publication, recommend_rows
+from .run_folder import lock_folder, quiet_loading, say, warn
 from .steps import take_or_judge, take_or_train, train_arms
 from .training import count_loss_tokens, make_sft_trainer
 
@@ -67,8 +71,9 @@ def compare_arms(
     What `in2core run` does once the pool is scored: the rows of every arm are chosen once and written down, each arm
     is trained by TRL's SFT with every seed, judged on the test set, and compared with intervals over the seeds.
     `args.output_dir` becomes a run's folder, with `scored/`, `coresets/`, `arms/` (the adapters), `results.json`,
-    pictures and `report.html`, for `in2core report` and `publish`. Called again it goes on where it was:
-    an arm of the same rows and settings is not trained again; one of others takes the place of what was there.
+    pictures and `report.html`, for `in2core report` and `publish`; which rows to train on is printed. Called again it
+    goes on where it was: an arm of the same rows and settings is not trained again; one of others takes the place of
+    what was there.
 
     Example:
 
@@ -95,7 +100,7 @@ def compare_arms(
             The pool with its influence, from [`InfluenceTrainer.score_influence`] or a scorer.
         test ([`~datasets.Dataset`]):
             Rows that judge, of the pool's form. They should neither be in the pool nor have selected anything; rows
-            of the pool are counted, warned of and told with the verdict.
+            of the pool and near-copies are counted, warned of and told with the verdict.
         peft_config ([`~peft.PeftConfig`]):
             Adapter that every arm trains.
         processing_class (`transformers.PreTrainedTokenizerBase`, *optional*):
@@ -187,7 +192,15 @@ def compare_arms(
         return results
 
     results = train_arms(plan, train, write)
+    verdict = judge_run(results["arms"], known, base, given.fractions)
+    _, lines, _ = recommend_rows(verdict, run, scored, coresets, seeds[0])
+    for line in (*lines, describe_publication(run)):
+        say(line)
     if PartialState().is_main_process:
+        for arm, entry in zip(plan, results["arms"], strict=True):
+            if find_equal_run(arm, given, args.max_steps) == arm:
+                of_whom = {"base_model": model, "dataset_id": str(run / "scored")}
+                write_card(arm.find_folder(run), entry, results, test_name="the test set of its comparison", **of_whom)
         print_verdict(results)
     return results
 
@@ -241,13 +254,16 @@ def prepare_sets(
         shared = find_overlap(checked[POOL], checked["test"])
         if shared is not None:
             warn(f"{shared}; what they measure is too good.")
+        in_pool = {checked[POOL].hashes[row] for row in checked[POOL].list_good()}
+        near = count_near_copies({POOL: scored, "test": test}, in_pool, args.columns, tokenizer)["test"]
         prepared_test = check_trainable(test, "test set", args, tokenizer, scored)
         tokens = tokenize_rows(scored, preparation, args.dataset_num_proc)
     loss_tokens = int(read_scores(scored, NUM_LOSS_TOKENS).sum())
     in_test = 0 if shared is None else len(shared.rows)
     pool_facts = {"rows": len(scored), "loss_tokens": loss_tokens, "shared": {"test": in_test}}
     judging = count_loss_tokens(prepared_test)["loss_tokens"]
-    return tokens, prepared_test, {POOL: pool_facts, "test": {"rows": len(test), "loss_tokens": judging}}
+    test_facts = {"rows": len(test), "near_copies": near, "loss_tokens": judging}
+    return tokens, prepared_test, {POOL: pool_facts, "test": test_facts}
 
 
 def list_settings(

@@ -140,31 +140,55 @@ def say_next(job: Job, results: Mapping[str, Any], scored: Dataset, coresets: Ma
     args, run, several, command = job.args, job.folder, PartialState().num_processes, find_command()
     processes = ["--num_processes", str(several)] if several > 1 else []
     verdict = judge_run(results["arms"], results["selection"], results["base"], args.fractions)
-    chosen = recommend(verdict)
-    name, folder, budget = "the whole pool", run / "scored", {}
+    chosen, lines, folder = recommend_rows(verdict, run, scored, coresets, args.seeds[0])
+    budget = {}
     if chosen.rows != "full":
-        assert verdict.fraction is not None
-        name, _ = describe_choice(chosen.rows, verdict.fraction, args.seeds[0])
-        folder = write_coresets(run, scored, {name: coresets[name]})[name]
-        if chosen.rows == "coreset" and coresets[name].arguments.get("strategy") == "random":
-            name += " (random rows: no method was shown to beat them)"
         budget = {"max_steps": results["base"]["steps"] if chosen.budget == "steps" else -1}
     settings = run / "sft.yaml"
     if PartialState().is_main_process:
         write_sft_settings(job.settings, settings, seed=args.seeds[0], **budget)
     train = ["--config", str(settings), "--dataset_name", str(folder), "--output_dir", str(run / "target")]
-    lines = [f"Recommended: {name}, {chosen.reason}.", f"It lies in {folder}."]
     if chosen.undecided is not None:
         again = ["--config", str(run / REPLAY), *change_run(chosen.undecided, job.settings)]
         lines.append(f"Run again: {shlex.join([command, 'run', *processes, *again])}")
     lines.append(f"Train on it: {shlex.join([command, 'sft', *processes, *train])}")
     if args.hub_id is None:
-        publish = [command, "publish", "--run", str(run), "--hub_id", f"USER/{run.resolve().name}"]
-        lines.append(f"Publish the run (USER is your name on the Hub): {shlex.join(publish)}")
+        lines.append(describe_publication(run))
     for line in lines:
         say(line)
     if PartialState().is_main_process:
         print_verdict(results)
+
+
+def recommend_rows(
+    verdict: Verdict, run: Path, scored: Dataset, coresets: Mapping[str, Coreset], seed: int
+) -> tuple[Recommendation, list[str], Path]:
+    """
+    The rows that a verdict speaks for, in a run's folder; random rows are written there where they are recommended.
+
+    Args:
+        verdict ([`Verdict`]): Of a complete comparison.
+        run (`Path`), scored ([`~datasets.Dataset`]), coresets (`Mapping[str, Coreset]`): As of [`say_next`].
+        seed (`int`): Of the random rows.
+
+    Returns:
+        `tuple`: the recommendation, the same in lines, and the folder of the rows.
+    """
+    chosen = recommend(verdict)
+    name, folder = "the whole pool", run / "scored"
+    if chosen.rows != "full":
+        assert verdict.fraction is not None
+        name, _ = describe_choice(chosen.rows, verdict.fraction, seed)
+        folder = write_coresets(run, scored, {name: coresets[name]})[name]
+        if chosen.rows == "coreset" and coresets[name].arguments.get("strategy") == "random":
+            name += " (random rows: no method was shown to beat them)"
+    return chosen, [f"Recommended: {name}, {chosen.reason}.", f"It lies in {folder}."], folder
+
+
+def describe_publication(run: Path) -> str:
+    """The command that publishes a run."""
+    publish = [find_command(), "publish", "--run", str(run), "--hub_id", f"USER/{run.resolve().name}"]
+    return f"Publish the run (USER is your name on the Hub): {shlex.join(publish)}"
 
 
 def write_sft_settings(settings: Settings, path: Path, **changes: Any) -> None:

@@ -64,19 +64,27 @@ def test_arms_are_those_of_the_pipeline(finished: Path, compared) -> None:
     assert kept["id"] == load_from_disk(str(finished / "run" / "coresets" / "coreset_25"))["id"]
     assert json.loads((folder / "results.json").read_text(encoding="utf-8")) == results
     assert "What selecting cost was not recorded" in results["verdict"]["text"]
+    for name in ("full-steps-seed0", "coreset_25-steps-seed0", "coreset_25-epochs-seed0"):
+        card = (folder / "arms" / name / "README.md").read_text(encoding="utf-8")
+        assert "The comparison that this model is of" in card and "fine-tuned with LoRA" in card
     with no_pictures():
-        assert write_report(folder).is_file()
+        page = write_report(folder).read_text(encoding="utf-8")
+    # Whether the rows that judge have selected is not known here.
+    assert "judged on the test set, of which no row is in the pool." in page
+    assert results["data"]["test"]["near_copies"]["rows"] == 0
 
 
 def test_the_same_call_trains_nothing_and_another_setting_all(compared, capsys: pytest.CaptureFixture[str]) -> None:
     folder, arguments, results = compared
-    stamps = {path: path.stat().st_mtime_ns for path in folder.glob("arms/*/*")}
+    stamps = {path: path.stat().st_mtime_ns for path in folder.glob("arms/*/*") if path.name != "README.md"}
     with no_pictures():
         again = compare_arms(**arguments | {"selection": {"seconds": 5.0, "reference_seconds": 2.0}})
-    assert {path: path.stat().st_mtime_ns for path in folder.glob("arms/*/*")} == stamps
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("arms/*/*") if path.name != "README.md"} == stamps
     assert [arm["test_loss"] for arm in again["arms"]] == [arm["test_loss"] for arm in results["arms"]]
     assert "Selecting cost 7" in again["verdict"]["text"]
-    assert capsys.readouterr().out.split()[-1] == again["verdict"]["text"].split()[-1]
+    printed = capsys.readouterr().out
+    assert printed.split()[-1] == again["verdict"]["text"].split()[-1]
+    assert f"It lies in {folder}" in printed and f"publish --run {folder}" in printed
     args = copy(arguments["args"])
     args.learning_rate = 1e-3
     with no_pictures():
@@ -88,13 +96,22 @@ def test_the_same_call_trains_nothing_and_another_setting_all(compared, capsys: 
         assert arm["test_loss"] != before["test_loss"]
 
 
-def test_rows_of_the_test_set_in_the_pool_are_told(finished: Path, tmp_path: Path) -> None:
+def test_rows_of_the_test_set_in_the_pool_are_told(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = make_arguments(finished, tmp_path, max_steps=1) | {"arms": ["coreset", "random"], "budgets": ["steps"]}
     row = {name: arguments["scored"][3][name] for name in ("prompt", "completion")}
-    test = Dataset.from_list([row, *({name: row[name] for name in row} for row in arguments["test"])])
+    long = "write down the names of all planets in the order of their size"
+    near = {"prompt": f"{long} please", "completion": " none"}
+    test = Dataset.from_list([row, near, *({name: row[name] for name in row} for row in arguments["test"])])
+    prompts = [f"{long} now", *arguments["scored"]["prompt"][1:]]
+    scored = arguments["scored"].remove_columns("prompt").add_column("prompt", prompts)
     with no_pictures():
-        results = compare_arms(**arguments | {"test": test})
+        results = compare_arms(**arguments | {"test": test, "scored": scored})
     assert results["data"]["pool"]["shared"] == {"test": 1}
+    assert "have a near-copy in the pool" in capsys.readouterr().err
+    found = results["data"]["test"]["near_copies"]
+    assert found["rows"] == 1 and [(pair["row"], pair["pool_row"]) for pair in found["pairs"]] == [(1, 0)]
     assert results["verdict"]["text"].startswith("WARNING: sets that should have no row in common share some")
 
 
