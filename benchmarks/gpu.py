@@ -312,7 +312,12 @@ def measure_queries(device: torch.device, quick: bool) -> dict[str, Any]:
 
 
 def measure_sharded(device: torch.device, quick: bool) -> dict[str, Any]:
-    """The launcher's own FSDP path, where there are two devices, and ZeRO-3's where DeepSpeed is installed."""
+    """
+    The launcher's own FSDP path, where there are two devices, and ZeRO-3's where DeepSpeed is installed.
+
+    Raises:
+        RuntimeError: with the end of what a launch said, if it failed.
+    """
     if torch.cuda.device_count() < 2:
         return {"skipped": f"{torch.cuda.device_count()} GPU(s): `accelerate launch` with FSDP2 needs two"}
     root, found = Path(__file__).resolve().parent.parent, {}
@@ -323,7 +328,10 @@ def measure_sharded(device: torch.device, quick: bool) -> dict[str, Any]:
             command += ["--config_file", str(config), str(root / "recipes/in2core.py")]
             command += ["--config", str(root / "recipes/quickstart/in2core.yaml"), "--output_dir", folder]
             done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root)
-        found[name] = {"returncode": done.returncode, "end": (done.stdout + done.stderr)[-2000:]}
+        end = (done.stdout + done.stderr)[-2000:]
+        if done.returncode != 0:
+            raise RuntimeError(f"The launch with {config.name} ended with {done.returncode}: {end}")
+        found[name] = {"returncode": 0, "end": end}
     return found
 
 
