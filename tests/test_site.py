@@ -15,15 +15,17 @@ from hf_in2core.commands.main import main
 
 
 API = ROOT / "docs" / "api"
-DOCUMENTED = [
-    name
+PAGES = {
+    page.name: re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     for page in sorted(API.glob("*.md"))
-    for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-]
+}
+DOCUMENTED = [name for names in PAGES.values() for name in names]
 
 
-def test_every_public_object_has_a_page() -> None:
-    assert {f"hf_in2core.{name}" for name in hf_in2core.__all__} <= set(DOCUMENTED)
+@pytest.mark.parametrize("name", hf_in2core.__all__)
+def test_every_public_object_has_a_page_of_its_own(name: str) -> None:
+    page = next((page for page, names in PAGES.items() if names == [f"hf_in2core.{name}"]), None)
+    assert page is not None and f"| [`{name}`]({page}) |" in (API / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
