@@ -18,6 +18,7 @@ LINK = re.compile(r"(\]\()(\.\.?/[^)\s#]+|[^)\s:#]+)([^)]*\))")
 REFERENCE = re.compile(r"\[`~?([\w.]+)`\]")
 ITEM = re.compile(r"^( +)(\w+(?:, \w+)*) \((.+?)\):(?=\s)", re.MULTILINE)
 RETURNED = re.compile(r"^(Returns:\n +)(\[?`[^\n]*?`\]?)(?::(?=\s)|$)", re.MULTILINE)
+RAISED = re.compile(r"^Raises:\n(?: +.*(?:\n|$))+", re.MULTILINE)
 
 
 def find_home() -> str:
@@ -55,6 +56,8 @@ def translate(docstring: str) -> str:
     text = re.sub(r"^> ", "    ", text, flags=re.MULTILINE)
     text = ITEM.sub(lambda match: f"{match[1]}{match[2].replace(' ', '')} ({name_type(match[3])}):", text)
     text = RETURNED.sub(lambda match: f"{match[1]}{name_type(match[2])}:", text)
+    # Griffe takes all before the colon for a type, which is shown as it stands.
+    text = RAISED.sub(lambda match: re.sub(r"^( +)`(\w+)`:", r"\1\2:", match[0], flags=re.MULTILINE), text)
     return REFERENCE.sub(refer, text)
 
 

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import datasets
@@ -63,3 +65,18 @@ def make_bar(
         `tqdm.tqdm`, to be updated by hand.
     """
     return tqdm(total=total, initial=initial, desc=description, unit=unit, **get_bar_settings(shown, brief))
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No bar for what is done inside, neither of ours nor of `datasets` or `transformers`; as it was afterwards."""
+    shown, loading = datasets.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+        if loading:
+            transformers_logging.enable_progress_bar()

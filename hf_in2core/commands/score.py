@@ -35,7 +35,14 @@ def main(settings: Settings) -> None:
     from hf_in2core.pipeline.inputs import check_pool_columns, keep_good_rows, load_validation
     from hf_in2core.pipeline.methods import Reference, add_columns, check_methods, list_columns, needs_queries
     from hf_in2core.pipeline.models import check_adapter, load_tokenizer
-    from hf_in2core.pipeline.run_folder import join_processes, leaving_nothing, lock_folder, say, written_folder
+    from hf_in2core.pipeline.run_folder import (
+        join_processes,
+        leaving_nothing,
+        lock_folder,
+        save_rows,
+        say,
+        written_folder,
+    )
     from hf_in2core.pipeline.training import compute_influence, make_influence_trainer, score_with
     from hf_in2core.rows.preparation import Preparation
     from hf_in2core.rows.sources import load_raw_rows, parse_named_sources
@@ -81,7 +88,7 @@ def main(settings: Settings) -> None:
         say(f"Influence: {len(scored):,} rows, {seconds:.0f} s.")
     with written_folder(folder / "scored") as temporary:
         if PartialState().is_main_process:
-            scored.save_to_disk(str(temporary))
+            save_rows(scored, temporary)
     with written_folder(folder / "scorer") as temporary:
         if PartialState().is_main_process:
             scorer.save_pretrained(temporary)

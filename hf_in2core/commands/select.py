@@ -19,6 +19,7 @@ def main(settings: Settings) -> None:
     """Select and write."""
     from hf_in2core import select_coreset
     from hf_in2core.names import INFLUENCE
+    from hf_in2core.progress import without_bars
     from hf_in2core.rows.sources import load_rows
     from hf_in2core.selection.coreset import find_column
     from hf_in2core.selection.record import read_choice
@@ -31,12 +32,13 @@ def main(settings: Settings) -> None:
     options |= chosen
     coreset = select_coreset(load_rows(source, "scored pool"), **options)
     output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == ".jsonl":
-        coreset.to_json(output)
-    elif output.suffix == ".parquet":
-        coreset.to_parquet(output)
-    else:
-        coreset.save_to_disk(str(output))
+    with without_bars():
+        if output.suffix == ".jsonl":
+            coreset.to_json(output)
+        elif output.suffix == ".parquet":
+            coreset.to_parquet(output)
+        else:
+            coreset.save_to_disk(str(output))
     strategy, column = find_column(options.get("strategy", "top"), options.get("column", INFLUENCE))
     as_run = ", as the run of this pool chose" if chosen else ""
     print(f"{len(coreset):,} rows by `{column}` (strategy `{strategy}`{as_run}): {output}")

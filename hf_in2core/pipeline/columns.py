@@ -12,7 +12,7 @@ from hf_in2core.names import ENCODER_RANK, list_method_columns
 
 from .job import Job
 from .methods import Reference, add_columns, list_columns
-from .run_folder import agree, say, write_json, written_folder
+from .run_folder import agree, save_rows, say, write_json, written_folder
 from .training import list_checkpoints
 
 
@@ -45,7 +45,7 @@ def add_method_columns(
             say(f"Column {column}: {seconds[column]:.0f} s.")
             with written_folder(folder) as temporary:
                 if PartialState().is_main_process:
-                    scored.save_to_disk(str(temporary))
+                    save_rows(scored, temporary)
                     write_json(path, read_object(path) | seconds | {ENCODER_USED: args.encoder})
             scored = load_from_disk(str(folder))
     known = agree(lambda: read_object(path))

@@ -9,7 +9,7 @@ from datasets import Dataset, load_from_disk
 from hf_in2core.rows.hashes import hash_rows
 from hf_in2core.selection.record import Coreset
 
-from .run_folder import agree, written_folder
+from .run_folder import agree, save_rows, written_folder
 
 
 FOLDER = "coresets"
@@ -43,7 +43,7 @@ def keep_rows(folder: Path, rows: Dataset) -> None:
     with written_folder(folder) as temporary:
         if PartialState().is_main_process:
             # Saving copies the rows alone, so nothing points to the pool's files.
-            rows.save_to_disk(str(temporary))
+            save_rows(rows, temporary)
 
 
 def holds(folder: Path, rows: Dataset) -> bool:

@@ -7,20 +7,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-import datasets
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from filelock import FileLock, Timeout
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.utils import logging as transformers_logging
 
 from hf_in2core import InfluenceConfig
 from hf_in2core.evaluation.formats import read_object
 from hf_in2core.files import write_whole
+from hf_in2core.progress import without_bars
 from hf_in2core.shipped import find_shipped
 
 from .parser import Settings
@@ -175,6 +175,12 @@ def written_folder(folder: Path) -> Iterator[Path]:
     state.wait_for_everyone()
 
 
+def save_rows(rows: Dataset, folder: Path) -> None:
+    """Save rows as `load_from_disk` reads them. No bar: it lasts a moment, and in a log it is not a line."""
+    with without_bars():
+        rows.save_to_disk(str(folder))
+
+
 def run_setup_script(command: str) -> None:
     """Run a Python script with its arguments, in a process of its own, on the main process."""
     script, *arguments = shlex.split(command)
@@ -196,16 +202,5 @@ def run_setup_script(command: str) -> None:
 @contextmanager
 def quiet_loading(repeated: bool = False) -> Iterator[None]:
     """No bars for loading and tokenising outside a terminal, and none at all where every arm does it anew."""
-    if sys.stderr.isatty() and not repeated:
+    with nullcontext() if sys.stderr.isatty() and not repeated else without_bars():
         yield
-        return
-    shown, loading = datasets.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-        if loading:
-            transformers_logging.enable_progress_bar()

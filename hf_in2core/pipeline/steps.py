@@ -28,7 +28,17 @@ from .inputs import take_fraction
 from .job import Job
 from .methods import needs_queries
 from .models import load_tokenizer
-from .run_folder import agree, find_command, quiet_loading, read_tasks, say, warn, write_json, written_folder
+from .run_folder import (
+    agree,
+    find_command,
+    quiet_loading,
+    read_tasks,
+    save_rows,
+    say,
+    warn,
+    write_json,
+    written_folder,
+)
 from .training import (
     compute_influence,
     compute_losses,
@@ -116,7 +126,7 @@ def score_pool(
         )
         with written_folder(folder / "scored") as temporary:
             if PartialState().is_main_process:
-                scored.save_to_disk(str(temporary))
+                save_rows(scored, temporary)
         with written_folder(folder / "scorer") as temporary:
             if PartialState().is_main_process:
                 scorer.save_pretrained(temporary)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from helpers import add_trained_adapter, make_model, make_prompt_completion, make_tokenizer, make_trainer
-from recipe_runs import run_command
+from recipe_runs import Inputs, run_command, write_config
 
 from hf_in2core import InfluenceConfig, InfluenceTrainer
 from hf_in2core.influence.tracking import summarize_influence
@@ -220,6 +220,27 @@ def test_a_recipe_in_a_log(
     header, _, line = shown.out.splitlines()[:3]
     assert header.split()[:3] == ["adapter", "rows", "test_loss"] and line.split()[:2] == ["–", "12"]
     assert "\x1b" not in shown.out
+
+
+def test_saving_rows_shows_nothing(
+    inputs: Inputs, tmp_path: Path, bars: None, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = inputs[1] | {"strategy": "cosine", "arms": ["coreset"], "budgets": ["epochs"]}
+    run, coreset = tmp_path / "run", tmp_path / "coreset"
+    capfd.readouterr()
+    run_command("run", "--config", write_config(tmp_path, config | {"output_dir": str(run)}))
+    shown = capfd.readouterr().err
+    assert all(name in shown for name in PASSES) and "\r" not in shown and "Saving" not in shown
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    flags = ["--model_name_or_path", config["model_name_or_path"], "--reference_adapter", str(run / "reference")]
+    flags += ["--pool", config["pool"], "--validation", *config["validation"], "--activation_checkpointing", "false"]
+    run_command("score", *flags, "--output_dir", str(tmp_path / "scored"))
+    assert load_from_disk(tmp_path / "scored" / "scored")["influence"]
+    for ending in ("", ".jsonl", ".parquet"):
+        run_command("select", "--scored", str(run / "scored"), "--fraction", "0.25", "--output", f"{coreset}{ending}")
+    shown = capfd.readouterr().err
+    assert all(name in shown for name in PASSES) and "Saving" not in shown and "Creating" not in shown
+    assert datasets.is_progress_bar_enabled() and transformers.logging.is_progress_bar_enabled()
 
 
 def train_with_a_bar(folder: Path, model_folder: str) -> None:
