@@ -12,7 +12,6 @@ import json
 import os
 import random
 import string
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -278,6 +277,8 @@ def pretrain_model(
     from tqdm.auto import tqdm
     from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
+    from hf_in2core.progress import get_bar_settings
+
     encoded = [ids + [tokenizer.eos_token_id] for ids in tokenizer(list(texts)).input_ids]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -299,9 +300,8 @@ def pretrain_model(
     optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAIN_LEARNING_RATE, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, 20, settings.pretrain_steps)
     batches = iterate_batches(encoded, PRETRAIN_BATCH_SIZE)
-    interval = 0.2 if sys.stderr.isatty() else 60
     label = "Pretraining the quickstart model"
-    progress = tqdm(batches, label, settings.pretrain_steps, unit="step", mininterval=interval)
+    progress = tqdm(batches, label, settings.pretrain_steps, unit="step", **get_bar_settings())
     for batch in progress:
         inputs = tokenizer.pad({"input_ids": batch}, padding_side="right", return_tensors="pt")
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
@@ -350,13 +350,16 @@ def is_complete(folder: Path, settings: Settings) -> bool:
 
 def generate(folder: Path, settings: Settings) -> None:
     """Write all files into `folder`, which must exist and be empty; `manifest.json` last."""
+    from hf_in2core.progress import without_bars
+
     splits, texts = make_splits(settings)
     tokenizer = train_tokenizer(texts)
     model = pretrain_model(texts, tokenizer, settings)
     held_out, exercises = splits.pop("held_out"), splits.pop("held_out_exercises")
     for name, rows in splits.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    model.save_pretrained(folder / "model")
+    with without_bars():
+        model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {
