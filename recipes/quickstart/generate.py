@@ -274,10 +274,9 @@ def pretrain_model(
 ) -> Any:
     """One pass over the texts, loss on every token and on `</s>` after the last; returns a `LlamaForCausalLM`."""
     import torch
-    from tqdm.auto import tqdm
     from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
-    from hf_in2core.progress import get_bar_settings
+    from hf_in2core.progress import make_bar
 
     encoded = [ids + [tokenizer.eos_token_id] for ids in tokenizer(list(texts)).input_ids]
     with torch.random.fork_rng(devices=[]):
@@ -299,19 +298,18 @@ def pretrain_model(
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=PRETRAIN_LEARNING_RATE, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, 20, settings.pretrain_steps)
-    batches = iterate_batches(encoded, PRETRAIN_BATCH_SIZE)
-    label = "Pretraining the quickstart model"
-    progress = tqdm(batches, label, settings.pretrain_steps, unit="step", **get_bar_settings())
-    for batch in progress:
-        inputs = tokenizer.pad({"input_ids": batch}, padding_side="right", return_tensors="pt")
-        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-        loss = model(**inputs, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    with make_bar(settings.pretrain_steps, "Pretraining the quickstart model", "step") as bar:
+        for batch in iterate_batches(encoded, PRETRAIN_BATCH_SIZE):
+            inputs = tokenizer.pad({"input_ids": batch}, padding_side="right", return_tensors="pt")
+            labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+            loss = model(**inputs, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            bar.update()
     return model.eval()
 
 
@@ -355,7 +353,7 @@ def generate(folder: Path, settings: Settings) -> None:
     splits, texts = make_splits(settings)
     tokenizer = train_tokenizer(texts)
     model = pretrain_model(texts, tokenizer, settings)
-    held_out, exercises = splits.pop("held_out"), splits.pop("held_out_exercises")
+    judging = {"instructions": splits.pop("held_out"), "exercises": splits.pop("held_out_exercises")}
     for name, rows in splits.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with without_bars():
@@ -366,10 +364,7 @@ def generate(folder: Path, settings: Settings) -> None:
         "version": GENERATOR_VERSION,
         "settings": asdict(settings),
         "tasks_of_interest": TASKS_OF_INTEREST,
-        "pretrained_loss": {
-            "instructions": compute_answer_losses(model, tokenizer, held_out),
-            "exercises": compute_answer_losses(model, tokenizer, exercises),
-        },
+        "pretrained_loss": {kind: compute_answer_losses(model, tokenizer, rows) for kind, rows in judging.items()},
         "files": {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
